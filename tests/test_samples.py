@@ -1,0 +1,233 @@
+"""Lists of images and questions, and pictures of every kind."""
+
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+import samples
+from cli import UsageError
+from samples import Sample, load_image, read_coco, read_mmhal, read_questions
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def put(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+# ---- lists ----
+
+
+def coco(folder, images, files=("a.jpg",)):
+    (folder / "images").mkdir()
+    for file in files:
+        (folder / "images" / file).touch()
+    return folder / "images", put(folder / "ann.json", {"images": images, "annotations": []})
+
+
+def test_coco_pictures_come_in_file_order_each_once(tmp_path):
+    listed = [(6818, "a.jpg"), (139, "b.jpg"), (6818, "c.jpg"), ("x1", "d.jpg")]
+    images = [{"id": id, "file_name": name, "width": 4, "height": 3} for id, name in listed]
+    folder, file = coco(tmp_path, images)
+    found = read_coco(folder, file, question="What is this?")
+    assert [sample.id for sample in found] == ["000000006818", "000000000139", "x1"]
+    assert found[0] == Sample("000000006818", folder / "a.jpg", "What is this?", None, {"image_id": 6818, "width": 4, "height": 3})
+    assert [sample.id for sample in read_coco(folder, file, max_images=1)] == ["000000006818"]
+    assert len(read_coco(folder, file, max_images=100)) == 3 and len({*found}) == 3
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "not readable JSON"),
+        ("[]", "not a COCO annotation file"),
+        ({"annotations": []}, "not a COCO annotation file"),
+        ({"images": {}}, "a list of objects was wanted"),
+        ({"images": []}, "the list is empty"),
+        ({"images": [3]}, "image 0 is a int"),
+        ({"images": [{"id": 0, "file_name": "a.jpg"}, {"id": 1}]}, "image 1 has no file_name"),
+        ({"images": [{"file_name": "a.jpg"}]}, "image 0 has no id"),
+    ],
+)
+def test_a_file_that_is_not_coco_is_named(tmp_path, content, words):
+    file = put(tmp_path / "captions.json", content)
+    with pytest.raises(UsageError, match=words) as caught:
+        read_coco(tmp_path, file)
+    assert "captions.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_coco_without_its_pictures_is_a_usage_error(tmp_path):
+    folder, file = coco(tmp_path, [{"id": 1, "file_name": "missing.jpg"}])
+    for call in (lambda: read_coco(folder, file), lambda: read_coco(tmp_path / "no", file), lambda: read_coco(folder, tmp_path / "no.json")):
+        with pytest.raises(UsageError, match="none of the 1 pictures|no such"):
+            call()
+    with pytest.raises(UsageError, match="--max_images 0"):
+        read_coco(folder, file, max_images=0)
+
+
+def test_questions_are_numbered_within_their_image(tmp_path):
+    entries = [
+        {"image_id": 7, "question": "Left or right?", "answer": "left", "kind": "left_right"},
+        {"image": "b/cat.png", "question": "What?", "answer": None},
+        {"image_id": 7, "image": "x.jpg", "question": "How many?", "answer": 3},
+    ]
+    file = put(tmp_path / "q.json", entries)
+    found = read_questions(file)
+    assert [sample.id for sample in found] == ["000000000007-0", "cat-0", "000000000007-1"]
+    assert [sample.image for sample in found] == [tmp_path / "000000000007.jpg", tmp_path / "b/cat.png", tmp_path / "x.jpg"]
+    assert [sample.answer for sample in found] == ["left", None, "3"]
+    assert found[0].extra == {"image_id": 7, "kind": "left_right"} and found[1].extra == {"image_id": "cat"}
+    assert read_questions(file, tmp_path / "pics")[1].image == tmp_path / "pics/b/cat.png"
+
+
+def test_mmhal_keeps_its_urls_and_takes_both_names_of_the_answer(tmp_path):
+    entries = [
+        {"image_id": "ab12", "image_src": "https://host/2/9_o%20x.jpg?size=3", "question": "Which?", "gold_answer": "white", "question_type": "attribute"},
+        {"image_id": "cd34", "image_src": "pics/b.jpg", "question": "Where?", "gt_answer": "here"},
+        {"image_id": "ab12", "image_src": "/abs/c.jpg", "question": "Why?"},
+    ]
+    found = read_mmhal(put(tmp_path / "mmhal.json", entries), tmp_path / "root")
+    assert [sample.id for sample in found] == ["ab12", "cd34", "ab12-1"]
+    assert [str(sample.image) for sample in found] == [f"{tmp_path}/root/9_o x.jpg", f"{tmp_path}/root/pics/b.jpg", "/abs/c.jpg"]
+    assert [sample.answer for sample in found] == ["white", "here", None]
+    assert found[0].extra == {"image_id": "ab12", "image_src": "https://host/2/9_o%20x.jpg?size=3", "question_type": "attribute"}
+
+
+def test_a_list_entry_without_a_field_is_named(tmp_path):
+    with pytest.raises(UsageError, match="q.json: entry 1 has no question"):
+        read_questions(put(tmp_path / "q.json", [{"image_id": 1, "question": "a"}, {"image_id": 1}]))
+    with pytest.raises(UsageError, match="entry 0 has no image_id or image"):
+        read_questions(put(tmp_path / "q.json", [{"question": "a"}]))
+    with pytest.raises(UsageError, match="entry 0 has no image_src"):
+        read_mmhal(put(tmp_path / "m.json", [{"image_id": 1, "question": "a"}]))
+
+
+# ---- pictures ----
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def gradient(mode="RGB", size=(8, 6)):
+    width, height = size
+    values = np.stack(np.broadcast_arrays(np.linspace(0, 255, width)[None], np.linspace(255, 0, height)[:, None], 90), -1).astype(np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+MODES = "RGB.png RGB.bmp L.png 1.png P.png P.gif CMYK.tif YCbCr.tif RGBA.png LA.png"
+
+
+@pytest.mark.parametrize("kind", MODES.split())
+def test_every_mode_loads_as_the_rgb_that_pil_converts_to(tmp_path, kind):
+    mode, ending = kind.split(".")
+    path = saved(tmp_path / f"a.{ending}", gradient(mode))
+    image = load_image(path)
+    assert image.mode == "RGB" and image.size == (8, 6)
+    with Image.open(path) as raw:
+        assert np.array_equal(image, raw.convert("RGB"))
+
+
+def test_cmyk_jpeg_keeps_its_colours(tmp_path):
+    red = Image.new("RGB", (16, 16), (250, 10, 10))
+    assert np.abs(np.asarray(load_image(saved(tmp_path / "a.jpg", red.convert("CMYK"), quality=95)), int) - [250, 10, 10]).max() < 12
+
+
+def test_palette_with_transparency_keeps_its_colours(tmp_path):
+    image = gradient("P", (16, 16))
+    for transparency in (3, bytes(range(256))):
+        path = saved(tmp_path / "a.png", image, transparency=transparency)
+        assert np.array_equal(load_image(path), image.convert("RGB"))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 128, 129, 257, 32768, 65407, 65535]], np.uint16)
+    expected = np.round(values / 257).astype(int)
+    for ending, stored in (("png", values), ("tif", values), ("tif", values.astype(">u2"))):
+        Image.fromarray(stored).save(tmp_path / f"a.{ending}")
+        assert np.array_equal(np.asarray(load_image(tmp_path / f"a.{ending}"))[..., 0], expected)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "i.tif")
+    assert np.array_equal(np.asarray(load_image(tmp_path / "i.tif"))[..., 0], expected)
+
+
+def test_values_of_unknown_range_are_refused(tmp_path):
+    for values in (np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32)):
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match="a.tif: .*range of values is unknown"):
+            load_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", gradient(), exif=exif)
+    image = load_image(path)
+    with Image.open(path) as raw:
+        assert np.array_equal(image, ImageOps.exif_transpose(raw))
+    assert np.array_equal(ImageOps.exif_transpose(image), image)  # as a processor may do again
+
+
+def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0"):
+        path = saved(tmp_path / "a.jpg", gradient(), exif=exif)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow may say that the EXIF data are corrupt
+            assert load_image(path).size == (8, 6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (20000, 10), (10, 20000)])
+def test_pictures_of_extreme_shape_load(tmp_path, size):
+    assert load_image(saved(tmp_path / "a.png", gradient(size=size))).size == size
+
+
+def test_a_picture_over_pillows_warning_loads_and_one_over_our_limit_does_not(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.png", Image.new("1", (10000, 10000)))  # 100 Mpixel: Pillow alone would warn
+    with Image.open(path) as image:
+        assert image.size == (10000, 10000)
+    monkeypatch.setattr(samples, "PIXEL_LIMIT", 99_000_000)
+    with pytest.raises(ValueError, match="10000 x 10000 pixels, more than 99 million"):
+        load_image(path)
+
+
+def test_unreadable_pictures_are_named_in_one_line(tmp_path):
+    buffer = io.BytesIO()
+    gradient(size=(64, 64)).save(buffer, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[:400])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("cut", "text", "empty", "folder"):
+        with pytest.raises(ValueError, match=rf"{name}\.jpg: not a readable picture") as caught:
+            load_image(tmp_path / f"{name}.jpg")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg: no such picture"):
+        load_image(tmp_path / "none.jpg")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_picture_loads_or_raises_one_of_the_two_errors(tmp_path_factory, data):
+    ending = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]))
+    buffer = io.BytesIO()
+    gradient(size=(24, 16)).save(buffer, ending)
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    path = tmp_path_factory.getbasetemp() / "fuzzed"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert load_image(path).mode == "RGB"
+        except (ValueError, FileNotFoundError) as error:
+            assert "fuzzed" in str(error)
