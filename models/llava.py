@@ -10,6 +10,10 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from cli import UsageError
+from grid import PatchGrid
+from models import Family, Parts, generic
+
 
 class VisionEmbedNorm(nn.Module):
     """scale * clip(w * x / rms(x), max_norm) per vision token. x (..., d) -> (..., d); statistics in float32."""
@@ -52,3 +56,81 @@ class NormedLlava(LlavaForConditionalGeneration):
         post_layernorm = self.model.vision_tower.post_layernorm if getattr(config, "vision_feature_post_layernorm", False) else None
         self.model.multi_modal_projector = NormedProjector(config, post_layernorm)
         self.post_init()
+
+
+# --- the family -------------------------------------------------------------------------------------------------------------
+
+SYSTEM = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the human's questions."
+TEMPLATES = {  # by text model type: (system, user turn up to the answer)
+    "llama": ("{system} ", "USER: <image>\n{question} ASSISTANT:"),
+    "mistral": ("", "[INST] <image>\n{question} [/INST]"),
+    "phi3": ("<|system|>\n{system}<|end|>\n", "<|user|>\n<image>\n{question}<|end|>\n<|assistant|>\n"),
+    "qwen2": ("<|im_start|>system\n{system}<|im_end|>\n", "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n"),
+}
+
+
+def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False):
+    from common import checked
+
+    normed = getattr(config, "vision_embed_norm", None) or getattr(config, "vision_feature_post_layernorm", False)
+    kind = NormedLlava if normed else LlavaForConditionalGeneration
+    model = checked(kind.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True), path)
+    return model, generic.load_processor(path, trust_remote_code)
+
+
+def parts(model):
+    base = model.model
+    return Parts(base.language_model, list(base.language_model.layers), base.language_model.norm, model.lm_head, base.vision_tower, base.multi_modal_projector)
+
+
+def prompt(vlm, question, system):
+    """For processors without a chat template: by the type of the text model."""
+    kind = vlm.model.config.text_config.model_type
+    if kind not in TEMPLATES:
+        raise UsageError(f"{vlm.path}: no chat template and no known prompt for text model {kind!r}; give --prompt_template")
+    head, turn = TEMPLATES[kind]
+    return (head.replace("{system}", system) if system else "") + turn.replace("{question}", question)
+
+
+def region(image_processor, size):
+    """The part of the original picture, in its pixels, that the preprocessed square shows: (x0, y0, x1, y1); beyond the picture where it was padded."""
+    width, height = size
+    x0 = y0 = 0.0
+    if getattr(image_processor, "do_pad", False) and width != height:
+        side = max(width, height)
+        x0, y0, width, height = -((side - width) // 2), -((side - height) // 2), side, side
+    scale_x = scale_y = 1.0
+    new_width, new_height = width, height
+    if image_processor.do_resize:
+        edge = image_processor.size.get("shortest_edge")
+        if edge:
+            new_height, new_width = get_resize_output_image_size((height, width), edge)
+        else:
+            new_height, new_width = image_processor.size["height"], image_processor.size["width"]
+        scale_x, scale_y = new_width / width, new_height / height
+    if image_processor.do_center_crop:
+        crop_width, crop_height = image_processor.crop_size["width"], image_processor.crop_size["height"]
+        left, top = (new_width - crop_width) // 2, (new_height - crop_height) // 2
+        new_width, new_height = crop_width, crop_height
+        return x0 + left / scale_x, y0 + top / scale_y, x0 + (left + new_width) / scale_x, y0 + (top + new_height) / scale_y
+    return x0, y0, x0 + width, y0 + height
+
+
+def get_resize_output_image_size(shape, edge):
+    """(height, width) after scaling the shorter side to `edge`, as transformers rounds it."""
+    height, width = shape
+    short, long = (width, height) if width <= height else (height, width)
+    new_short, new_long = edge, int(edge * long / short)
+    return (new_long, new_short) if width <= height else (new_short, new_long)
+
+
+def grid(vlm, size, inputs):
+    """One cell per patch of the preprocessed square, CLS dropped."""
+    rows, columns = (side // vlm.processor.patch_size for side in inputs["pixel_values"].shape[-2:])
+    return PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
+
+
+FAMILY = Family(
+    name="llava", model_types=("llava",), architectures=("LlavaForConditionalGeneration", "NormedLlava"), load=load, parts=parts, grid=grid, prompt=prompt,
+    positions=generic.positions, rotary=generic.rotary, default_system=SYSTEM, has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
+)  # fmt: skip

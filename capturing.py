@@ -1,0 +1,415 @@
+"""Measure inside the forward pass, change what the decoder reads, and decode: capture(), edit(), generate(), check().
+
+Attention runs through transformers' AttentionInterface: SDPA makes the output, and only the rows that a probe asked for are computed a second time,
+in float32, from the query and keys that SDPA got. Layers are recognised by module identity. Nothing leaves the device before a batch is done."""
+
+import contextlib
+import hashlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cli import UsageError
+from common import GROUPS, PAD
+
+NAME = "vlm_capture"
+VISION = GROUPS.index("vision")
+_active = None  # the capture or edit in progress
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions. inv_freq (h,): dimension j turns with j + h (half-split) by position * inv_freq[j]; dimensions past 2h do not turn."""
+
+    inv_freq: torch.Tensor
+
+    def turn(self, x, delta):
+        """x (..., D) rotated by `delta` positions, in float32."""
+        half = len(self.inv_freq)
+        angle = delta * self.inv_freq.to(x.device)
+        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), x[..., 2 * half :].float()], -1)
+
+    def rate(self, x):
+        """Derivative of turn(x, delta) with respect to delta at 0."""
+        half = len(self.inv_freq)
+        speed = self.inv_freq.to(x.device)
+        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+        return torch.cat([-b * speed, a * speed, torch.zeros_like(x[..., 2 * half :], dtype=torch.float32)], -1)
+
+
+class Row:
+    """One query row of one layer. query (B, H, D), key (B, H_kv, K, D) as attention got them; scores and weights (B, H, K) float32."""
+
+    def __init__(self, module, query, key, mask, options, index=-1):
+        self.query, self.key = query[:, :, index], key
+        scaling = options.get("scaling")
+        self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.softcap = options.get("softcap")
+        self.bias = options.get("position_bias")
+        self.mask = None if mask is None else mask[:, :, index]
+        self.bias = None if self.bias is None else self.bias[:, :, index].float()
+        self.index = index
+        self._weights = None
+
+    def dot(self, query):
+        """Scaled scores (B, H, K) of any query (B, H, D) against this row's keys; grouped-query attention shares keys between heads. No mask."""
+        rows, heads, depth = query.shape
+        shared = self.key.shape[1]
+        scores = (query.float() * self.scaling).view(rows, shared, heads // shared, depth) @ self.key.float().transpose(-1, -2)
+        return scores.flatten(1, 2)
+
+    @property
+    def scores(self):
+        scores = self.dot(self.query)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.bias is not None:
+            scores = scores + self.bias
+        if self.mask is not None:
+            scores = scores.masked_fill(~self.mask, float("-inf")) if self.mask.dtype == torch.bool else scores + self.mask.float()
+        return scores
+
+    @property
+    def weights(self):
+        if self._weights is None:
+            self._weights = self.scores.softmax(-1)
+        return self._weights
+
+
+def _attention(module, query, key, value, attention_mask, **options):
+    """SDPA for the output; then what the capture in progress wants of this layer."""
+    current = _active
+    if current is not None and current.attention_edit is not None and module in current.layer_of:
+        query, key, value, attention_mask = current.attention_edit(current.layer_of[module], query, key, value, attention_mask)
+    if options.get("softcap") is not None:
+        output = _softcapped(module, query, key, value, attention_mask, **options)
+    else:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if current is not None and module in current.layer_of:
+        layer = current.layer_of[module]
+        causal = options.get("is_causal")
+        if not (getattr(module, "is_causal", True) if causal is None else causal) and attention_mask is None and query.shape[2] > 1:
+            raise UsageError("bidirectional attention in the decoder: the last row of the prompt is not a query row there")
+        row = Row(module, query, key, attention_mask, options)
+        for probe in current.probes:
+            probe.attention(layer, row)
+        if current.inspect is not None:
+            current.inspect(layer, module, row, value, output)
+    return output, None
+
+
+def _softcapped(module, query, key, value, mask, scaling=None, softcap=None, **_):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.tanh(query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling) / softcap) * softcap
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class _Active:
+    def __init__(self, layer_of, probes, attention_edit=None, inspect=None):
+        self.layer_of, self.probes, self.attention_edit, self.inspect = layer_of, probes, attention_edit, inspect
+
+
+@contextlib.contextmanager
+def capture(vlm, probes=(), attention_edit=None, inspect=None):
+    """Run forward passes under measurement.
+
+        with capture(vlm, [mass := GroupMass(vlm, batch)]):
+            answer = generate(vlm, batch, max_new_tokens=32)
+
+    probes: objects with begin(), attention(layer, Row), hidden(index, states) and end() per forward pass. attention_edit(layer, query, key, value, mask)
+    -> the same four, changed. Leaves no trace: hooks, attention setting and the capture itself are gone after it, also after an exception."""
+    global _active
+    if _active is not None:
+        raise RuntimeError("captures do not nest: give one capture all probes")
+    decoder, layers = vlm.parts.decoder, vlm.parts.layers
+    layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
+    before, hooks = decoder.config._attn_implementation, []
+    # hooks and the attention function both run inside the pass; a probe that wants neither costs nothing
+    wants_hidden = [probe for probe in probes if getattr(probe, "wants_hidden", False)]
+
+    def begin(module, args, kwargs):
+        for probe in probes:
+            probe.begin()
+
+    def end(module, args, output):
+        for probe in probes:
+            probe.end()
+
+    def state(index):
+        def hook(module, args, output):
+            states = output[0] if isinstance(output, tuple) else output
+            for probe in wants_hidden:
+                probe.hidden(index, states)
+
+        return hook
+
+    def first(module, args, kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        for probe in wants_hidden:
+            probe.hidden(0, states)
+
+    try:
+        hooks.append(decoder.register_forward_pre_hook(begin, with_kwargs=True))
+        hooks.append(decoder.register_forward_hook(end))
+        if wants_hidden:
+            hooks.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+            hooks += [layer.register_forward_hook(state(i + 1)) for i, layer in enumerate(layers)]
+        decoder.set_attn_implementation(NAME)
+        _active = _Active(layer_of, list(probes), attention_edit, inspect)
+        yield
+    finally:
+        _active = None
+        for hook in hooks:
+            hook.remove()
+        decoder.set_attn_implementation(before)
+
+
+class Probe:
+    """What a capture calls; a probe overrides what it needs. step counts forward passes: 0 is the prefill."""
+
+    wants_hidden = False
+    step = -1
+
+    def begin(self):
+        self.step += 1
+
+    def attention(self, layer, row):
+        pass
+
+    def hidden(self, index, states):
+        pass
+
+    def end(self):
+        pass
+
+
+def group_columns(groups, length):
+    """One-hot groups of the keys (B, length, G) float32; positions after the prompt are generated tokens, padding is in no group."""
+    codes = torch.nn.functional.pad(groups, (0, length - groups.shape[1]), value=GROUPS.index("generated"))
+    return torch.nn.functional.one_hot(codes.clamp(min=0), len(GROUPS)).float() * (codes != PAD)[..., None]
+
+
+class GroupMass(Probe):
+    """Attention mass of each token group in the last row of every pass. mass: a list over steps of (L, B, H, G) float32; sums to 1 over G."""
+
+    def __init__(self, batch, max_new_tokens=0):
+        self.columns = group_columns(batch.groups, batch.groups.shape[1] + max_new_tokens)
+        self.mass = []
+
+    def begin(self):
+        super().begin()
+        self.layers = {}
+
+    def attention(self, layer, row):
+        self.layers[layer] = row.weights @ self.columns[:, : row.key.shape[2]]
+
+    def end(self):
+        self.mass.append(torch.stack([self.layers[layer] for layer in sorted(self.layers)]))
+
+
+class HiddenNorms(Probe):
+    """L2 norms of the residual stream at every prompt position, prefill only. norms (B, L + 1, T) float32: index 0 the embeddings, l + 1 the output of
+    layer l before the final norm; final: a norm to apply to the last one, as Hugging Face's hidden_states do. Beyond Semantics, section 2.3 of our
+    study; rms = l2 / sqrt(d)."""
+
+    wants_hidden = True
+
+    def __init__(self, kind="l2", final=None, num_layers=None):
+        self.kind, self.final, self.num_layers, self._states = kind, final, num_layers, {}
+
+    def hidden(self, index, states):
+        if self.step == 0:
+            if self.final is not None and index == self.num_layers:
+                states = self.final(states)
+            norm = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
+            self._states[index] = norm / states.shape[-1] ** 0.5 if self.kind == "rms" else norm
+
+    @property
+    def norms(self):
+        return torch.stack([self._states[index] for index in sorted(self._states)], 1)
+
+
+class RopeShift(Probe):
+    """How the last prompt row reacts when all vision tokens move `delta` positions towards it; each layer alone, nothing propagates.
+
+    q . R(delta) k = R(-delta) q . k, so one more row of scores per delta suffices. Gives (L, B, H) float32 tensors: alphaV, share_prod_notV,
+    and with a leading axis over deltas delta_gv = sum_v alpha_v / alphaV (z'_v - z_v) / delta and delta_alphaV = alphaV' - alphaV; and
+    delta_gv_derivative, the limit of delta_gv. NaN where alphaV is 0. keep (B, K) bool: keys that count (default all; the paper's
+    --restrict_to_past leaves out the row's own key). Beyond Semantics, section 2.6 of our study."""
+
+    def __init__(self, batch, rotary, deltas, restrict_to_past=False):
+        self.rotary, self.deltas, self.restrict = rotary, list(deltas), restrict_to_past
+        self.vision = batch.groups == VISION
+        self._found = {}
+
+    def attention(self, layer, row):
+        if self.step > 0:
+            return
+        if row.softcap is not None:
+            raise UsageError("the closed form of the RoPE probe does not hold for softcapped scores")
+        scores, plain = row.scores, row.dot(row.query)
+        if self.restrict:
+            scores = scores.clone()
+            scores[..., -1] = float("-inf")
+        weights = scores.softmax(-1)
+        vision = self.vision[:, None]
+        alpha = (weights * vision).sum(-1)
+        inside = weights * vision / alpha[..., None]
+
+        def mean_over_vision(change):
+            return (inside * change).nan_to_num().sum(-1).where(alpha > 0, float("nan"))
+
+        found = {"alphaV": alpha, "share_prod_notV": alpha * (1 - alpha), "delta_gv": [], "delta_alphaV": []}
+        for delta in self.deltas:
+            change = row.dot(self.rotary.turn(row.query, -delta)) - plain
+            found["delta_gv"].append(mean_over_vision(change) / delta if delta else torch.zeros_like(alpha))
+            found["delta_alphaV"].append(((scores + change * vision).softmax(-1) * vision).sum(-1) - alpha)
+        found["delta_gv"], found["delta_alphaV"] = torch.stack(found["delta_gv"]), torch.stack(found["delta_alphaV"])
+        found["delta_gv_derivative"] = mean_over_vision(-row.dot(self.rotary.rate(row.query)))
+        self._found[layer] = found
+
+    def __getitem__(self, name):
+        """alphaV, share_prod_notV, delta_gv_derivative: (L, B, H); delta_gv, delta_alphaV: (deltas, L, B, H)."""
+        values = [self._found[layer][name] for layer in sorted(self._found)]
+        return torch.stack(values, 1 if values[0].ndim == 3 else 0)
+
+
+class VisionRows(Probe):
+    """Attention of each step's row to every vision token, averaged over heads and layers after BOS is left out and the rest renormalised per layer.
+
+    rows: a list over steps of (B, T) float32 over the padded prompt, 0 off the vision tokens. Beyond Semantics, section 2.7 of our study."""
+
+    def __init__(self, batch, num_layers):
+        self.bos, self.vision, self.num_layers = batch.groups == GROUPS.index("bos"), batch.groups == VISION, num_layers
+        self.rows = []
+
+    def begin(self):
+        super().begin()
+        self.sum = 0
+
+    def attention(self, layer, row):
+        mean = row.weights.mean(1)
+        prompt = mean[:, : self.bos.shape[1]]
+        rest = 1 - (prompt * self.bos).sum(-1, keepdim=True)
+        self.sum = self.sum + prompt * self.vision / rest
+
+    def end(self):
+        self.rows.append(self.sum / self.num_layers)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    """ids: generated ids of each sample, its EOS included; steps (B,): how many producing steps count; logprobs (B, N) of the chosen ids, NaN past the end."""
+
+    ids: list
+    steps: torch.Tensor
+    logprobs: torch.Tensor
+
+
+def _takes(model, name):
+    return name in inspect.signature(model.forward).parameters
+
+
+def prefill(vlm, batch, features=None, cache=None):
+    """One pass over the prompt. features: vlm.vision(batch) if it was computed before. Returns the model's output with a cache."""
+    features = vlm.vision(batch) if features is None else features
+    options = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": True, "past_key_values": cache}
+    if _takes(vlm.model, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    if _takes(vlm.model, "mm_encoder_outputs"):
+        return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, **options)
+    embeds = vlm.model.get_input_embeddings()(batch.input_ids)
+    place = (batch.groups == VISION)[..., None]
+    embeds = embeds.masked_scatter(place, torch.cat(features.pooler_output).to(embeds))
+    return vlm.model(inputs_embeds=embeds, **options)
+
+
+def _noise(seed, sample_id, step, size, device):
+    """Uniform noise that depends on (seed, item, step) only."""
+    digest = hashlib.sha256(f"{seed}|{sample_id}|{step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.rand(size, generator=generator).to(device)
+
+
+@torch.inference_mode()
+def generate(vlm, batch, max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, seed=0, answers=None, features=None):
+    """Greedy or sampled decoding, one producing step per token, under whatever capture is active.
+
+    answers: ids to be produced instead, one list per sample (teacher forcing); else stops at EOS. The forward passes are the prefill and one cached
+    pass per further token, so step s of a probe is the row that predicted token s."""
+    eos = torch.tensor(sorted(vlm.eos_ids), device=vlm.device)
+    size, device = len(batch.samples), vlm.device
+    output = prefill(vlm, batch, features)
+    mask, position = batch.attention_mask, batch.next_position
+    lengths = None if answers is None else torch.tensor([len(ids) for ids in answers], device=device)
+    limit = max_new_tokens if answers is None else int(lengths.max())
+    if answers is not None and int(lengths.min()) < 1:
+        raise ValueError("an answer to be measured is empty")
+    chosen, logprobs, steps, alive = [], [], torch.zeros(size, dtype=torch.long, device=device), torch.ones(size, dtype=torch.bool, device=device)
+    for step in range(limit):
+        logits = output.logits[:, -1].float()
+        if answers is not None:
+            token = torch.tensor([ids[min(step, len(ids) - 1)] for ids in answers], device=device)
+            alive = step < lengths
+        elif do_sample:
+            probabilities = (logits / temperature).softmax(-1)
+            ordered, order = probabilities.sort(-1, descending=True)
+            ordered[(ordered.cumsum(-1) - ordered) > top_p] = 0
+            noise = torch.stack([_noise(seed, sample.id, step, ordered.shape[-1], device) for sample in batch.samples])
+            token = order.gather(-1, (ordered / -noise.clamp_min(1e-20).log()).argmax(-1, keepdim=True))[:, 0]  # exponential race: a draw from `ordered`
+        else:
+            token = logits.argmax(-1)
+        logprobs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0].where(alive, float("nan")))
+        chosen.append(token)
+        steps += alive
+        if answers is None:
+            alive = alive & ~torch.isin(token, eos)
+        if step + 1 == limit or (answers is None and not alive.any()):
+            break
+        mask = torch.cat([mask, mask.new_ones(size, 1)], 1)
+        now = position + step
+        positions = now[:, None] if batch.position_ids.ndim == 2 else now[None, :, None].expand(len(batch.position_ids), -1, -1)
+        output = vlm.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=output.past_key_values, use_cache=True)
+    table = torch.stack(chosen, 1).tolist()
+    ids = [row[:n] for row, n in zip(table, steps.tolist(), strict=True)]
+    return Generation(ids, steps, torch.stack(logprobs, 1))
+
+
+def answer_ids(vlm, prompt, answer):
+    """Ids of a given answer after a prompt, with EOS. answer: text, or ids as they were generated."""
+    if not isinstance(answer, str):
+        return [int(i) for i in answer]
+    lead = vlm.tokenizer(prompt[-1], add_special_tokens=False)["input_ids"]
+    text = prompt[-1] + ("" if prompt[-1].isspace() else " ") + answer
+    ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[len(lead) :] + [min(vlm.eos_ids)] if ids[: len(lead)] == lead else vlm.tokenizer(answer, add_special_tokens=False)["input_ids"] + [min(vlm.eos_ids)]
+
+
+def with_eos(vlm, batch):
+    """The batch with one EOS token after each prompt, in no group of the prompt's: the published RoPE probe's query row."""
+    from dataclasses import replace
+
+    size = len(batch.samples)
+    column = batch.next_position[:, None] if batch.position_ids.ndim == 2 else batch.next_position[None, :, None].expand(len(batch.position_ids), -1, -1)
+    return replace(
+        batch, input_ids=torch.cat([batch.input_ids, batch.input_ids.new_full((size, 1), min(vlm.eos_ids))], 1),
+        attention_mask=torch.cat([batch.attention_mask, batch.attention_mask.new_ones(size, 1)], 1), position_ids=torch.cat([batch.position_ids, column], -1),
+        next_position=batch.next_position + 1, groups=torch.cat([batch.groups, batch.groups.new_full((size, 1), GROUPS.index("generated"))], 1),
+    )  # fmt: skip

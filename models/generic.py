@@ -1,0 +1,52 @@
+"""Any model that follows the conventions of transformers 5: get_decoder(), get_image_features(), image_token_id, a processor with a chat template.
+
+The grid of its vision tokens cannot be known from these conventions: what needs one says so. Parts that a family file shares are defined here."""
+
+import contextlib
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from models import Family, Parts
+
+PIL_BACKEND = {"backend": "pil"}  # image processors on PIL, also where torchvision is installed, so that numbers agree between machines
+
+
+def load(path, config, dtype, device_map=None, trust_remote_code=False, **_):
+    from common import checked
+
+    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    model = checked(AutoModelForImageTextToText.from_pretrained(path, config=config, output_loading_info=True, **options), path)
+    return model, load_processor(path, trust_remote_code)
+
+
+def load_processor(path, trust_remote_code=False):
+    return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **PIL_BACKEND)
+
+
+def parts(model):
+    """Decoder, its layers and final norm, LM head, tower and connector by transformers' own accessors; AttributeError where one is missing."""
+    decoder = model.get_decoder()
+    tower = None
+    with contextlib.suppress(AttributeError, ValueError, TypeError):
+        tower = model.get_encoder(modality="image")
+    base = getattr(model, "model", model)
+    connector = next((getattr(base, name) for name in ("multi_modal_projector", "connector", "mm_projector", "aligner") if hasattr(base, name)), None)
+    return Parts(decoder, list(decoder.layers), decoder.norm, model.get_output_embeddings(), tower, connector)
+
+
+def positions(vlm, input_ids, attention_mask, image_inputs):
+    """Positions 0, 1, 2, ... of each row without its padding: (B, T), and the next one (B,)."""
+    ids = attention_mask.cumsum(-1) - 1
+    return ids.clamp(min=0), ids[:, -1] + 1
+
+
+def rotary(vlm):
+    """Half-split rotary positions with one set of frequencies for all layers; None where the decoder has none."""
+    from capturing import Rotary
+
+    embedding = getattr(vlm.parts.decoder, "rotary_emb", None)
+    frequencies = getattr(embedding, "inv_freq", None)
+    return None if frequencies is None else Rotary(frequencies.float())
+
+
+FAMILY = Family(name="generic", model_types=(), load=load, parts=parts, positions=positions, rotary=rotary, has=frozenset({"decoder-only", "rotary"}))
