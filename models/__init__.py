@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-FAMILIES = ("llava", "qwen2_5_vl")
+FAMILIES = ("llava_original", "llava", "qwen2_5_vl")
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Family:
     name: str
     model_types: tuple  # config.model_type
     architectures: tuple = ()  # config.architectures, for types that share a model_type
+    read_config: Callable = None  # (path, config.json as a dict) -> config, for layouts that transformers does not read
     load: Callable = None  # (path, config, **options) -> (model, processor)
     parts: Callable = None  # (model) -> Parts
     grid: Callable = None  # (vlm, image size (width, height), image inputs of one sample) -> grid.PatchGrid, or None: the grid is unknown

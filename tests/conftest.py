@@ -1,0 +1,132 @@
+"""Small random models in real folders, built from configs. Attention of random weights is nearly uniform and hides errors, so q and k are scaled up."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import common
+from data.scenes import floor_scene, render
+from samples import Sample
+
+ROOT = Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("tiny", ROOT / "checkpoints" / "tiny.py")
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def sharpen(model, layers):
+    """Scale q and k until the median entropy of the attention rows is under half of uniform."""
+    ids = torch.randint(10, 500, (1, 60), generator=torch.Generator().manual_seed(0))
+    decoder, before = model.get_decoder(), model.get_decoder().config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    for _ in range(40):
+        with torch.no_grad():
+            maps = torch.stack(decoder(inputs_embeds=model.get_input_embeddings()(ids), output_attentions=True).attentions)[:, 0, :, 30:]
+        entropy = -(maps * maps.clamp_min(1e-20).log()).sum(-1) / torch.arange(31, 61).log()
+        if entropy.median() < 0.5:
+            break
+        for layer in layers:
+            layer.self_attn.q_proj.weight.data *= 1.3
+            layer.self_attn.k_proj.weight.data *= 1.3
+    else:
+        raise AssertionError("attention stayed flat")
+    decoder.set_attn_implementation(before)
+    return model
+
+
+def build_llava(folder, **text):
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny.make_tokenizer(folder)
+    config = tiny.make_config(tokenizer)
+    for name, value in text.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    for p in model.model.vision_tower.parameters():
+        p.data *= 3  # different patches are to get different features
+    sharpen(model, model.model.language_model.layers).save_pretrained(folder)
+    tiny.make_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def build_qwen(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny.make_tokenizer(folder)
+    tokenizer.add_bos_token = False
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = QWEN_TEMPLATE
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}, "eos_token_id": ids["<|im_end|>"], "bos_token_id": None,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for p in model.model.visual.parameters():
+        p.data *= 3
+    sharpen(model, model.model.language_model.layers).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """{name: folder} of the random models: LLaVA with as many key as query heads, with grouped queries, and Qwen2.5-VL."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llava": build_llava(root / "llava"),
+        "llava-gqa": build_llava(root / "llava-gqa", num_key_value_heads=2),
+        "qwen": build_qwen(root / "qwen"),
+    }
+
+
+@pytest.fixture(scope="session")
+def load(folders):
+    """load(name) -> VLM, loaded once a session."""
+    loaded = {}
+
+    def get(name):
+        if name not in loaded:
+            loaded[name] = common.load_model(folders[name], self_check=False)
+        return loaded[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    rng = random.Random(3)
+    return [render(floor_scene(rng, 3, square=square)) for square in (True, False, False)]
+
+
+QUESTIONS = ["Is there a red circle in the image?", "Describe the image.", "Compared to blue square, is red circle far or close from you? Answer with only one word."]
+
+
+@pytest.fixture(scope="session")
+def batch_of(pictures):
+    """batch_of(vlm, rows) -> Batch of the demo questions, of different lengths so that rows are padded."""
+
+    def make(vlm, rows=(0, 1, 2), **options):
+        return vlm.encode([Sample(str(i), None, QUESTIONS[i]) for i in rows], [pictures[i] for i in rows], **options)
+
+    return make
