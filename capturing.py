@@ -83,24 +83,60 @@ class Row:
 
 def _attention(module, query, key, value, attention_mask, **options):
     """SDPA for the output; then what the capture in progress wants of this layer."""
-    current = _active
-    if current is not None and current.attention_edit is not None and module in current.layer_of:
-        query, key, value, attention_mask = current.attention_edit(current.layer_of[module], query, key, value, attention_mask)
-    if options.get("softcap") is not None:
-        output = _softcapped(module, query, key, value, attention_mask, **options)
-    else:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if current is not None and module in current.layer_of:
-        layer = current.layer_of[module]
-        causal = options.get("is_causal")
-        if not (getattr(module, "is_causal", True) if causal is None else causal) and attention_mask is None and query.shape[2] > 1:
-            raise UsageError("bidirectional attention in the decoder: the last row of the prompt is not a query row there")
+
+    def kernel(query, mask):
+        if options.get("softcap") is not None:
+            return _softcapped(module, query, key, value, mask, **options)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+    output = kernel(query, attention_mask)
+    layer = _active.layer_of.get(module) if _active is not None else None
+    if layer is None:
+        return output, None
+    blocked = _blocked(layer, query, key)
+    if blocked is not None:  # only the blocked rows are made again, so that all others stay bit-identical
+        base = _full_mask(module, query, key, attention_mask, options)
+        attention_mask = base & ~blocked if base.dtype == torch.bool else base.masked_fill(blocked, torch.finfo(base.dtype).min)
+        rows = blocked.any(-1)[:, 0]  # (B, Q)
+        if not (attention_mask[rows[:, None].expand(-1, base.shape[1], -1)].any(-1) if base.dtype == torch.bool else torch.ones(1)).all():
+            raise UsageError("a block leaves a query row without any key")
+        index = rows.any(0).nonzero()[:, 0]
+        again = kernel(query[:, :, index], attention_mask[:, :, index])
+        output = output.clone()
+        output[:, index] = torch.where(rows[:, index, None, None], again, output[:, index])
+    if _active.probes or _active.inspect:
         row = Row(module, query, key, attention_mask, options)
-        for probe in current.probes:
+        for probe in _active.probes:
             probe.attention(layer, row)
-        if current.inspect is not None:
-            current.inspect(layer, module, row, value, output)
+        if _active.inspect is not None:
+            _active.inspect(layer, row, value, output)
     return output, None
+
+
+def _blocked(layer, query, key):
+    """(B, 1, Q, K) bool of the blocks that act in a layer, None if nothing is blocked in this pass."""
+    found = None
+    for block in _active.blocks:
+        if block.layers is not None and layer not in block.layers:
+            continue
+        total, count = key.shape[2], query.shape[2]
+        reach = max(0, total - block.queries.shape[1]), max(0, total - block.keys.shape[1])
+        queries = torch.nn.functional.pad(block.queries, (0, reach[0]))[:, total - count : total]
+        keys = torch.nn.functional.pad(block.keys, (0, reach[1]))[:, :total]
+        here = (queries[:, :, None] & keys[:, None, :])[:, None]
+        found = here if found is None else found | here
+    return found if found is not None and found.any() else None
+
+
+def _full_mask(module, query, key, mask, options):
+    """The mask of a pass as a tensor: what transformers left out because the kernel is causal or full by itself."""
+    if mask is not None:
+        return mask
+    count, total = query.shape[2], key.shape[2]
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    full = torch.ones(count, total, dtype=torch.bool, device=query.device)
+    return (full.tril(total - count) if causal else full)[None, None].expand(query.shape[0], 1, -1, -1)
 
 
 def _softcapped(module, query, key, value, mask, scaling=None, softcap=None, **_):
@@ -118,27 +154,67 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Attention that is cut: no query position of `queries` sees a key position of `keys`, both (B, >= T) bool over padded positions (generated tokens
+    follow the prompt; positions past the end are not blocked), in `layers` (indices; None: all)."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    layers: frozenset | None = None
+
+
+@dataclass
 class _Active:
-    def __init__(self, layer_of, probes, attention_edit=None, inspect=None):
-        self.layer_of, self.probes, self.attention_edit, self.inspect = layer_of, probes, attention_edit, inspect
+    layer_of: dict
+    probes: list
+    blocks: list
+    inspect: object
 
 
 @contextlib.contextmanager
-def capture(vlm, probes=(), attention_edit=None, inspect=None):
+def edit(vlm, embeddings=(), blocks=(), probes=()):
+    """Change what the decoder computes, and measure under the change.
+
+        with edit(vlm, blocks=[Block(last_row, object_tokens, frozenset(range(8)))], probes=[mass]):
+            answer = generate(vlm, batch, 1)
+
+    embeddings: (row, positions (n,), values (n, d)) to put in place of the decoder's inputs in the prefill; blocks: see Block. Vision tokens as a whole
+    are changed in features.pooler_output, which generate() takes. Query rows that no block names stay bit-identical."""
+
+    def replace(module, args, kwargs):
+        states = kwargs["inputs_embeds"]
+        if states.shape[1] > 1:
+            states = states.clone()
+            for row, positions, values in embeddings:
+                states[row, positions] = values.to(states)
+            kwargs["inputs_embeds"] = states
+        return args, kwargs
+
+    hook = vlm.parts.decoder.register_forward_pre_hook(replace, with_kwargs=True) if embeddings else None
+    try:
+        with capture(vlm, probes, blocks):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def capture(vlm, probes=(), blocks=(), inspect=None):
     """Run forward passes under measurement.
 
         with capture(vlm, [mass := GroupMass(vlm, batch)]):
             answer = generate(vlm, batch, max_new_tokens=32)
 
-    probes: objects with begin(), attention(layer, Row), hidden(index, states) and end() per forward pass. attention_edit(layer, query, key, value, mask)
-    -> the same four, changed. Leaves no trace: hooks, attention setting and the capture itself are gone after it, also after an exception."""
+    probes: objects with begin(), attention(layer, Row), hidden(index, states) and end() per forward pass. inspect(layer, Row, value, output): for tests.
+    Leaves no trace: hooks, attention setting and the capture itself are gone after it, also after an exception."""
     global _active
     if _active is not None:
         raise RuntimeError("captures do not nest: give one capture all probes")
     decoder, layers = vlm.parts.decoder, vlm.parts.layers
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
     before, hooks = decoder.config._attn_implementation, []
-    # hooks and the attention function both run inside the pass; a probe that wants neither costs nothing
     wants_hidden = [probe for probe in probes if getattr(probe, "wants_hidden", False)]
 
     def begin(module, args, kwargs):
@@ -169,7 +245,7 @@ def capture(vlm, probes=(), attention_edit=None, inspect=None):
             hooks.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
             hooks += [layer.register_forward_hook(state(i + 1)) for i, layer in enumerate(layers)]
         decoder.set_attn_implementation(NAME)
-        _active = _Active(layer_of, list(probes), attention_edit, inspect)
+        _active = _Active(layer_of, list(probes), list(blocks), inspect)
         yield
     finally:
         _active = None

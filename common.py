@@ -148,9 +148,10 @@ def load_model(
             raise UsageError(f"{path}: --image_aspect pad works for LLaVA-type image processors only")
         processor.image_processor.do_pad = True
     if self_check:
-        from capturing import check
+        from selfcheck import check
 
-        check(vlm)
+        if note := check(vlm):
+            print(f"{path}: {note}")
     return vlm
 
 

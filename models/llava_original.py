@@ -117,7 +117,8 @@ def find_tower(path, raw, vision_tower_path):
         return Path(vision_tower_path), []
     if vision_tower_path and not is_hub_id(vision_tower_path):
         raise UsageError(f"--vision_tower_path {vision_tower_path}: no config.json there, so it is no vision tower")
-    folders = [Path(name), Path(path).absolute().parent / Path(name).name] if name and not vision_tower_path else []
+    beside = (Path(path).absolute().parent, (Path(path) / "tokenizer.model").resolve().parent.parent)  # the second where the files are links
+    folders = list(dict.fromkeys([Path(name), *(parent / Path(name).name for parent in beside)])) if name and not vision_tower_path else []
     return next((folder for folder in folders if (folder / "config.json").exists()), None), [str(folder) for folder in folders]
 
 

@@ -1,0 +1,197 @@
+"""vlm_token_norms.py by its real command line, on three pictures with captions and small random models of every layout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_llava, build_qwen
+from PIL import Image
+from test_llava_original import sources, to_original, write_tower  # noqa: F401 -- sources is a fixture
+
+import common
+from samples import Sample, load_image
+from test_reading_scripts import script
+
+TOOL = Path(__file__).resolve().parents[1] / "diagnostic_tools" / "vlm_token_norms.py"
+CAPTIONS = {139: ["A red circle.", "A blue square and a red circle"], 285: ["A green triangle on the floor"], 632: ["Nothing", "No objects", "A picture"]}
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory, pictures):
+    """A folder like COCO's: three pictures of different shapes, six captions, one of them of a picture that is not listed."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "val2017").mkdir()
+    (root / "annotations").mkdir()
+    for id, picture in zip(CAPTIONS, pictures, strict=True):
+        picture.save(root / "val2017" / f"{id:012d}.png")
+    content = {
+        "images": [{"id": id, "file_name": f"{id:012d}.png"} for id in CAPTIONS],
+        "annotations": [{"image_id": id, "caption": text} for id, texts in CAPTIONS.items() for text in texts] + [{"image_id": 7, "caption": "of no picture here"}],
+    }
+    (root / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, sources):  # noqa: F811
+    """{name: folder}: transformers' layout, two families; the authors' layout with sharded safetensors and .bin files, the latter with its tower beside it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    write_tower(sources["base"], root / "tiny-tower")
+    return {
+        "llava": build_llava(root / "llava"),
+        "qwen": build_qwen(root / "qwen"),
+        "multilayerNorm": to_original(sources["multilayerNorm"], root / "multilayerNorm", shards=3),
+        "bin": to_original(sources["base"], root / "bin", kind="bin", shards=2, tower=False),
+        "tower": root / "tiny-tower",
+    }
+
+
+def run(*arguments, cwd, code=0):
+    command = [sys.executable, "-W", "error", str(TOOL), *(str(part) for part in arguments)]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code != 2 else done.stderr
+
+
+def in_process(folder, *arguments):
+    """The script's main in this process: (exit code, module)."""
+    module = script("vlm_token_norms")
+    return module.main([str(part) for part in arguments]), module
+
+
+@torch.no_grad()
+def slow(folder, coco, tower=None):
+    """The definition, one picture and one caption at a time, on the whole model."""
+    vlm = common.load_model(folder, vision_tower_path=tower, self_check=False)
+    images, texts = [], []
+    for id, captions in CAPTIONS.items():
+        batch = vlm.encode([Sample("0", None, "?")], [load_image(coco / "val2017" / f"{id:012d}.png")])
+        inputs = {key: value for key, value in batch.image_inputs.items() if key in ("pixel_values", "image_grid_thw")}
+        pooled = vlm.model.get_image_features(**inputs, return_dict=True).pooler_output
+        images += [row.norm().item() for row in torch.cat(list(pooled)).flatten(0, -2)]
+        for caption in captions:
+            ids = ([1] if vlm.family.name != "qwen2_5_vl" else []) + vlm.tokenizer(caption, add_special_tokens=False)["input_ids"]
+            texts += [vlm.model.get_input_embeddings()(torch.tensor(i)).norm().item() for i in ids]
+    return np.array(texts), np.array(images)
+
+
+def test_the_documented_command_measures_what_the_definition_says(models, coco, tmp_path):
+    """As in the user's document, on the CPU: two weight shards in .bin, the tower in a folder of its own."""
+    out = run(
+        "--model_path", models["bin"], "--vision_tower_path", models["tower"], "--coco_root", coco, "--device", "cpu", "--weights_type", "bin", "--max_images", 20,
+        "--save_vectors", "--out_dir", "outputs/token_norms", cwd=tmp_path,
+    )  # fmt: skip
+    folder = tmp_path / "outputs" / "token_norms"
+    assert {file.name for file in folder.iterdir()} == {"token_norms_comparison.png", "token_norms_comparison.pdf", "token_norms_comparison.json", "vectors.npz"}
+    vectors, summary = np.load(folder / "vectors.npz"), json.loads((folder / "token_norms_comparison.json").read_text())
+    text, vision = slow(models["bin"], coco, str(models["tower"]))
+    assert vectors["txt"].dtype == vectors["img"].dtype == np.float64
+    np.testing.assert_allclose(vectors["img"], vision, rtol=1e-5)
+    np.testing.assert_allclose(vectors["txt"], text, rtol=1e-6)
+    assert summary["decoder_left_out"] is True
+    assert summary["vision"]["tokens"] == 3 * 144 == len(vision) and summary["text"]["tokens"] == len(text)
+    assert summary["text"]["median"] == pytest.approx(np.median(text)) and summary["vision"]["max"] == pytest.approx(vision.max())
+    assert summary["vision"]["mean_over_images"] == pytest.approx(vision.mean()) and summary["vision"]["low"] < vision.mean() < summary["vision"]["high"]
+    assert [line.split()[:2] for line in out.splitlines() if line.split()[0] in ("text", "vision")] == [["text", str(len(text))], ["vision", "432"]]
+    assert Image.open(folder / "token_norms_comparison.png").text["settings"].count("tiny-tower") == 1
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen", "multilayerNorm"])
+def test_every_layout_agrees_with_the_whole_model(models, coco, tmp_path, name, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tower = str(models["tower"]) if name == "multilayerNorm" else None
+    more = ["--vision-tower-path", tower] if tower else []
+    code, _ = in_process(tmp_path, "--model-path", models[name], "--coco-root", coco, "--save-vectors", "--vectors-file", "v.npz", "--output-prefix", "p", "--out-dir", ".", *more)
+    vectors, (text, vision) = np.load("v.npz"), slow(models[name], coco, tower)
+    assert code == 0 and json.loads(Path("p.json").read_text())["decoder_left_out"]
+    np.testing.assert_allclose(vectors["img"], vision, rtol=2e-5)
+    np.testing.assert_allclose(vectors["txt"], text, rtol=1e-6)
+    if name == "multilayerNorm":  # clipped: at most max_norm * scale
+        assert vision.max() == pytest.approx(1.7 * 0.6, rel=1e-4)
+
+
+def test_the_decoder_is_neither_built_nor_read(models, coco, monkeypatch):
+    module = script("vlm_token_norms")
+    for name, options in {"llava": [], "qwen": [], "multilayerNorm": ["--safetensors_index", "00001-of-00003"]}.items():
+        args = module.parse_args(["--model_path", str(models[name]), "--coco_root", str(coco), "--vision_tower_path", str(models["tower"]), *options])
+        if options:
+            args.safetensors_index = next(i for i in ("00001-of-00003", "00002-of-00003", "00003-of-00003") if module.holds_connector(models[name] / f"model-{i}.safetensors"))
+        vlm, headless = module.load(args)
+        assert headless and len(vlm.parts.layers) == 0
+        assert not any(".layers." in key and "vision" not in key and "visual" not in key for key in vlm.model.state_dict())
+
+
+def test_a_type_whose_decoder_has_no_known_name_is_loaded_whole(models, coco, monkeypatch, capsys):
+    module = script("vlm_token_norms")
+    monkeypatch.setattr(module, "headless_view", lambda *_: False)
+    args = module.parse_args(["--model_path", str(models["llava"]), "--coco_root", str(coco)])
+    vlm, headless = module.load(args)
+    assert not headless and len(vlm.parts.layers) > 0
+    assert "all of it was loaded" in capsys.readouterr().out
+
+
+def test_of_two_kinds_of_weight_files_the_one_asked_for_is_read(models, coco, sources, tmp_path):  # noqa: F811
+    folder = to_original(sources["base"], tmp_path / "both")
+    broken = {name: value * 2 for name, value in torch.load(models["bin"] / "pytorch_model-00001-of-00002.bin").items()}
+    broken |= {name: value * 2 for name, value in torch.load(models["bin"] / "pytorch_model-00002-of-00002.bin").items()}
+    torch.save(broken, folder / "pytorch_model.bin")
+    module, sums = script("vlm_token_norms"), {}
+    for kind in ("bin", "safetensors"):
+        args = module.parse_args(["--model_path", str(folder), "--coco_root", str(coco), "--weights_type", kind, "--vision_tower_path", str(models["tower"])])
+        sums[kind] = module.load(args)[0].model.get_input_embeddings().weight.norm().item()
+    assert sums["bin"] == pytest.approx(2 * sums["safetensors"])
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--weights_type", "safetensors"], "has no .safetensors file; use --weights_type bin, or leave it out"),
+    (["--safetensors_index", "00001-of-00003"], "no model-00001-of-00003.safetensors in .*, which has no safetensors file"),
+    (["--safetensors_index", "00001-of-00003", "--weights_type", "bin"], "--safetensors_index is for --weights_type safetensors"),
+    (["--caption_file", "nowhere.json"], "nowhere.json: no such file"),
+    (["--image_dir", "nowhere"], "nowhere: no such image folder"),
+    (["--scale", "0"], "--scale is above 0"),
+])  # fmt: skip
+def test_wrong_usage_is_one_line(models, coco, flags, message):
+    module = script("vlm_token_norms")
+    with pytest.raises(module.UsageError, match=message):
+        module.main(["--model_path", str(models["bin"]), "--coco_root", str(coco), *flags])
+
+
+def test_the_shard_without_the_connector_is_refused_by_name(models, coco):
+    module = script("vlm_token_norms")
+    shards = [f"0000{i}-of-00003" for i in (1, 2, 3)]
+    without = [i for i in shards if not module.holds_connector(models["multilayerNorm"] / f"model-{i}.safetensors")]
+    for index in without:
+        args = module.parse_args(["--model_path", str(models["multilayerNorm"]), "--coco_root", str(coco), "--safetensors_index", index])
+        with pytest.raises(module.UsageError, match="does not hold the connector; use"):
+            module.check_weights(args)
+
+
+def test_exit_codes_of_the_command(models, coco, tmp_path):
+    """2 and one line without a model; 3 where a picture cannot be read, and the others are measured."""
+    error = run("--model_path", "no/such/folder/at/all", "--coco_root", coco, cwd=tmp_path, code=2)
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    damaged = tmp_path / "pictures"
+    damaged.mkdir()
+    for file in (coco / "val2017").iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes() if "285" not in file.name else b"no picture")
+    out = run("--model_path", models["llava"], "--coco_root", coco, "--image_dir", damaged, "--scale", 3, cwd=tmp_path, code=3)
+    assert "000000000285 failed: " in out
+    summary = json.loads((tmp_path / "outputs" / "token_norms" / "token_norms_comparison.json").read_text())
+    assert list(summary["failed"]) == ["000000000285"] and summary["vision"]["images"] == 2
+
+
+def test_densities_are_those_of_log10_norms():
+    module = script("vlm_token_norms")
+    norms = 10 ** np.random.default_rng(0).normal(1.5, 0.2, 20000)
+    at, density = module.log_density(norms)
+    assert np.sum(density) * (at[1] - at[0]) == pytest.approx(1, abs=1e-3)
+    assert at[density.argmax()] == pytest.approx(1.5, abs=0.05)
+    assert density.max() == pytest.approx(1 / (0.2 * np.sqrt(2 * np.pi)), rel=0.05)
+    at, density = module.log_density(np.full(100, 1.0126))  # all norms equal, as after the clip
+    assert np.isfinite(density).all() and at[density.argmax()] == pytest.approx(np.log10(1.0126), abs=1e-3)
