@@ -380,7 +380,7 @@ class VisionRows(Probe):
     def attention(self, layer, row):
         mean = row.weights.mean(1)
         prompt = mean[:, : self.bos.shape[1]]
-        rest = 1 - (prompt * self.bos).sum(-1, keepdim=True)
+        rest = (prompt * ~self.bos).sum(-1, keepdim=True) + mean[:, self.bos.shape[1] :].sum(-1, keepdim=True)  # not 1 - bos, which loses its digits
         self.sum = self.sum + prompt * self.vision / rest
 
     def end(self):

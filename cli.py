@@ -3,6 +3,7 @@
 Kept free of torch so that the plotting scripts start at once."""
 
 import argparse
+import os
 import sys
 
 
@@ -21,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
             spellings = [other for flag in flags for other in (flag, flag.replace("_", "-").replace("--", "--", 1), "--" + flag[2:].replace("-", "_"))]
             flags = tuple(dict.fromkeys(spellings))
             options.setdefault("dest", flags[0][2:].replace("-", "_"))
-        options.setdefault("help", " ")  # a flag without words still shows its default
+            options.setdefault("help", options["dest"].replace("_", " "))  # a flag without words still shows its default
         return super().add_argument(*flags, **options)
 
 
@@ -51,4 +52,7 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code or 0)

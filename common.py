@@ -4,15 +4,17 @@
 
 prints every token of the prompt with its position and group and draws the grid of vision tokens on the picture: the first step for a new model."""
 
+import hashlib
 import inspect
-import json
 import os
+import pickle
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 import cli
@@ -22,7 +24,7 @@ from models import find_family, known_types
 GROUPS = ("bos", "system", "vision", "image_markup", "user", "template", "generated")
 PAD = -1  # the code of padding in Batch.groups: no group
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_QUESTION, _SYSTEM, _SPECIAL = "\ue010\ue011", "\ue012\ue013", "\ue014"  # stand-ins of private use while a template is rendered
+_QUESTION, _SYSTEM = "\ue010\ue011", "\ue012\ue013"  # stand-ins of private use while a template is rendered
 
 
 @dataclass
@@ -135,8 +137,8 @@ def load_model(
         model, processor = family.load(
             str(path), config, dtype=dtype, device_map=device_map, vision_tower_path=vision_tower_path, conv_mode=conv_mode, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        known = f"; known types: {', '.join(known_types())}; for another one write models/<family>.py (see models/README.md)" if family.name == "generic" else ""
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        known = f"; known types: {', '.join(known_types())}; for another one write models/<family>.py (README, 'your own model')" if family.name == "generic" else ""
         raise UsageError(f"{path} (type {config.model_type!r}) cannot be loaded: {' '.join(str(error).split())[:400]}{known}") from error
     model = model.eval().requires_grad_(False)
     if device_map is None:
@@ -162,9 +164,9 @@ def read_config(path, trust_remote_code=False):
     if not os.path.isdir(path) and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
         raise UsageError(f"{path}: no such folder")
     try:
-        raw = json.loads((Path(path) / "config.json").read_text()) if os.path.isdir(path) else {}
-        family = find_family(raw.get("model_type"), raw.get("architectures")) if raw else None
-        if family is not None and hasattr(family, "read_config") and family.read_config:
+        raw, _ = PreTrainedConfig.get_config_dict(path)
+        family = find_family(raw.get("model_type"), raw.get("architectures"))
+        if family is not None and family.read_config is not None:
             return family.read_config(str(path), raw)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -183,8 +185,6 @@ def checked(loaded, path):
 
 def fingerprint(path):
     """What tells one model from another: config, weight index, and size, first and last bytes of each weight file of a folder; the name of a hub id."""
-    import hashlib
-
     if not os.path.isdir(path):
         return f"hub:{path}"
     digest = hashlib.sha256()
@@ -237,8 +237,8 @@ def prompt_for(vlm, question, strip_system=False):
 
     From --prompt_template, the processor's chat template, or the family's own. strip_system leaves the system prompt out."""
     template, system = vlm.options.get("prompt_template"), vlm.options.get("system_prompt")
-    if system is None:
-        system = vlm.family.default_system
+    if system is None and vlm.family.default_system:
+        system = vlm.family.default_system(vlm)
 
     def render(system):
         if template is not None:
@@ -280,11 +280,11 @@ def _encode_one(vlm, image, question, strip_system):
     text, system, (start, end) = prompt_for(vlm, question, strip_system)
     tokenizer, processor = vlm.tokenizer, vlm.processor
     specials = sorted({str(token) for token in tokenizer.all_special_tokens} | set(tokenizer.get_added_vocab()), key=len, reverse=True)
-    typed, safe = [], ""
-    rest = text[start:end]
+    typed, safe, rest = [], "", text[start:end]
+    stand_in = next(chr(code) for code in range(0xE020, 0xF8FF) if chr(code) not in text)
     while rest:  # stand-ins for special strings, put back as text after tokenizing
         found = next((token for token in specials if token and rest.startswith(token)), None)
-        safe += _SPECIAL if found else rest[0]
+        safe += stand_in if found else rest[0]
         typed += [found] if found else []
         rest = rest[len(found) if found else 1 :]
     text_safe = text[:start] + safe + text[end:]
@@ -305,8 +305,8 @@ def _encode_one(vlm, image, question, strip_system):
         placeholder = text_safe.rfind(processor_token, 0, offsets[vision[0]][0] + len(processor_token))
     grown = (placeholder, offsets[vision[-1]][1])
     moved = (start + (shift if start >= placeholder else 0), start + len(safe) + (shift if start >= placeholder else 0))
-    markup = {tokenizer.convert_tokens_to_ids(token) for token in vlm.family.markup}
-    source = lambda a: a - shift if a >= grown[1] else a  # noqa: E731 -- an offset in the text as it was given
+    markup = {tokenizer.convert_tokens_to_ids(token) for token in vlm.family.markup if token in tokenizer.get_added_vocab()}
+    source = lambda a: a - shift if a >= grown[1] else a
 
     def group(i):
         token, (a, b) = ids[i], offsets[i]
@@ -324,13 +324,12 @@ def _encode_one(vlm, image, question, strip_system):
 
     groups = [GROUPS.index(group(i)) for i in range(len(ids))]
     if typed:
-        ids, groups = _put_back(tokenizer, ids, groups, offsets, moved, safe, typed)
+        ids, groups = _put_back(tokenizer, ids, groups, offsets, [moved[0] + i for i, c in enumerate(safe) if c == stand_in], typed)
     return ids, groups, dict(inputs), text
 
 
-def _put_back(tokenizer, ids, groups, offsets, moved, safe, typed):
-    """Replace the tokens of each stand-in by the typed special string, encoded as plain text."""
-    places = [moved[0] + i for i, c in enumerate(safe) if c == _SPECIAL]
+def _put_back(tokenizer, ids, groups, offsets, places, typed):
+    """Replace the tokens at each place (character of a stand-in) by the typed special string, encoded as plain text."""
     lead = tokenizer(":", add_special_tokens=False)["input_ids"]
     out_ids, out_groups, done = [], [], set()
     for token, group, (a, b) in zip(ids, groups, offsets, strict=True):

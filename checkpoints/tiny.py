@@ -24,10 +24,7 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-EXTRA_WORDS = (
-    "under beneath behind front near nearby distant largest smallest top bottom corner middle object objects detail details one two three four five zero "
-    "Left Right Above Below Far Close yes no Can you see any Which What where Why how many this picture scene photo visible both neither same different"
-).split()
+EXTRA_WORDS = ["under", "beneath", "behind", "front", "near", "nearby", "distant", "largest", "smallest", "top", "bottom", "corner", "middle", "object", "objects", "detail", "details", "one", "two", "three", "four", "five", "zero", "Left", "Right", "Above", "Below", "Far", "Close", "yes", "no", "Can", "you", "see", "any", "Which", "What", "where", "Why", "how", "many", "this", "picture", "scene", "photo", "visible", "both", "neither", "same", "different"]
 VOCABULARY = 928
 IMAGE_SIZE, PATCH = 168, 14
 SIDE = IMAGE_SIZE // PATCH

@@ -24,7 +24,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tiny import (
-    ALL_COLORS, ALL_SHAPES, TOKENS, TOWER_WIDTH, WIDTH, Packer, make_config, make_example, make_processor, make_tokenizer, normalized,
+    ALL_COLORS,
+    ALL_SHAPES,
+    TOWER_WIDTH,
+    WIDTH,
+    Packer,
+    make_config,
+    make_example,
+    make_processor,
+    make_tokenizer,
+    normalized,
 )  # fmt: skip
 from torch import nn
 from tqdm import tqdm
@@ -36,7 +45,9 @@ from models.llava import NormedLlava
 
 HERE = Path(__file__).resolve().parent
 NAMING_MIX = {ask_where: 50, ask_presence: 15, ask_color: 8, ask_shape: 8, ask_caption: 9, ask_relation: 10}
-SNAPSHOTS = (0.2, 0.4, 0.6, 0.8)  # fractions of the base run: tiny-llava-scale1..4
+ONE_OBJECT_STEPS = 400  # mostly one-object scenes, naming and place questions
+OWN_HEAD_STEPS = 1000  # patches are named through a head that is thrown away; from then to half of the run through the LM head; then not at all
+SNAPSHOTS = (1000, 1500, 2000, 2500)  # steps of the base run: tiny-llava-scale1..4
 BATCH = {"tower": 48, "decoder": 20}
 
 
@@ -45,7 +56,7 @@ def parse_args(argv=None):
     parser.add_argument("--stages", nargs="+", default=["tower", "base", "normWmean", "multilayerNorm"], choices=["tower", "base", "normWmean", "multilayerNorm"])
     parser.add_argument("--scenes", type=int, default=16000, help="pictures to train on")
     parser.add_argument("--tower_steps", type=int, default=2500)
-    parser.add_argument("--base_steps", type=int, default=5000)
+    parser.add_argument("--base_steps", type=int, default=3500)
     parser.add_argument("--variant_steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop_after", type=float, default=110, help="minutes after which the state is kept and the run ends")
@@ -189,7 +200,8 @@ class Decoder(nn.Module):
 
 
 def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
-    """Question turns over frozen features. In the first half a throw-away head names each object patch. Returns whether it is done."""
+    """Question turns over frozen features. In the first half of the base run each object patch is to name its colour and shape as well, by a head that is
+    thrown away at first, then by the LM head; in the second half nothing asks for it. Returns whether it is done."""
     features, test_features = tower_features(args, model, pool), tower_features(args, model, test)
     decoder = Decoder(model).to(args.device).train()
     naming = nn.Linear(WIDTH, len(ALL_COLORS) + len(ALL_SHAPES) + 2).to(args.device)
@@ -198,6 +210,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
     for i, (scene, *_) in enumerate(pool):
         groups["one" if len(scene.things) == 1 else scene.kind].append(i)
     losses = collections.deque(maxlen=100)
+    color_ids, shape_ids = (torch.tensor([packer.tokenizer.encode(f"? {word}")[-1] for word in names], device=args.device) for names in (ALL_COLORS, ALL_SHAPES))
 
     def batch(rng, rows, source, source_features, layout, mix=None):
         """Decoder inputs, targets and weights of one batch, and its questions row by row."""
@@ -209,7 +222,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
 
     def one_step(step):
         rng, share = Random(f"{args.seed}-{name}-{step}"), step / steps
-        early = name == "base" and share < 0.08
+        early = name == "base" and step < ONE_OBJECT_STEPS
         layout = "long" if not early and rng.random() < 0.06 else "short"
         kinds = rng.choices(["one", "floor", "corridor"], weights=[80, 20, 0] if early else [8, 92, 0] if layout == "long" else [8, 80, 12], k=BATCH["decoder"])
         rows = [rng.choice(groups[kind]) for kind in kinds]
@@ -223,8 +236,13 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
         losses.append(loss.item())
         if share < 0.5 and name == "base":
             color, shape = columns(pool, rows, 2, args.device), columns(pool, rows, 3, args.device)
-            color_logits, shape_logits = naming(hidden[inputs[1] == decoder.image].float().unflatten(0, (len(rows), TOKENS))).split([len(ALL_COLORS) + 1, len(ALL_SHAPES) + 1], -1)
-            loss = loss + 0.2 * (F.cross_entropy(color_logits[color > 0], color[color > 0]) + F.cross_entropy(shape_logits[color > 0], shape[color > 0]))
+            patches, on = hidden[inputs[1] == decoder.image].float().unflatten(0, color.shape), color > 0
+            if step < OWN_HEAD_STEPS:
+                color_logits, shape_logits = naming(patches[on]).split([len(ALL_COLORS) + 1, len(ALL_SHAPES) + 1], -1)
+                loss = loss + 0.2 * (F.cross_entropy(color_logits, color[on]) + F.cross_entropy(shape_logits, shape[on]))
+            else:
+                words = decoder.lm_head(patches[on])
+                loss = loss + 0.2 * (F.cross_entropy(words, color_ids[color[on] - 1]) + F.cross_entropy(words, shape_ids[shape[on] - 1]))
         else:
             loss = loss + 0.0 * naming.weight.sum()
         return loss
@@ -250,9 +268,8 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
         with open(stage.path.parent / f"{name}.log", "a") as log:
             log.write(json.dumps({"step": step, "loss": float(np.mean(losses)), **accuracy}) + "\n")
         if name == "base":
-            for i, fraction in enumerate(SNAPSHOTS):
-                if step == round(steps * fraction / 500) * 500:
-                    save(f"tiny-llava-scale{i + 1}")
+            if step in SNAPSHOTS:
+                save(f"tiny-llava-scale{SNAPSHOTS.index(step) + 1}")
 
     return stage.run(one_step, 500, report)
 

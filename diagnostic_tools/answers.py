@@ -7,9 +7,9 @@ answer of no such set, 'column 3, row 4' or 'teddy bear', is right where it occu
 
 import re
 
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-COLORS = "red green blue yellow purple violet pink orange brown black white cyan magenta turquoise gold silver".split()
-SHAPES = "circle square triangle cross sphere cube rectangle star diamond hexagon cylinder cone".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+COLORS = ["red", "green", "blue", "yellow", "purple", "violet", "pink", "orange", "brown", "black", "white", "cyan", "magenta", "turquoise", "gold", "silver"]
+SHAPES = ["circle", "square", "triangle", "cross", "sphere", "cube", "rectangle", "star", "diamond", "hexagon", "cylinder", "cone"]
 ALTERNATIVES = (  # what an answer may be read as: the words that say it
     {"yes": ("yes",), "no": ("no",)},
     {"left": ("left",), "right": ("right",)},

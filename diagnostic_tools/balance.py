@@ -50,7 +50,7 @@ def step_shares(mass, paper_compat=False):
 
     vision, text: of vision + user; sys, vision_withsys, text_withsys: of all three. NaN where the denominator is 0; paper_compat: 1 there."""
     mean = mass.mean(3)
-    rest = 1 - mean[..., BOS]
+    rest = mean[..., BOS + 1 :].sum(-1)  # BOS is the first group; 1 - BOS would lose its digits
     mean = (mean / rest.clamp_min(1e-12)[..., None]).mean(1)
     system, vision, user = mean[..., SYSTEM], mean[..., VISION], mean[..., USER] + mean[..., TEMPLATE]
 

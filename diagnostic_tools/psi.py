@@ -15,11 +15,11 @@ colour or a count has little to lose. The paper has 1.1 % on VQAv2 and 41 % on q
 import json
 import math
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
 from answers import is_right, read
+from position_sensitivity import permutation, psi_interval
 
 import cli
 import engine
@@ -57,7 +57,8 @@ def parse_args(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} counts from 1")
     if args.overwrite and (args.analyze_only or args.shard != (0, 1)):
-        raise UsageError("--overwrite removes finished results: with --shard start again with --overwrite --max_questions 1 first, with --analyze_only leave it out")
+        advice = "with --shard start again with --overwrite --max_questions 1 first, with --analyze_only leave it out"
+        raise UsageError(f"--overwrite removes finished results: {advice}")
     return args
 
 
@@ -73,13 +74,6 @@ def read_list(args):
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------------
-
-
-def permutation(seed, item_id, k, count):
-    """The k-th shuffle of `count` things for an item: place i gets thing permutation[i]. Depends on (seed, item id, k) only."""
-    order = list(range(count))
-    Random(f"{seed}|{item_id}|{k}").shuffle(order)
-    return order
 
 
 def shuffled(grid, seed, item_id, k):
@@ -111,11 +105,15 @@ def make_process(args, vlm):
             rounds.append(answer([part[order.to(part.device)] for part, order in zip(plain, orders, strict=True)]))
         return [(record(sample, [ids[row] for ids in rounds], batch.prompts[row]), {}) for row, sample in enumerate(samples)]
 
+    def judged(ids, answer):
+        text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return {"text": text, "read_as": read(text, answer), "correct": is_right(text, answer), "ids": ids}
+
     def record(sample, rounds, prompt):
-        told = [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rounds]
-        judged = [{"text": text, "read_as": read(text, sample.answer), "correct": is_right(text, sample.answer), "ids": ids} for text, ids in zip(told, rounds, strict=True)]
+        original, *permuted = (judged(ids, sample.answer) for ids in rounds)
         facts = {"image_id": sample.extra["image_id"], "file_name": sample.image.name, "question": sample.question, "answer": sample.answer}
-        return facts | {"kind": str(sample.extra.get("kind") or "question"), "prompt": prompt, "caption": told[0], "original": judged[0], "permuted": judged[1:]}
+        facts |= {"kind": str(sample.extra.get("kind") or "question"), "prompt": prompt, "caption": original["text"]}
+        return facts | {"original": original, "permuted": permuted}
 
     return process
 
@@ -127,7 +125,8 @@ def run_model(args, path):
     vlm.need("decoder-only", "grid")
     names = ("num_permutations", "seed", "vision_scale", "max_new_tokens", "image_aspect")
     identity = {"model_name": rundirs.slug(path), "fingerprint": fingerprint(path), "dtype": str(vlm.dtype).removeprefix("torch.")}
-    identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "questions": "/".join(Path(args.questions).parts[-2:])} | {name: getattr(args, name) for name in names}
+    identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "questions": "/".join(Path(args.questions).parts[-2:])}
+    identity |= {name: getattr(args, name) for name in names}
     free = {"model_path": path, "questions_file": args.questions, "max_questions": args.max_questions, "batch_size": args.batch_size, "device": str(vlm.device)}
     where = rundirs.run_path(args.out_root, path, EXPERIMENT, args.run_name)
     run = rundirs.open_run(where, EXPERIMENT, identity, free, args.overwrite)
@@ -139,24 +138,6 @@ def run_model(args, path):
 
 
 # --- analysis ---------------------------------------------------------------------------------------------------------------
-
-
-def psi(original, permuted):
-    """(original - permuted) / original, NaN where original is 0. Accuracies of any equal shape."""
-    original, permuted = np.asarray(original, float), np.asarray(permuted, float)
-    return np.divide(original - permuted, original, out=np.full(original.shape, np.nan), where=original > 0)
-
-
-def psi_interval(original, permuted, level=0.95, num_resamples=2000, seed=0):
-    """PSI of the mean accuracies with a paired percentile-bootstrap interval. original, permuted (n,): accuracy of each image, in the same order.
-
-    Whole images are drawn, and the ratio is formed anew in each resample; resamples without a right answer have none and are left out."""
-    original, permuted = np.asarray(original, float), np.asarray(permuted, float)
-    value, low, high = float(psi(original.mean(), permuted.mean())), np.nan, np.nan
-    if len(original) > 1 and not math.isnan(value):
-        drawn = np.random.default_rng(seed).integers(0, len(original), (num_resamples, len(original)))
-        low, high = np.nanquantile(psi(original[drawn].mean(1), permuted[drawn].mean(1)), [(1 - level) / 2, (1 + level) / 2])
-    return stats.Interval(value, float(low), float(high), len(original))
 
 
 def summarise(records):
@@ -214,27 +195,32 @@ def _plain(value):
 
 def draw(run, found):
     """Two bars per kind with intervals: accuracy in order and shuffled; PSI above them."""
-    figure, axis = plots.plt.subplots(figsize=(max(4.5, 1.8 + 1.15 * len(found)), 4.6))
+    figure, axis = plots.plt.subplots(figsize=(max(5.2, 1.8 + 1.15 * len(found)), 4.6))
     place = np.arange(len(found)) + np.where(np.arange(len(found)) > 0, 0.25, 0.0)  # all questions stand apart from the kinds
-    top = np.zeros(len(found))
-    shuffles = run.meta["settings"]["num_permutations"]
-    for shift, name, label, color in ((-0.2, "accuracy", "in order", plots.BLUE), (0.2, "accuracy_permuted", f"shuffled ({shuffles} times)", plots.ORANGE)):
+    shuffled_label = f"shuffled (mean of {run.meta['settings']['num_permutations']})"
+    for shift, name, label, opacity in ((-0.2, "accuracy", "vision tokens in order", 1.0), (0.2, "accuracy_permuted", shuffled_label, 0.4)):
         mean, low, high = (np.array([row[name][part] for row in found.values()]) for part in range(3))
         error = np.clip([mean - low, high - mean], 0, None)
-        axis.bar(place + shift, mean, 0.38, color=color, label=label, yerr=error, error_kw={"capsize": 2.5, "linewidth": 1, "ecolor": "#333333"})
-        top = np.maximum(top, np.fmax(mean, high))
-    for x, height, row in zip(place, top, found.values()):
+        axis.bar(place + shift, mean, 0.38, color=plots.color_of(run.label), alpha=opacity, label=label)
+        axis.errorbar(place + shift, mean, error, fmt="none", ecolor="#222222", elinewidth=1, capsize=2.5)
+    for x, row in zip(place, found.values()):
         score = row["psi"]
         interval = "" if math.isnan(score.low) else f"\n[{score.low:.2f}, {score.high:.2f}]"
         text = "PSI undefined\n(none right)" if math.isnan(score.mean) else f"PSI {score.mean:.2f}{interval}"
-        axis.text(x, height + 0.02, text, ha="center", va="bottom", fontsize=7.5)
-    names = [f"{kind.replace('_', ' ')}\n{row['questions']} questions\n{row['images']} images" for kind, row in found.items()]
+        axis.text(x, 1.12, text, ha="center", va="top", fontsize=7.5)
+    names = [f"{kind.replace('_', ' ')}\n{_counted(row['questions'], 'question')}\n{_counted(row['images'], 'image')}" for kind, row in found.items()]
     axis.set_xticks(place, names, fontsize=8)
-    axis.set(ylim=(0, 1.32), ylabel="accuracy, bootstrap 95 % interval over images", title=f"{run.label}: accuracy with vision tokens in order and shuffled")
+    axis.set(xlim=(min(-0.55, place[-1] / 2 - 1.3), max(place[-1] + 0.55, place[-1] / 2 + 1.3)), ylim=(0, 1.24))
+    axis.set(ylabel="accuracy (95 % interval over images)", title=f"{run.label}\nRight answers with vision tokens in order and shuffled")
     axis.set_yticks(np.linspace(0, 1, 6))
     axis.grid(False, axis="x")
-    axis.legend(loc="upper right", ncols=2, frameon=False)
+    axis.set_axisbelow(True)
+    axis.legend(loc="upper right", ncols=2, frameon=False, borderaxespad=0)
     return figure
+
+
+def _counted(number, thing):
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def main(argv=None):

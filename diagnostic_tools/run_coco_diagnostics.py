@@ -72,7 +72,7 @@ def settings_of(args, vlm, strip):
     """What the numbers depend on."""
     names = ("prompt_text", "max_new_tokens", "do_sample", "temperature", "seed", "delta_steps", "restrict_to_past", "vision_scale", "pos_only")
     names += ("probe_hidden_norms", "hidden_norm_kind", "save_hidden_grid", "save_hidden_plots", "paper_compat")
-    tail = {name: "/".join(Path(getattr(args, name)).parts[-2:]) for name in ("image_dir", "ann_file")}
+    tail = {name: Path(getattr(args, name)).name for name in ("image_dir", "ann_file")}
     model = {"model_name": rundirs.slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": str(vlm.dtype).removeprefix("torch.")}
     prompt = prompt_for(vlm, args.prompt_text, strip)[0]
     answers = {"answers": Path(args.answers).name} if args.answers else {}

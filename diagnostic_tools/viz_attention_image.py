@@ -5,25 +5,26 @@
 Beyond Semantics (arXiv 2503.17349), table 8: 0.7 to 0.9 on LLaVA-1.5 and its variants.
 
     python diagnostic_tools/viz_attention_image.py
-    python diagnostic_tools/viz_attention_image.py --model_path checkpoints/llava-v1.5-7b --image bear.jpg --prompt_text "Where is the teddy bear" --target_word teddy
+    python diagnostic_tools/viz_attention_image.py --model_path checkpoints/llava-v1.5-7b --image bear.jpg \\
+        --prompt_text "Where is the teddy bear" --target_word teddy
 
 Without arguments it compares the tiny models of checkpoints/ on a drawn picture that they describe. --step producing (default) takes the row that predicted
 the token, query the row one step later, where the token itself asks. Writes attention_comparison and attention_overlay_<model> (.png, .pdf) and
 attention_<model> (.json, .npz) to --out_dir. Warm colours, on the tiny models, should lie on the object that the word names. In a notebook:
 
+    from attention_overlay import visualize_attention_overlay
     result = extract_attention_for_token("checkpoints/tiny-llava", "picture.jpg", "Describe the image.", target_word="circle")
     visualize_attention_overlay(result)"""
 
 import io
 import json
 import math
-import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import numpy as np
 from attention_map import find_word, normalized_entropy, token_spans
+from attention_overlay import AttentionVisualizationResult, plot_attention_comparison, save_attention_overlay
 from PIL import Image
 
 import cli
@@ -33,34 +34,12 @@ from capturing import VisionRows, capture, generate
 from cli import UsageError
 from common import VLM, add_model_arguments, load_from_args, load_model, prompt_for
 from data.scenes import floor_scene, render
-from grid import PatchGrid
 from samples import Sample, load_image
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 TINY = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
 PROMPT = "Describe the image."
 DEMO_SEED = 54
-SHOWN = 1024  # pixels of the longer side of a picture in a figure
-
-
-@dataclass
-class AttentionVisualizationResult:
-    """What one model attended to at one generated token."""
-
-    generated_text: str
-    attention_map: np.ndarray  # (rows, columns) where the vision tokens are one grid, else (P,); share of the attention that is not on BOS
-    image_array: np.ndarray  # (height, width, 3) uint8, the original picture
-    normalized_entropy: float
-    token_position: int  # of the generated tokens, from 0
-    target_word: str | None
-    step: str  # producing or query
-    tokens: list  # the generated tokens as text
-    answer_span: tuple  # characters of generated_text that are drawn as the target
-    grid: PatchGrid
-    outside_share: float  # part of the attention on vision tokens that lies on padding around the picture
-    model_name: str
-    prompt: str
-    paper_compat: bool = False
 
 
 # --- one model --------------------------------------------------------------------------------------------------------------
@@ -105,7 +84,8 @@ def extract_attention_for_token(
     row = position + (step == "query")
     if row >= len(probe.rows):
         more = "" if ids[-1] in vlm.eos_ids else " or more --max_new_tokens"
-        raise UsageError(f"{vlm.path}: generation ended with token {position} ({tokens[position]!r}), so no later step has it as query; use --step producing{more}")
+        last = f"generation ended with token {position} ({tokens[position]!r})"
+        raise UsageError(f"{vlm.path}: {last}, so no later step has it as query; use --step producing{more}")
     weights = probe.rows[row][0, batch.vision_positions(0)].cpu().numpy().astype(np.float64)
     if not np.isfinite(weights).all():
         raise UsageError(f"{vlm.path}: the attention of token {position} is not finite; load the model with --dtype float32")
@@ -150,80 +130,6 @@ def _choose(vlm, ids, tokens, text, spans, word, position, occurrence, paper_com
     return chosen[0], (spans[chosen[0]][0], spans[chosen[-1]][1])
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------------
-
-
-def visualize_attention_overlay(result, alpha=0.55, axis=None):
-    """The attention map over the picture, min to max of what is shown, with a colour bar -> figure."""
-    figure = axis.figure if axis is not None else plots.plt.figure(figsize=(5.4, 5.4))
-    axis = axis if axis is not None else figure.subplots()
-    picture = _at_display_size(result.image_array)
-    scale = np.array([picture.width / result.grid.size[0], picture.height / result.grid.size[1]] * 2)
-    shown = PatchGrid(result.grid.boxes * scale, result.grid.shape, picture.size).paint(result.attention_map.ravel())
-    _plain_picture(axis, picture)
-    heat = axis.imshow(np.ma.masked_invalid(shown), cmap="RdYlBu_r", alpha=alpha, interpolation="nearest")
-    bar = figure.colorbar(heat, ax=axis, fraction=0.046, pad=0.02)
-    bar.set_label("attention, 0 = smallest, 1 = largest of all vision tokens" if result.paper_compat else "attention to a vision token (share of all but BOS)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    bar.formatter.set_powerlimits((-2, 3))
-    bar.solids.set_alpha(1)
-    name = result.target_word if result.target_word is not None else result.tokens[result.token_position].strip()
-    padding = f", {result.outside_share:.0%} on padding" if result.outside_share >= 0.005 else ""
-    axis.set_title(f"{result.model_name}\n{name!r} (token {result.token_position}, {result.step} step)\nnormalised entropy {result.normalized_entropy:.2f}{padding}")
-    start, end = result.answer_span
-    lead = len(result.generated_text[start:end]) - len(result.generated_text[start:end].lstrip())
-    marked = f"{result.generated_text[: start + lead]}[{result.generated_text[start + lead : end]}]{result.generated_text[end:]}"
-    axis.set_xlabel(_wrapped(f"Answer: {marked.strip()}", start), fontsize=8)
-    return figure
-
-
-def save_attention_overlay(result, path, alpha=0.55, settings=None):
-    """Write the overlay of one result as PNG and PDF."""
-    return plots.save(visualize_attention_overlay(result, alpha), path, (settings or {}) | {"model": result.model_name, "prompt": result.prompt})
-
-
-def plot_attention_comparison(results, alpha=0.55, question=PROMPT):
-    """The picture and one overlay per result, up to four panels in a row -> figure."""
-    columns = min(4, len(results) + 1)
-    rows = -(-(len(results) + 1) // columns)
-    figure = plots.plt.figure(figsize=(4.4 * columns, 5.2 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    _plain_picture(axes[0], _at_display_size(results[0].image_array))
-    axes[0].set_title("Picture")
-    axes[0].set_xlabel(_wrapped(f"Question: {question}"), fontsize=8)
-    for axis, result in zip(axes[1:], results):
-        visualize_attention_overlay(result, alpha, axis)
-    for axis in axes[len(results) + 1 :]:
-        axis.remove()
-    return figure
-
-
-def _at_display_size(pixels):
-    """The picture with a longer side of at most SHOWN pixels, and at least half as many where it is small (whole multiples)."""
-    picture = Image.fromarray(pixels)
-    times = SHOWN // max(picture.size)
-    if times > 1:
-        return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-    picture.thumbnail((SHOWN, SHOWN))
-    return picture
-
-
-def _plain_picture(axis, picture):
-    axis.imshow(np.asarray(picture))
-    axis.grid(False)
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-
-
-def _wrapped(text, centre=0, width=58, lines=4):
-    """Text in at most so many lines, cut around a character of interest."""
-    text = " ".join(text.split()).replace("$", r"\$")
-    room = width * lines - 8
-    start = max(0, min(centre - room // 2, len(text) - room))
-    cut = ("... " if start else "") + text[start : start + room] + (" ..." if start + room < len(text) else "")
-    return textwrap.fill(cut, width)
-
-
 # --- command line -----------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +141,8 @@ def parse_args(argv=None):
     parser.add_argument("--target_word", help="word of the answer, whole word, case ignored; its first token counts")
     parser.add_argument("--token_position", type=int, help="index of the generated token, from 0, in place of a word")
     parser.add_argument("--occurrence", type=int, default=1, help="which occurrence of the word, from 1")
-    parser.add_argument("--step", choices=["producing", "query"], help="row that predicted the token, or row where it is the query; None: producing, query with --paper_compat")
+    step = "row that predicted the token, or row where it is the query; None: producing, query with --paper_compat"
+    parser.add_argument("--step", choices=["producing", "query"], help=step)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--strip_system_prompt", action="store_true", help="leave the system prompt out")
     parser.add_argument("--alpha", type=float, default=0.55, help="opacity of the overlay")
@@ -270,9 +177,11 @@ def write_numbers(result, out_dir, args):
     weights = result.attention_map.ravel()
     record = {name: getattr(result, name) for name in ("model_name", "prompt", "tokens", "target_word", "token_position", "step", "paper_compat")}
     record |= {"answer": result.generated_text.strip(), "question": args.prompt_text, "image": args.image, "occurrence": args.occurrence}
-    record |= {"normalized_entropy": None if math.isnan(result.normalized_entropy) else result.normalized_entropy, "map_shape": list(result.attention_map.shape)}
+    entropy = None if math.isnan(result.normalized_entropy) else result.normalized_entropy
+    record |= {"normalized_entropy": entropy, "map_shape": list(result.attention_map.shape)}
     record |= {"min": weights.min(), "max": weights.max(), "sum": weights.sum(), "share_on_padding": result.outside_share}
-    plots.write_file(out_dir / f"attention_{result.model_name}.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    plots.write_file(out_dir / f"attention_{result.model_name}.json", text.encode("utf-8", "backslashreplace"))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, map=weights, boxes=result.grid.boxes)
     plots.write_file(out_dir / f"attention_{result.model_name}.npz", buffer.getvalue())
@@ -293,13 +202,14 @@ def main(argv=None):
             step=args.step, strip_system_prompt=args.strip_system_prompt, paper_compat=args.paper_compat, verbose=True,
         )  # fmt: skip
         result.model_name = name
-        print(f"{name}: token {result.token_position} {result.tokens[result.token_position]!r}, {result.step} step, normalised entropy {result.normalized_entropy:.3f}")
+        token = result.tokens[result.token_position]
+        print(f"{name}: token {result.token_position} {token!r}, {result.step} step, normalised entropy {result.normalized_entropy:.3f}")
         results.append(result)
     settings = vars(args) | {"target_word": word, "models": names}
     for result in results:
         write_numbers(result, out_dir, args)
         save_attention_overlay(result, out_dir / f"attention_overlay_{result.model_name}", args.alpha, settings)
-    plots.save(plot_attention_comparison(results, args.alpha, args.prompt_text), out_dir / "attention_comparison", settings, args.show)
+    plots.save(plot_attention_comparison(results, args.prompt_text, args.alpha), out_dir / "attention_comparison", settings, args.show)
     return 0
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from safetensors import safe_open
 from tqdm import tqdm
@@ -55,7 +56,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_images", type=int, default=0, help="only the first so many pictures; 0: all")
     parser.add_argument("--scale", type=float, default=1.0, help="enlarge pictures so many times (Lanczos) before the processor sees them; published: 3")
     parser.add_argument("--weights_type", choices=list(ENDINGS), default=None, help="which weight files of a folder to read; None: those that are there")
-    parser.add_argument("--safetensors_index", default=None, help="check that model-<this>.safetensors is the shard with the connector, such as 00003-of-00003")
+    parser.add_argument("--safetensors_index", default=None, help="check that model-<this>.safetensors, such as 00003-of-00003, holds the connector")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time in the vision tower")
     parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
     args = parser.parse_args(argv)
@@ -80,7 +81,8 @@ def check_weights(args):
         return None
     there = [kind for kind, ending in ENDINGS.items() if any(folder.glob(f"*{ending}"))]
     if args.weights_type and there and args.weights_type not in there:
-        raise UsageError(f"--weights_type {args.weights_type}: {folder} has no {ENDINGS[args.weights_type]} file; use --weights_type {there[0]}, or leave it out")
+        missing = ENDINGS[args.weights_type]
+        raise UsageError(f"--weights_type {args.weights_type}: {folder} has no {missing} file; use --weights_type {there[0]}, or leave it out")
     if args.safetensors_index:
         if args.weights_type == "bin":
             raise UsageError("--safetensors_index is for --weights_type safetensors")
@@ -89,14 +91,15 @@ def check_weights(args):
             names = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:5]) or "no safetensors file"
             raise UsageError(f"--safetensors_index {args.safetensors_index}: no {shard.name} in {folder}, which has {names}")
         if not holds_connector(shard):
-            right = [file.name.removeprefix("model-").removesuffix(".safetensors") for file in sorted(folder.glob("model-*.safetensors")) if holds_connector(file)]
-            raise UsageError(f"--safetensors_index {args.safetensors_index}: {shard.name} does not hold the connector; use {', '.join(right) or 'none'} or leave it out")
+            right = ", ".join(file.stem.removeprefix("model-") for file in sorted(folder.glob("model-*.safetensors")) if holds_connector(file))
+            raise UsageError(f"--safetensors_index {args.safetensors_index}: {shard.name} does not hold the connector; use {right or 'none'} or leave it out")
     return next((ENDINGS[kind] for kind in there if args.weights_type and kind != args.weights_type), None)
 
 
 def holds_connector(shard):
+    names = ("mm_projector", "multi_modal_projector", "connector", "merger", "aligner")
     with safe_open(shard, "pt") as file:
-        return any(part in key for key in file.keys() for part in ("mm_projector", "multi_modal_projector", "connector", "merger", "aligner"))  # noqa: SIM118 -- no dict
+        return any(name in key for key in file.keys() for name in names)  # noqa: SIM118 -- no dict
 
 
 def headless_view(folder, view, left_out):
@@ -126,7 +129,7 @@ def load(args):
                 return load_from_args(args, str(view)), True
     vlm = load_from_args(args)
     if left_out:
-        raise UsageError(f"--weights_type {args.weights_type}: the decoder of this model cannot be left out, and of two kinds of files all would be read; leave it out")
+        raise UsageError(f"--weights_type {args.weights_type}: this model is loaded as a whole, by transformers' own choice of files; leave it out")
     print("the decoder's layers could not be left out for this model, so all of it was loaded")
     return vlm, False
 
@@ -221,16 +224,22 @@ def draw(pooled, summary, model):
         half = 0.38 * density / density.max()
         label = f"{group}: n = {numbers['tokens']:,} tokens of {numbers['images']} images, mean {numbers['mean']:.3g}"
         ax.fill_between(10**at, row - half, row + half, color=color, alpha=0.55, linewidth=0.8, label=label)
-        for name in ("q25", "median", "q75"):
+        for name, line in (("q25", "--"), ("median", "-"), ("q75", "--")):
             reach = np.interp(np.log10(max(numbers[name], 1e-30)), at, half)
-            ax.plot([numbers[name]] * 2, [row - reach, row + reach], color="#222222", linewidth=1.6 if name == "median" else 0.9, linestyle="-" if name == "median" else "--")
+            ax.plot([numbers[name]] * 2, [row - reach, row + reach], color="#222222", linewidth=1.6 if name == "median" else 0.9, linestyle=line)
         mean = numbers["mean_over_images"]
         sides = [[mean - numbers["low"]], [numbers["high"] - mean]] if numbers["low"] is not None else None
         ax.errorbar([mean], [row - 0.45], xerr=sides, color=color, marker="o", markersize=4, capsize=3, linestyle="none")
-    ax.set(xscale="log", yticks=range(len(GROUPS)), yticklabels=["text tokens\n(embedding table)", "vision tokens\n(after the connector)"], ylim=(-0.6, len(GROUPS) - 0.45))
+    ax.set(xscale="log", ylim=(-0.6, len(GROUPS) - 0.45))
+    ax.set_yticks(range(len(GROUPS)), ["text tokens\n(embedding table)", "vision tokens\n(after the connector)"])
     ax.set(xlabel="L2 norm of a token at the decoder's input (log scale)", title=f"Norms of vision and text tokens as they enter the language model, {model}")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.xaxis.set_minor_formatter("{x:g}")
     ax.grid(axis="y", visible=False)
-    fig.legend(loc="outside lower center", ncols=1, title="width: density per decade, scaled to its peak; lines: quartiles; dot: mean over images, 95 % interval", title_fontsize=8.5)
+    handles = ax.get_legend_handles_labels()[0][::-1]  # in the order of the rows, top first
+    key = "width: density per decade, scaled to its peak; lines: quartiles; dot: mean over images, 95 % interval"
+    fig.legend(handles=handles, loc="outside lower center", title=key, title_fontsize=8.5)
     return fig
 
 

@@ -23,7 +23,7 @@ class Family:
     grid: Callable = None  # (vlm, image size (width, height), image inputs of one sample) -> grid.PatchGrid, or None: the grid is unknown
     positions: Callable = None  # (vlm, input_ids, attention_mask, image inputs) -> (positions as the model takes them, next position (B,))
     rotary: Callable = None  # (vlm) -> capturing.Rotary, or None: no rotary positions
-    default_system: str | None = None  # system prompt where the user gives none
+    default_system: Callable = None  # (vlm) -> system prompt where the user gives none, or None
     prompt: Callable = None  # (vlm, question, system) -> text, for processors without a chat template
     markup: tuple = ()  # token strings that stand around or between image tokens
     has: frozenset = field(default_factory=lambda: frozenset({"decoder-only"}))

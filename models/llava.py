@@ -61,7 +61,10 @@ class NormedLlava(LlavaForConditionalGeneration):
 
 # --- the family -------------------------------------------------------------------------------------------------------------
 
-SYSTEM = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the human's questions."
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
 TEMPLATES = {  # by text model type: (system, user turn up to the answer)
     "llama": ("{system} ", "USER: <image>\n{question} ASSISTANT:"),
     "mistral": ("", "[INST] <image>\n{question} [/INST]"),
@@ -81,7 +84,7 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
     from common import checked
 
     if conv_mode is not None:
-        raise UsageError(f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} has its prompt from transformers, give --prompt_template for another")
+        raise UsageError(f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} is in transformers' own: give --prompt_template")
     normed = getattr(config, "vision_embed_norm", None) or getattr(config, "vision_feature_post_layernorm", False)
     kind = NormedLlava if normed else LlavaForConditionalGeneration
     model = checked(kind.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True), path)
@@ -100,6 +103,11 @@ def prompt(vlm, question, system):
         raise UsageError(f"{vlm.path}: no chat template and no known prompt for text model {kind!r}; give --prompt_template")
     head, turn = TEMPLATES[kind]
     return (head.replace("{system}", system) if system else "") + turn.replace("{question}", question)
+
+
+def default_system(vlm):
+    """LLaVA-1.5 was trained behind this sentence; LLaVAs on other text models have their own templates."""
+    return SYSTEM if vlm.model.config.text_config.model_type == "llama" else None
 
 
 def region(image_processor, size):
@@ -141,6 +149,7 @@ def grid(vlm, size, inputs):
 
 
 FAMILY = Family(
-    name="llava", model_types=("llava",), architectures=("LlavaForConditionalGeneration", "NormedLlava"), read_config=read_config, load=load, parts=parts, grid=grid,
-    prompt=prompt, positions=generic.positions, rotary=generic.rotary, default_system=SYSTEM, has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
+    name="llava", model_types=("llava",), architectures=("LlavaForConditionalGeneration", "NormedLlava"), read_config=read_config, load=load,
+    parts=parts, grid=grid, prompt=prompt, positions=generic.positions, rotary=generic.rotary, default_system=default_system,
+    has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

@@ -8,16 +8,17 @@ for its own type and fill with random weights. Weights are .bin or .safetensors 
     model.mm_projector.norm.weight                  gain of the clipped RMS norm (`normalize_projector`)
     model.vision_tower.vision_tower[.vision_model]  the CLIP tower, where it was saved with the rest
 A tower that is not in the checkpoint comes from --vision_tower_path, from the folder that `mm_vision_tower` names, from one of that name beside the
-checkpoint or from the hub. Keys of our own in the config: `conv_mode` (conversation template), `normalize_projector_max_norm` and
-`normalize_projector_scale` (the published code has 1.22 and 0.83 as constants), `multilayer_features` (tower layers, where they are not at 3/6, 4/6, 5/6
-and 6/6 of its depth as in the published 12, 16, 20, 24 of 24).
+checkpoint or from the hub; one that is in the checkpoint has its weights from there and its config from the same places. The prompt is the config's
+conversation template, else --conv_mode, else llava_v1 (system sentence with "a curious human"). Keys of our own in the config: `conv_mode`,
+`normalize_projector_max_norm` and `normalize_projector_scale` (1.22 and 0.83 are constants of the published code), `multilayer_features` (tower layers
+where they are not at 3/6, 4/6, 5/6 and 6/6 of its depth, as the published 12, 16, 20, 24 of 24).
 
 The picture's placeholder gets an id past the LM head: the embedding table has a row for it, the logits do not. Text on both sides of the picture is
 tokenized on its own, as the authors do: "\\n" after the picture becomes the two tokens "▁", "<0x0A>".
 
 Checked on small random models written in this layout, and on sentencepiece's own ids. Not checked, for want of the files: the published weights of
-LLaVA-1.5, Volcano and the Beyond Semantics models; a download from the hub; `added_tokens.json` of the v1 models with <im_start>. Generation stops at
-</s>; the '###' that llava_v0 models write between turns is text to us."""
+LLaVA-1.5, Volcano and the Beyond Semantics models; a download from the hub; the v1 models with <im_start>. Generation stops at </s>: the '###' that
+llava_v0 models write between turns is text to us."""
 
 import json
 import pickle
@@ -48,7 +49,7 @@ UNSUPPORTED = {  # config key -> values that we can read
     "image_aspect_ratio": (None, "pad", "square"), "add_spatial_coordinates": (None, False), "compression_after_projection": (None, False),
     "add_registers": (None, False),
 }  # fmt: skip
-USER = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+USER = SYSTEM.replace("human", "user")
 HELPFUL = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
@@ -65,7 +66,8 @@ CONVERSATIONS["v1"] = CONVERSATIONS["vicuna_v1"]  # the authors' name for it in 
 
 def is_original(raw):
     """Whether a config.json (as a dict) is of this layout."""
-    return bool(set(raw.get("architectures") or ()) & set(ARCHITECTURES)) or raw.get("model_type") in MODEL_TYPES or "mm_vision_tower" in raw or "mm_projector_type" in raw
+    named = raw.get("model_type") in MODEL_TYPES or set(raw.get("architectures") or ()) & set(ARCHITECTURES)
+    return bool(named) or any(key in raw for key in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size"))
 
 
 class OriginalLlava(NormedLlava):
@@ -98,7 +100,8 @@ def read_config(path, raw):
         extra["vision_feature_post_layernorm"] = True
     return LlavaConfig(
         text_config=text, projector_hidden_act="gelu", vision_feature_layer=raw.get("mm_vision_select_layer", -2), vision_feature_select_strategy="default",
-        tie_word_embeddings=False, architectures=list(ARCHITECTURES), dtype=raw.get("torch_dtype") or raw.get("dtype"), original_layout=raw, original_tied=tied, **extra,
+        tie_word_embeddings=False, architectures=list(ARCHITECTURES), dtype=raw.get("torch_dtype") or raw.get("dtype"),
+        original_layout=raw, original_tied=tied, **extra,
     )  # fmt: skip
 
 
@@ -272,7 +275,8 @@ def conversation(raw, conv_mode=None):
     own = raw.get("conv_mode") or raw.get("conv_template") or (raw.get("version") if raw.get("version") in CONVERSATIONS else None)
     for name in filter(None, (own, conv_mode)):
         if name not in CONVERSATIONS:
-            raise UsageError(f"--conv_mode {name}: no such conversation template; known: {', '.join(sorted(CONVERSATIONS))} (another prompt: --prompt_template)")
+            known = ", ".join(sorted(CONVERSATIONS))
+            raise UsageError(f"--conv_mode {name}: no such conversation template; known: {known} (another prompt: --prompt_template)")
     if own and conv_mode and CONVERSATIONS[own] != CONVERSATIONS[conv_mode]:
         raise UsageError(f"--conv_mode {conv_mode}, but the checkpoint's config names {own}; leave it out, or give --prompt_template for another prompt")
     return own or conv_mode or "llava_v1"

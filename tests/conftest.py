@@ -9,6 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import cli
 import common
 from data.scenes import floor_scene, render
 from samples import Sample
@@ -17,6 +18,39 @@ ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("tiny", ROOT / "checkpoints" / "tiny.py")
 tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny)
+
+torch.set_num_threads(1)  # tiny models: more threads cost more than they bring, and several test processes share the cores
+
+
+def in_process(path):
+    """command(*arguments) -> CompletedProcess of a script run in this process, with warnings as errors and the exit code of its command line."""
+    import contextlib
+    import importlib
+    import io
+    import subprocess
+    import sys
+    import warnings
+
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # as the interpreter does for a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+
+    def command(*arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                cli.run(lambda: module.main([str(a) for a in arguments]))
+            except SystemExit as end:
+                code = end.code
+        return subprocess.CompletedProcess([str(path), *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+    return command
+
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"

@@ -164,7 +164,8 @@ def test_a_bright_square_is_brightest_in_the_patch_whose_box_holds_its_centre(na
     whole = (np.floor(np.minimum(x1, size[0])) - np.ceil(np.maximum(x0, 0)) >= 1) & (np.floor(np.minimum(y1, size[1])) - np.ceil(np.maximum(y0, 0)) >= 1)
     assume(whole.any())  # a token with at least one whole pixel
     token = data.draw(st.sampled_from(np.flatnonzero(whole).tolist()))
-    left, top, right, bottom = (max(0, math.ceil(x0[token])), max(0, math.ceil(y0[token])), min(size[0], math.floor(x1[token])), min(size[1], math.floor(y1[token])))
+    left, right = max(0, math.ceil(x0[token])), min(size[0], math.floor(x1[token]))
+    top, bottom = max(0, math.ceil(y0[token])), min(size[1], math.floor(y1[token]))
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     pixels[top:bottom, left:right] = 255
     brightness, grid = preprocess(name, Image.fromarray(pixels))

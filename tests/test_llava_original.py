@@ -29,9 +29,11 @@ EXTRAS = {
     "base": {},
     "normWmean": {"vision_embed_norm": {"type": "rms_clip", "eps": 1e-6, "max_norm": 1.7, "scale": 0.6}},
     "multilayerNorm": {
-        "vision_embed_norm": {"type": "rms_clip", "eps": 1e-6, "max_norm": 1.7, "scale": 0.6}, "vision_feature_post_layernorm": True, "vision_feature_layer": [2, 3, 4, 5],
+        "vision_embed_norm": {"type": "rms_clip", "eps": 1e-6, "max_norm": 1.7, "scale": 0.6},
+        "vision_feature_post_layernorm": True,
+        "vision_feature_layer": [2, 3, 4, 5],
     },
-}  # fmt: skip
+}
 KEYS = {
     "base": {},
     "normWmean": {"normalize_projector": True, "normalize_projector_max_norm": 1.7, "normalize_projector_scale": 0.6},
@@ -49,8 +51,8 @@ def original_name(name, projector="", level="vision_model."):
 
 def write_weights(folder, state, kind, shards):
     stem, ending = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
-    names = sorted(state)
-    parts = [{name: state[name].clone().contiguous() for name in names[i::shards]} for i in range(shards)]
+    names, size = sorted(state), -(-len(state) // shards)
+    parts = [{name: state[name].clone().contiguous() for name in names[i * size :][:size]} for i in range(shards)]
     files = [f"{stem}.{ending}"] if shards == 1 else [f"{stem}-{i + 1:05d}-of-{shards:05d}.{ending}" for i in range(shards)]
     for file, part in zip(files, parts, strict=True):
         if kind == "safetensors":
@@ -63,7 +65,7 @@ def write_weights(folder, state, kind, shards):
 
 
 def to_original(source, folder, kind="safetensors", shards=1, tower=True, projector="", level="vision_model.", model_type="llava_llama", **config):
-    """Write the Hugging Face model in `source` (model, sentencepiece file, variant) in the authors' layout. tower: inside; else only its name is in the config."""
+    """Write the Hugging Face model in `source` in the authors' layout. tower: its weights inside; else only its name is in the config."""
     folder.mkdir(parents=True)
     text, rows = source.model.config.text_config, source.pieces.vocab_size()
     state = {original_name(name, projector, level): value for name, value in source.model.state_dict().items() if tower or "vision_tower" not in name}
@@ -72,12 +74,13 @@ def to_original(source, folder, kind="safetensors", shards=1, tower=True, projec
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)  # a buffer that old checkpoints hold
     write_weights(folder, state, kind, shards)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "max_position_embeddings", "hidden_act")
-    settings = {name: getattr(text, name) for name in names} | {"vocab_size": rows, "tie_word_embeddings": False, "torch_dtype": "float16", "rope_scaling": None}
-    settings |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": model_type, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "mm_hidden_size": 96}
+    settings = {name: getattr(text, name) for name in names} | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rope_scaling": None}
+    settings |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": model_type, "vocab_size": rows, "tie_word_embeddings": False}
     settings |= {"mm_vision_tower": "openai/tiny-tower", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
-    settings |= {"image_aspect_ratio": "pad", "mm_use_im_start_end": False, "mm_use_im_patch_token": False} | KEYS[source.variant] | config
+    settings |= {"torch_dtype": "float16", "image_aspect_ratio": "pad", "mm_use_im_start_end": False} | KEYS[source.variant] | config
     (folder / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if value != "absent"}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}))
+    bos = {"add_bos_token": True} if kind == "bin" else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False} | bos))
     shutil.copy(source.spm, folder / "tokenizer.model")
     return folder
 
@@ -86,7 +89,8 @@ def write_tower(source, folder, kind="safetensors"):
     """The tower as a CLIP model of its own, with `vision_model.` in the names and a stray text part."""
     folder.mkdir(parents=True)
     tower = source.model.model.vision_tower
-    state = {f"vision_model.{name}": value for name, value in tower.state_dict().items()} | {"logit_scale": torch.ones(()), "text_model.final_layer_norm.bias": torch.ones(2)}
+    state = {f"vision_model.{name}": value for name, value in tower.state_dict().items()}
+    state |= {"logit_scale": torch.ones(()), "text_model.final_layer_norm.bias": torch.ones(2)}
     write_weights(folder, state, kind, 1)
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": tower.config.to_diff_dict() | {"model_type": "clip_vision_model"}}))
     preprocessing = {"size": 168, "crop_size": 168, "image_mean": tiny.MEAN, "image_std": tiny.STD, "do_resize": True, "do_center_crop": True, "resample": 3}
@@ -115,8 +119,9 @@ def sources(tmp_path_factory):
         torch.manual_seed(0)
         model = (NormedLlava if extra else LlavaForConditionalGeneration)(config).eval()
         for name, p in model.named_parameters():
-            if "vision_tower" in name or name.endswith(".norm.weight"):
-                p.data = p.data * 3 + 0.1 * torch.randn_like(p)  # gains and biases that are not 1 and 0
+            if p.ndim == 1 and ("vision_tower" in name or "projector" in name):
+                p.data = p.data + 0.1 * torch.randn_like(p)  # gains and biases that are not 1 and 0
+        model.model.vision_tower.embeddings.patch_embedding.weight.data *= 20  # a patch's own pixels are to count most in its token
         sharpen(model, model.model.language_model.layers).save_pretrained(folder)
         tiny.make_processor(tokenizer).save_pretrained(folder)
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -180,7 +185,7 @@ def test_a_tower_outside_the_checkpoint_is_found(sources, reference, picture, tm
     assert_same(vlm, picture, reference[variant], sources[variant].pieces.vocab_size())
 
 
-def test_a_tied_table_and_a_padded_table_serve_as_lm_head(sources, picture, tmp_path):
+def test_a_tied_table_serves_as_lm_head_without_the_placeholder(sources, tmp_path):
     source = sources["base"]
     tower = str(write_tower(source, tmp_path / "tower"))
     folder = to_original(source, tmp_path / "tied", tie_word_embeddings=True)
@@ -275,15 +280,16 @@ def test_pictures_are_padded_only_where_the_config_says_so(sources, picture, tmp
     assert (vlm.encode([Sample("0", None, "Why?")], [picture]).grids[0].boxes.min() < 0) == (aspect == "pad")
 
 
-def test_the_placeholder_is_never_generated(sources, picture, tmp_path):
+def test_the_checks_after_loading_pass_and_the_placeholder_is_never_generated(sources, picture, tmp_path):
     source = sources["multilayerNorm"]
-    vlm = common.load_model(to_original(source, tmp_path / "model", tower=True), vision_tower_path=str(write_tower(source, tmp_path / "tower")), self_check=False)
+    vlm = common.load_model(to_original(source, tmp_path / "model"), vision_tower_path=str(write_tower(source, tmp_path / "tower")))
     batch = vlm.encode([Sample("0", None, "Describe the image.")], [picture])
     assert max(generate(vlm, batch, 8).ids[0]) < vlm.image_token_id
 
 
 def test_published_constants_and_layers_are_the_defaults():
-    raw = {"architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip-vit-large-patch14-336", "normalize_projector": True, "use_multilayer_features": True}
+    raw = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "normalize_projector": True, "use_multilayer_features": True}
+    assert llava_original.is_original(raw) and not llava_original.is_original({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]})
     config = llava_original.read_config("x", raw)
     assert config.vision_embed_norm == {"type": "rms_clip", "eps": 1e-6, "max_norm": 1.22, "scale": 0.83}
     _, vision = llava_original.tower_of("nowhere/x", raw, None, inside=True)
@@ -333,7 +339,7 @@ def test_a_broken_checkpoint_is_one_clear_line(sources, tmp_path, what, message)
 
 def test_a_tower_that_is_nowhere_is_one_clear_line(sources, tmp_path):
     folder = broken(sources["base"], tmp_path / "model", "no tower")
-    with pytest.raises(UsageError, match=r"the vision tower 'openai/tiny-tower' .* not found at openai/tiny-tower, .*tiny-tower, the hub \(OSError\); give --vision_tower_path"):
+    with pytest.raises(UsageError, match=r"'openai/tiny-tower' .* not found at openai/tiny-tower, .*tiny-tower, the hub \(OSError\); give --vision_tower_path"):
         common.load_model(folder, self_check=False)
     with pytest.raises(UsageError, match="--vision_tower_path /nowhere: no config.json there"):
         common.load_model(folder, vision_tower_path="/nowhere", self_check=False)
@@ -347,22 +353,20 @@ def test_a_tower_that_is_nowhere_is_one_clear_line(sources, tmp_path):
 @pytest.mark.parametrize("kind", ["phi3", "qwen2"])
 def test_llava_with_other_decoders_loads_encodes_and_generates(tmp_path, picture, kind):
     tokenizer = tiny.make_tokenizer(tmp_path)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False)
-    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
+    tokenizer.add_tokens(["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|im_start|>", "<|im_end|>"], special_tokens=True)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=168, patch_size=14)
-    config = LlavaConfig(
-        vision_config=vision, text_config={"phi3": Phi3Config, "qwen2": Qwen2Config}[kind](**text), image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=144
-    )
+    decoder, image = {"phi3": Phi3Config, "qwen2": Qwen2Config}[kind](**text), tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=decoder, image_token_index=image, image_seq_length=tiny.TOKENS)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
-    for p in model.model.vision_tower.parameters():
-        p.data *= 3
+    model.model.vision_tower.embeddings.patch_embedding.weight.data *= 20
     model.save_pretrained(tmp_path)
     processor = tiny.make_processor(tokenizer)
     processor.chat_template = None
     processor.save_pretrained(tmp_path)
-    vlm = common.load_model(tmp_path, self_check=False)
+    vlm = common.load_model(tmp_path)  # with its checks
     batch = vlm.encode([Sample("0", None, "Why?"), Sample("1", None, "Describe the image, please.")], [picture, picture])
     start = {"phi3": "<|user|>\n", "qwen2": "<|im_start|>user\n"}[kind]
     assert batch.prompts[0].count(start) == 1 and "Why?<|" in batch.prompts[0]

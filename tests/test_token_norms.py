@@ -12,13 +12,21 @@ import torch
 from conftest import build_llava, build_qwen
 from PIL import Image
 from test_llava_original import sources, to_original, write_tower  # noqa: F401 -- sources is a fixture
+from test_reading_scripts import script
 
 import common
 from samples import Sample, load_image
-from test_reading_scripts import script
 
 TOOL = Path(__file__).resolve().parents[1] / "diagnostic_tools" / "vlm_token_norms.py"
 CAPTIONS = {139: ["A red circle.", "A blue square and a red circle"], 285: ["A green triangle on the floor"], 632: ["Nothing", "No objects", "A picture"]}
+
+
+SHARDS = [f"{i:05d}-of-00003" for i in (1, 2, 3)]
+
+
+def connector_in(folder, index):
+    weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return any("mm_projector" in name and file == f"model-{index}.safetensors" for name, file in weights.items())
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,7 @@ def coco(tmp_path_factory, pictures):
         picture.save(root / "val2017" / f"{id:012d}.png")
     content = {
         "images": [{"id": id, "file_name": f"{id:012d}.png"} for id in CAPTIONS],
-        "annotations": [{"image_id": id, "caption": text} for id, texts in CAPTIONS.items() for text in texts] + [{"image_id": 7, "caption": "of no picture here"}],
+        "annotations": [{"image_id": id, "caption": text} for id, texts in ({7: ["of no picture here"]} | CAPTIONS).items() for text in texts],
     }
     (root / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
     return root
@@ -59,7 +67,7 @@ def run(*arguments, cwd, code=0):
     return done.stdout if code != 2 else done.stderr
 
 
-def in_process(folder, *arguments):
+def in_process(*arguments):
     """The script's main in this process: (exit code, module)."""
     module = script("vlm_token_norms")
     return module.main([str(part) for part in arguments]), module
@@ -84,11 +92,11 @@ def slow(folder, coco, tower=None):
 def test_the_documented_command_measures_what_the_definition_says(models, coco, tmp_path):
     """As in the user's document, on the CPU: two weight shards in .bin, the tower in a folder of its own."""
     out = run(
-        "--model_path", models["bin"], "--vision_tower_path", models["tower"], "--coco_root", coco, "--device", "cpu", "--weights_type", "bin", "--max_images", 20,
-        "--save_vectors", "--out_dir", "outputs/token_norms", cwd=tmp_path,
+        "--model_path", models["bin"], "--vision_tower_path", models["tower"], "--coco_root", coco, "--device", "cpu", "--weights_type", "bin",
+        "--max_images", 20, "--save_vectors", "--out_dir", "outputs/token_norms", cwd=tmp_path,
     )  # fmt: skip
     folder = tmp_path / "outputs" / "token_norms"
-    assert {file.name for file in folder.iterdir()} == {"token_norms_comparison.png", "token_norms_comparison.pdf", "token_norms_comparison.json", "vectors.npz"}
+    assert {file.name for file in folder.iterdir()} == {*(f"token_norms_comparison.{ending}" for ending in ("png", "pdf", "json")), "vectors.npz"}
     vectors, summary = np.load(folder / "vectors.npz"), json.loads((folder / "token_norms_comparison.json").read_text())
     text, vision = slow(models["bin"], coco, str(models["tower"]))
     assert vectors["txt"].dtype == vectors["img"].dtype == np.float64
@@ -106,8 +114,9 @@ def test_the_documented_command_measures_what_the_definition_says(models, coco, 
 def test_every_layout_agrees_with_the_whole_model(models, coco, tmp_path, name, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tower = str(models["tower"]) if name == "multilayerNorm" else None
-    more = ["--vision-tower-path", tower] if tower else []
-    code, _ = in_process(tmp_path, "--model-path", models[name], "--coco-root", coco, "--save-vectors", "--vectors-file", "v.npz", "--output-prefix", "p", "--out-dir", ".", *more)
+    more = ["--vision-tower-path", tower, "--safetensors-index", next(i for i in SHARDS if connector_in(models[name], i))] if tower else []
+    names = ["--save-vectors", "--vectors-file", "v.npz", "--output-prefix", "p", "--out-dir", "."]
+    code, _ = in_process("--model-path", models[name], "--coco-root", coco, *names, *more)
     vectors, (text, vision) = np.load("v.npz"), slow(models[name], coco, tower)
     assert code == 0 and json.loads(Path("p.json").read_text())["decoder_left_out"]
     np.testing.assert_allclose(vectors["img"], vision, rtol=2e-5)
@@ -118,10 +127,8 @@ def test_every_layout_agrees_with_the_whole_model(models, coco, tmp_path, name, 
 
 def test_the_decoder_is_neither_built_nor_read(models, coco, monkeypatch):
     module = script("vlm_token_norms")
-    for name, options in {"llava": [], "qwen": [], "multilayerNorm": ["--safetensors_index", "00001-of-00003"]}.items():
-        args = module.parse_args(["--model_path", str(models[name]), "--coco_root", str(coco), "--vision_tower_path", str(models["tower"]), *options])
-        if options:
-            args.safetensors_index = next(i for i in ("00001-of-00003", "00002-of-00003", "00003-of-00003") if module.holds_connector(models[name] / f"model-{i}.safetensors"))
+    for name in ("llava", "qwen", "multilayerNorm", "bin"):
+        args = module.parse_args(["--model_path", str(models[name]), "--coco_root", str(coco), "--vision_tower_path", str(models["tower"])])
         vlm, headless = module.load(args)
         assert headless and len(vlm.parts.layers) == 0
         assert not any(".layers." in key and "vision" not in key and "visual" not in key for key in vlm.model.state_dict())
@@ -164,26 +171,35 @@ def test_wrong_usage_is_one_line(models, coco, flags, message):
 
 def test_the_shard_without_the_connector_is_refused_by_name(models, coco):
     module = script("vlm_token_norms")
-    shards = [f"0000{i}-of-00003" for i in (1, 2, 3)]
-    without = [i for i in shards if not module.holds_connector(models["multilayerNorm"] / f"model-{i}.safetensors")]
+    without = [index for index in SHARDS if not connector_in(models["multilayerNorm"], index)]
+    assert 0 < len(without) < len(SHARDS)
     for index in without:
         args = module.parse_args(["--model_path", str(models["multilayerNorm"]), "--coco_root", str(coco), "--safetensors_index", index])
         with pytest.raises(module.UsageError, match="does not hold the connector; use"):
             module.check_weights(args)
 
 
-def test_exit_codes_of_the_command(models, coco, tmp_path):
-    """2 and one line without a model; 3 where a picture cannot be read, and the others are measured."""
+def test_a_missing_model_is_one_line_and_exit_code_2(coco, tmp_path):
     error = run("--model_path", "no/such/folder/at/all", "--coco_root", coco, cwd=tmp_path, code=2)
-    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert error == "error: no/such/folder/at/all: no such folder\n"
+
+
+def test_an_unreadable_picture_is_named_and_the_others_are_measured(models, coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     damaged = tmp_path / "pictures"
     damaged.mkdir()
     for file in (coco / "val2017").iterdir():
         (damaged / file.name).write_bytes(file.read_bytes() if "285" not in file.name else b"no picture")
-    out = run("--model_path", models["llava"], "--coco_root", coco, "--image_dir", damaged, "--scale", 3, cwd=tmp_path, code=3)
-    assert "000000000285 failed: " in out
-    summary = json.loads((tmp_path / "outputs" / "token_norms" / "token_norms_comparison.json").read_text())
-    assert list(summary["failed"]) == ["000000000285"] and summary["vision"]["images"] == 2
+    code, _ = in_process("--model_path", models["llava"], "--coco_root", coco, "--image_dir", damaged, "--scale", 3)
+    assert code == 3 and "000000000285 failed: " in capsys.readouterr().out
+    summary = json.loads(Path("outputs/token_norms/token_norms_comparison.json").read_text())
+    assert list(summary["failed"]) == ["000000000285"] and summary["vision"]["images"] == 2 and summary["scale"] == 3
+
+
+def test_pictures_are_enlarged_only_when_asked(pictures):
+    module = script("vlm_token_norms")
+    assert module.enlarged(pictures[1], 1.0) is pictures[1]
+    assert module.enlarged(pictures[1], 3.0).size == (3 * pictures[1].width, 3 * pictures[1].height)
 
 
 def test_densities_are_those_of_log10_norms():

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# 200 generated pictures, three tiny trained models, every measurement and figure of diagnostic_tools/ under runs/: ./run_demo.sh
+# MAX_IMAGES=20 ./run_demo.sh for a first look. An interrupted demo goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup_env.sh
+python data/make_shapes.py --out_dir data/shapes --num_images 200 --seed 0
+exec bash diagnostic_tools/run_beyond_semantics.sh

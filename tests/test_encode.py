@@ -1,0 +1,106 @@
+"""Token groups come from ids and offsets of the real prompt: any question, special strings included, any picture size."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import common
+from cli import UsageError
+from common import GROUPS, PAD, prompt_for
+from samples import Sample
+
+NAMES = ["llava", "qwen"]
+SPECIAL = ["<image>", "</s>", "<s>", "USER:", "ASSISTANT:", "<|image_pad|>", "<|im_end|>", "<pad>", "\n", "  ", "é", "✓", "\ue014"]
+questions = st.lists(st.one_of(st.sampled_from(SPECIAL), st.text(alphabet="abc ?.<>|/\n0é", max_size=8)), min_size=1, max_size=6).map(" ".join).filter(str.strip)
+
+
+def one(vlm, question, size=(60, 50), **options):
+    return vlm.encode([Sample("0", None, question)], [Image.new("RGB", size, (90, 120, 60))], **options)
+
+
+def text_of(vlm, batch, group):
+    return vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index(group)], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(question=questions)
+def test_the_question_and_nothing_else_is_the_user_group(load, name, question):
+    vlm = load(name)
+    plain, batch = one(vlm, "Hi?"), one(vlm, question)
+    for group in ("bos", "system", "vision", "image_markup"):
+        assert torch.equal(batch.input_ids[0][batch.groups[0] == GROUPS.index(group)], plain.input_ids[0][plain.groups[0] == GROUPS.index(group)]), group
+    user = batch.input_ids[0][batch.groups[0] == GROUPS.index("user")].tolist()
+    assert not set(user) & set(vlm.tokenizer.all_special_ids), "special strings typed in a question stay text"
+    assert "".join(text_of(vlm, batch, "user").split()) == "".join(question.split())
+    assert (batch.groups != PAD).all()
+    spans = batch.spans(0)
+    assert sorted(i for parts in spans.values() for start, end in parts for i in range(start, end)) == list(range(batch.lengths[0]))
+
+
+def test_the_groups_of_a_known_prompt(load):
+    vlm = load("llava")
+    batch = one(vlm, "Is there a red circle?")
+    assert batch.prompts[0].endswith("USER: <image>\nIs there a red circle? ASSISTANT:") and batch.prompts[0].startswith("A chat between a curious human")
+    assert text_of(vlm, batch, "system").startswith("A chat between") and text_of(vlm, batch, "system").endswith("questions.")
+    assert text_of(vlm, batch, "user") == "Is there a red circle?"
+    assert text_of(vlm, batch, "template").split() == ["USER:", "ASSISTANT:"]
+    assert int((batch.groups == GROUPS.index("vision")).sum()) == vlm.model.config.image_seq_length
+    assert batch.spans(0)["bos"] == [[0, 1]]
+
+
+def test_the_markup_of_qwen_is_a_group_of_its_own(load):
+    vlm = load("qwen")
+    batch = one(vlm, "Is there a red circle?", size=(140, 84))
+    assert text_of(vlm, batch, "image_markup") == "<|vision_start|><|vision_end|>"
+    assert text_of(vlm, batch, "system") == "You are a helpful assistant."
+    rows, columns = batch.grids[0].shape
+    assert int((batch.groups == GROUPS.index("vision")).sum()) == rows * columns
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stripping_leaves_no_system_token(load, name):
+    vlm = load(name)
+    batch = one(vlm, "Hi?", strip_system=True)
+    assert "system" not in batch.spans(0)
+    assert prompt_for(vlm, "Hi?", strip_system=True)[1] is None and prompt_for(vlm, "Hi?")[1] is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_on_the_left_and_in_no_group(load, batch_of, name):
+    vlm = load(name)
+    batch = batch_of(vlm)
+    for row, length in enumerate(batch.lengths):
+        pad = batch.groups.shape[1] - length
+        assert (batch.groups[row, :pad] == PAD).all() and (batch.groups[row, pad:] != PAD).all()
+        assert batch.attention_mask[row].tolist() == [0] * pad + [1] * length
+        alone = batch_of(vlm, (row,))
+        assert torch.equal(alone.input_ids[0], batch.input_ids[row, pad:])
+        assert torch.equal(alone.position_ids[..., 0, :], batch.position_ids[..., row, pad:])
+        assert alone.next_position[0] == batch.next_position[row]
+        assert alone.spans(0) == batch.spans(row)
+
+
+def test_a_prompt_of_ones_own(folders):
+    vlm = common.load_model(folders["llava"], prompt_template="{system}|{image}|{question}|END", system_prompt="Be brief.", self_check=False)
+    text, system, question = prompt_for(vlm, "Why?")
+    assert text == "Be brief.|<image>|Why?|END" and text[slice(*system)] == "Be brief." and text[slice(*question)] == "Why?"
+    batch = one(vlm, "Why?")
+    assert "".join(text_of(vlm, batch, "user").split()) == "Why?"
+    other = common.load_model(folders["llava"], prompt_template="{image}", self_check=False)
+    with pytest.raises(UsageError, match="no {question}"):
+        one(other, "Why?")
+
+
+def test_the_pad_aspect_shows_the_whole_picture(folders):
+    vlm = common.load_model(folders["llava"], self_check=False)
+    assert vlm.processor.image_processor.do_pad  # the tiny models pad, as LLaVA-1.5 was trained
+    grid = one(vlm, "Hi?", size=(200, 100)).grids[0]
+    assert grid.boxes[0].tolist() == pytest.approx([0, -50, 200 / 12, -50 + 200 / 12])
+    vlm.processor.image_processor.do_pad = False
+    grid = one(vlm, "Hi?", size=(200, 100)).grids[0]
+    assert grid.boxes[0].tolist() == pytest.approx([50, 0, 50 + 100 / 12, 100 / 12])
+    with pytest.raises(UsageError, match="--image_aspect pad"):
+        common.load_model(folders["qwen"], image_aspect="pad", self_check=False)
