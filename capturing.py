@@ -123,7 +123,7 @@ def _blocked(layer, query, key):
         reach = max(0, total - block.queries.shape[1]), max(0, total - block.keys.shape[1])
         queries = torch.nn.functional.pad(block.queries, (0, reach[0]))[:, total - count : total]
         keys = torch.nn.functional.pad(block.keys, (0, reach[1]))[:, :total]
-        here = (queries[:, :, None] & keys[:, None, :])[:, None]
+        here = (queries[:, :, None] & keys[:, None, :])[:, None].to(key.device)
         found = here if found is None else found | here
     return found if found is not None and found.any() else None
 
@@ -291,7 +291,7 @@ class GroupMass(Probe):
         self.layers = {}
 
     def attention(self, layer, row):
-        self.layers[layer] = row.weights @ self.columns[:, : row.key.shape[2]]
+        self.layers[layer] = (row.weights @ self.columns[:, : row.key.shape[2]].to(row.key.device)).to(self.columns.device)
 
     def end(self):
         self.mass.append(torch.stack([self.layers[layer] for layer in sorted(self.layers)]))
@@ -312,6 +312,7 @@ class HiddenNorms(Probe):
             if self.final is not None and index == self.num_layers:
                 states = self.final(states)
             norm = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
+            norm = norm.to(self._states[0].device) if self._states else norm
             self._states[index] = norm / states.shape[-1] ** 0.5 if self.kind == "rms" else norm
 
     @property
@@ -342,7 +343,7 @@ class RopeShift(Probe):
             scores = scores.clone()
             scores[..., -1] = float("-inf")
         weights = scores.softmax(-1)
-        vision = self.vision[:, None]
+        vision = self.vision[:, None].to(weights.device)
         alpha = (weights * vision).sum(-1)
         inside = weights * vision / alpha[..., None]
 
@@ -356,7 +357,7 @@ class RopeShift(Probe):
             found["delta_alphaV"].append(((scores + change * vision).softmax(-1) * vision).sum(-1) - alpha)
         found["delta_gv"], found["delta_alphaV"] = torch.stack(found["delta_gv"]), torch.stack(found["delta_alphaV"])
         found["delta_gv_derivative"] = mean_over_vision(-row.dot(self.rotary.rate(row.query)))
-        self._found[layer] = found
+        self._found[layer] = {name: value.to(self.vision.device) for name, value in found.items()}
 
     def __getitem__(self, name):
         """alphaV, share_prod_notV, delta_gv_derivative: (L, B, H); delta_gv, delta_alphaV: (deltas, L, B, H)."""
@@ -378,7 +379,7 @@ class VisionRows(Probe):
         self.sum = 0
 
     def attention(self, layer, row):
-        mean = row.weights.mean(1)
+        mean = row.weights.mean(1).to(self.bos.device)
         prompt = mean[:, : self.bos.shape[1]]
         rest = (prompt * ~self.bos).sum(-1, keepdim=True) + mean[:, self.bos.shape[1] :].sum(-1, keepdim=True)  # not 1 - bos, which loses its digits
         self.sum = self.sum + prompt * self.vision / rest
@@ -440,7 +441,7 @@ def generate(vlm, batch, max_new_tokens, do_sample=False, temperature=1.0, top_p
         raise ValueError("an answer to be measured is empty")
     chosen, logprobs, steps, alive = [], [], torch.zeros(size, dtype=torch.long, device=device), torch.ones(size, dtype=torch.bool, device=device)
     for step in range(limit):
-        logits = output.logits[:, -1].float()
+        logits = output.logits[:, -1].float().to(device)
         if answers is not None:
             token = torch.tensor([ids[min(step, len(ids) - 1)] for ids in answers], device=device)
             alive = step < lengths

@@ -82,14 +82,16 @@ class VLM:
         return encode(self, samples, images, **options)
 
     def vision(self, batch):
-        """Image features, once per batch: the tower's output whose pooler_output is a list of (P, d) per picture."""
-        inputs = {key: value.to(self.device) for key, value in batch.image_inputs.items()}
+        """Image features, once per picture of the batch: the tower's output, its pooler_output a list of (P, d) per sample."""
+        first = list(dict.fromkeys(batch.pictures))
+        rows = [batch.image_rows[batch.pictures.index(picture)] for picture in first]
+        inputs = {key: torch.cat([row[key] for row in rows]).to(self.device) for key in rows[0]}
         wanted = inspect.signature(self.model.get_image_features).parameters
         accepts = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items() if accepts or k in wanted}
         features = self.model.get_image_features(**inputs, return_dict=True)
-        pooled = features.pooler_output
-        features.pooler_output = [part.flatten(0, -2) for part in (pooled if isinstance(pooled, (list, tuple)) else list(pooled))]
+        pooled = [part.flatten(0, -2) for part in features.pooler_output]
+        features.pooler_output = [pooled[first.index(picture)] for picture in batch.pictures]
         return features
 
 
@@ -211,11 +213,17 @@ class Batch:
     position_ids: torch.Tensor  # as the model takes them: (B, T) or (axes, B, T)
     next_position: torch.Tensor  # (B,) position of the first generated token
     groups: torch.Tensor  # (B, T) index into GROUPS, PAD for padding
-    image_inputs: dict  # pixel_values and what else get_image_features takes
+    image_rows: list  # per sample: pixel_values and what else get_image_features takes
+    pictures: list  # per sample: digest of its image inputs, to run the tower once per picture
     prompts: list  # text as given to the processor
     lengths: list  # prompt length without padding
     grids: list  # PatchGrid or None
     samples: list
+
+    @property
+    def image_inputs(self):
+        """The image inputs of all samples, joined as the model's forward takes them."""
+        return {key: torch.cat([row[key] for row in self.image_rows]) for key in self.image_rows[0]}
 
     def spans(self, row):
         """{group: [[start, end), ...]} over the prompt of one sample without its padding."""
@@ -357,15 +365,18 @@ def encode(vlm, samples, images, strip_system=False):
     for row, (ids, codes, _, _) in enumerate(rows):
         input_ids[row, longest - len(ids) :], mask[row, longest - len(ids) :] = torch.tensor(ids), 1
         groups[row, longest - len(ids) :] = torch.tensor(codes)
-    image_inputs = {key: torch.cat([inputs[key] for _, _, inputs, _ in rows]) for key in rows[0][2] if torch.is_tensor(rows[0][2][key])}
+    image_rows = [{key: value for key, value in inputs.items() if torch.is_tensor(value)} for _, _, inputs, _ in rows]
+    pictures = [hashlib.blake2b(b"".join(value.numpy().tobytes() for value in row.values())).digest() for row in image_rows]
     input_ids, mask, groups = (x.to(vlm.device) for x in (input_ids, mask, groups))
-    positions, following = vlm.family.positions(vlm, input_ids, mask, image_inputs)
+    joined = {key: torch.cat([row[key] for row in image_rows]) for key in image_rows[0]}
+    positions, following = vlm.family.positions(vlm, input_ids, mask, joined)
     grids = [vlm.family.grid(vlm, image.size, inputs) if vlm.family.grid else None for image, (_, _, inputs, _) in zip(images, rows, strict=True)]
     for grid, row in zip(grids, range(size), strict=True):
         found = int((groups[row] == GROUPS.index("vision")).sum())
         if grid is not None and len(grid.boxes) != found:
             raise ValueError(f"the prompt has {found} vision tokens, the grid of {vlm.family.name} {len(grid.boxes)}")
-    return Batch(input_ids, mask, positions, following, groups, image_inputs, [text for *_, text in rows], [len(ids) for ids, *_ in rows], grids, list(samples))
+    prompts, lengths = [text for *_, text in rows], [len(ids) for ids, *_ in rows]
+    return Batch(input_ids, mask, positions, following, groups, image_rows, pictures, prompts, lengths, grids, list(samples))
 
 
 def main(argv=None):
