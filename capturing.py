@@ -6,7 +6,8 @@ in float32, from the query and keys that SDPA got. Layers are recognised by modu
 import contextlib
 import hashlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -411,6 +412,8 @@ def prefill(vlm, batch, features=None, cache=None):
     if _takes(vlm.model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     if _takes(vlm.model, "mm_encoder_outputs"):
+        if getattr(features, "was_tensor", False):
+            features = SimpleNamespace(**dict(features) | {"pooler_output": torch.stack(features.pooler_output)})
         return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, **options)
     embeds = vlm.model.get_input_embeddings()(batch.input_ids)
     place = (batch.groups == VISION)[..., None]
@@ -481,8 +484,6 @@ def answer_ids(vlm, prompt, answer):
 
 def with_eos(vlm, batch):
     """The batch with one EOS token after each prompt, in no group of the prompt's: the published RoPE probe's query row."""
-    from dataclasses import replace
-
     size = len(batch.samples)
     column = batch.next_position[:, None] if batch.position_ids.ndim == 2 else batch.next_position[None, :, None].expand(len(batch.position_ids), -1, -1)
     return replace(

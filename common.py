@@ -90,6 +90,7 @@ class VLM:
         accepts = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items() if accepts or k in wanted}
         features = self.model.get_image_features(**inputs, return_dict=True)
+        features.was_tensor = torch.is_tensor(features.pooler_output)  # some families take it back as one tensor, see capturing.prefill
         pooled = [part.flatten(0, -2) for part in features.pooler_output]
         features.pooler_output = [pooled[first.index(picture)] for picture in batch.pictures]
         return features

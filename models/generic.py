@@ -3,6 +3,7 @@
 The grid of its vision tokens cannot be known from these conventions: what needs one says so. Parts that a family file shares are defined here."""
 
 import contextlib
+import inspect
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -35,7 +36,15 @@ def parts(model):
 
 
 def positions(vlm, input_ids, attention_mask, image_inputs):
-    """Positions 0, 1, 2, ... of each row without its padding: (B, T), and the next one (B,)."""
+    """Positions as the model takes them and the next one (B,): 0, 1, 2, ... of each row without its padding, (B, T); or, for models with positions in
+    time, height and width, (3, B, T) by their own get_rope_index. These would silently fall back to one dimension if they were left to themselves."""
+    base = getattr(vlm.model, "model", vlm.model)
+    if hasattr(base, "get_rope_index"):
+        types = (input_ids == vlm.image_token_id).int()
+        wanted = inspect.signature(base.get_rope_index).parameters
+        grids = {key: value.to(input_ids.device) for key, value in image_inputs.items() if key in wanted}
+        ids, _ = base.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **grids)
+        return ids, ids[:, :, -1].amax(0) + 1
     ids = attention_mask.cumsum(-1) - 1
     return ids.clamp(min=0), ids[:, -1] + 1
 

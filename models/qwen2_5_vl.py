@@ -39,14 +39,7 @@ def grid(vlm, size, inputs):
     return PatchGrid.regular(rows // merge, columns // merge, (0, 0, *size), size)
 
 
-def positions(vlm, input_ids, attention_mask, image_inputs):
-    """(3, B, T) positions by get_rope_index, and the next one (B,): the same on all three axes."""
-    types = (input_ids == vlm.image_token_id).int()
-    ids, _ = vlm.model.model.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=attention_mask, image_grid_thw=image_inputs["image_grid_thw"].to(input_ids.device))
-    return ids, ids[:, :, -1].amax(0) + 1
-
-
 FAMILY = Family(
-    name="qwen2_5_vl", model_types=("qwen2_5_vl",), load=load, parts=parts, grid=grid, positions=positions, rotary=generic.rotary,
+    name="qwen2_5_vl", model_types=("qwen2_5_vl",), load=load, parts=parts, grid=grid, positions=generic.positions, rotary=generic.rotary,
     markup=("<|vision_start|>", "<|vision_end|>"), has=frozenset({"decoder-only", "rotary", "grid"}),
 )  # fmt: skip

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import viz_attention_image as viz
+from attention_map import find_word, normalized_entropy, token_spans
+from attention_overlay import SHOWN, save_attention_overlay, visualize_attention_overlay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,11 +24,6 @@ from grid import PatchGrid
 from samples import Sample
 
 TOOLS = Path(__file__).resolve().parents[1] / "diagnostic_tools"
-sys.path.insert(0, str(TOOLS))
-import viz_attention_image as viz
-from attention_map import find_word, normalized_entropy, token_spans
-from attention_overlay import SHOWN, save_attention_overlay, visualize_attention_overlay
-
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 CAPTION = "The image shows a red circle, a blue square and a green circle."
 

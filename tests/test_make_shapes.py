@@ -178,7 +178,7 @@ def test_pycocotools_reads_the_set_and_its_masks_are_what_is_seen(sets, kind):
             own = instance_map(Scene(scene.kind, scene.width, scene.height, (thing,))) == 1
             assert (mask & own).sum() / (mask | own).sum() > 0.85 and abs(shown["area"] / mask.sum() - 1) < 0.06
             x, y, w, h = shown["bbox"]
-            assert 0 <= x and 0 <= y and x + w <= scene.width and y + h <= scene.height
+            assert x >= 0 and y >= 0 and x + w <= scene.width and y + h <= scene.height
             rows, columns = np.nonzero(mask)
             extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             assert np.abs(extent - [x, y, x + w, y + h]).max() < 2  # the tip of a triangle is thinner than a pixel

@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psi
 import pytest
 import torch
+from answers import is_right, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from position_sensitivity import psi as index
+from position_sensitivity import psi_interval
 
 import rundirs
 import stats
@@ -18,12 +22,6 @@ from cli import UsageError
 from samples import read_questions
 
 TOOLS = Path(__file__).resolve().parents[1] / "diagnostic_tools"
-sys.path.insert(0, str(TOOLS))
-import psi
-from answers import is_right, read
-from position_sensitivity import psi as index
-from position_sensitivity import psi_interval
-
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
