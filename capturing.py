@@ -479,7 +479,9 @@ def answer_ids(vlm, prompt, answer):
     lead = vlm.tokenizer(prompt[-1], add_special_tokens=False)["input_ids"]
     text = prompt[-1] + ("" if prompt[-1].isspace() else " ") + answer
     ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[len(lead) :] + [min(vlm.eos_ids)] if ids[: len(lead)] == lead else vlm.tokenizer(answer, add_special_tokens=False)["input_ids"] + [min(vlm.eos_ids)]
+    return (
+        ids[len(lead) :] + [min(vlm.eos_ids)] if ids[: len(lead)] == lead else vlm.tokenizer(answer, add_special_tokens=False)["input_ids"] + [min(vlm.eos_ids)]
+    )
 
 
 def with_eos(vlm, batch):

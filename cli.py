@@ -36,7 +36,7 @@ def shard(text):
     try:
         index, count = (int(part) for part in text.split("/"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 0/4")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 0/4") from None
     if not 0 <= index < count:
         raise argparse.ArgumentTypeError(f"{text!r}: shards count from 0, so 0 <= i < n is needed")
     return index, count

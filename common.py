@@ -141,7 +141,11 @@ def load_model(
             str(path), config, dtype=dtype, device_map=device_map, vision_tower_path=vision_tower_path, conv_mode=conv_mode, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        known = f"; known types: {', '.join(known_types())}; for another one write models/<family>.py (README, 'your own model')" if family.name == "generic" else ""
+        known = (
+            f"; known types: {', '.join(known_types())}; for another one write models/<family>.py (README, 'your own model')"
+            if family.name == "generic"
+            else ""
+        )
         raise UsageError(f"{path} (type {config.model_type!r}) cannot be loaded: {' '.join(str(error).split())[:400]}{known}") from error
     model = model.eval().requires_grad_(False)
     if device_map is None:

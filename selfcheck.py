@@ -44,7 +44,9 @@ def check(vlm):
     batch = vlm.encode(samples, [picture, picture])
 
     def fail(what):
-        raise UsageError(f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; fix models/{vlm.family.name}.py, or --no_self_check to go on all the same")
+        raise UsageError(
+            f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; fix models/{vlm.family.name}.py, or skip with --no_self_check"
+        )
 
     seen, worst = _Seen(), {}
 
@@ -64,7 +66,9 @@ def check(vlm):
     if seen.states != list(range(count + 1)):
         fail(f"of {count} decoder layers found, those that run are {[i - 1 for i in seen.states[1:]]}")
     if seen.layers != list(range(count)):
-        fail(f"attention of layers {sorted(set(range(count)) - set(seen.layers)) or seen.layers} does not go through transformers' AttentionInterface once per pass")
+        fail(
+            f"attention of layers {sorted(set(range(count)) - set(seen.layers)) or seen.layers} does not go through transformers' AttentionInterface once per pass"
+        )
     for step, name in ((0, "prefill"), (1, "a cached step")):
         if worst[step] > tolerance:
             fail(f"captured attention times V differs from the attention output at {name} by {worst[step]:.1e} (relative; allowed {tolerance:.0e})")

@@ -81,7 +81,10 @@ def questions_of(rng, scene):
         question = ask_protocol(rng, scene)
         if question is not None:
             out.append((question.kind, question))
-    return [(name, question if i % 2 or question.kind not in (*AXES, "yes_no") else Question(question.kind, question.text + ONE_WORD, question.answer)) for i, (name, question) in enumerate(out)]
+    return [
+        (name, question if i % 2 or question.kind not in (*AXES, "yes_no") else Question(question.kind, question.text + ONE_WORD, question.answer))
+        for i, (name, question) in enumerate(out)
+    ]
 
 
 def words(text):
@@ -97,8 +100,14 @@ def is_right(question, answer, scene):
     if question.kind in ("where", "revise", "critique"):
         return said == words(question.answer)
     choices = {
-        "color": ALL_COLORS, "shape": ALL_SHAPES, "what": ALL_SHAPES, "count": list("0123456789"), "decide": ["a", "b"], "yes_no": ["yes", "no"], "camera": ["yes", "no"],
-    } | {kind: list(parts[1:]) for kind, parts in AXES.items()}  # fmt: skip
+        "color": ALL_COLORS,
+        "shape": ALL_SHAPES,
+        "what": ALL_SHAPES,
+        "count": list("0123456789"),
+        "decide": ["a", "b"],
+        "yes_no": ["yes", "no"],
+        "camera": ["yes", "no"],
+    } | {kind: list(parts[1:]) for kind, parts in AXES.items()}
     wanted = words(question.answer)[-1] if question.kind == "what" else question.answer.lower()
     return next((word for word in said if word in choices[question.kind]), None) == wanted
 
@@ -165,12 +174,20 @@ def card(path, right, lens, patches, args):
     parameters = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / 2e6
     norm = config.get("vision_embed_norm")
     what = "A LLaVA model small enough for a laptop, trained from scratch on generated pictures by `checkpoints/train_tiny.py`; for tests and demonstrations."
-    lines += [what, "", f"{parameters:.1f} M parameters in bfloat16, {config['image_seq_length']} vision tokens, {config['text_config']['num_hidden_layers']} decoder layers."]
+    lines += [
+        what,
+        "",
+        f"{parameters:.1f} M parameters in bfloat16, {config['image_seq_length']} vision tokens, {config['text_config']['num_hidden_layers']} decoder layers.",
+    ]
     if norm:
         layers = config["vision_feature_layer"]
         extra = f" on tower layers {layers} through the post layer norm" if isinstance(layers, list) else ""
         lines += ["", f"Beyond Semantics variant: projector output RMS-normalised, clipped at {norm['max_norm']:.3f} and scaled by {norm['scale']:.3f}{extra}."]
-    lines += ["", f"`python checkpoints/evaluate_tiny.py` on {args.scenes} floor scenes and {args.scenes // 3} corridors of seed {args.seed}, greedy, float32:", ""]
+    lines += [
+        "",
+        f"`python checkpoints/evaluate_tiny.py` on {args.scenes} floor scenes and {args.scenes // 3} corridors of seed {args.seed}, greedy, float32:",
+        "",
+    ]
     lines += ["| question | n | accuracy | 95 % interval | to reach |", "|---|---|---|---|---|"]
     for name, (good, n) in sorted(right.items()):
         low, high = wilson_interval(good, n)[1:3]

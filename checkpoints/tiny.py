@@ -15,16 +15,68 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from data.questions import ask, ask_camera, ask_protocol, ask_relation
 from data.scenes import COLORS, CORRIDOR_COLORS, CORRIDOR_SHAPES, SHAPES, corridor_scene, floor_scene, instance_map, render
+from models.llava import SYSTEM
 
-SYSTEM = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the human's questions."
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ (message['content'] if message['content'] is string else message['content'][0]['text']) + ' ' }}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ (message['content'] if message['content'] is string else message['content'][0]['text']) + ' ' }}"
     "{% else %}{{ message['role'].upper() + ': ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-EXTRA_WORDS = ["under", "beneath", "behind", "front", "near", "nearby", "distant", "largest", "smallest", "top", "bottom", "corner", "middle", "object", "objects", "detail", "details", "one", "two", "three", "four", "five", "zero", "Left", "Right", "Above", "Below", "Far", "Close", "yes", "no", "Can", "you", "see", "any", "Which", "What", "where", "Why", "how", "many", "this", "picture", "scene", "photo", "visible", "both", "neither", "same", "different"]
+EXTRA_WORDS = [
+    "under",
+    "beneath",
+    "behind",
+    "front",
+    "near",
+    "nearby",
+    "distant",
+    "largest",
+    "smallest",
+    "top",
+    "bottom",
+    "corner",
+    "middle",
+    "object",
+    "objects",
+    "detail",
+    "details",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "zero",
+    "Left",
+    "Right",
+    "Above",
+    "Below",
+    "Far",
+    "Close",
+    "yes",
+    "no",
+    "Can",
+    "you",
+    "see",
+    "any",
+    "Which",
+    "What",
+    "where",
+    "Why",
+    "how",
+    "many",
+    "this",
+    "picture",
+    "scene",
+    "photo",
+    "visible",
+    "both",
+    "neither",
+    "same",
+    "different",
+]
 VOCABULARY = 928
 IMAGE_SIZE, PATCH = 168, 14
 SIDE = IMAGE_SIZE // PATCH
@@ -47,9 +99,20 @@ def make_tokenizer(folder):
         corpus = Path(scratch) / "words.txt"
         corpus.write_text("".join(f"{word} ?{word}\n" * 20 for word in words))  # with and without a space before: a word may follow a line break
         sentencepiece.SentencePieceTrainer.train(
-            input=str(corpus), model_prefix=f"{scratch}/tokenizer", model_type="bpe", vocab_size=VOCABULARY - 2, byte_fallback=True, split_digits=True, num_threads=1,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, required_chars=string.printable.strip(), pad_id=-1, minloglevel=2,
-        )  # fmt: skip
+            input=str(corpus),
+            model_prefix=f"{scratch}/tokenizer",
+            model_type="bpe",
+            vocab_size=VOCABULARY - 2,
+            byte_fallback=True,
+            split_digits=True,
+            num_threads=1,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=1.0,
+            required_chars=string.printable.strip(),
+            pad_id=-1,
+            minloglevel=2,
+        )
         (Path(folder) / "tokenizer.model").write_bytes((Path(scratch) / "tokenizer.model").read_bytes())
     (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     tokenizer = LlamaTokenizer.from_pretrained(str(folder))
@@ -65,21 +128,35 @@ def make_processor(tokenizer):
     """CLIP preprocessing that pads to a square, as LLaVA-1.5 was trained."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=MEAN, image_std=STD)
-    return LlavaProcessor(images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE
+    )
 
 
 def make_config(tokenizer, **extra):
     vision = CLIPVisionConfig(
-        hidden_size=TOWER_WIDTH, intermediate_size=192, num_hidden_layers=5, num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=TOWER_WIDTH
+        hidden_size=TOWER_WIDTH,
+        intermediate_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+        projection_dim=TOWER_WIDTH,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=2048,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
     )  # fmt: skip
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=extra.pop("vision_feature_layer", -2),
-        vision_feature_select_strategy="default", image_seq_length=TOKENS, tie_word_embeddings=True, **extra,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=extra.pop("vision_feature_layer", -2),
+        vision_feature_select_strategy="default",
+        image_seq_length=TOKENS,
+        tie_word_embeddings=True,
+        **extra,
+    )
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------------

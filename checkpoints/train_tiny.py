@@ -53,7 +53,9 @@ BATCH = {"tower": 48, "decoder": 20}
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--stages", nargs="+", default=["tower", "base", "normWmean", "multilayerNorm"], choices=["tower", "base", "normWmean", "multilayerNorm"])
+    parser.add_argument(
+        "--stages", nargs="+", default=["tower", "base", "normWmean", "multilayerNorm"], choices=["tower", "base", "normWmean", "multilayerNorm"]
+    )
     parser.add_argument("--scenes", type=int, default=16000, help="pictures to train on")
     parser.add_argument("--tower_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=3500)
@@ -135,7 +137,10 @@ def optimizers_for(modules, lr):
     matrix = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     ids = {id(p) for p in matrix}
     rest = list({id(p): p for _, p in named if id(p) not in ids}.values())
-    return [torch.optim.Muon(matrix, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    return [
+        torch.optim.Muon(matrix, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 # --- tower ------------------------------------------------------------------------------------------------------------------
@@ -144,7 +149,9 @@ def optimizers_for(modules, lr):
 def train_tower(args, tower, pool):
     """Dense loss on the layer that LLaVA reads (-2) and, through the post layer norm, on the last one. Returns whether it is done."""
     heads = nn.ModuleList([nn.Linear(TOWER_WIDTH, len(ALL_COLORS) + len(ALL_SHAPES) + 4) for _ in range(2)]).to(args.device)
-    stage = Stage(args, "tower", args.tower_steps, [tower, heads], [torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=1.5e-3, weight_decay=0.01)])
+    stage = Stage(
+        args, "tower", args.tower_steps, [tower, heads], [torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=1.5e-3, weight_decay=0.01)]
+    )
     tower.train().requires_grad_(True)
     seen = {}
 
@@ -210,7 +217,9 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
     for i, (scene, *_) in enumerate(pool):
         groups["one" if len(scene.things) == 1 else scene.kind].append(i)
     losses = collections.deque(maxlen=100)
-    color_ids, shape_ids = (torch.tensor([packer.tokenizer.encode(f"? {word}")[-1] for word in names], device=args.device) for names in (ALL_COLORS, ALL_SHAPES))
+    color_ids, shape_ids = (
+        torch.tensor([packer.tokenizer.encode(f"? {word}")[-1] for word in names], device=args.device) for names in (ALL_COLORS, ALL_SHAPES)
+    )
 
     def batch(rng, rows, source, source_features, layout, mix=None):
         """Decoder inputs, targets and weights of one batch, and its questions row by row."""
@@ -300,7 +309,9 @@ def main(argv=None):
 
     def save(folder, model):
         """Write the model in bfloat16 without touching the weights that go on being trained."""
-        model.save_pretrained(out / folder, state_dict={name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if value.is_floating_point()})
+        model.save_pretrained(
+            out / folder, state_dict={name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if value.is_floating_point()}
+        )
         config = json.loads((out / folder / "config.json").read_text())
         for part in (config, config["text_config"], config["vision_config"]):
             part["dtype"] = "bfloat16"

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from data.scenes import COLORS, CORRIDOR_COLORS, CORRIDOR_SHAPES, FAR, NEAR, SHAPES
 
 ONE_WORD = " Answer with only one word."
-AXES = {"left_right": ("x", "left", "right"), "above_below": ("y", "above", "below"), "far_close": ("z", "close", "far")}  # key: axis, lower value, higher value
+AXES = {
+    "left_right": ("x", "left", "right"),
+    "above_below": ("y", "above", "below"),
+    "far_close": ("z", "close", "far"),
+}  # key: axis, lower value, higher value
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,10 @@ def feedback(question, answer):
     if answer == question.answer:
         return "The initial answer is correct."
     if question.kind == "caption":
-        said, true = ([name.removesuffix(".").strip() for name in text.removeprefix("The image shows ").replace(" and ", ", ").split(", ")] for text in (answer, question.answer))
+        said, true = (
+            [name.removesuffix(".").strip() for name in text.removeprefix("The image shows ").replace(" and ", ", ").split(", ")]
+            for text in (answer, question.answer)
+        )
         wrong, right = next((a, b) for a, b in zip(said, true, strict=True) if a != b)
         return f"The initial answer is wrong. There is not {wrong} but {right}."
     return f"The initial answer is wrong. It is {question.answer}."

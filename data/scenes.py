@@ -14,8 +14,14 @@ from PIL import Image, ImageDraw
 
 COLORS = {"red": (215, 35, 40), "green": (35, 160, 60), "blue": (45, 75, 215), "yellow": (240, 210, 40), "purple": (120, 45, 165), "pink": (250, 145, 190)}
 CORRIDOR_COLORS = {
-    "red": (205, 30, 35), "green": (40, 165, 55), "blue": (40, 65, 210), "yellow": (235, 215, 45), "cyan": (45, 205, 215), "magenta": (215, 40, 200), "black": (25, 25, 28),
-}  # fmt: skip
+    "red": (205, 30, 35),
+    "green": (40, 165, 55),
+    "blue": (40, 65, 210),
+    "yellow": (235, 215, 45),
+    "cyan": (45, 205, 215),
+    "magenta": (215, 40, 200),
+    "black": (25, 25, 28),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 CORRIDOR_SHAPES = ("sphere", "cube")
 
@@ -197,7 +203,13 @@ def corridor_scene(rng, thetas=None, depths=None, sizes=None):
             things.append(Thing(color, shape, x, y, FOCAL * SIDE * size / z, z, size, y, _tint(rng, CORRIDOR_COLORS[color]), theta))
         far, near = things
         shade = rng.randint(150, 205)
-        scene = Scene("corridor", SIDE, SIDE, (far, near), {"wall": (shade, shade - rng.randint(0, 12), shade - rng.randint(0, 20)), "sky": (rng.randint(200, 225), 225, 240)})
+        scene = Scene(
+            "corridor",
+            SIDE,
+            SIDE,
+            (far, near),
+            {"wall": (shade, shade - rng.randint(0, 12), shade - rng.randint(0, 20)), "sky": (rng.randint(200, 225), 225, 240)},
+        )
         hidden = instance_map(scene)
         alone = instance_map(Scene("corridor", SIDE, SIDE, (far,)))
         if (hidden == 1).sum() >= 0.6 * (alone == 1).sum() or thetas:
@@ -254,7 +266,10 @@ def _draw_corridor(scene, k):
         across = abs(x) > abs(y)  # on the left or right wall
         foot = (math.copysign(1, x), y) if across else (x, math.copysign(1, y))
         s = 1.1 * thing.size
-        corners = [(foot[0], foot[1] + i * s, thing.z + j * s) if across else (foot[0] + i * s, foot[1], thing.z + j * s) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+        corners = [
+            (foot[0], foot[1] + i * s, thing.z + j * s) if across else (foot[0] + i * s, foot[1], thing.z + j * s)
+            for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        ]
         draw.polygon([corridor_point(px, py, pz, width, height) for px, py, pz in corners], fill=_shade(scene.look["wall"], 0.55))
     return picture
 
@@ -271,7 +286,10 @@ def _draw_thing(picture, thing, scene, k):
     elif thing.shape == "cube":
         corners = {key: (x * k, y * k) for key, (x, y) in _cube_corners(thing, scene).items()}
         x, y = wall_point(thing.theta, thing.size)
-        sides = [(((-1 if x > 0 else 1), j, m) for j, m in ((-1, -1), (1, -1), (1, 1), (-1, 1))), ((i, (-1 if y > 0 else 1), m) for i, m in ((-1, -1), (1, -1), (1, 1), (-1, 1)))]
+        sides = [
+            (((-1 if x > 0 else 1), j, m) for j, m in ((-1, -1), (1, -1), (1, 1), (-1, 1))),
+            ((i, (-1 if y > 0 else 1), m) for i, m in ((-1, -1), (1, -1), (1, 1), (-1, 1))),
+        ]
         for side, light, seen in zip(sides, (0.75, 0.6), (abs(x) > thing.size, abs(y) > thing.size), strict=True):
             if seen:  # the faces turned towards the axis
                 draw.polygon([corners[c] for c in side], fill=_shade(thing.rgb, light))

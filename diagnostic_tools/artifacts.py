@@ -43,7 +43,10 @@ def draw_artifacts(folder, arrays, grid, record):
 
     shares = record["shares"]
     two = [(name, shares[key], plots.color_of(color)) for name, key, color in (("vision", "vision", "vision"), ("user text", "text", "user"))]
-    three = [(label, shares[key], plots.color_of(color)) for label, key, color in (("system", "sys", "system"), ("vision", "vision_withsys", "vision"), ("user text", "text_withsys", "user"))]
+    three = [
+        (label, shares[key], plots.color_of(color))
+        for label, key, color in (("system", "sys", "system"), ("vision", "vision_withsys", "vision"), ("user text", "text_withsys", "user"))
+    ]
     curves("decode_time_modality_shares_system_masked", "Attention to vision and user text, of their sum", "share", steps, two, "producing step")
     curves("decode_time_attention_totals_system_masked", "Attention to system, vision and user text, of their sum", "share", steps, three, "producing step")
     figure, axis = plt.subplots(figsize=(6, 5))

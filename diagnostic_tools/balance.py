@@ -59,8 +59,12 @@ def step_shares(mass, paper_compat=False):
 
     two, three = vision + user, system + vision + user
     return {
-        "vision": share(vision, two), "text": share(user, two), "sys": share(system, three), "vision_withsys": share(vision, three), "text_withsys": share(user, three),
-    }  # fmt: skip
+        "vision": share(vision, two),
+        "text": share(user, two),
+        "sys": share(system, three),
+        "vision_withsys": share(vision, three),
+        "text_withsys": share(user, three),
+    }
 
 
 def chance_vision_share(counts):

@@ -45,7 +45,9 @@ def parse_args(argv=None):
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     parser.add_argument("--answers", default=None, help="preds.json-like list: measure these captions by teacher forcing instead of generating")
-    parser.add_argument("--delta_steps", type=float, nargs="+", default=[1.0], help="shifts of the RoPE probe in positions; the (L, H) arrays are for the first")
+    parser.add_argument(
+        "--delta_steps", type=float, nargs="+", default=[1.0], help="shifts of the RoPE probe in positions; the (L, H) arrays are for the first"
+    )
     parser.add_argument("--restrict_to_past", action="store_true", help="RoPE probe: leave out the query's own key")
     parser.add_argument("--vision_scale", type=float, default=1.0, help="scale the vision embeddings (dose-response)")
     parser.add_argument("--max_images", type=int, default=None)
@@ -105,7 +107,11 @@ def make_process(args, vlm, strip, answers, run):
         forced = None if answers is None else [answer_ids(vlm, prompt, answers[sample.id]) for prompt, sample in zip(batch.prompts, samples, strict=True)]
         steps = 1 if args.pos_only else args.max_new_tokens if forced is None else max(map(len, forced))
         rope = RopeShift(batch, vlm.rotary, args.delta_steps, args.restrict_to_past)
-        norms = HiddenNorms(args.hidden_norm_kind, vlm.parts.norm if args.paper_compat else None, len(vlm.parts.layers)) if args.probe_hidden_norms and not args.pos_only else None
+        norms = (
+            HiddenNorms(args.hidden_norm_kind, vlm.parts.norm if args.paper_compat else None, len(vlm.parts.layers))
+            if args.probe_hidden_norms and not args.pos_only
+            else None
+        )
         balance = None if args.pos_only else GroupMass(batch, steps)
         with capture(vlm, [probe for probe in (rope if not args.paper_compat else None, norms, balance) if probe]):
             found = generate(vlm, batch, steps, args.do_sample, args.temperature, seed=args.seed, answers=forced, features=features)
@@ -173,7 +179,14 @@ def run_model(args, path):
     where = rundirs.run_path(args.out_root, path, run_name=args.run_name, sp=int(not present))
     if args.overwrite and args.shard != (0, 1):
         raise UsageError("--overwrite with --shard would remove what other shards wrote: start again with --overwrite --max_images 1 first")
-    free = {"model_path": path, "image_dir": args.image_dir, "ann_file": args.ann_file, "max_images": args.max_images, "batch_size": args.batch_size, "device": str(vlm.device)}
+    free = {
+        "model_path": path,
+        "image_dir": args.image_dir,
+        "ann_file": args.ann_file,
+        "max_images": args.max_images,
+        "batch_size": args.batch_size,
+        "device": str(vlm.device),
+    }
     run = rundirs.open_run(where, EXPERIMENT, settings_of(args, vlm, args.strip_system_prompt), free, args.overwrite)
     print(f"{run.path}: {len(samples)} images, {vlm.family.name} on {vlm.device}, {str(vlm.dtype).removeprefix('torch.')}")
     process = make_process(args, vlm, args.strip_system_prompt, answers, run)

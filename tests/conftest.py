@@ -153,7 +153,11 @@ def pictures():
     return [render(floor_scene(rng, 3, square=square)) for square in (True, False, False)]
 
 
-QUESTIONS = ["Is there a red circle in the image?", "Describe the image.", "Compared to blue square, is red circle far or close from you? Answer with only one word."]
+QUESTIONS = [
+    "Is there a red circle in the image?",
+    "Describe the image.",
+    "Compared to blue square, is red circle far or close from you? Answer with only one word.",
+]
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,15 @@ def eager(vlm, batch, ids):
     positions = torch.cat([batch.position_ids, more if batch.position_ids.ndim == 2 else more[None].expand(3, -1, -1)], -1)
     states = []
     hooks = [layer.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)) for layer in vlm.parts.layers]
-    hooks.append(vlm.parts.layers[0].register_forward_pre_hook(lambda m, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True))
+    hooks.append(
+        vlm.parts.layers[0].register_forward_pre_hook(lambda m, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    )
     vlm.parts.decoder.set_attn_implementation("eager")
     try:
         with torch.no_grad():
-            out = vlm.model(input_ids=tokens, attention_mask=mask, position_ids=positions, mm_encoder_outputs={"image": features_of(vlm, batch)}, output_attentions=True)
+            out = vlm.model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, mm_encoder_outputs={"image": features_of(vlm, batch)}, output_attentions=True
+            )
     finally:
         vlm.parts.decoder.set_attn_implementation("sdpa")
         for hook in hooks:
@@ -126,7 +130,12 @@ def moved_rope(vlm, batch, delta, restrict):
     for i, layer in enumerate(vlm.parts.layers):
         hooks += [layer.self_attn.q_proj.register_forward_hook(grab(i, "q")), layer.self_attn.k_proj.register_forward_hook(grab(i, "k"))]
     with torch.no_grad():
-        vlm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, mm_encoder_outputs={"image": features_of(vlm, batch)})
+        vlm.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            mm_encoder_outputs={"image": features_of(vlm, batch)},
+        )
     for hook in hooks:
         hook.remove()
     vision, real = batch.groups == GROUPS.index("vision"), batch.attention_mask.bool()
@@ -194,7 +203,13 @@ def test_greedy_decoding_is_transformers_generate(load, batch_of, name):
     vlm = load(name)
     batch = batch_of(vlm)
     own = generate(vlm, batch, 12)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "max_new_tokens": 12, "do_sample": False, "num_beams": 1} | batch.image_inputs
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "num_beams": 1,
+    } | batch.image_inputs
     if name == "qwen":
         inputs["mm_token_type_ids"] = (batch.input_ids == vlm.image_token_id).int()
     theirs = vlm.model.generate(**inputs)[:, batch.input_ids.shape[1] :].tolist()

@@ -128,7 +128,9 @@ def test_interrupted_sharded_and_resumed_runs_give_the_same_bytes(run, coco, fol
     for i in (1, 0):
         assert command(*arguments(coco, folders["llava"], tmp_path / "shards", *more, "--shard", f"{i}/2")).returncode == 0
     assert files(tmp_path / "shards" / "llava__sp-0") == files(run)
-    process = subprocess.Popen([sys.executable, str(DRIVER), *map(str, arguments(coco, folders["llava"], tmp_path / "killed", *more))], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(DRIVER), *map(str, arguments(coco, folders["llava"], tmp_path / "killed", *more))], stdout=subprocess.DEVNULL
+    )
     target = tmp_path / "killed" / "llava__sp-0" / "per_image"
     for _ in range(600):
         if target.exists() and any(target.iterdir()) or process.poll() is not None:
@@ -169,7 +171,9 @@ def test_the_folder_is_named_by_what_the_prompt_contains(coco, folders, tmp_path
     assert command(*arguments(coco, folders["llava"], tmp_path, "--strip_system_prompt", images=1)).returncode == 0
     record = json.loads((tmp_path / "llava__sp-1" / "per_image" / "000000000001.json").read_text())
     assert "system" not in record["spans"] and record["mean_sys_share"] == 0
-    nothing = command(*arguments(coco, folders["llava"], tmp_path, "--strip_system_prompt", "--prompt_template", "USER: {image} {question} ASSISTANT:", images=1))
+    nothing = command(
+        *arguments(coco, folders["llava"], tmp_path, "--strip_system_prompt", "--prompt_template", "USER: {image} {question} ASSISTANT:", images=1)
+    )
     assert nothing.returncode == 2 and "no system prompt to leave out" in nothing.stderr
 
 

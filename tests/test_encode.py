@@ -13,7 +13,9 @@ from samples import Sample
 
 NAMES = ["llava", "qwen"]
 SPECIAL = ["<image>", "</s>", "<s>", "USER:", "ASSISTANT:", "<|image_pad|>", "<|im_end|>", "<pad>", "\n", "  ", "é", "✓", "\ue014"]
-questions = st.lists(st.one_of(st.sampled_from(SPECIAL), st.text(alphabet="abc ?.<>|/\n0é", max_size=8)), min_size=1, max_size=6).map(" ".join).filter(str.strip)
+questions = (
+    st.lists(st.one_of(st.sampled_from(SPECIAL), st.text(alphabet="abc ?.<>|/\n0é", max_size=8)), min_size=1, max_size=6).map(" ".join).filter(str.strip)
+)
 
 
 def one(vlm, question, size=(60, 50), **options):

@@ -16,7 +16,13 @@ from models.qwen2_5_vl import ImageOnlyProcessor
 def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, folders, batch_of):
     tokenizer = tiny.make_tokenizer(tmp_path)
     known = tiny.make_config(tokenizer)
-    config = VipLlavaConfig(vision_config=known.vision_config, text_config=known.text_config, image_token_index=known.image_token_index, vision_feature_layers=[-2, -1], image_seq_length=known.image_seq_length)
+    config = VipLlavaConfig(
+        vision_config=known.vision_config,
+        text_config=known.text_config,
+        image_token_index=known.image_token_index,
+        vision_feature_layers=[-2, -1],
+        image_seq_length=known.image_seq_length,
+    )
     torch.manual_seed(0)
     model = VipLlavaForConditionalGeneration(config)
     sharpen(model, model.model.language_model.layers).save_pretrained(tmp_path)
