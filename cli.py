@@ -25,6 +25,10 @@ class _Parser(argparse.ArgumentParser):
             options.setdefault("help", options["dest"].replace("_", " "))  # a flag without words still shows its default
         return super().add_argument(*flags, **options)
 
+    def error(self, message):
+        """One line and exit code 2."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
 
 def parser(description):
     """An ArgumentParser for a script's docstring: defaults in --help, both flag spellings, no abbreviations."""

@@ -44,9 +44,7 @@ def check(vlm):
     batch = vlm.encode(samples, [picture, picture])
 
     def fail(what):
-        raise UsageError(
-            f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; fix models/{vlm.family.name}.py, or skip with --no_self_check"
-        )
+        raise UsageError(f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend models/{vlm.family.name}.py or give --no_self_check")
 
     seen, worst = _Seen(), {}
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import in_process
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 import common
 from samples import Sample, load_image
@@ -207,6 +208,15 @@ def test_wrong_usage_is_one_clear_line(run, coco, folders, tmp_path, command):
     del weights[name]
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
     one_line(command(*arguments(coco, lacking, tmp_path)), "in no file", "linear_2")
+    sharded = tmp_path / "sharded"
+    LlavaForConditionalGeneration.from_pretrained(folders["llava"]).save_pretrained(sharded, max_shard_size="2MB")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(folders["llava"] / name, sharded / name)
+    assert command(*arguments(coco, sharded, tmp_path, images=1)).returncode == 0
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    one_line(command(*arguments(coco, sharded, tmp_path)), shard.name)
+    one_line(command("--model_path", "x"), "--image_dir")
 
 
 def test_given_answers_are_measured_as_generated_ones_are(run, coco, folders, tmp_path, command):
