@@ -5,9 +5,9 @@
 
 Stages, each resumed from checkpoints/.train/<stage>.pt and written to checkpoints/<model>/ at its end:
     tower         CLIP tower by a dense loss: colour, shape and centre of the object at each patch (stands in for CLIP's pretraining; no depth)
-    base          projector and decoder on packed question turns over frozen tower features -> tiny-llava and its snapshots tiny-llava-scale1..4
-    normWmean     the base's decoder goes on behind a normalised projector (Beyond Semantics)   -> tiny-llava-normWmean
-    multilayerNorm  the same on four tower layers                                               -> tiny-llava-multilayerNorm
+    base          projector and decoder on packed question turns over frozen tower features -> tiny-llava-scale1..4 on the way
+    plain, normWmean, multilayerNorm   the base goes on alike, with more corridors and more critique, revise and decide prompts: as it is, behind a
+                  normalised projector, and behind one on four tower layers (Beyond Semantics) -> tiny-llava, tiny-llava-<stage>
 
 Relations come last and suddenly; held-out accuracy by kind is printed on the way. Everything random comes from (--seed, step).
 """
@@ -40,26 +40,26 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 import cli
-from data.questions import ask_caption, ask_color, ask_presence, ask_protocol, ask_relation, ask_shape, ask_where
+from data.questions import FLOOR_MIX, ask_camera, ask_caption, ask_color, ask_presence, ask_protocol, ask_relation, ask_shape, ask_where
 from models.llava import NormedLlava
 
 HERE = Path(__file__).resolve().parent
 NAMING_MIX = {ask_where: 50, ask_presence: 15, ask_color: 8, ask_shape: 8, ask_caption: 9, ask_relation: 10}
 ONE_OBJECT_STEPS = 400  # mostly one-object scenes, naming and place questions
 OWN_HEAD_STEPS = 1000  # patches are named through a head that is thrown away; from then to half of the run through the LM head; then not at all
+LATE_CORRIDOR_MIX = {ask_camera: 60, ask_relation: 20, ask_where: 5, ask_presence: 10, ask_caption: 5}
+STAGES = ["tower", "base", "plain", "normWmean", "multilayerNorm"]
 SNAPSHOTS = (1000, 1500, 2000, 2500)  # steps of the base run: tiny-llava-scale1..4
 BATCH = {"tower": 48, "decoder": 20}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument(
-        "--stages", nargs="+", default=["tower", "base", "normWmean", "multilayerNorm"], choices=["tower", "base", "normWmean", "multilayerNorm"]
-    )
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--scenes", type=int, default=16000, help="pictures to train on")
     parser.add_argument("--tower_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=3500)
-    parser.add_argument("--variant_steps", type=int, default=1000)
+    parser.add_argument("--late_steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop_after", type=float, default=110, help="minutes after which the state is kept and the run ends")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -224,7 +224,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
     def batch(rng, rows, source, source_features, layout, mix=None):
         """Decoder inputs, targets and weights of one batch, and its questions row by row."""
         system = rng.random() < 0.35
-        packed, questions = zip(*(packer.row(rng, source[row][0], system, layout, mix) for row in rows), strict=True)
+        packed, questions = zip(*(packer.row(rng, source[row][0], system, layout, mix and mix.get(source[row][0].kind, mix)) for row in rows), strict=True)
         ids, targets, weights, positions = (torch.from_numpy(np.stack(column)).to(args.device) for column in zip(*packed, strict=True))
         slots, size = packer.LAYOUTS[layout]
         return (source_features[rows].to(args.device), ids, positions, (ids.shape[1] - slots * size, slots, size)), targets, weights, questions
@@ -232,10 +232,21 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
     def one_step(step):
         rng, share = Random(f"{args.seed}-{name}-{step}"), step / steps
         early = name == "base" and step < ONE_OBJECT_STEPS
-        layout = "long" if not early and rng.random() < 0.06 else "short"
-        kinds = rng.choices(["one", "floor", "corridor"], weights=[80, 20, 0] if early else [8, 92, 0] if layout == "long" else [8, 80, 12], k=BATCH["decoder"])
+        layout = "long" if not early and rng.random() < (0.06 if name == "base" else 0.25) else "short"
+        kinds = rng.choices(
+            ["one", "floor", "corridor"],
+            weights=[80, 20, 0] if early else [8, 92, 0] if layout == "long" else [8, 80, 12] if name == "base" else [5, 60, 35],
+            k=BATCH["decoder"],
+        )
         rows = [rng.choice(groups[kind]) for kind in kinds]
-        inputs, targets, weights, _ = batch(rng, rows, pool, features, layout, NAMING_MIX if early else {ask_protocol: 1} if layout == "long" else None)
+        inputs, targets, weights, _ = batch(
+            rng,
+            rows,
+            pool,
+            features,
+            layout,
+            NAMING_MIX if early else {ask_protocol: 1} if layout == "long" else None if name == "base" else {"floor": FLOOR_MIX, "corridor": LATE_CORRIDOR_MIX},
+        )
         asked = targets[:, 1:] != -100
         with torch.autocast(args.device, dtype=torch.bfloat16):
             hidden = decoder(*inputs)
@@ -326,19 +337,23 @@ def main(argv=None):
         else:
             load_part(out, "tower", model.model.vision_tower)
             if name == "base":
-                current, lr, steps = model, 2e-3, args.base_steps
+                current, lr, steps, extra = model, 2e-3, args.base_steps, {}
             else:
                 load_part(out, "base", Decoder(model))
                 mean, largest = text_norms(model, packer)
-                extra = {"vision_embed_norm": {"type": "rms_clip", "eps": 1e-6, "max_norm": largest, "scale": mean}}
+                extra = {} if name == "plain" else {"vision_embed_norm": {"type": "rms_clip", "eps": 1e-6, "max_norm": largest, "scale": mean}}
                 if name == "multilayerNorm":
                     extra |= {"vision_feature_layer": [2, 3, 4, 5], "vision_feature_post_layernorm": True}
-                current, lr, steps = NormedLlava(make_config(tokenizer, **extra)).to(args.device), 1e-3, args.variant_steps
+                current, lr, steps = (
+                    (NormedLlava if extra else LlavaForConditionalGeneration)(make_config(tokenizer, **extra)).to(args.device),
+                    1e-3,
+                    args.late_steps,
+                )
                 own = current.state_dict()
                 current.load_state_dict({k: v for k, v in model.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False)
             done = train_decoder(args, name, steps, current, pool, test, packer, lr, lambda folder, current=current: save(folder, current))
-            if done:
-                save({"base": "tiny-llava"}.get(name, f"tiny-llava-{name}"), current)
+            if done and name != "base":
+                save("tiny-llava" if name == "plain" else f"tiny-llava-{name}", current)
         if not done:
             print(f"time is up in stage {name}; run the same command again to go on")
             return 3

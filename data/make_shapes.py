@@ -5,7 +5,7 @@
 
 out_dir/val2017/<id>.jpg, train2017/<id>.jpg, annotations/{captions,instances}_{val,train}2017.json as COCO has them, and for val objects.json,
 questions.json, swap_pairs.tsv (EmbSpatial-Bench's columns), swap_pairs_ready.tsv (finished prompts), bboxes.json, mmhal_shapes.json; data/README.md lists
-their fields. A floor scene holds 1 to 4 shapes; in the default set depth and height in the picture go together (correlation 0.8), as in photographs.
+their fields. A floor scene holds 2 to 4 shapes; in the default set depth and height in the picture go together (correlation 0.8), as in photographs.
 
 Equal flags give equal bytes with any --num_workers; a scene depends on (seed, part, index) and on the kind of scene only. An interrupted run goes on
 where it stopped, a finished one is left alone. 600 pictures take about 3 seconds on two cores."""
@@ -31,7 +31,7 @@ from data.scenes import corridor_scene, floor_scene, render, standing_share
 HERE = Path(__file__).resolve().parent
 SCHEMA = 1  # raise it when the same flags would give another set
 FIRST_ID = {"val": 1, "train": 500_001}  # so no id is in both parts
-COUNTS, WEIGHTS = (1, 2, 3, 4), (3, 5, 5, 4)  # objects in a floor scene, as often as in the tiny models' training
+COUNTS = (2, 3, 4)  # objects in a floor scene
 READY = ("index", "question_id", "image_base64", "original_question", "swapped_question", "original_answer", "swapped_answer", "group", "category")
 EMBSPATIAL = ("index", "question_id", "category", "question", "image", "answer", "A", "B", "C", "D")
 LISTS = ("objects.json", "questions.json", "mmhal_shapes.json", "bboxes.json", "swap_pairs_ready.tsv", "swap_pairs.tsv")
@@ -69,7 +69,7 @@ def make_scene(settings, part, index):
     rng = Random(f"shapes-{settings['scene']}-{part}-{settings['seed']}-{index}")
     if settings["scene"] == "corridor":
         return corridor_scene(rng)
-    return floor_scene(rng, rng.choices(COUNTS, WEIGHTS)[0], settings["height_depth_correlation"])
+    return floor_scene(rng, rng.choice(COUNTS), settings["height_depth_correlation"])
 
 
 def write(path, chunks):

@@ -53,7 +53,7 @@ def read_probe(run, delta_steps):
 def summarise(run, step, values):
     """Write avg_*.npy and summary.json into <run>/analysis/; return {name: Interval (L,)} of the two drawn ones, heads averaged within each image."""
     count, layers, heads = values["alphaV"].shape
-    summary = {"images_used": count, "L": layers, "H": heads, "run_dir": str(run.path), "model_name": rundirs.slug(run.meta["settings"]["model_path"])}
+    summary = {"images_used": count, "L": layers, "H": heads, "run_dir": str(run.path), "model_name": run.meta["settings"]["model_name"]}
     summary |= {"strip_system_prompt": run.meta["settings"]["strip_system_prompt"], "delta_steps": step}
     for name in DRAWN:
         interval = stats.mean_interval(stats.measured_mean(values[name], axis=(1, 2)))

@@ -52,7 +52,7 @@ def find_picture(args, run, id):
     """The picture of an item: --img_path, else by file name below --coco_root and in the folder that the run read."""
     name = Path(run.record(id)["file_name"])
     folders = [Path(args.coco_root, part) for part in ("val2017", "train2017", "")] if args.coco_root else []
-    places = [Path(args.img_path)] if args.img_path else [folder / name for folder in (*folders, Path(run.meta["settings"]["image_dir"]))]
+    places = [Path(args.img_path)] if args.img_path else [folder / name for folder in (*folders, Path(run.meta["free"]["image_dir"]))]
     found = [place for place in places if place.is_file()]
     if not found:
         raise UsageError(f"no picture for {id} at {', '.join(map(str, places))}; name it with --img_path")

@@ -32,10 +32,10 @@ def make_run(root, model, sp=0, layers=6, heads=4, ids=IDS, seed=0, norms=True, 
     """A run with numbers drawn from seed, of the shapes and ranges that run_coco_diagnostics.py writes. Head (1, 2) sees neither image nor question."""
     rng = np.random.default_rng(seed)
     identity = {
-        "model_path": f"checkpoints/{model}", "delta_steps": deltas, "strip_system_prompt": bool(sp), "image_dir": str(image_dir), "ann_file": "captions.json",
+        "model_name": model, "delta_steps": deltas, "strip_system_prompt": bool(sp), "image_dir": Path(image_dir).name, "ann_file": "captions.json",
         "hidden_norm_kind": kind, "restrict_to_past": True, "max_new_tokens": 32,
     }  # fmt: skip
-    run = rundirs.open_run(rundirs.run_path(root, identity["model_path"], sp=sp), "coco_diagnostics", identity)
+    run = rundirs.open_run(rundirs.run_path(root, model, sp=sp), "coco_diagnostics", identity, {"image_dir": str(image_dir)})
     profile = 0.5 + 0.3 * np.sin(np.linspace(0, 5, layers) + seed)[:, None]
     for id in ids:
         record = {"image_id": int(id), "file_name": f"{id}.jpg", "caption": "a cup"}
