@@ -26,14 +26,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from published_procedure import diagnose
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.llama import modeling_llama
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import cli
@@ -104,13 +103,6 @@ def make_samples(folder, count):
     return [Sample(str(i), folder / f"{i}.jpg", QUESTION, extra={"image_id": i}) for i in range(count)]
 
 
-def encode(case, samples):
-    """The batch, and what generate() takes of it."""
-    batch = case.vlm.encode(samples, [load_image(sample.image) for sample in samples])
-    pixels = batch.image_inputs["pixel_values"].to(case.vlm.device, case.vlm.dtype)
-    return batch, {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pixel_values": pixels}
-
-
 # --- the variants: variant(case) -> (where its results will be, work()) -------------------------------------------------------
 
 
@@ -119,8 +111,11 @@ def floor(case):
 
     @torch.inference_mode()
     def work():
-        batch, inputs = encode(case, case.samples)
-        answers[:] = case.vlm.model.generate(**inputs, max_new_tokens=case.new_tokens, do_sample=False)[:, batch.input_ids.shape[1] :].tolist()
+        batch = case.vlm.encode(case.samples, [load_image(sample.image) for sample in case.samples])
+        pixels = batch.image_inputs["pixel_values"].to(case.vlm.device, case.vlm.dtype)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pixel_values": pixels}
+        found = case.vlm.model.generate(**inputs, max_new_tokens=case.new_tokens, do_sample=False)
+        answers[:] = found[:, batch.input_ids.shape[1] :].tolist()
 
     return answers, work
 
@@ -131,9 +126,12 @@ def ours(case, *flags):
     run = rundirs.open_run(tempfile.mkdtemp(dir=case.folder), rundirs.COCO, driver.settings_of(args, case.vlm, False))
     process = driver.make_process(args, case.vlm, False, None, run)
 
+    def load(sample):
+        return sample, load_image(sample.image)
+
     def work():
         with contextlib.redirect_stdout(io.StringIO()):
-            counts = engine.run_items(run, case.samples, lambda sample: (sample, load_image(sample.image)), process, len(case.samples), num_workers=args.num_workers)
+            counts = engine.run_items(run, case.samples, load, process, len(case.samples), num_workers=args.num_workers)
         if counts["done"] != len(case.samples):
             raise RuntimeError(f"items failed: {run.failed()}")
 
@@ -141,83 +139,8 @@ def ours(case, *flags):
 
 
 def published(case):
-    folder, decoder = Path(tempfile.mkdtemp(dir=case.folder)), case.vlm.parts.decoder
-
-    @torch.inference_mode()
-    def work():
-        for sample in case.samples:
-            batch, inputs = encode(case, [sample])
-            spans = batch.spans(0)
-            groups = {"sys": spans["system"], "user_text": spans["user"] + spans["template"], "vision": spans["vision"]}
-            decoder.set_attn_implementation("eager")
-            keep = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
-            try:
-                found = case.vlm.model.generate(**inputs, max_new_tokens=case.new_tokens, do_sample=False, **keep)
-            finally:
-                decoder.set_attn_implementation("sdpa")
-            arrays = {"head_vision_share": head_vision_share(found.attentions, groups)} | rope_probe(case.vlm, inputs, slice(*groups["vision"][0]))
-            norms = torch.stack([states[0].float().norm(dim=-1) for states in found.hidden_states[0]]).cpu().numpy()  # (L + 1, T)
-            arrays |= {f"hidden_norms_{name}": np.concatenate([norms[:, a:b] for a, b in ranges], 1).mean(1) for name, ranges in groups.items()}
-            ids = found.sequences[0, batch.lengths[0] :].tolist()
-            record = {"image_id": sample.extra["image_id"], "file_name": sample.image.name, "caption": case.vlm.tokenizer.decode(ids), "generated_ids": ids}
-            np.savez_compressed(folder / f"{sample.id}.npz", **arrays)
-            (folder / f"{sample.id}.json").write_text(json.dumps(record | mean_shares(found.attentions, groups)))
-
-    return folder, work
-
-
-def head_vision_share(attentions, groups):
-    """(L, H): mean over steps of V / (V + U) in the last row of each step's maps (1, H, Q, K)."""
-    steps = []
-    for maps in attentions:
-        rows = torch.stack([layer[0, :, -1] for layer in maps])
-        vision, user = (sum(rows[..., a:b].sum(-1) for a, b in groups[name]) for name in ("vision", "user_text"))
-        steps.append((vision / (vision + user).clamp_min(1e-8)).float())
-    return torch.stack(steps).mean(0).cpu().numpy()
-
-
-def mean_shares(attentions, groups):
-    """Shares from one zero-padded matrix of all prompt and answer rows on the CPU: heads averaged, BOS left out, layers averaged."""
-
-    def average(maps, rows):
-        kept = [layer[0].mean(0)[rows].float().cpu() for layer in maps]
-        for row in kept:
-            row[:, 0] = 0
-        return torch.stack([row / row.sum(-1, keepdim=True).clamp_min(1e-12) for row in kept]).mean(0)
-
-    length = attentions[0][0].shape[-1]
-    matrix = torch.zeros(length + len(attentions), length + len(attentions))
-    matrix[1:length, :length] = average(attentions[0], slice(0, -1))
-    for step, maps in enumerate(attentions):
-        matrix[length + step, : length + step] = average(maps, slice(-1, None))[0]
-    shares = []
-    for row in matrix[length:]:
-        system, user, vision = (sum(row[a:b].sum().item() for a, b in ranges) for ranges in groups.values())
-        shares.append([part / whole if whole else 1.0 for part, whole in ((vision, vision + user), (user, vision + user), (system, system + vision + user))])
-    return dict(zip(("mean_vision_share", "mean_text_share", "mean_sys_share"), np.mean(shares, 0).tolist()))
-
-
-def rope_probe(vlm, inputs, vision, delta=1.0):
-    """(L, H) arrays from a forward over the prompt and an EOS token, whose row sees vision keys moved by delta; q and k of all layers are kept."""
-    kept, rotate, length = [], modeling_llama.apply_rotary_pos_emb, inputs["input_ids"].shape[1]
-
-    def keep(*args, **options):
-        kept.append(rotate(*args, **options))
-        return kept[-1]
-
-    ids = torch.cat([inputs["input_ids"], inputs["input_ids"].new_full((1, 1), vlm.tokenizer.eos_token_id)], 1)
-    with mock.patch.object(modeling_llama, "apply_rotary_pos_emb", keep):
-        vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"], use_cache=False)
-    angle, found = delta * vlm.parts.decoder.rotary_emb.inv_freq.float(), []
-    for query, keys in kept:
-        query, keys = query[0, :, -1, :, None].float(), keys[0, :, :length].float()  # restrict_to_past: without the EOS token's own key
-        moved, (a, b) = keys.clone(), keys[:, vision].chunk(2, -1)
-        moved[:, vision] = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-        before, after = ((some @ query)[..., 0] / query.shape[1] ** 0.5 for some in (keys, moved))
-        alpha, change = before.softmax(-1)[:, vision], (after - before)[:, vision] / delta
-        mass = alpha.sum(-1)
-        found.append(torch.stack([mass, mass * (1 - mass), (alpha / mass[:, None] * change).sum(-1), after.softmax(-1)[:, vision].sum(-1) - mass]))
-    return dict(zip(("alphaV", "share_prod_notV", "delta_gv", "delta_alphaV"), torch.stack(found, 1).cpu().numpy()))
+    folder = Path(tempfile.mkdtemp(dir=case.folder))
+    return folder, lambda: [diagnose(case.vlm, sample, case.new_tokens, folder) for sample in case.samples]
 
 
 # --- equal outputs ------------------------------------------------------------------------------------------------------------
@@ -240,7 +163,7 @@ def check(case):
                 found, wanted, what = np.asarray(own[name] if name in own else values[name]), np.asarray(wanted), f"{name} ({label})"
                 if label == "as timed" and name.startswith("hidden_norms"):
                     found, wanted = found[:-1], wanted[:-1]  # the published last point is after the final norm
-                elif label == "as timed" and "share" not in name or label == "as timed" and name == "share_prod_notV":
+                elif label == "as timed" and name in ("alphaV", "share_prod_notV", "delta_gv", "delta_alphaV"):
                     continue  # the published probe looks from an EOS token, ours from the prompt's last
                 gap = float((np.abs(found - wanted) / np.maximum(1, np.abs(wanted))).max())
                 if found.shape != wanted.shape or not gap <= TOLERANCE:  # a NaN is not <= either
@@ -288,9 +211,10 @@ def peak_of(case, variant):
 
 def peaks_in_processes(args, prompt, batch):
     """{variant: MiB}, each in a process of its own, whose allocator gives freed blocks back at once, so that the peak is what was in use."""
-    command = f"{sys.executable}\n{__file__}\n--size\n{args.size}\n--prompt\n{prompt}\n--batch\n{batch}\n--new_tokens\n{args.new_tokens}\n--threads\n{args.threads}".split("\n")
+    flags = f"--size {args.size} --prompt {prompt} --batch {batch} --new_tokens {args.new_tokens} --threads {args.threads} --memory_of"
+    command = [sys.executable, __file__, *flags.split()]
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    started = {name: subprocess.Popen([*command, "--memory_of", name], stdout=subprocess.PIPE, text=True, env=environment) for name in VARIANTS}
+    started = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True, env=environment) for name in VARIANTS}
     found = {name: process.communicate()[0] for name, process in started.items()}
     if any(process.returncode for process in started.values()):
         raise RuntimeError("the peak memory could not be measured, see above")
@@ -304,7 +228,7 @@ def measure(args, case, prompt):
     rounds = [{name: seconds_of(case, name) for name in list(VARIANTS)[:: -1 if i % 2 else 1]} for i in range(args.repeats)]
     on_gpu = case.vlm.device.type == "cuda"
     peaks = {name: peak_of(case, name) for name in VARIANTS} if on_gpu else peaks_in_processes(args, prompt, len(case.samples))
-    batch, _ = encode(case, case.samples[:1])
+    batch = case.vlm.encode(case.samples[:1], [load_image(case.samples[0].image)])
     shared = {"prompt_tokens": batch.lengths[0], "vision_tokens": len(batch.vision_positions(0)), "batch": len(case.samples)}
     rows = []
     for name in VARIANTS:
@@ -328,8 +252,9 @@ def table(rows):
 def machine():
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = info.split("model name")[1].split("\n")[0].strip("\t :") if "model name" in info else platform.processor()
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    return found | {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d %H:%M")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions, "date": time.strftime("%Y-%m-%d %H:%M")}
 
 
 def parse_args(argv=None):

@@ -6,7 +6,7 @@
 Stages, each resumed from checkpoints/.train/<stage>.pt and written to checkpoints/<model>/ at its end:
     tower         CLIP tower by a dense loss: colour, shape and centre of the object at each patch (stands in for CLIP's pretraining; no depth)
     base          projector and decoder on packed question turns over frozen tower features -> tiny-llava-scale1..4 on the way
-    plain, normWmean, multilayerNorm   the base goes on alike, with more corridors and more critique, revise and decide prompts: as it is, behind a
+    plain, normWmean, multilayerNorm   the base goes on alike, with more corridors, yes/no questions and critique, revise and decide prompts: as it is, behind a
                   normalised projector, and behind one on four tower layers (Beyond Semantics) -> tiny-llava, tiny-llava-<stage>
 
 Relations come last and suddenly; held-out accuracy by kind is printed on the way. Everything random comes from (--seed, step).
@@ -15,6 +15,7 @@ Relations come last and suddenly; held-out accuracy by kind is printed on the wa
 import collections
 import json
 import os
+import pickle
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -40,13 +41,14 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 import cli
-from data.questions import FLOOR_MIX, ask_camera, ask_caption, ask_color, ask_presence, ask_protocol, ask_relation, ask_shape, ask_where
+from data.questions import ask_camera, ask_caption, ask_color, ask_count, ask_presence, ask_protocol, ask_relation, ask_shape, ask_what, ask_where
 from models.llava import NormedLlava
 
 HERE = Path(__file__).resolve().parent
 NAMING_MIX = {ask_where: 50, ask_presence: 15, ask_color: 8, ask_shape: 8, ask_caption: 9, ask_relation: 10}
 ONE_OBJECT_STEPS = 400  # mostly one-object scenes, naming and place questions
 OWN_HEAD_STEPS = 1000  # patches are named through a head that is thrown away; from then to half of the run through the LM head; then not at all
+LATE_MIX = {ask_relation: 30, ask_where: 8, ask_presence: 30, ask_color: 6, ask_shape: 6, ask_what: 4, ask_count: 6, ask_caption: 10}
 LATE_CORRIDOR_MIX = {ask_camera: 60, ask_relation: 20, ask_where: 5, ask_presence: 10, ask_caption: 5}
 STAGES = ["tower", "base", "plain", "normWmean", "multilayerNorm"]
 SNAPSHOTS = (1000, 1500, 2000, 2500)  # steps of the base run: tiny-llava-scale1..4
@@ -67,12 +69,19 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def make_pool(scenes, seed, held_out=False):
-    """Examples by kind: one object, two to four, corridor. Each: (scene, pixels, colour, shape, centre)."""
+def make_pool(scenes, seed, folder, held_out=False):
+    """Examples by kind: one object, two to four, corridor. Each: (scene, pixels, colour, shape, centre). Kept in folder."""
     shares = {1: 0.15, 2: 0.25, 3: 0.25, 4: 0.2, "corridor": 0.15}
+    kept = folder / f"pictures-{scenes}-{seed}-{held_out}.pkl"
+    if kept.exists():
+        return pickle.loads(kept.read_bytes())
     tasks = [(f"{seed}-{'test' if held_out else 'train'}", i, kind) for kind, share in shares.items() for i in range(round(scenes * share))]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-        return list(tqdm(workers.map(make_example, tasks, chunksize=50), total=len(tasks), desc="pictures", disable=held_out))
+        pool = list(tqdm(workers.map(make_example, tasks, chunksize=50), total=len(tasks), desc="pictures", disable=held_out))
+    scratch = kept.with_suffix(f".{os.getpid()}")
+    scratch.write_bytes(pickle.dumps(pool))
+    scratch.replace(kept)
+    return pool
 
 
 def columns(pool, rows, i, device):
@@ -245,7 +254,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
             pool,
             features,
             layout,
-            NAMING_MIX if early else {ask_protocol: 1} if layout == "long" else None if name == "base" else {"floor": FLOOR_MIX, "corridor": LATE_CORRIDOR_MIX},
+            NAMING_MIX if early else {ask_protocol: 1} if layout == "long" else None if name == "base" else {"floor": LATE_MIX, "corridor": LATE_CORRIDOR_MIX},
         )
         asked = targets[:, 1:] != -100
         with torch.autocast(args.device, dtype=torch.bfloat16):
@@ -315,7 +324,7 @@ def main(argv=None):
     tokenizer = make_tokenizer(scratch)
     packer, processor = Packer(tokenizer), make_processor(tokenizer)
     model = LlavaForConditionalGeneration(make_config(tokenizer)).to(args.device)
-    pool, test = make_pool(args.scenes, args.seed), make_pool(640, args.seed, held_out=True)
+    pool, test = make_pool(args.scenes, args.seed, out / ".train"), make_pool(640, args.seed, out / ".train", held_out=True)
     Random(0).shuffle(test)
 
     def save(folder, model):

@@ -1,0 +1,151 @@
+"""The benchmark by its real command line on a very small model, and that it compares before it measures. Nothing is asserted about time."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "benchmarks" / "bench_diagnostics.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(FILE.parent))  # as the interpreter does for a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FILE.parent))
+    return module
+
+
+@pytest.fixture(scope="module")
+def case(bench, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("case")
+    return bench.Case(bench.build("quick", 100, "cpu", folder), bench.make_samples(folder, 2), 3, folder)
+
+
+def test_the_command_line_gives_a_table_and_a_report(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(FILE), "--quick", "--threads", "1", "--out", str(tmp_path / "bench.json")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["size"] == "quick" and report["dtype"] == "float32" and report["new_tokens"] == 4 and report["repeats"] == 1
+    assert set(report["machine"]) == {"cpu", "cores", "threads", "gpu", "python", "torch", "transformers", "date"} and report["machine"]["threads"] == 1
+    (equal,) = report["equal_outputs"].values()
+    compared = {
+        "alphaV",
+        "share_prod_notV",
+        "delta_gv",
+        "delta_alphaV",
+        "head_vision_share",
+        "hidden_norms_vision",
+        "hidden_norms_user_text",
+        "hidden_norms_sys",
+    }
+    assert {f"{name} (--paper_compat)" for name in compared | {f"mean_{name}_share" for name in ("vision", "text", "sys")}} <= set(equal)
+    assert {"head_vision_share (as timed)", "hidden_norms_vision (as timed)", "mean_sys_share (as timed)"} <= set(equal)
+    assert 0 <= max(equal.values()) <= report["tolerance"] == 1e-4
+    floor, ours, published = report["rows"]
+    assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"]
+    for row in report["rows"]:
+        assert (row["prompt_tokens"], row["vision_tokens"], row["batch"]) == (121, 81, 2) and len(row["seconds"]) == 1 and row["median_seconds"] > 0
+    assert floor["x_floor"] == published["published_to_this"] == 1 and floor["extra_mib"] in (0, None)
+    assert ours["x_floor"] * ours["published_to_this"] == pytest.approx(published["x_floor"])
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 5 and len({line.count("|") for line in table}) == 1
+    assert "equal outputs: all captions" in done.stdout and report["machine"]["cpu"] in done.stdout
+
+
+MUTANTS = {
+    "head_vision_share": lambda bench, put: put(bench.driver, "head_vision_share", shifted(bench.driver.head_vision_share)),
+    "hidden_norms": lambda bench, put: put(bench.driver, "group_norms", lambda norms, groups: ORIGINAL["group_norms"](norms, groups.roll(1, 1))),
+    "mean_vision_share": lambda bench, put: put(bench.driver, "step_shares", lambda mass, compat: ORIGINAL["step_shares"](mass.roll(1, -1), compat)),
+    "NaN": lambda bench, put: put(bench.driver, "head_vision_share", shifted(bench.driver.head_vision_share, float("nan"))),
+    "delta_gv": lambda bench, put: put(bench.driver, "RopeShift", lambda batch, rotary, deltas, past: ORIGINAL["RopeShift"](batch, rotary, [2.0], past)),
+    "alphaV": lambda bench, put: put(bench.driver, "RopeShift", lambda batch, rotary, deltas, past: ORIGINAL["RopeShift"](batch, rotary, deltas, not past)),
+    "other captions": lambda bench, put: put(bench, "floor", other_answers(bench.floor)),
+}
+WORDS = {"NaN": "head_vision_share .* differ by nan"}
+ORIGINAL = {}
+
+
+def shifted(function, by=2e-4):
+    return lambda *args: function(*args) + by
+
+
+def other_answers(floor):
+    def wrong(case):
+        answers, work = floor(case)
+        return answers, lambda: (work(), answers[1].reverse())
+
+    return wrong
+
+
+def test_equal_outputs_pass(bench, case):
+    assert max(bench.check(case).values()) < 1e-5
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_output_stops_the_benchmark(bench, case, mutant, monkeypatch):
+    ORIGINAL.update({name: getattr(bench.driver, name) for name in ("group_norms", "step_shares", "RopeShift")})
+    MUTANTS[mutant](bench, monkeypatch.setattr)
+    with pytest.raises(AssertionError, match=WORDS.get(mutant, mutant)):
+        bench.check(case)
+
+
+def test_outputs_are_compared_before_anything_is_measured(bench, monkeypatch):
+    monkeypatch.setattr(bench, "check", lambda case: (_ for _ in ()).throw(AssertionError("compared")))
+    monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("measured first"))
+    with pytest.raises(AssertionError, match="compared"):
+        bench.main(["--quick", "--threads", "1"])
+
+
+def test_ratios_are_medians_within_rounds_of_alternating_order(bench, case, monkeypatch):
+    calls, planted = [], {"floor": [9, 1, 2, 10], "ours": [9, 1.1, 2.4, 10], "published": [9, 3, 8, 20]}  # the first of each is the warm-up
+
+    def seconds(case, name):
+        calls.append(name)
+        return planted[name][calls.count(name) - 1]
+
+    monkeypatch.setattr(bench, "seconds_of", seconds)
+    monkeypatch.setattr(bench, "peaks_in_processes", lambda *args: {"floor": 10.0, "ours": 11.5, "published": None})
+    floor, ours, published = bench.measure(bench.parse_args(["--repeats", "3"]), case, 100)
+    order = ["floor", "ours", "published"]
+    assert calls == order + order + order[::-1] + order
+    assert ours["x_floor"] == pytest.approx(1.1) and published["x_floor"] == 3 and ours["median_seconds"] == 2.4  # 2.4 / 2 would be 1.2
+    assert ours["published_to_this"] == pytest.approx(np.median([3 / 1.1, 8 / 2.4, 2])) and ours["extra_mib"] == 1.5
+    assert "not measured" in bench.table([published])
+
+
+def test_the_peak_is_the_memory_in_use(bench, case, monkeypatch):
+    for mebibytes in (64, 16):  # the smaller one second: an earlier peak must not count
+        monkeypatch.setitem(bench.VARIANTS, "planted", lambda case, n=mebibytes: (None, lambda: torch.ones(n * 2**18).sum().item()))
+        peak = bench.peak_of(case, "planted")
+        assert peak is None or mebibytes - 1 < peak < mebibytes + 12
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_seven_billion_parameters_need_a_gpu(bench, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: bench.main(["--size", "7b"]))
+    assert end.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+
+
+def test_wrong_numbers_are_refused(bench, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.parse_args(["--prompt", "20"])
+    assert end.value.code == 2 and "50 at least" in capsys.readouterr().err

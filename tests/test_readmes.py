@@ -1,0 +1,516 @@
+"""The READMEs' commands, files, fields and numbers hold. Blocks of commands in a README are fenced as
+
+    ```bash         Python commands are run as they stand, in a copy of the repository (other READMEs than diagnostic_tools/: on a few pictures)
+    ```bash real    needs real weights, data or a cluster: Python commands are parsed by the script's own parser
+    ```bash setup   sets the machine up: files are looked for, nothing is run
+Shell scripts are never run from a block, only checked with bash -n: they download, or run these tests. A block starts at the repository's root, `cd` counts
+within it, an unset variable is 0. diagnostic_tools/README.md is run cell by cell as the notebook that make_walkthrough.py makes from it.
+
+    python tests/test_readmes.py
+
+runs its commands anew, writes the tables of numbers on the tiny models into it and makes the notebook."""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rundirs
+from cli import UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "diagnostic_tools"
+READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
+MODELS = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
+LIMITS = {"--max_images": "2", "--max_questions": "4", "--num_images": "4", "--num_train": "2"}  # given to the scripts that have them
+SEED = r"""
+python vlm_token_norms.py \
+--model_path ../checkpoints/llava-v1.5-7b \
+--vision_tower_path ../checkpoints/clip-vit-large-patch14-336 \
+--coco_root ../Data/COCO \
+--device cuda \
+--weights_type bin \
+--max_images 20 \
+--save_vectors \
+--out_dir outputs/token_norms
+python run_coco_diagnostics.py \
+  --model_path ../checkpoints/llava-v1.5-7b \
+  --image_dir ../Data/COCO/val2017 \
+  --ann_file ../Data/COCO/annotations/captions_val2017.json \
+  --out_root runs \
+  --restrict_to_past \
+  --max_new_tokens 32 \
+  --probe_hidden_norms \
+  --hidden_norm_kind l2 \
+  --strip_system_prompt \
+  --max_images 20
+python analyze_coco_diagnostics.py --run_dir runs/llava-v1.5-7b__sp-0 runs/llava-v1.5-7b-multilayerNorm__sp-0 runs/llava-v1.5-7b-normWmean__sp-0
+python system_prompt_plot.py --run_dir runs/llava-v1.5-7b__sp-0 runs/llava-v1.5-7b-multilayerNorm__sp-0 runs/llava-v1.5-7b-normWmean__sp-0
+python viz_cmb_panel.py \
+  --runs_dir runs \
+  --sp 0 \
+  --coco_root ../Data/COCO/ \
+  --out cmb.png
+python viz_cmb_panel.py \
+  --runs_dir runs \
+  --sp 0 \
+  --image_key 000000006818 \
+  --coco_root ../Data/COCO/ \
+  --out cmb_panel_sp0_000000006818.png
+python viz_hidden_norms.py \
+  --runs_dir runs \
+  --sp 0 \
+  --mode avg \
+  --logy \
+  --early_k 6 \
+  --out hidden_norms_avg_sp0.png
+python viz_attention_image.py
+"""  # the user's document, diagnostic_tools
+
+
+# --- reading READMEs --------------------------------------------------------------------------------------------------------
+
+
+def steps(block):
+    """[(folder, words), ...] of a block: continued lines joined, comments and variables set for one command dropped, `cd` followed."""
+    found, folder = [], Path()
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(re.sub(r"\$(\w+|\{\w+\})", lambda m: os.environ.get(m[1].strip("{}"), "0"), line), comments=True)
+        while words and re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
+            words = words[1:]
+        if words[:1] == ["cd"]:
+            folder = folder / words[1]
+        elif words:
+            found.append((folder, words))
+    return found
+
+
+def blocks(path):
+    """[(info string, first line, text), ...] of a README's fenced blocks."""
+    text = path.read_text()
+    found = re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    return [(match[1].strip(), text[: match.start()].count("\n") + 2, match[2]) for match in found]
+
+
+def commands(*kinds):
+    """pytest parameters (README, folder, words) of all commands in blocks of these kinds."""
+    return [
+        pytest.param(path, folder, words, id=f"{path.relative_to(ROOT)}:{line}-{Path((words + [''])[1]).name or words[0]}-{number}")
+        for path in READMES
+        for info, line, text in blocks(path)
+        if info in kinds
+        for number, (folder, words) in enumerate(steps(text))
+    ]
+
+
+@functools.cache
+def script(path):
+    """A script as a module, its own folder importable while it is loaded, as the interpreter has it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+class Parsed(BaseException):
+    """Raised in place of what a script does once its arguments are parsed."""
+
+
+def refusal(path, arguments):
+    """What a script's own parser has against the arguments, or None."""
+    original = argparse.ArgumentParser.parse_args
+
+    def only_parse(self, *args):
+        original(self, *args)
+        raise Parsed
+
+    module, error = script(path), io.StringIO()
+    with contextlib.redirect_stderr(error), pytest.MonkeyPatch.context() as patch:
+        try:
+            if hasattr(module, "parse_args"):
+                module.parse_args(arguments)
+            else:
+                patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+                module.main(arguments)
+        except (SystemExit, UsageError) as end:
+            return error.getvalue() or str(end)
+        except Parsed:
+            pass
+    return None
+
+
+def accept(folder, words):
+    """Fail unless the command of a README could run: its script is there and takes the arguments."""
+    if words[0] == "python":
+        path = ROOT / folder / words[1]
+        assert path.is_file(), f"{shlex.join(words)}: no {path}"
+        assert (why := refusal(path, words[2:])) is None, f"{shlex.join(words)}: {why}"
+    elif words[:2] == ["pip", "install"]:
+        assert all((ROOT / folder / name).is_file() for name in words if name.endswith(".txt"))
+    else:
+        path = ROOT / folder / (words[1] if words[0] == "bash" else words[0])
+        assert path.suffix == ".sh", f"{shlex.join(words)}: neither python, nor pip install, nor a shell script"
+        assert path.is_file(), f"{shlex.join(words)}: no {path}"
+        assert words[0] == "bash" or os.access(path, os.X_OK), f"{path} is not executable"
+        checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("path", READMES, ids=[str(path.relative_to(ROOT)) for path in READMES])
+def test_blocks_are_fenced_in_a_known_way(path):
+    known = {"", "bash", "bash real", "bash setup", "python"}
+    assert [(line, info) for info, line, _ in blocks(path) if info not in known] == []
+    assert path.read_text().count("\n```") % 2 == 0
+
+
+@pytest.mark.parametrize(("path", "folder", "words"), commands("bash", "bash real", "bash setup"))
+def test_a_script_takes_the_arguments_that_a_readme_gives_it(path, folder, words):
+    accept(folder, words)
+
+
+@pytest.mark.parametrize("words", [words for _, words in steps(SEED)], ids=lambda words: f"{words[1]}-{len(words)}")
+def test_the_documented_commands_are_accepted(words):
+    accept(Path("diagnostic_tools"), words)
+    dashed = [re.sub("_", "-", word) if word.startswith("--") else word for word in words]
+    accept(Path("diagnostic_tools"), dashed)
+
+
+def test_the_documented_commands_stand_in_the_readme():
+    real = [words for info, _, text in blocks(TOOLS / "README.md") if info == "bash real" for _, words in steps(text)]
+    assert [words for _, words in steps(SEED.replace("../Data/", "../data/")) if words not in real] == []
+
+
+@pytest.mark.parametrize("path", READMES, ids=[str(path.relative_to(ROOT)) for path in READMES])
+def test_a_file_that_a_readme_names_exists(path):
+    text = re.sub(r"https?://\S+", "", path.read_text())
+    present = {file.relative_to(ROOT).as_posix() for pattern in ("*", "*/*", "*/*/*") for file in ROOT.glob(pattern)}
+    for name in set(re.findall(r"(?<![\w<>*./-])[\w./-]*\w\.(?:py|sh|ipynb)\b", text)):
+        if "/" in name:
+            assert any((folder / name).exists() for folder in (ROOT, path.parent)), name
+        else:
+            assert any(file.split("/")[-1] == name for file in present), name
+
+
+def test_a_flag_that_the_readme_names_exists():
+    known = set()
+    for path in TOOLS.glob("*.py"):
+        if "def parse_args" in path.read_text():
+            with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+                script(path).parse_args(["--help"])
+            known |= set(re.findall(r"--[\w-]+", shown.getvalue()))
+    make_shapes = {"--num_images", "--seed"}
+    text = re.sub(r"^#.*$", "", (TOOLS / "README.md").read_text(), flags=re.MULTILINE)
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known - make_shapes == set()
+
+
+# --- running ----------------------------------------------------------------------------------------------------------------
+
+
+def make_checkout(folder):
+    """A copy of the repository's code in which commands may write, with links to the tiny models."""
+    missing = [name for name in MODELS if not (ROOT / "checkpoints" / name / "config.json").exists()]
+    if missing:
+        pytest.fail(f"checkpoints/{missing[0]} is missing: train the tiny models with python checkpoints/train_tiny.py", pytrace=False)
+    leave = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "runs", "outputs", "results", "COCO", "mmhal", "shapes*", "tiny-llava*", "tests")
+    shutil.copytree(ROOT, folder, ignore=leave, dirs_exist_ok=True)
+    for name in MODELS:
+        (folder / "checkpoints" / name).symlink_to(ROOT / "checkpoints" / name)
+    return folder
+
+
+def environment(**more):
+    kept = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "DISPLAY", "MODEL", "RUNS", "OUT", "WORD", "IMAGE")}
+    return kept | {"PYTHONWARNINGS": "error", "HF_HUB_OFFLINE": "1"} | more
+
+
+def run(words, cwd, **more):
+    return subprocess.run([str(word) for word in words], cwd=cwd, env=environment(**more), capture_output=True, text=True)
+
+
+def run_cells(checkout):
+    """Run the code cells of the notebook as one program, with a display() that prints the file's name. Returns the finished process."""
+    stub = checkout / "stub" / "IPython"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("")
+    (stub / "display.py").write_text("Image = dict\n\n\ndef display(image):\n    print('displayed', image['filename'])\n")
+    cells = [source for kind, source in walkthrough().cells_of((TOOLS / "README.md").read_text()) if kind == "code"]
+    (checkout / "cells.py").write_text("\n\n".join(cells) + "\n")
+    return run([sys.executable, checkout / "cells.py"], checkout / "diagnostic_tools", PYTHONPATH=str(stub.parent))
+
+
+def walkthrough():
+    return script(TOOLS / "make_walkthrough.py")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(checkout in which every command of diagnostic_tools/README.md was run, the finished process)."""
+    checkout = make_checkout(tmp_path_factory.mktemp("checkout"))
+    return checkout, run_cells(checkout)
+
+
+@pytest.fixture(scope="session")
+def checkout(finished):
+    if finished[1].returncode:
+        pytest.fail(f"a command of diagnostic_tools/README.md failed:\n{finished[1].stdout[-2000:]}\n{finished[1].stderr[-4000:]}", pytrace=False)
+    return finished[0]
+
+
+def test_the_notebook_is_made_from_the_readme(tmp_path):
+    kept = TOOLS / "Diagnostic_Tools_Walkthrough.ipynb"
+    assert walkthrough().main(["--out", str(tmp_path / "again.ipynb")]) == 0
+    assert (tmp_path / "again.ipynb").read_bytes() == kept.read_bytes(), "run python diagnostic_tools/make_walkthrough.py"
+    content = json.loads(kept.read_text())
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
+    for cell in content["cells"]:
+        assert set(cell) == {"cell_type", "id", "metadata", "source"} | ({"execution_count", "outputs"} if cell["cell_type"] == "code" else set())
+    executed = [words for info, _, text in blocks(TOOLS / "README.md") if info == "bash" for _, words in steps(text)]
+    code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"][1:]
+    assert [["python", *words] for words in map(words_of_cell, code)] == executed
+
+
+def words_of_cell(source):
+    called = []
+    namespace = {"sys": argparse.Namespace(executable="python"), "ROOT": None, "show": lambda output: None}
+    fake = argparse.Namespace(PIPE=None, run=lambda words, **options: called.append((words, options)) or argparse.Namespace(stdout=""))
+    exec(source, namespace | {"subprocess": fake})
+    ((words, options),) = called
+    assert options["check"] is True
+    return words[1:]
+
+
+def test_the_walkthrough_runs_and_shows_its_figures(checkout, finished):
+    shown = [line.removeprefix("displayed ") for line in finished[1].stdout.splitlines() if line.startswith("displayed ")]
+    for name in shown:
+        with Image.open(name) as picture:
+            picture.verify()
+    wrote = [line for line in finished[1].stdout.splitlines() if line.startswith("wrote ") and line.endswith(".png")]
+    assert len(shown) == len(wrote) >= 25
+    assert finished[1].stderr.strip() == ""
+
+
+def test_the_readme_names_every_file_and_field(checkout):
+    words = set(re.findall(r"\w+", (TOOLS / "README.md").read_text()))
+    run = rundirs.read_run(checkout / "runs" / "tiny-llava__sp-0", rundirs.COCO)
+    psi = rundirs.read_run(checkout / "runs" / "psi" / "tiny-llava", "psi")
+    record, answer, id = run.record(run.ids()[0]), psi.record(psi.ids()[0]), run.ids()[0]
+    fields = {*record, *record["shares"], *record["hidden_norms"], *record["spans"], *record["groups"], *run.arrays(id), *answer, *answer["original"]}
+    meta = json.loads((run.path / "meta.json").read_text())
+    flags = {"do_sample", "temperature", "seed", "save_hidden_grid", "save_hidden_plots", "pos_only", "image_aspect"}
+    fields |= {*meta, *meta["settings"], *meta["free"]} - flags
+    for name in ("runs/tiny-llava__sp-0/analysis/summary.json", "outputs/attention/attention_tiny-llava.json"):
+        fields |= set(json.loads((checkout / name).read_text()))
+    fields -= {f"mean_avg_{name}_{end}" for name in ("abs_delta_gv", "delta_alphaV") for end in ("low", "high")}
+    norms = json.loads((checkout / "outputs/token_norms/tiny-llava/token_norms_comparison.json").read_text())
+    kinds = json.loads((psi.path / "analysis" / "psi.json").read_text())["kinds"]
+    fields |= {*norms, *norms["text"], *norms["vision_over_text"], *kinds["all"], *kinds["all"]["psi"]}
+    for name in ("outputs/token_norms/tiny-llava/vectors.npz", "outputs/attention/attention_tiny-llava.npz"):
+        with np.load(checkout / name) as arrays:
+            fields |= set(arrays.files)
+    assert sorted(fields - words) == []
+    made = [file for folder in ("runs", "outputs") for file in (checkout / folder).rglob("*") if file.is_file()]
+    stems = {file.stem for file in made if file.parent.name not in ("per_image", "failures") and not file.name.startswith("stack-")}
+    own = {stem for stem in stems if stem not in words and not any(stem.startswith(f"{word}_") for word in ("attention_overlay", "attention", "cmb", "hidden_norms"))}
+    assert own == set()
+
+
+@pytest.mark.parametrize(("path", "folder", "words"), [row for row in commands("bash") if row.values[0].parent != TOOLS])
+def test_a_command_for_the_tiny_models_runs(path, folder, words, request, tmp_path_factory):
+    if words[0] != "python":
+        return accept(folder, words)
+    limits = [part for flag, value in LIMITS.items() if refusal(ROOT / folder / words[1], [*words[2:], flag, value]) is None for part in (flag, value)]
+    root = request.getfixturevalue("data_checkout" if path.parent.name == "data" else "checkout")
+    done = run([sys.executable, *words[1:], *limits], root / folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def data_checkout(tmp_path_factory):
+    return make_checkout(tmp_path_factory.mktemp("data"))
+
+
+# --- the shell script -------------------------------------------------------------------------------------------------------
+
+
+def printed(output):
+    """The commands that the script printed before it ran them."""
+    return [shlex.split(line[2:])[1:] for line in output.splitlines() if line.startswith("+ ")]
+
+
+def test_the_shell_script_goes_on_with_the_runs_of_the_readme(checkout, tmp_path):
+    done = run(["bash", checkout / "diagnostic_tools" / "run_beyond_semantics.sh"], tmp_path, MAX_IMAGES="20", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images: 0 computed, 20 done before, 0 failed") == 6
+    assert done.stdout.count("questions: 0 computed, 140 done before, 0 failed") == 3
+    calls = printed(done.stdout)
+    assert {Path(words[0]).name for words in calls} == {path.name for path in TOOLS.glob("*.py") if "def main" in path.read_text()} - {"make_walkthrough.py"}
+    for name in ("cmb_sp0", "cmb_sp1", "cmb_panel_sp0_000000000001", "hidden_norms_avg_sp0", "attention/attention_comparison", *(f"token_norms/{m}/vectors" for m in MODELS)):
+        assert any((checkout / "outputs" / f"{name}.{ending}").exists() for ending in ("png", "npz")), name
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_shell_script_passes_its_variables_on(tmp_path):
+    """With an interpreter that only writes down what it is asked, runs the script's one-liners, and leaves run directories behind as for a model without a
+    system prompt and one with it."""
+    models, where = [tmp_path / "first", tmp_path / "second"], tmp_path / "here"
+    for folder in (*models, where, where / "pictures"):
+        folder.mkdir()
+    for name in ("captions.json", "asked.json", "bear.jpg"):
+        (where / name).write_text("")
+    fake = tmp_path / "python"
+    fake.write_text(
+        f'#!/usr/bin/env bash\n[ "$1" = -c ] && exec {shlex.quote(sys.executable)} "$@"\n'
+        f"case $* in *--strip*) mkdir -p {where}/r/second__sp-1/per_image;; *run_coco*) mkdir -p {where}/r/first__sp-1/per_image {where}/r/second__sp-0/per_image;; esac\n"
+        f"touch {where}/r/{{first__sp-1,second__sp-0,second__sp-1}}/per_image/7.json 2>/dev/null\ncase $* in *psi.py*) exit 3;; esac\nexit 0\n"
+    )
+    fake.chmod(0o755)
+    given = {"MODEL": f"{models[0]} ../second", "IMAGE_DIR": "pictures", "ANN_FILE": "captions.json", "QUESTIONS": "asked.json", "IMAGE": "bear.jpg", "WORD": "teddy"}
+    shell = ["bash", TOOLS / "run_beyond_semantics.sh"]
+    done = run(shell, where, PYTHON=str(fake), RUNS="r", OUT="o", MAX_IMAGES="5", BATCH_SIZE="8", **given)
+    assert done.returncode == 3, done.stderr
+    calls = [words for words in printed(done.stdout) if words[0] != "data/make_shapes.py"]
+    for words in calls:
+        accept(Path(), ["python", *words])
+    by_name = {Path(words[0]).stem: [each for each in calls if each[0] == words[0]] for words in calls}
+    plain, stripped = by_name["run_coco_diagnostics"]
+    assert plain.count("--model_path") == 2
+    assert [word for word in plain if word.startswith("/")] == [str(models[0]), f"{where}/../second", f"{where}/pictures", f"{where}/captions.json", f"{where}/r"]
+    assert "--strip_system_prompt" in stripped and stripped.count("--model_path") == 1 and f"{where}/../second" in stripped
+    assert [each[-2:] for each in by_name["analyze_coco_diagnostics"]] == [[f"{where}/r/first__sp-1", f"{where}/r/second__sp-1"], ["--run_dir", f"{where}/r/second__sp-0"]]
+    assert {"teddy", f"{where}/bear.jpg", f"{where}/o/attention"} <= set(by_name["viz_attention_image"][0])
+    assert {f"{where}/asked.json", "35", "8"} <= set(by_name["psi"][0])
+    done = run(shell, where, PYTHON=str(fake), RUNS="r", OUT="o", **given | {"WORD": ""})
+    assert "viz_attention_image" not in done.stdout.replace("no attention overlay", "") and "WORD=teddy" in done.stdout
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------------
+
+
+def shares_of(run, *names):
+    return [float(np.mean([record[name] for record in run.records()])) for name in names]
+
+
+def numbers(checkout):
+    """{row of the README's table: its cells}, from what the README's commands left."""
+    rows = {}
+
+    def add(row, *values):
+        rows.setdefault(row, []).append(" / ".join(f"{value:.3g}" for value in values))
+
+    for model in MODELS:
+        runs = [rundirs.read_run(checkout / "runs" / f"{model}__sp-{sp}", rundirs.COCO) for sp in (0, 1)]
+        norms = json.loads((checkout / "outputs" / "token_norms" / model / "token_norms_comparison.json").read_text())
+        add("norm of a text token", norms["text"]["mean_over_images"])
+        add("norm of a vision token", norms["vision"]["mean_over_images"])
+        for sp, run in enumerate(runs):
+            add(f"CMB, sp-{sp}", np.nanmean(run.stack("head_vision_share")[1]["head_vision_share"]))
+        add("system / vision / user share, sp-0", *shares_of(runs[0], "mean_sys_share", "mean_vision_withsys_share", "mean_text_withsys_share"))
+        add("vision share of vision + user, sp-0", *shares_of(runs[0], "mean_vision_share"))
+        summary = json.loads((runs[0].path / "analysis" / "summary.json").read_text())
+        add("mean abs(delta_gv), sp-0", summary["mean_avg_abs_delta_gv"])
+        add("mean delta_alphaV, sp-0", summary["mean_avg_delta_alphaV"])
+        arrays = runs[0].stack(["hidden_norms_vision", "hidden_norms_user_text"])[1]
+        ratio = np.log10((arrays["hidden_norms_vision"] / arrays["hidden_norms_user_text"]).mean(0))
+        add("log10 (vision / user text norm), hidden state 0, sp-0", ratio[0])
+        add("the same, mean of the first 6", ratio[:6].mean())
+        add("normalised entropy, drawn picture", json.loads((checkout / "outputs" / "attention" / f"attention_{model}.json").read_text())["normalized_entropy"])
+        kinds = json.loads((checkout / "runs" / "psi" / model / "analysis" / "psi.json").read_text())["kinds"]
+        for row, kind in (("PSI, all questions", "all"), ("PSI, left or right", "left_right")):
+            value = kinds[kind]["psi"]["mean"]
+            add(row, math.nan if value is None else value)
+    return rows
+
+
+def differences(checkout):
+    """{row of the README's table of published definitions: its last cell}."""
+    ours, paper = (rundirs.read_run(checkout / folder / "tiny-llava__sp-0", rundirs.COCO) for folder in ("runs", "runs/paper"))
+    both = [run.stack(["head_vision_share", "delta_gv", "hidden_norms_vision", "hidden_norms_user_text"])[1] for run in (ours, paper)]
+    maps = [json.loads((checkout / "outputs" / folder / "attention_tiny-llava.json").read_text()) for folder in ("attention", "paper/attention")]
+    norms = [json.loads((checkout / "outputs" / f / "token_norms_comparison.json").read_text())["vision"]["mean_over_images"] for f in ("token_norms/tiny-llava", "paper/token_norms")]
+    with np.load(checkout / "outputs" / "attention" / "attention_tiny-llava.npz") as arrays:
+        entropy = script(TOOLS / "attention_map.py").normalized_entropy
+        change = abs(entropy(arrays["map"], 1e-10) - entropy(arrays["map"]))
+    system, vision, text = (np.array([record[f"mean_{name}_share"] for record in ours.records()]) for name in ("sys", "vision", "text"))
+    product = (vision * (1 - system)).mean() / ((vision + text) * (1 - system) + system).mean()
+
+    def against(what, pair):
+        return f"{what} {pair[0]:.3g}, published {pair[1]:.3g}"
+
+    last = [against(words, [arrays[f"hidden_norms_{name}"][:, -1].mean() for arrays in both]) for words, name in (("vision norm", "vision"), ("user text norm", "user_text"))]
+    return {
+        "RoPE probe: query row": against("mean abs(delta_gv)", [np.nanmean(np.abs(arrays["delta_gv"])) for arrays in both]),
+        "CMB: a head that sees neither group": against("mean CMB", [np.nanmean(arrays["head_vision_share"]) for arrays in both]),
+        "shares: denominator 0": against("vision share", [shares_of(run, "mean_vision_share")[0] for run in (ours, paper)]),
+        "last hidden state": "; ".join(last),
+        "overlay: row of the token": against("normalised entropy", [record["normalized_entropy"] for record in maps]),
+        "overlay: which token": against("token", [record["token_position"] for record in maps]),
+        "overlay: entropy and map": f"entropy by {change:.0e}",
+        "three-way pie": against("vision", [*shares_of(ours, "mean_vision_withsys_share"), product]),
+        "token norms: picture": against("vision norm", norms),
+    }
+
+
+def table_rows(text, table):
+    """{first cell: (line, later cells)} of the table whose header starts with a word."""
+    start = re.search(rf"^\| {table} \|.*\n\|[-|]+\n", text, re.MULTILINE)
+    lines = text[start.end() :].split("\n\n")[0].splitlines()
+    return {cells[0]: (line, cells[1:]) for line in lines if (cells := line.strip("| ").split(" | "))}
+
+
+def filled(text, checkout):
+    """The README with the numbers of the tiny models."""
+    for table, cells in (("measure", {row: [cell] for row, cell in differences(checkout).items()}), ("quantity", numbers(checkout))):
+        rows = table_rows(text, table)
+        for name, values in cells.items():
+            line, old = rows[name]
+            text = text.replace(line, f"| {' | '.join([name, *old[: len(old) - len(values)], *values])} |", 1)
+    return text
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_tiny_models(checkout):
+    text = (TOOLS / "README.md").read_text()
+    advice = "run python tests/test_readmes.py, which writes them"
+    for table in ("measure", "quantity"):
+        now = table_rows(filled(text, checkout), table)
+        for name, (line, _) in table_rows(text, table).items():
+            number = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
+            assert re.sub(number, "#", line) == re.sub(number, "#", now[name][0]), advice
+            for written, found in zip(re.findall(number, line), re.findall(number, now[name][0]), strict=True):
+                loose = 0.05 if "PSI" in name else 5e-4  # greedy ties fall differently on other machines
+                assert math.isclose(float(written), float(found), rel_tol=0.05, abs_tol=loose), f"{name}: {written} written, {found} found; {advice}"
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = make_checkout(Path(folder) / "checkout")
+        done = run_cells(checkout)
+        if done.returncode:
+            sys.exit(f"{done.stdout}{done.stderr}")
+        readme = TOOLS / "README.md"
+        readme.write_text(filled(readme.read_text(), checkout))
+        print(f"wrote {readme}")
+    return walkthrough().main([])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
