@@ -15,32 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cli import UsageError
-from common import GROUPS, PAD
+from groups import GROUPS, PAD
 
 NAME = "vlm_capture"
 VISION = GROUPS.index("vision")
 _active = None  # the capture or edit in progress
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions. inv_freq (h,): dimension j turns with j + h (half-split) by position * inv_freq[j]; dimensions past 2h do not turn."""
-
-    inv_freq: torch.Tensor
-
-    def turn(self, x, delta):
-        """x (..., D) rotated by `delta` positions, in float32."""
-        half = len(self.inv_freq)
-        angle = delta * self.inv_freq.to(x.device)
-        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), x[..., 2 * half :].float()], -1)
-
-    def rate(self, x):
-        """Derivative of turn(x, delta) with respect to delta at 0."""
-        half = len(self.inv_freq)
-        speed = self.inv_freq.to(x.device)
-        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
-        return torch.cat([-b * speed, a * speed, torch.zeros_like(x[..., 2 * half :], dtype=torch.float32)], -1)
 
 
 class Row:

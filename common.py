@@ -19,10 +19,10 @@ from transformers.utils import logging as hf_logging
 
 import cli
 from cli import UsageError
-from models import find_family, known_types
+from groups import GROUPS, PAD
+from models import find_family, generic, known_types
+from selfcheck import check
 
-GROUPS = ("bos", "system", "vision", "image_markup", "user", "template", "generated")
-PAD = -1  # the code of padding in Batch.groups: no group
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _QUESTION, _SYSTEM = "\ue010\ue011", "\ue012\ue013"  # stand-ins of private use while a template is rendered
 
@@ -66,7 +66,7 @@ class VLM:
 
     @property
     def rotary(self):
-        """How positions turn queries and keys (capturing.Rotary); UsageError for a model without rotary positions."""
+        """How positions turn queries and keys (models.Rotary); UsageError for a model without rotary positions."""
         rotary = self.family.rotary(self) if self.family.rotary else None
         if rotary is None:
             raise UsageError(f"{self.path}: {self.family.name} has no rotary positions, which this measure needs")
@@ -128,10 +128,7 @@ def load_model(
     """Load a VLM from a folder or hub id. UsageError where the type is unknown, files or parameters are missing, or the self-check fails."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    config = read_config(path, trust_remote_code)
-    family = find_family(config.model_type, getattr(config, "architectures", None))
-    if family is None:
-        from models.generic import FAMILY as family
+    config, family = read_config(path, trust_remote_code)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: no GPU is visible here; use --device cpu")
@@ -157,37 +154,25 @@ def load_model(
             raise UsageError(f"{path}: --image_aspect pad works for LLaVA-type image processors only")
         processor.image_processor.do_pad = True
     if self_check:
-        from selfcheck import check
-
         if note := check(vlm):
             print(f"{path}: {note}")
     return vlm
 
 
 def read_config(path, trust_remote_code=False):
-    """A model's config; UsageError in one line where there is none."""
+    """A model's config and its family; UsageError in one line where there is none."""
     if os.path.isdir(path) and not (Path(path) / "config.json").exists():
         raise UsageError(f"{path}: no config.json in this folder, so it is no model")
     if not os.path.isdir(path) and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
         raise UsageError(f"{path}: no such folder")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
-        family = find_family(raw.get("model_type"), raw.get("architectures"))
-        if family is not None and family.read_config is not None:
-            return family.read_config(str(path), raw)
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        family = find_family(raw) or generic.FAMILY
+        if family.read_config is not None:
+            return family.read_config(str(path), raw), family
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), family
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: the config cannot be read ({' '.join(str(error).split())[:300]}); known types: {', '.join(known_types())}") from error
-
-
-def checked(loaded, path):
-    """The model of from_pretrained(..., output_loading_info=True); ValueError that names parameters no file filled."""
-    model, info = loaded
-    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
-    if missing or mismatched:
-        names = missing or mismatched
-        raise ValueError(f"{len(names)} parameters are {'in no file' if missing else 'of another shape'}, such as {', '.join(names[:3])}")
-    return model
 
 
 def fingerprint(path):

@@ -4,7 +4,7 @@ import torch
 
 from capturing import Probe, capture, generate, prefill
 from cli import UsageError
-from common import GROUPS
+from groups import GROUPS
 from samples import Sample
 
 SIZE = (168, 126)

@@ -93,7 +93,7 @@ def build(size, prompt, device, folder):
     square = {"height": pixels, "width": pixels}
     images = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": pixels}, crop_size=square, image_mean=tiny.MEAN, image_std=tiny.STD)
     options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1, "chat_template": tiny.CHAT_TEMPLATE}
-    return VLM(model, LlavaProcessor(images, tokenizer, patch_size=PATCH, **options), find_family("llava"), f"random-{size}")
+    return VLM(model, LlavaProcessor(images, tokenizer, patch_size=PATCH, **options), find_family({"model_type": "llava"}), f"random-{size}")
 
 
 def make_samples(folder, count):

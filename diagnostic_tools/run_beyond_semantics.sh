@@ -29,7 +29,9 @@ run() {
     }
 }
 
-slug() { "$python" -c 'import sys, rundirs; print(rundirs.slug(sys.argv[1]))' "$1"; }
+slug() { # the folder name of a model
+    "$python" -c 'import sys, rundirs; print(rundirs.slug(sys.argv[1]))' "$1"
+}
 
 ended=0
 python=${PYTHON:-python}
@@ -64,10 +66,11 @@ fi
 names=()
 paths=()
 for model in "${models[@]}"; do
-    names+=("$(slug "$model")")
+    name=$(slug "$model")
+    names+=("$name")
     paths+=(--model_path "$model")
     run "$python" $tools/vlm_token_norms.py --model_path "$model" --caption_file "$captions" --image_dir "$images" --max_images "$count" \
-        --save_vectors --out_dir "$out/token_norms/${names[${#names[@]}-1]}"
+        --save_vectors --out_dir "$out/token_norms/$name"
 done
 
 measure() { # further flags
@@ -109,7 +112,7 @@ if [ -z "$given" ] || [ -n "${WORD:-}" ]; then
 else
     printf '\nno attention overlay: it needs a word of the answer, such as WORD=teddy IMAGE=picture.jpg\n'
 fi
-run "$python" $tools/psi.py "${paths[@]}" --questions "$questions" --num_permutations 3 --max_questions "${MAX_QUESTIONS:-$((7 * count))}" \
+run "$python" $tools/psi.py "${paths[@]}" --questions "$questions" --num_permutations 2 --max_questions "${MAX_QUESTIONS:-$((7 * count))}" \
     --batch_size "$batch" --out_root "$runs"
 printf '\ndone: run directories and their analyses in %s, figures in %s\n' "$runs" "$out"
 exit $ended

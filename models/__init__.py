@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 FAMILIES = ("llava_original", "llava", "qwen2_5_vl")
 
 
@@ -17,12 +19,13 @@ class Family:
     name: str
     model_types: tuple  # config.model_type
     architectures: tuple = ()  # config.architectures, for types that share a model_type
+    recognises: Callable = None  # (config.json as a dict) -> bool, where types and architectures do not tell
     read_config: Callable = None  # (path, config.json as a dict) -> config, for layouts that transformers does not read
     load: Callable = None  # (path, config, **options) -> (model, processor)
     parts: Callable = None  # (model) -> Parts
     grid: Callable = None  # (vlm, image size (width, height), image inputs of one sample) -> grid.PatchGrid, or None: the grid is unknown
     positions: Callable = None  # (vlm, input_ids, attention_mask, image inputs) -> (positions as the model takes them, next position (B,))
-    rotary: Callable = None  # (vlm) -> capturing.Rotary, or None: no rotary positions
+    rotary: Callable = None  # (vlm) -> Rotary, or None: no rotary positions
     default_system: Callable = None  # (vlm) -> system prompt where the user gives none, or None
     prompt: Callable = None  # (vlm, question, system) -> text, for processors without a chat template
     markup: tuple = ()  # token strings that stand around or between image tokens
@@ -41,13 +44,45 @@ class Parts:
     connector: object
 
 
-def find_family(model_type, architectures=()):
-    """The family of a config; None where no file describes it."""
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions. inv_freq (h,): dimension j turns with j + h (half-split) by position * inv_freq[j]; dimensions past 2h do not turn."""
+
+    inv_freq: torch.Tensor
+
+    def turn(self, x, delta):
+        """x (..., D) rotated by `delta` positions, in float32."""
+        half = len(self.inv_freq)
+        angle = delta * self.inv_freq.to(x.device)
+        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), x[..., 2 * half :].float()], -1)
+
+    def rate(self, x):
+        """Derivative of turn(x, delta) with respect to delta at 0."""
+        half = len(self.inv_freq)
+        speed = self.inv_freq.to(x.device)
+        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+        return torch.cat([-b * speed, a * speed, torch.zeros_like(x[..., 2 * half :], dtype=torch.float32)], -1)
+
+
+def find_family(config):
+    """The family of a config.json (a dict); None where no file describes it."""
     for name in FAMILIES:
         family = importlib.import_module(f"models.{name}").FAMILY
-        if model_type in family.model_types or set(architectures or ()) & set(family.architectures):
+        named = config.get("model_type") in family.model_types or set(config.get("architectures") or ()) & set(family.architectures)
+        if family.recognises(config) if family.recognises else named:
             return family
     return None
+
+
+def checked(loaded):
+    """The model of from_pretrained(..., output_loading_info=True); ValueError that names parameters no file filled."""
+    model, info = loaded
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        names = missing or mismatched
+        raise ValueError(f"{len(names)} parameters are {'in no file' if missing else 'of another shape'}, such as {', '.join(names[:3])}")
+    return model
 
 
 def known_types():

@@ -7,16 +7,14 @@ import inspect
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from models import Family, Parts
+from models import Family, Parts, Rotary, checked
 
 PIL_BACKEND = {"backend": "pil"}  # image processors on PIL, also where torchvision is installed, so that numbers agree between machines
 
 
 def load(path, config, dtype, device_map=None, trust_remote_code=False, **_):
-    from common import checked
-
     options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    model = checked(AutoModelForImageTextToText.from_pretrained(path, config=config, output_loading_info=True, **options), path)
+    model = checked(AutoModelForImageTextToText.from_pretrained(path, config=config, output_loading_info=True, **options))
     return model, load_processor(path, trust_remote_code)
 
 
@@ -51,8 +49,6 @@ def positions(vlm, input_ids, attention_mask, image_inputs):
 
 def rotary(vlm):
     """Half-split rotary positions with one set of frequencies for all layers; None where the decoder has none."""
-    from capturing import Rotary
-
     embedding = getattr(vlm.parts.decoder, "rotary_emb", None)
     frequencies = getattr(embedding, "inv_freq", None)
     return None if frequencies is None else Rotary(frequencies.float())

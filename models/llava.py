@@ -8,12 +8,12 @@ tower layer passes through the tower's post layer norm before the layers are con
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from cli import UsageError
 from grid import PatchGrid
-from models import Family, Parts, generic
+from models import Family, Parts, checked, generic
 
 
 class VisionEmbedNorm(nn.Module):
@@ -73,21 +73,12 @@ TEMPLATES = {  # by text model type: (system, user turn up to the answer)
 }
 
 
-def read_config(path, raw):
-    """transformers' config; that of llava_original where a checkpoint of the authors' own layout says model_type `llava`."""
-    from models import llava_original
-
-    return llava_original.read_config(path, raw) if llava_original.is_original(raw) else AutoConfig.from_pretrained(path)
-
-
 def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False):
-    from common import checked
-
     if conv_mode is not None:
         raise UsageError(f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} is in transformers' own: give --prompt_template")
     normed = getattr(config, "vision_embed_norm", None) or getattr(config, "vision_feature_post_layernorm", False)
     kind = NormedLlava if normed else LlavaForConditionalGeneration
-    model = checked(kind.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True), path)
+    model = checked(kind.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True))
     return model, generic.load_processor(path, trust_remote_code)
 
 
@@ -149,7 +140,7 @@ def grid(vlm, size, inputs):
 
 
 FAMILY = Family(
-    name="llava", model_types=("llava",), architectures=("LlavaForConditionalGeneration", "NormedLlava"), read_config=read_config, load=load,
+    name="llava", model_types=("llava",), architectures=("LlavaForConditionalGeneration", "NormedLlava"), load=load,
     parts=parts, grid=grid, prompt=prompt, positions=generic.positions, rotary=generic.rotary, default_system=default_system,
     has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

@@ -34,7 +34,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlamaTokeniz
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from cli import UsageError
-from models import Family, generic
+from models import Family, checked, generic
 from models.llava import SYSTEM, NormedLlava, grid, parts
 
 ARCHITECTURES = ("LlavaLlamaForCausalLM",)
@@ -300,8 +300,6 @@ def chat_template(name, markup=False):
 
 
 def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False):
-    from common import checked
-
     folder = Path(path) if Path(path).is_dir() else fetch(path)
     raw = getattr(config, "original_layout", None)
     if raw is None:  # a hub id, whose config transformers read as its own
@@ -318,7 +316,7 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
     state = load_weights(folder, tower_folder, config)
     if not state:
         raise ValueError(f"{files[0]} holds no parameter")
-    model = checked(OriginalLlava.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True), path)
+    model = checked(OriginalLlava.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True))
     settings = folder / "generation_config.json"
     own = json.loads(settings.read_text()) if settings.exists() else {}
     model.generation_config.eos_token_id = own.get("eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id))
@@ -331,6 +329,6 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
 
 
 FAMILY = Family(
-    name="llava_original", model_types=MODEL_TYPES, architectures=ARCHITECTURES, read_config=read_config, load=load, parts=parts, grid=grid,
+    name="llava_original", model_types=MODEL_TYPES, architectures=ARCHITECTURES, recognises=is_original, read_config=read_config, load=load, parts=parts, grid=grid,
     positions=generic.positions, rotary=generic.rotary, markup=MARKUP, has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

@@ -4,7 +4,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from grid import PatchGrid
-from models import Family, Parts, generic
+from models import Family, Parts, checked, generic
 
 
 class ImageOnlyProcessor(Qwen2_5_VLProcessor):
@@ -19,12 +19,10 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
 
 def load(path, config, dtype, device_map=None, trust_remote_code=False, **_):
-    from common import checked
-
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(path)
     processor = ImageOnlyProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tokenizer, chat_template=tokenizer.chat_template)
-    return checked(model, path), processor
+    return checked(model), processor
 
 
 def parts(model):

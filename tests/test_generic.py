@@ -27,7 +27,7 @@ def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, folders,
     model = VipLlavaForConditionalGeneration(config)
     sharpen(model, model.model.language_model.layers).save_pretrained(tmp_path)
     tiny.make_processor(tokenizer).save_pretrained(tmp_path)
-    assert find_family("vipllava") is None
+    assert find_family({"model_type": "vipllava"}) is None
     vlm = common.load_model(tmp_path)  # with the self-check
     assert vlm.family.name == "generic"
     batch = batch_of(vlm)

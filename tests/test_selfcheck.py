@@ -7,10 +7,11 @@ import torch
 
 import common
 import models.generic
-from capturing import Block, GroupMass, Rotary, capture, edit, generate, prefill
+from capturing import Block, GroupMass, capture, edit, generate, prefill
 from cli import UsageError
 from common import GROUPS
 from grid import PatchGrid
+from models import Rotary
 from selfcheck import check
 
 NAMES = ["llava", "llava-gqa", "qwen"]
