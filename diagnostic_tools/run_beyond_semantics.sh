@@ -8,9 +8,9 @@
 #
 # MODEL       folders or hub ids, separated by spaces           RUNS   where run directories go (runs)
 # IMAGE_DIR   pictures     ANN_FILE   their COCO captions file   OUT    where figures go (outputs)
-# MAX_IMAGES  how many pictures (200)                           BATCH_SIZE (1)
+# MAX_IMAGES  how many pictures (200)                           BATCH_SIZE (8)
 # WORD, IMAGE word of the answer and picture of the attention overlay (the tiny models have both by themselves)
-# QUESTIONS, MAX_QUESTIONS   of the position sensitivity index (data/shapes/questions.json, 7 a picture)
+# QUESTIONS, MAX_QUESTIONS   of the position sensitivity index (data/shapes/questions.json, twice MAX_IMAGES)
 # Paths are relative to where you are, and what is not found there to the repository. PYTHON is the interpreter (python). Ends with 3 if images failed.
 set -euo pipefail
 
@@ -56,7 +56,7 @@ questions=${questions:-data/shapes/questions.json}
 runs=${runs:-runs}
 out=${out:-outputs}
 count=${MAX_IMAGES:-200}
-batch=${BATCH_SIZE:-1}
+batch=${BATCH_SIZE:-8}
 tools=diagnostic_tools
 
 if [ ! -e data/shapes/manifest.json ]; then
@@ -112,7 +112,7 @@ if [ -z "$given" ] || [ -n "${WORD:-}" ]; then
 else
     printf '\nno attention overlay: it needs a word of the answer, such as WORD=teddy IMAGE=picture.jpg\n'
 fi
-run "$python" $tools/psi.py "${paths[@]}" --questions "$questions" --num_permutations 2 --max_questions "${MAX_QUESTIONS:-$((7 * count))}" \
+run "$python" $tools/psi.py "${paths[@]}" --questions "$questions" --num_permutations 2 --max_questions "${MAX_QUESTIONS:-$((2 * count))}" \
     --batch_size "$batch" --out_root "$runs"
 printf '\ndone: run directories and their analyses in %s, figures in %s\n' "$runs" "$out"
 exit $ended

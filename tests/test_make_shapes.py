@@ -96,7 +96,10 @@ def test_a_finished_set_is_left_alone_and_a_lost_file_is_made_again(sets, tmp_pa
 def test_an_interrupted_run_goes_on(sets, tmp_path):
     flags = ["--num_images", "500", "--num_train", "0", "--seed", "3", "--num_workers", "2"]
     command = [sys.executable, str(SCRIPT), "--out_dir", str(tmp_path / "set"), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores Ctrl-C, and so would its children
+    )  # fmt: skip
     pictures = tmp_path / "set/val2017"
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not (pictures.is_dir() and len(os.listdir(pictures)) > 40):
