@@ -10,7 +10,8 @@ The tokens that stand for a place in the picture exchange their contents before 
 shuffles depends on (--seed, item id, its number) only. Decoding is greedy. Runs land in <out_root>/psi/<model>[__<run_name>]/; an interrupted run goes on
 by the same command. At the end analysis/psi.json and psi.png/.pdf: accuracy per kind of question with bootstrap 95 % intervals over images, PSI with a
 paired one. Read it by kind: a question about a place can lose only what lies above guessing (PSI at most about 0.5 with two answers), and
-where the tower itself knows the place of what it sees, as in the tiny models, it loses nothing. The paper has 1.1 % on VQAv2 and 41 % on questions about places in drawn scenes for LLaVA-1.5, 61 % for normWmean."""
+where the tower itself knows the place of what it sees, as in the tiny models, it loses nothing. The paper has 1.1 % on VQAv2 and 41 % on
+questions about places in drawn scenes for LLaVA-1.5, 61 % for normWmean."""
 
 import json
 import math
