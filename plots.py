@@ -97,6 +97,11 @@ def read_arrays(run, keys, advice):
     return run.stack(keys)
 
 
+def comparison_path(runs, name):
+    """Where a figure that compares runs goes: beside the first of them, '<name>_sp1' if none of them had a system prompt."""
+    return Path(os.path.abspath(runs[0].path)).parent / (name + "_sp1" * all(str(run.path).endswith("__sp-1") for run in runs))
+
+
 def shared_ids(runs, ids):
     """The sorted item ids that every run has. ids: one list a run. UsageError if there are none."""
     shared = sorted(set(ids[0]).intersection(*ids[1:]))
@@ -179,8 +184,8 @@ def use_windows():
 # ---- files ----
 
 
-def save(fig, path, settings, show=False):
-    """Write a figure as PNG and PDF and print both paths; path may end in .png, in .pdf or in neither. Then close it, or show it first.
+def save(fig, path, settings, show=False, quiet=False):
+    """Write a figure as PNG and PDF and print both paths unless quiet; path may end in .png, in .pdf or in neither. Then close it, or show it first.
 
     settings: dict, written as JSON into the PNG's text field "settings" and the PDF's Subject. The bytes depend on the figure and the settings only."""
     stem = _stem(path)
@@ -190,15 +195,15 @@ def save(fig, path, settings, show=False):
     for file, fields in zip(written, metadata):
         buffer = io.BytesIO()
         fig.savefig(buffer, format=file.suffix[1:], metadata=fields)
-        write_file(file, buffer.getvalue())
+        write_file(file, buffer.getvalue(), quiet)
     if show:
         plt.show()
     plt.close(fig)
     return written
 
 
-def save_csv(path, columns):
-    """Write {column name: values (K,)} as CSV with all digits and print the path. A shorter column and a NaN leave their cells empty."""
+def save_csv(path, columns, quiet=False):
+    """Write {column name: values (K,)} as CSV with all digits and print the path unless quiet. A shorter column and a NaN leave their cells empty."""
     columns = {name: list(values) for name, values in columns.items()}
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -206,19 +211,20 @@ def save_csv(path, columns):
     for row in range(max(map(len, columns.values()), default=0)):
         cells = [values[row] if row < len(values) else "" for values in columns.values()]
         rows.writerow("" if isinstance(cell, (float, np.floating)) and np.isnan(cell) else cell for cell in cells)
-    write_file(path, text.getvalue().encode())
+    write_file(path, text.getvalue().encode(), quiet)
     return Path(path)
 
 
-def write_file(path, data):
-    """Write bytes, with the folder, and print the path; UsageError where that cannot be."""
+def write_file(path, data, quiet=False):
+    """Write bytes, with the folder, and print the path unless quiet; UsageError where that cannot be."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    print(f"wrote {path}")
+    if not quiet:
+        print(f"wrote {path}")
 
 
 def _stem(path):

@@ -64,9 +64,8 @@ def check(vlm):
     if seen.states != list(range(count + 1)):
         fail(f"of {count} decoder layers found, those that run are {[i - 1 for i in seen.states[1:]]}")
     if seen.layers != list(range(count)):
-        fail(
-            f"attention of layers {sorted(set(range(count)) - set(seen.layers)) or seen.layers} does not go through transformers' AttentionInterface once per pass"
-        )
+        missing = sorted(set(range(count)) - set(seen.layers)) or seen.layers
+        fail(f"attention of layers {missing} does not go through transformers' AttentionInterface once per pass")
     for step, name in ((0, "prefill"), (1, "a cached step")):
         if worst[step] > tolerance:
             fail(f"captured attention times V differs from the attention output at {name} by {worst[step]:.1e} (relative; allowed {tolerance:.0e})")

@@ -6,8 +6,9 @@
 Stages, each resumed from checkpoints/.train/<stage>.pt and written to checkpoints/<model>/ at its end:
     tower         CLIP tower by a dense loss: colour, shape and centre of the object at each patch (stands in for CLIP's pretraining; no depth)
     base          projector and decoder on packed question turns over frozen tower features -> tiny-llava-scale1..4 on the way
-    plain, normWmean, multilayerNorm   the base goes on alike, with more corridors, yes/no questions and critique, revise and decide prompts: as it is, behind a
-                  normalised projector, and behind one on four tower layers (Beyond Semantics) -> tiny-llava, tiny-llava-<stage>
+    late          the base goes on with more corridors, more critique, revise and decide prompts, and absent objects in the colour of one that is there
+    plain, normWmean, multilayerNorm   the same goes on alike: as it is, behind a normalised projector, and behind one on four tower layers
+                  (Beyond Semantics) -> tiny-llava, tiny-llava-<stage>
 
 Relations come last and suddenly; held-out accuracy by kind is printed on the way. Everything random comes from (--seed, step).
 """
@@ -41,16 +42,28 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 import cli
-from data.questions import ask_camera, ask_caption, ask_color, ask_count, ask_presence, ask_protocol, ask_relation, ask_shape, ask_what, ask_where
+from data.questions import (
+    ask_camera,
+    ask_caption,
+    ask_color,
+    ask_confusable,
+    ask_count,
+    ask_presence,
+    ask_protocol,
+    ask_relation,
+    ask_shape,
+    ask_what,
+    ask_where,
+)
 from models.llava import NormedLlava
 
 HERE = Path(__file__).resolve().parent
 NAMING_MIX = {ask_where: 50, ask_presence: 15, ask_color: 8, ask_shape: 8, ask_caption: 9, ask_relation: 10}
 ONE_OBJECT_STEPS = 400  # mostly one-object scenes, naming and place questions
 OWN_HEAD_STEPS = 1000  # patches are named through a head that is thrown away; from then to half of the run through the LM head; then not at all
-LATE_MIX = {ask_relation: 30, ask_where: 8, ask_presence: 30, ask_color: 6, ask_shape: 6, ask_what: 4, ask_count: 6, ask_caption: 10}
-LATE_CORRIDOR_MIX = {ask_camera: 60, ask_relation: 20, ask_where: 5, ask_presence: 10, ask_caption: 5}
-STAGES = ["tower", "base", "plain", "normWmean", "multilayerNorm"]
+LATE_MIX = {ask_relation: 25, ask_where: 8, ask_presence: 10, ask_confusable: 35, ask_color: 4, ask_shape: 4, ask_what: 4, ask_count: 5, ask_caption: 8}
+LATE_CORRIDOR_MIX = {ask_camera: 60, ask_relation: 20, ask_where: 5, ask_presence: 5, ask_confusable: 10, ask_caption: 5}
+STAGES = ["tower", "base", "late", "plain", "normWmean", "multilayerNorm"]
 SNAPSHOTS = (1000, 1500, 2000, 2500)  # steps of the base run: tiny-llava-scale1..4
 BATCH = {"tower": 48, "decoder": 20}
 
@@ -61,7 +74,8 @@ def parse_args(argv=None):
     parser.add_argument("--scenes", type=int, default=16000, help="pictures to train on")
     parser.add_argument("--tower_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=3500)
-    parser.add_argument("--late_steps", type=int, default=500)
+    parser.add_argument("--late_steps", type=int, default=1000)
+    parser.add_argument("--variant_steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop_after", type=float, default=110, help="minutes after which the state is kept and the run ends")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -241,7 +255,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
     def one_step(step):
         rng, share = Random(f"{args.seed}-{name}-{step}"), step / steps
         early = name == "base" and step < ONE_OBJECT_STEPS
-        layout = "long" if not early and rng.random() < (0.06 if name == "base" else 0.25) else "short"
+        layout = "long" if not early and rng.random() < (0.06 if name == "base" else 0.3) else "short"
         kinds = rng.choices(
             ["one", "floor", "corridor"],
             weights=[80, 20, 0] if early else [8, 92, 0] if layout == "long" else [8, 80, 12] if name == "base" else [5, 60, 35],
@@ -345,10 +359,12 @@ def main(argv=None):
             done = train_tower(args, model.model.vision_tower, pool)
         else:
             load_part(out, "tower", model.model.vision_tower)
-            if name == "base":
-                current, lr, steps, extra = model, 2e-3, args.base_steps, {}
+            if name in ("base", "late"):
+                current, lr, steps, extra = model, *((2e-3, args.base_steps) if name == "base" else (1.5e-3, args.late_steps)), {}
+                if name == "late":
+                    load_part(out, "base", Decoder(model))
             else:
-                load_part(out, "base", Decoder(model))
+                load_part(out, "late", Decoder(model))
                 mean, largest = text_norms(model, packer)
                 extra = {} if name == "plain" else {"vision_embed_norm": {"type": "rms_clip", "eps": 1e-6, "max_norm": largest, "scale": mean}}
                 if name == "multilayerNorm":
@@ -356,12 +372,12 @@ def main(argv=None):
                 current, lr, steps = (
                     (NormedLlava if extra else LlavaForConditionalGeneration)(make_config(tokenizer, **extra)).to(args.device),
                     1e-3,
-                    args.late_steps,
+                    args.variant_steps,
                 )
                 own = current.state_dict()
                 current.load_state_dict({k: v for k, v in model.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False)
             done = train_decoder(args, name, steps, current, pool, test, packer, lr, lambda folder, current=current: save(folder, current))
-            if done and name != "base":
+            if done and name not in ("base", "late"):
                 save("tiny-llava" if name == "plain" else f"tiny-llava-{name}", current)
         if not done:
             print(f"time is up in stage {name}; run the same command again to go on")

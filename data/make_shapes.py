@@ -114,7 +114,7 @@ def draw(settings, task):
 def draw_all(settings, tasks, num_workers):
     """Scenes of all tasks in their order, drawn in several processes."""
     num_workers = num_workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    bar = partial(tqdm, total=len(tasks), desc="pictures", unit="picture")
+    bar = partial(tqdm, total=len(tasks), desc="pictures", unit="picture", disable=None)
     if num_workers == 1:
         return list(bar(map(partial(draw, settings), tasks)))
     with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers:

@@ -91,10 +91,12 @@ def ask_caption(rng, scene):
     return Question("caption", rng.choice(["Describe the image.", "Describe this image."]), caption(scene))
 
 
-def absent(rng, scene):
-    """The name of an object that is not there; half of the time it shares its colour or its shape with one that is."""
+def absent(rng, scene, confusable=False):
+    """The name of an object that is not there; half of the time it shares its colour or its shape with one that is, if confusable always its colour."""
     colors, shapes = (list(COLORS), list(SHAPES)) if scene.kind == "floor" else (list(CORRIDOR_COLORS), list(CORRIDOR_SHAPES))
     there = {thing.name for thing in scene.things}
+    if confusable and (names := [f"{thing.color} {shape}" for thing in scene.things for shape in shapes if f"{thing.color} {shape}" not in there]):
+        return rng.choice(names)
     near = rng.random() < 0.5
     while True:
         color, shape = rng.choice(colors), rng.choice(shapes)
@@ -105,10 +107,15 @@ def absent(rng, scene):
             near = True  # every shape is there: all absent objects share one
 
 
-def ask_presence(rng, scene):
+def ask_presence(rng, scene, confusable=False):
     there = rng.random() < 0.5
-    name = rng.choice(scene.things).name if there else absent(rng, scene)
+    name = rng.choice(scene.things).name if there else absent(rng, scene, confusable)
     return Question("yes_no", f"Is there {article(name)} in {rng.choice(['the', 'this'])} image?", "Yes" if there else "No", (name,))
+
+
+def ask_confusable(rng, scene):
+    """Whether an object is there, where the absent ones have the colour of one that is: colour alone does not give the answer."""
+    return ask_presence(rng, scene, confusable=True)
 
 
 def _only(rng, scene, attribute):

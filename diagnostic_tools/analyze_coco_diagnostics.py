@@ -12,8 +12,6 @@ avg_delta_gv_derivative.npy, each (L, H), and summary.json. Beside the first run
 compare_delta_alphaV_and_abs_delta_gv_layerwise_mean. Lines are means over heads, then images; bands are bootstrap 95 % intervals over images."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 
@@ -92,24 +90,25 @@ def main(argv=None):
         raise UsageError(f"the runs' first shifts differ ({', '.join(f'{step:g}' for step in steps)} positions); choose one that all have with --delta_steps")
     curves = {label: summarise(run, *probe) for label, run, probe in zip(labels, runs, probes)}
 
-    colors, parent, settings = plots.model_colors(labels), Path(os.path.abspath(runs[0].path)).parent, vars(args) | {"delta_steps": steps[0]}
+    colors, settings = plots.model_colors(labels), vars(args) | {"delta_steps": steps[0]}
     moved = f"vision keys moved {steps[0]:+g} position{'s' * (abs(steps[0]) != 1)} towards the query; mean over heads and images, bands: 95 % over images"
     fig, ax = plots.plt.subplots(figsize=(7.5, 4.6))
     draw_layers(ax, curves, "abs_delta_gv", colors)
     plots.legends([ax])
     fig.suptitle(moved, fontsize=9)
-    plots.save(fig, parent / "compare_abs_delta_gv_layerwise_mean", settings)
+    plots.save(fig, plots.comparison_path(runs, "compare_abs_delta_gv_layerwise_mean"), settings)
     fig, axes = plots.plt.subplots(1, 2, figsize=(12, 4.6))
     for ax, name in zip(axes, DRAWN):
         draw_layers(ax, curves, name, colors)
     plots.legends(axes)
     fig.suptitle(moved, fontsize=9)
-    plots.save(fig, parent / "compare_delta_alphaV_and_abs_delta_gv_layerwise_mean", settings)
+    both = plots.comparison_path(runs, "compare_delta_alphaV_and_abs_delta_gv_layerwise_mean")
+    plots.save(fig, both, settings)
     if args.save_csv:
         columns = {"layer": range(max(len(intervals["abs_delta_gv"].mean) for intervals in curves.values()))}
         for label, intervals in curves.items():
             columns |= {f"{label}_{name}{part}": value for name in DRAWN for part, value in zip(("", "_low", "_high", "_n"), intervals[name])}
-        plots.save_csv(parent / "compare_delta_alphaV_and_abs_delta_gv_layerwise_mean.csv", columns)
+        plots.save_csv(f"{both}.csv", columns)
     return 0
 
 

@@ -84,7 +84,7 @@ for i in "${!models[@]}"; do
 done
 if [ ${#paths[@]} -gt 0 ]; then measure --strip_system_prompt; fi
 
-for sp in 1 0; do # sp-0 last: comparisons beside the runs have one name for both
+for sp in 0 1; do
     shown=()
     directories=()
     for name in "${names[@]}"; do

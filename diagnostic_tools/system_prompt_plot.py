@@ -10,8 +10,6 @@ Per run, in <run>/analysis/ as PNG and PDF: dataset_pie_with_system and dataset_
 dataset_pies_side_by_side), and system_vision_user_shares_by_layer. Two runs or more: compare_system_share_by_layer beside the first run.
 Bands and brackets are bootstrap 95 % intervals over images. A run without a system prompt (__sp-1) has a system share of 0."""
 
-import os
-from pathlib import Path
 
 import numpy as np
 
@@ -104,7 +102,7 @@ def finish_layers(ax, title, ylabel):
 def main(argv=None):
     args = parse_args(argv)
     runs = [rundirs.read_run(path, rundirs.COCO) for path in args.run_dir]
-    labels, parent, settings = plots.run_labels(runs), Path(os.path.abspath(runs[0].path)).parent, vars(args)
+    labels, settings = plots.run_labels(runs), vars(args)
     found = {label: draw_run(run, label, settings, args.side_by_side) for run, label in zip(runs, labels)}
     if len(runs) > 1:
         colors = plots.model_colors(labels)
@@ -113,7 +111,7 @@ def main(argv=None):
             system = split(layers)[0]
             plots.line_with_band(ax, np.arange(len(system.mean)), system, label, colors[label])
         finish_layers(ax, "Attention to the system prompt by layer", "system share of attention to\nsystem prompt, image and user text")
-        plots.save(fig, parent / "compare_system_share_by_layer", settings)
+        plots.save(fig, plots.comparison_path(runs, "compare_system_share_by_layer"), settings)
     for run, (shares, layers) in zip(runs, found.values()) if args.save_csv else ():
         rows = [(pie, group, *(part[row] for part in shares[pie])) for pie, (groups, _, _) in PIES.items() for row, group in enumerate(groups)]
         plots.save_csv(run.path / "analysis" / "dataset_pies.csv", dict(zip(("pie", "group", "mean", "low", "high", "n"), zip(*rows))))

@@ -19,6 +19,7 @@ attention_<model> (.json, .npz) to --out_dir. Warm colours, on the tiny models, 
 import io
 import json
 import math
+import sys
 from pathlib import Path
 from random import Random
 
@@ -195,22 +196,31 @@ def main(argv=None):
     scene = demo_scene() if args.image is None else None
     image = render(scene) if scene else _picture(args.image)
     word = scene.things[0].shape if scene and args.target_word is None and args.token_position is None else args.target_word
-    results, out_dir = [], Path(args.out_dir)
+    settings = vars(args) | {"target_word": word, "models": names}
+    results, failed, out_dir = [], 0, Path(args.out_dir)
     for path, name in zip(paths, names):
-        result = extract_attention_for_token(
-            load_from_args(args, path), image, args.prompt_text, word, args.token_position, max_new_tokens=args.max_new_tokens, occurrence=args.occurrence,
-            step=args.step, strip_system_prompt=args.strip_system_prompt, paper_compat=args.paper_compat, verbose=True,
-        )  # fmt: skip
+        vlm = load_from_args(args, path)
+        try:
+            result = extract_attention_for_token(
+                vlm, image, args.prompt_text, word, args.token_position, max_new_tokens=args.max_new_tokens, occurrence=args.occurrence,
+                step=args.step, strip_system_prompt=args.strip_system_prompt, paper_compat=args.paper_compat, verbose=True,
+            )  # fmt: skip
+        except UsageError as error:
+            if len(paths) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # another model's answer may have the word
+            failed += 1
+            continue
         result.model_name = name
         token = result.tokens[result.token_position]
         print(f"{name}: token {result.token_position} {token!r}, {result.step} step, normalised entropy {result.normalized_entropy:.3f}")
-        results.append(result)
-    settings = vars(args) | {"target_word": word, "models": names}
-    for result in results:
         write_numbers(result, out_dir, args)
         save_attention_overlay(result, out_dir / f"attention_overlay_{result.model_name}", args.alpha, settings)
+        results.append(result)
+    if not results:
+        raise UsageError("none of the models could be drawn, see above")
     plots.save(plot_attention_comparison(results, args.prompt_text, args.alpha), out_dir / "attention_comparison", settings, args.show)
-    return 0
+    return 3 if failed else 0
 
 
 if __name__ == "__main__":

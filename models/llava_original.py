@@ -329,6 +329,6 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
 
 
 FAMILY = Family(
-    name="llava_original", model_types=MODEL_TYPES, architectures=ARCHITECTURES, recognises=is_original, read_config=read_config, load=load, parts=parts, grid=grid,
-    positions=generic.positions, rotary=generic.rotary, markup=MARKUP, has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
+    name="llava_original", model_types=MODEL_TYPES, architectures=ARCHITECTURES, recognises=is_original, read_config=read_config, load=load, parts=parts,
+    grid=grid, positions=generic.positions, rotary=generic.rotary, markup=MARKUP, has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

@@ -291,7 +291,7 @@ def test_without_arguments_the_tiny_models_that_exist_are_compared(load, saying,
     assert all(record["target_word"] == things[0].shape and record["step"] == "producing" and record["image"] is None for record in records)
     assert "normalised entropy" in capsys.readouterr().out
     saying("Nothing.")
-    with pytest.raises(UsageError, match="not there"):
+    with pytest.raises(UsageError, match="none of the models"):
         viz.main(["--out_dir", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
 
@@ -334,6 +334,22 @@ def test_the_real_command_line_writes_the_figures_and_numbers_and_lists_tokens_f
     assert "the generated tokens are 0 '" in wrong.stderr and ", 3 '" in wrong.stderr
     with pytest.raises(UsageError, match="^gone.png: no such picture$"):
         viz.main(["--model_path", str(folders["llava"]), "--image", "gone.png", "--target_word", "x"])
+
+
+def test_a_model_whose_answer_lacks_the_word_does_not_stop_the_others(load, monkeypatch, tmp_path, capsys, pictures):
+    says = {"llava": CAPTION, "qwen": "A picture."}
+
+    def answer(vlm, batch, limit):
+        return generate(vlm, batch, limit, answers=[answer_ids(vlm, batch.prompts[0], says[Path(vlm.path).name])])
+
+    monkeypatch.setattr(viz, "generate", answer)
+    monkeypatch.setattr(viz, "load_from_args", lambda args, path: load(Path(path).name))
+    pictures[2].save(tmp_path / "picture.png")
+    flags = ["--model_path", "qwen", "--model_path", "llava", "--image", str(tmp_path / "picture.png"), "--out_dir", str(tmp_path / "out")]
+    assert viz.main([*flags, "--target_word", "circle"]) == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES and "'circle' in the answer of" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="none of the models"):
+        viz.main([*flags, "--target_word", "zeppelin"])
 
 
 def test_two_calls_give_the_same_bytes(load, saying, monkeypatch, tmp_path, pictures):
