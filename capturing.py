@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -69,8 +69,10 @@ def _attention(module, query, key, value, attention_mask, **options):
             return _softcapped(module, query, key, value, mask, **options)
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
-    output = kernel(query, attention_mask)
     layer = _active.layer_of.get(module) if _active is not None else None
+    if layer is not None and _active.mask_of is not None:
+        attention_mask = _active.mask_of(layer)
+    output = kernel(query, attention_mask)
     if layer is None:
         return output, None
     blocked = _blocked(layer, query, key)
@@ -150,6 +152,7 @@ class _Active:
     probes: list
     blocks: list
     inspect: object
+    mask_of: object = None
 
 
 @contextlib.contextmanager
@@ -181,13 +184,14 @@ def edit(vlm, embeddings=(), blocks=(), probes=()):
 
 
 @contextlib.contextmanager
-def capture(vlm, probes=(), blocks=(), inspect=None):
+def capture(vlm, probes=(), blocks=(), inspect=None, mask_of=None):
     """Run forward passes under measurement.
 
         with capture(vlm, [mass := GroupMass(vlm, batch)]):
             answer = generate(vlm, batch, max_new_tokens=32)
 
     probes: objects with begin(), attention(layer, Row), hidden(index, states) and end() per forward pass. inspect(layer, Row, value, output): for tests.
+    mask_of(layer) -> (1 or B, 1, Q, K) bool: the mask of each layer in place of the model's own, see branches().
     Leaves no trace: hooks, attention setting and the capture itself are gone after it, also after an exception."""
     global _active
     if _active is not None:
@@ -225,7 +229,7 @@ def capture(vlm, probes=(), blocks=(), inspect=None):
             hooks.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
             hooks += [layer.register_forward_hook(state(i + 1)) for i, layer in enumerate(layers)]
         decoder.set_attn_implementation(NAME)
-        _active = _Active(layer_of, list(probes), list(blocks), inspect)
+        _active = _Active(layer_of, list(probes), list(blocks), inspect, mask_of)
         yield
     finally:
         _active = None
@@ -298,6 +302,20 @@ class HiddenNorms(Probe):
     @property
     def norms(self):
         return torch.stack([self._states[index] for index in sorted(self._states)], 1)
+
+
+class HiddenStates(Probe):
+    """The residual stream at every prompt position, prefill only: states[index] (B, T, d) as the model computes it, index 0 the embeddings, l + 1 the output
+    of layer l before the final norm. keep(index) -> whether an index is wanted (default: all)."""
+
+    wants_hidden = True
+
+    def __init__(self, keep=lambda index: True):
+        self.keep, self.states = keep, {}
+
+    def hidden(self, index, states):
+        if self.step == 0 and self.keep(index):
+            self.states[index] = states
 
 
 class RopeShift(Probe):
@@ -373,31 +391,94 @@ class VisionRows(Probe):
 
 @dataclass
 class Generation:
-    """ids: generated ids of each sample, its EOS included; steps (B,): how many producing steps count; logprobs (B, N) of the chosen ids, NaN past the end."""
+    """ids: generated ids of each sample, its EOS included; steps (B,): how many producing steps count; logprobs (B, N) of the chosen ids, NaN past the end;
+    first (B, V) float32: log-probabilities of the first step; cache: keys and values of all positions that were read."""
 
     ids: list
     steps: torch.Tensor
     logprobs: torch.Tensor
+    first: torch.Tensor
+    cache: object
 
 
 def _takes(model, name):
     return name in inspect.signature(model.forward).parameters
 
 
-def prefill(vlm, batch, features=None, cache=None):
-    """One pass over the prompt. features: vlm.vision(batch) if it was computed before. Returns the model's output with a cache."""
+def embeddings(vlm, batch, features=None):
+    """What the decoder reads: token embeddings with the image features in their places, (B, T, d)."""
     features = vlm.vision(batch) if features is None else features
+    embeds = vlm.model.get_input_embeddings()(batch.input_ids)
+    return embeds.masked_scatter((batch.groups == VISION)[..., None], torch.cat(features.pooler_output).to(embeds))
+
+
+def prefill(vlm, batch, features=None, cache=None, embeds=None):
+    """One pass over the prompt. Returns the model's output with a cache.
+
+    features: vlm.vision(batch) if it was computed before. embeds (B, T, d): inputs in place of the batch's own, see embeddings(). cache: keys and values
+    of the first positions, which are not computed again (see first_positions); the rest runs."""
     options = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": True, "past_key_values": cache}
     if _takes(vlm.model, "logits_to_keep"):
         options["logits_to_keep"] = 1
+    if embeds is not None:
+        start = 0 if cache is None else cache.get_seq_length()
+        options["position_ids"] = batch.position_ids[..., start:]
+        return vlm.model(inputs_embeds=embeds[:, start:], **options)
+    features = vlm.vision(batch) if features is None else features
     if _takes(vlm.model, "mm_encoder_outputs"):
         if getattr(features, "was_tensor", False):
             features = SimpleNamespace(**dict(features) | {"pooler_output": torch.stack(features.pooler_output)})
         return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, **options)
-    embeds = vlm.model.get_input_embeddings()(batch.input_ids)
-    place = (batch.groups == VISION)[..., None]
-    embeds = embeds.masked_scatter(place, torch.cat(features.pooler_output).to(embeds))
-    return vlm.model(inputs_embeds=embeds, **options)
+    return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
+
+
+def first_positions(vlm, cache, length, count=None):
+    """The first `length` positions of a cache, as a cache to go on from: of every row, or of a single row for `count` prompts that share them. None where
+    they cannot be taken: the family is not known to be causal, or a layer keeps a window only."""
+    whole = cache.get_seq_length()
+    if "causal" not in vlm.family.has or length < 1 or any(layer.keys.shape[2] != whole for layer in cache.layers):
+        return None
+    shared = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        shared.update(*(part[:, :, :length].expand(count or -1, -1, -1, -1) for part in (layer.keys, layer.values)), index)
+    return shared
+
+
+@torch.inference_mode()
+def branches(vlm, batch, cache, embeds, start, blocks):
+    """Hidden states after the final norm (n, T - start, d) of one prompt continued from position `start` in n ways, each under blocks of its own.
+
+    All ways are rows of one pass that see the cached keys and values of the positions before `start` and themselves: what comes before the first query
+    that any block names is the same in every layer, so it need not run again. batch: one prompt without padding; embeds (1, T, d), as embeddings() gives
+    them; cache: from first_positions(), left as it was; blocks: n lists of Block. UsageError where a query row is left without any key."""
+    total, count, device = embeds.shape[1], len(blocks), embeds.device
+    rows, ways = total - start, torch.arange(count, device=device)
+    if any(block.queries[0, :start].any() for some in blocks for block in some):
+        raise ValueError(f"a block acts on a position before start={start}")
+    cuts = {
+        (way, block.layers): (block.queries[0, start:total, None] & block.keys[0, None, :total]).to(device) for way, some in enumerate(blocks) for block in some
+    }
+
+    def mask(acting):
+        """(1, 1, n * rows, start + n * rows) bool: the cached positions and a way's own earlier ones, without what is cut."""
+        seen = torch.ones(rows, total, dtype=torch.bool, device=device).tril(start).repeat(count, 1, 1)
+        for key in acting:
+            seen[key[0]] &= ~cuts[key]
+        if not seen.any(-1).all():
+            raise UsageError("a block leaves a query row without any key")
+        inside = torch.zeros(count, rows, count, rows, dtype=torch.bool, device=device)
+        inside[ways, :, ways] = seen[:, :, start:]
+        return torch.cat([seen[:, :, :start].flatten(0, 1), inside.flatten(2).flatten(0, 1)], 1)[None, None]
+
+    acting = {layer: tuple(key for key in cuts if key[1] is None or layer in key[1]) for layer in range(len(vlm.parts.layers))}
+    masks = {some: mask(some) for some in {(), *acting.values()}}
+    positions = torch.cat([batch.position_ids[..., start:]] * count, -1)
+    with capture(vlm, mask_of=lambda layer: masks[acting[layer]]):
+        states = vlm.parts.decoder(
+            inputs_embeds=torch.cat([embeds[:, start:]] * count, 1), attention_mask=masks[()], position_ids=positions,
+            past_key_values=first_positions(vlm, cache, start, 1), use_cache=True,
+        ).last_hidden_state  # fmt: skip
+    return states[0].unflatten(0, (count, rows))
 
 
 def _noise(seed, sample_id, step, size, device):
@@ -408,20 +489,23 @@ def _noise(seed, sample_id, step, size, device):
 
 
 @torch.inference_mode()
-def generate(vlm, batch, max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, seed=0, answers=None, features=None):
+def generate(
+    vlm, batch, max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, seed=0, answers=None, features=None, cache=None, embeds=None
+):  # fmt: skip
     """Greedy or sampled decoding, one producing step per token, under whatever capture is active.
 
     answers: ids to be produced instead, one list per sample (teacher forcing); else stops at EOS. The forward passes are the prefill and one cached
-    pass per further token, so step s of a probe is the row that predicted token s."""
+    pass per further token, so step s of a probe is the row that predicted token s. features, cache, embeds: see prefill()."""
     eos = torch.tensor(sorted(vlm.eos_ids), device=vlm.device)
     size, device = len(batch.samples), vlm.device
-    output = prefill(vlm, batch, features)
+    output = prefill(vlm, batch, features, cache, embeds)
     mask, position = batch.attention_mask, batch.next_position
     lengths = None if answers is None else torch.tensor([len(ids) for ids in answers], device=device)
     limit = max_new_tokens if answers is None else int(lengths.max())
     if answers is not None and int(lengths.min()) < 1:
         raise ValueError("an answer to be measured is empty")
-    chosen, logprobs, steps, alive = [], [], torch.zeros(size, dtype=torch.long, device=device), torch.ones(size, dtype=torch.bool, device=device)
+    first, chosen, logprobs = output.logits[:, -1].float().log_softmax(-1), [], []
+    steps, alive = torch.zeros(size, dtype=torch.long, device=device), torch.ones(size, dtype=torch.bool, device=device)
     for step in range(limit):
         logits = output.logits[:, -1].float().to(device)
         if answers is not None:
@@ -448,7 +532,7 @@ def generate(vlm, batch, max_new_tokens, do_sample=False, temperature=1.0, top_p
         output = vlm.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=output.past_key_values, use_cache=True)
     table = torch.stack(chosen, 1).tolist()
     ids = [row[:n] for row, n in zip(table, steps.tolist(), strict=True)]
-    return Generation(ids, steps, torch.stack(logprobs, 1))
+    return Generation(ids, steps, torch.stack(logprobs, 1), first, output.past_key_values)
 
 
 def answer_ids(vlm, prompt, answer):
@@ -463,12 +547,14 @@ def answer_ids(vlm, prompt, answer):
     )
 
 
-def with_eos(vlm, batch):
-    """The batch with one EOS token after each prompt, in no group of the prompt's: the published RoPE probe's query row."""
-    size = len(batch.samples)
-    column = batch.next_position[:, None] if batch.position_ids.ndim == 2 else batch.next_position[None, :, None].expand(len(batch.position_ids), -1, -1)
+def extended(batch, ids, group="generated"):
+    """The batch with the same ids after each prompt, as tokens of a group: an EOS token as the published RoPE probe's query row, an answer's beginning."""
+    size, count = len(batch.samples), len(ids)
+    steps = batch.next_position[:, None] + torch.arange(count, device=batch.next_position.device)
+    steps = steps if batch.position_ids.ndim == 2 else steps[None].expand(len(batch.position_ids), -1, -1)
     return replace(
-        batch, input_ids=torch.cat([batch.input_ids, batch.input_ids.new_full((size, 1), min(vlm.eos_ids))], 1),
-        attention_mask=torch.cat([batch.attention_mask, batch.attention_mask.new_ones(size, 1)], 1), position_ids=torch.cat([batch.position_ids, column], -1),
-        next_position=batch.next_position + 1, groups=torch.cat([batch.groups, batch.groups.new_full((size, 1), GROUPS.index("generated"))], 1),
+        batch, input_ids=torch.cat([batch.input_ids, batch.input_ids.new_tensor(ids).expand(size, -1)], 1),
+        attention_mask=torch.cat([batch.attention_mask, batch.attention_mask.new_ones(size, count)], 1),
+        position_ids=torch.cat([batch.position_ids, steps], -1), next_position=batch.next_position + count, lengths=[length + count for length in batch.lengths],
+        groups=torch.cat([batch.groups, batch.groups.new_full((size, count), GROUPS.index(group))], 1),
     )  # fmt: skip

@@ -5,16 +5,17 @@
 prints every token of the prompt with its position and group and draws the grid of vision tokens on the picture: the first step for a new model."""
 
 import hashlib
+import importlib.util
 import inspect
 import os
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 import cli
@@ -106,6 +107,7 @@ def add_model_arguments(parser, path=True):
     parser.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, the checkpoint's on a GPU")
     parser.add_argument("--device_map", default=None, help="'auto' spreads the model over several GPUs")
+    parser.add_argument("--quantize_type", choices=["fp16", "4bit", "int8"], help="4bit, int8: weights quantised by bitsandbytes; fp16: --dtype float16")
     parser.add_argument("--vision_tower_path", default=None, help="vision tower for checkpoints that do not hold it")
     parser.add_argument("--conv_mode", default=None, help="conversation template for LLaVA checkpoints whose config names none")
     parser.add_argument("--system_prompt", default=None, help="system prompt in place of the model's own")
@@ -117,12 +119,23 @@ def add_model_arguments(parser, path=True):
 
 def load_from_args(args, path=None):
     """load_model with the flags of add_model_arguments."""
-    names = ("device", "dtype", "device_map", "vision_tower_path", "conv_mode", "system_prompt", "prompt_template", "image_aspect", "trust_remote_code")
+    names = (
+        "device",
+        "dtype",
+        "device_map",
+        "quantize_type",
+        "vision_tower_path",
+        "conv_mode",
+        "system_prompt",
+        "prompt_template",
+        "image_aspect",
+        "trust_remote_code",
+    )
     return load_model(path or args.model_path, self_check=not args.no_self_check, **{name: getattr(args, name) for name in names})
 
 
 def load_model(
-    path, device=None, dtype="auto", device_map=None, vision_tower_path=None, conv_mode=None, system_prompt=None, prompt_template=None,
+    path, device=None, dtype="auto", device_map=None, quantize_type=None, vision_tower_path=None, conv_mode=None, system_prompt=None, prompt_template=None,
     image_aspect="processor", trust_remote_code=False, self_check=True,
 ):  # fmt: skip
     """Load a VLM from a folder or hub id. UsageError where the type is unknown, files or parameters are missing, or the self-check fails."""
@@ -132,11 +145,17 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: no GPU is visible here; use --device cpu")
-    dtype = DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else getattr(config, "dtype", None) or torch.float16)
+    quantized = quantization(quantize_type)
+    dtype = (
+        torch.float16
+        if quantize_type == "fp16"
+        else DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else getattr(config, "dtype", None) or torch.float16)
+    )
     try:
         model, processor = family.load(
-            str(path), config, dtype=dtype, device_map=device_map, vision_tower_path=vision_tower_path, conv_mode=conv_mode, trust_remote_code=trust_remote_code
-        )
+            str(path), config, dtype=dtype, device_map=device_map, vision_tower_path=vision_tower_path, conv_mode=conv_mode,
+            trust_remote_code=trust_remote_code, quantization_config=quantized,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         known = (
             f"; known types: {', '.join(known_types())}; for another one write models/<family>.py (README, 'your own model')"
@@ -145,7 +164,7 @@ def load_model(
         )
         raise UsageError(f"{path} (type {config.model_type!r}) cannot be loaded: {' '.join(str(error).split())[:400]}{known}") from error
     model = model.eval().requires_grad_(False)
-    if device_map is None:
+    if device_map is None and quantized is None:
         model = model.to(device)
     options = {"system_prompt": system_prompt, "prompt_template": prompt_template, "image_aspect": image_aspect, "conv_mode": conv_mode}
     vlm = VLM(model, processor, family, str(path), options)
@@ -157,6 +176,17 @@ def load_model(
         if note := check(vlm):
             print(f"{path}: {note}")
     return vlm
+
+
+def quantization(kind):
+    """transformers' quantization config for --quantize_type, None for fp16 and None. UsageError without bitsandbytes."""
+    if kind not in ("4bit", "int8"):
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+        raise UsageError(f"--quantize_type {kind} needs a GPU and bitsandbytes (pip install bitsandbytes); --dtype float16 does without")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
 
 
 def read_config(path, trust_remote_code=False):
@@ -214,6 +244,15 @@ class Batch:
     def image_inputs(self):
         """The image inputs of all samples, joined as the model's forward takes them."""
         return {key: torch.cat([row[key] for row in self.image_rows]) for key in self.image_rows[0]}
+
+    def repeat(self, count):
+        """A batch of one prompt, `count` times."""
+        return replace(
+            self, input_ids=self.input_ids.expand(count, -1), attention_mask=self.attention_mask.expand(count, -1),
+            position_ids=self.position_ids.expand(*self.position_ids.shape[:-2], count, -1), next_position=self.next_position.expand(count),
+            groups=self.groups.expand(count, -1), image_rows=self.image_rows * count, pictures=self.pictures * count, prompts=self.prompts * count,
+            lengths=self.lengths * count, grids=self.grids * count, samples=self.samples * count,
+        )  # fmt: skip
 
     def spans(self, row):
         """{group: [[start, end), ...]} over the prompt of one sample without its padding."""

@@ -128,6 +128,15 @@ def _write(path, data, exclusive=False):
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path, value):
+    """Write a JSON file in one step, with its folder. UsageError where it cannot be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    _write(Path(path), _json(value))
+
+
 def _link(temporary, path):
     try:
         os.link(temporary, path)

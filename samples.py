@@ -103,6 +103,40 @@ def read_coco(image_dir, ann_file, max_images=None, question="Describe the image
     return samples
 
 
+def read_instances(path):
+    """{image id: [annotation, ...]} of a COCO instances json in file order, each annotation with its category's name as 'category'.
+
+    UsageError: not COCO instances, an annotation without category, area or segmentation."""
+    content = _read(path)
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        raise UsageError(f"{path} is not a COCO instances file: an object with the lists images, annotations and categories was wanted")
+    names = {entry["id"]: entry["name"] for entry in _entries(path, content["categories"], ["id", "name"], "category")}
+    found = {}
+    for entry in _entries(path, content["annotations"], ["image_id", "category_id", "area", "segmentation"], "annotation"):
+        if entry["category_id"] not in names:
+            raise UsageError(f"{path}: annotation {entry.get('id')} is of category {entry['category_id']}, which the file does not name")
+        found.setdefault(entry["image_id"], []).append(entry | {"category": names[entry["category_id"]]})
+    return found
+
+
+def read_curated(path):
+    """{image id: [{"question", and if given "answer", "category"}, ...]} of a curated question file {"<image id>": [question or object, ...]}; images
+    without a question are left out. UsageError: another form, no question at all."""
+    content = _read(path)
+    if not isinstance(content, dict) or not all(isinstance(some, list) for some in content.values()):
+        raise UsageError(f"{path}: an object of lists of questions by image id was wanted")
+    found = {}
+    for image_id, some in content.items():
+        for entry in some:
+            entry = {"question": entry} if isinstance(entry, str) else entry
+            if not isinstance(entry, dict) or not isinstance(entry.get("question"), str) or not entry["question"].strip():
+                raise UsageError(f"{path}: image {image_id} has a question that is neither text nor an object with 'question'")
+            found.setdefault(image_id, []).append(entry)
+    if not found:
+        raise UsageError(f"{path} has no question")
+    return found
+
+
 def read_questions(path, image_dir=None):
     """Samples of a JSON list of {"image_id" or "image", "question", "answer"}. id: '<image id>-<n>', n counting the questions of an image from 0.
 

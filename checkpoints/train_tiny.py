@@ -75,7 +75,7 @@ def parse_args(argv=None):
     parser.add_argument("--tower_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=3500)
     parser.add_argument("--late_steps", type=int, default=1000)
-    parser.add_argument("--variant_steps", type=int, default=400)
+    parser.add_argument("--variant_steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop_after", type=float, default=110, help="minutes after which the state is kept and the run ends")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -184,6 +184,16 @@ def question_list(scenes, folder, seed):
     return rows
 
 
+def curated(scenes):
+    """{image id: [{question, answer, category}]}: what is the object of a colour that occurs once? For token ablation and attention knockout."""
+    rows = {}
+    for i, scene in scenes.items():
+        counts = Counter(thing.color for thing in scene.things)
+        alone = [thing for thing in scene.things if counts[thing.color] == 1] if scene.kind == "floor" else []
+        rows[str(i)] = [{"question": f"What is the {thing.color} object?", "answer": thing.shape, "category": thing.name} for thing in alone]
+    return rows
+
+
 def mmhal(scenes, folder, seed):
     """MMHal-Bench's fields, one question an image; the question types take turns, a scene that has nothing of a type gets the next one's."""
     asks = {

@@ -24,7 +24,7 @@ from balance import chance_vision_share, counted_steps, group_norms, head_vision
 import cli
 import engine
 import rundirs
-from capturing import GroupMass, HiddenNorms, RopeShift, answer_ids, capture, generate, with_eos
+from capturing import GroupMass, HiddenNorms, RopeShift, answer_ids, capture, extended, generate
 from cli import UsageError
 from common import GROUPS, add_model_arguments, fingerprint, load_from_args, prompt_for
 from samples import load_image, read_coco
@@ -117,7 +117,7 @@ def make_process(args, vlm, strip, answers, run):
         with capture(vlm, [probe for probe in (rope if not args.paper_compat else None, norms, balance) if probe]):
             found = generate(vlm, batch, steps, args.do_sample, args.temperature, seed=args.seed, answers=forced, features=features)
         if args.paper_compat:  # the published probe looks from an EOS token after the prompt
-            longer = with_eos(vlm, batch)
+            longer = extended(batch, [min(vlm.eos_ids)])
             rope = RopeShift(longer, vlm.rotary, args.delta_steps, args.restrict_to_past)
             with capture(vlm, [rope]):
                 generate(vlm, longer, 1, features=features)

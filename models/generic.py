@@ -12,8 +12,8 @@ from models import Family, Parts, Rotary, checked
 PIL_BACKEND = {"backend": "pil"}  # image processors on PIL, also where torchvision is installed, so that numbers agree between machines
 
 
-def load(path, config, dtype, device_map=None, trust_remote_code=False, **_):
-    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+def load(path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_):
+    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code, "quantization_config": quantization_config}
     model = checked(AutoModelForImageTextToText.from_pretrained(path, config=config, output_loading_info=True, **options))
     return model, load_processor(path, trust_remote_code)
 

@@ -73,12 +73,13 @@ TEMPLATES = {  # by text model type: (system, user turn up to the answer)
 }
 
 
-def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False):
+def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False, quantization_config=None):
     if conv_mode is not None:
         raise UsageError(f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} is in transformers' own: give --prompt_template")
     normed = getattr(config, "vision_embed_norm", None) or getattr(config, "vision_feature_post_layernorm", False)
     kind = NormedLlava if normed else LlavaForConditionalGeneration
-    model = checked(kind.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True))
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    model = checked(kind.from_pretrained(path, config=config, output_loading_info=True, **options))
     return model, generic.load_processor(path, trust_remote_code)
 
 
@@ -142,5 +143,5 @@ def grid(vlm, size, inputs):
 FAMILY = Family(
     name="llava", model_types=("llava",), architectures=("LlavaForConditionalGeneration", "NormedLlava"), load=load,
     parts=parts, grid=grid, prompt=prompt, positions=generic.positions, rotary=generic.rotary, default_system=default_system,
-    has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
+    has=frozenset({"decoder-only", "causal", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

@@ -299,7 +299,9 @@ def chat_template(name, markup=False):
     )
 
 
-def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False):
+def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False, quantization_config=None):
+    if quantization_config is not None:
+        raise UsageError(f"{path}: --quantize_type 4bit and int8 work for checkpoints in transformers' own layout; this one is in LLaVA's")
     folder = Path(path) if Path(path).is_dir() else fetch(path)
     raw = getattr(config, "original_layout", None)
     if raw is None:  # a hub id, whose config transformers read as its own
@@ -330,5 +332,5 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
 
 FAMILY = Family(
     name="llava_original", model_types=MODEL_TYPES, architectures=ARCHITECTURES, recognises=is_original, read_config=read_config, load=load, parts=parts,
-    grid=grid, positions=generic.positions, rotary=generic.rotary, markup=MARKUP, has=frozenset({"decoder-only", "rotary", "grid", "square-pad"}),
+    grid=grid, positions=generic.positions, rotary=generic.rotary, markup=MARKUP, has=frozenset({"decoder-only", "causal", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

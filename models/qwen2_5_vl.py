@@ -18,8 +18,9 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
 
-def load(path, config, dtype, device_map=None, trust_remote_code=False, **_):
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True)
+def load(path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_):
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, config=config, output_loading_info=True, **options)
     tokenizer = AutoTokenizer.from_pretrained(path)
     processor = ImageOnlyProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tokenizer, chat_template=tokenizer.chat_template)
     return checked(model), processor
@@ -39,5 +40,5 @@ def grid(vlm, size, inputs):
 
 FAMILY = Family(
     name="qwen2_5_vl", model_types=("qwen2_5_vl",), load=load, parts=parts, grid=grid, positions=generic.positions, rotary=generic.rotary,
-    markup=("<|vision_start|>", "<|vision_end|>"), has=frozenset({"decoder-only", "rotary", "grid"}),
+    markup=("<|vision_start|>", "<|vision_end|>"), has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
 )  # fmt: skip
