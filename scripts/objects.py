@@ -31,7 +31,7 @@ def object_mask(annotation, size):
         runs = _runs(counts) if isinstance(counts, (str, bytes)) else counts if isinstance(counts, list) else None
         if not runs or not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != width * height:
             raise _malformed(annotation, f"its run lengths do not add up to the {width * height} pixels of the picture")
-        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+        return _pixels(runs, size)
     if not isinstance(segmentation, list) or not segmentation:
         raise _malformed(annotation, "it has no segmentation (polygons or run lengths)")
     polygons = []
@@ -45,7 +45,12 @@ def object_mask(annotation, size):
         if not (np.abs(points) <= 2 * max(width, height)).all():
             raise _malformed(annotation, f"a polygon reaches far out of the picture of {width} x {height} pixels")
         polygons.append(points.tolist())
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
+    return _pixels(_runs(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]), size)
+
+
+def _pixels(runs, size):
+    """Run lengths, off first, down the columns -> (height, width) bool. (pycocotools' decode warns on numpy 2.)"""
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size).T
 
 
 def _runs(text):
