@@ -7,8 +7,8 @@ token weighs the same, so pictures with more tokens weigh more. Sums are merged 
 
 Writes into the directory: mean_vector.pt, a bare float32 tensor (d,) that loads with weights_only=True; variance_vector.pt, the same for the variance of each
 dimension over tokens (divided by their number); mean_vector.json, where they come from: model, pictures, tokens, list of pictures, settings, versions,
-and a summary. Neither is read by a second run. For LLaVA-1.5 over ImageNet the published vector has norm 25.57; tiny-llava's over
-data/shapes/train2017 has 6.88, 16 % of its tokens' mean square."""
+and a summary. A second run reads none of them. For LLaVA-1.5 over ImageNet the published vector has norm 25.57; tiny-llava's over
+data/shapes/train2017 has about 7 to 8, a sixth of its tokens' mean square."""
 
 import hashlib
 import io

@@ -35,7 +35,7 @@ from cli import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "diagnostic_tools"
-READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
+READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "scripts/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
 MODELS = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
 LIMITS = {"--max_images": "2", "--max_questions": "4", "--num_images": "4", "--num_train": "2"}  # given to the scripts that have them
 SEED = r"""
@@ -412,7 +412,7 @@ def test_the_shell_script_runs_everything_on_the_tiny_models(recorder, tmp_path)
     models = [word for name in MODELS for word in ("--model_path", f"checkpoints/{name}")]
     assert plain[:6] == stripped[:6] == models and stripped == [*plain, "--strip_system_prompt"]
     for name in ("analyze_coco_diagnostics", "system_prompt_plot"):
-        assert calls[name] == [["--run_dir", *(f"{tmp_path}/r/{model}__sp-{sp}" for model in MODELS)] for sp in (1, 0)]
+        assert calls[name] == [["--run_dir", *(f"{tmp_path}/r/{model}__sp-{sp}" for model in MODELS)] for sp in (0, 1)]
     assert len(calls["vlm_token_norms"]) == 3 and len(calls["viz_cmb_panel"]) == 4 and len(calls["viz_hidden_norms"]) == 2
     assert calls["viz_attention_image"] == [[*models, "--out_dir", f"{tmp_path}/o/attention"]]
     assert {"data/shapes/val2017", "data/shapes/annotations/captions_val2017.json", "200"} <= set(plain)
