@@ -13,6 +13,7 @@ from PIL import Image
 
 from cli import UsageError
 
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PIXEL_LIMIT = 300_000_000  # one picture of this size takes 1.2 GB while it is converted
 Image.MAX_IMAGE_PIXELS = None  # load_image has this limit of its own, instead of Pillow's warning at 89 Mpixel
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error, zlib.error)  # Pillow on damaged files
@@ -180,6 +181,17 @@ def read_mmhal(path, image_root=None):
 
 
 # ---- pictures ----
+
+
+def list_pictures(folder):
+    """The pictures of a folder, sorted by name, those in folders of it left out. UsageError: no such folder, no picture."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such image folder")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
+    if not files:
+        raise UsageError(f"{folder} has no picture ({' '.join(sorted(PICTURES))})")
+    return files
 
 
 def load_image(path):

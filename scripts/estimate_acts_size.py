@@ -9,7 +9,6 @@ picture has as many tokens; where they depend on its size (Qwen-VL), the total c
 save_post_adapter_acts.py writes without --keep_acts: count, mean and squared deviations of each block of 32 pictures."""
 
 import random
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -20,11 +19,8 @@ from transformers.utils import logging as hf_logging
 import cli
 from cli import UsageError
 from common import DTYPES, read_config
-from samples import load_image
-
-BLOCK = 32  # pictures, as in save_post_adapter_acts.py
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+from samples import list_pictures, load_image
+from scripts.targets import BLOCK, model_of
 
 
 def parse_args(argv=None):
@@ -43,23 +39,6 @@ def parse_args(argv=None):
         raise UsageError("--sample_size counts from 1")
     args.model_path = model_of(args.model_path)
     return args
-
-
-def model_of(name):
-    """A folder of checkpoints/ by its name, llava-hf/<name> for the published short names such as llava-1.5-7b-hf, else what was given."""
-    if "/" not in name and (CHECKPOINTS / name).is_dir():
-        return str(CHECKPOINTS / name)
-    return f"llava-hf/{name}" if "/" not in name and name.endswith("-hf") and not Path(name).exists() else name
-
-
-def list_pictures(image_dir):
-    folder = Path(image_dir)
-    if not folder.is_dir():
-        raise UsageError(f"--image_dir {folder}: no such folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
-    if not files:
-        raise UsageError(f"--image_dir {folder} has no picture ({' '.join(sorted(PICTURES))})")
-    return files
 
 
 def read_processor(args):

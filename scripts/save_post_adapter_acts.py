@@ -32,12 +32,10 @@ import engine
 import rundirs
 from cli import UsageError
 from common import add_model_arguments, fingerprint, load_from_args
-from samples import Sample, load_image
+from samples import Sample, list_pictures, load_image
+from scripts.targets import BLOCK, model_of
 
 EXPERIMENT = "mean_vector"
-BLOCK = 32  # pictures
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -71,21 +69,9 @@ def parse_args(argv=None):
     return args
 
 
-def model_of(name):
-    """A folder of checkpoints/ by its name, llava-hf/<name> for the published short names such as llava-1.5-7b-hf, else what was given."""
-    if "/" not in name and (CHECKPOINTS / name).is_dir():
-        return str(CHECKPOINTS / name)
-    return f"llava-hf/{name}" if "/" not in name and name.endswith("-hf") and not Path(name).exists() else name
-
-
 def list_blocks(image_dir):
     """The pictures of a folder in order of their names, as Blocks."""
-    folder = Path(image_dir)
-    if not folder.is_dir():
-        raise UsageError(f"--image_dir {folder}: no such folder")
-    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
-    if not names:
-        raise UsageError(f"--image_dir {folder} has no picture ({' '.join(sorted(PICTURES))})")
+    names = [file.name for file in list_pictures(image_dir)]
     return [Block(f"block-{n:06d}", tuple(names[start : start + BLOCK])) for n, start in enumerate(range(0, len(names), BLOCK))]
 
 

@@ -12,6 +12,8 @@ from samples import Sample, load_image
 from scripts.objects import find_target, object_mask, object_tokens
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+BLOCK = 32  # pictures whose vision tokens are summed together, see save_post_adapter_acts.py
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class Item:
     @property
     def image(self):
         return self.sample.image
+
+
+def model_of(name):
+    """A folder of checkpoints/ by its name, llava-hf/<name> for the published short names such as llava-1.5-7b-hf, else what was given."""
+    if "/" not in name and (CHECKPOINTS / name).is_dir():
+        return str(CHECKPOINTS / name)
+    return f"llava-hf/{name}" if "/" not in name and name.endswith("-hf") and not Path(name).exists() else name
 
 
 def add_arguments(parser, experiment):

@@ -318,7 +318,7 @@ def test_wrong_usage_is_one_line(finished, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     run = ("--model_path", TINY, "--image_dir", folder, "--save_path", tmp_path / "run")
     for command, arguments, words in [
-        (save, ("--model_path", TINY, "--image_dir", tmp_path / "none", "--save_path", "x"), "no such folder"),
+        (save, ("--model_path", TINY, "--image_dir", tmp_path / "none", "--save_path", "x"), "no such image folder"),
         (save, ("--model_path", TINY, "--image_dir", tmp_path / "empty", "--save_path", "x"), "has no picture"),
         (save, (*run, "--batch_size", "0"), "--batch_size counts from 1"),
         (save, (*run, "--overwrite", "--shard", "0/2"), "--overwrite removes"),

@@ -19,15 +19,13 @@ import cli
 import engine
 import rundirs
 from capturing import HiddenStates, capture, prefill
-from cli import UsageError
 from common import add_model_arguments, fingerprint, load_from_args, prompt_for
 from grid import PatchGrid
 from groups import GROUPS
 from lens import Lens, vocabulary
-from samples import Sample, load_image
+from samples import Sample, list_pictures, load_image
 
 EXPERIMENT = "logit_lens"
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def parse_args(argv=None):
@@ -53,15 +51,10 @@ def parse_args(argv=None):
 
 def read_folder(args):
     """A Sample per picture of the folder, sorted by name; its id is the name without ending (with it where two pictures share one)."""
-    folder = Path(args.image_folder)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such image folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)[: args.num_images]
-    if not files:
-        raise UsageError(f"{folder} has no picture ({', '.join(sorted(PICTURES))})")
+    files = list_pictures(args.image_folder)[: args.num_images]
     stems = [file.stem for file in files]
     names = [file.stem if stems.count(file.stem) == 1 else file.name for file in files]
-    return [Sample(name.lstrip("."), file, args.prompt_text, extra={"image_id": name}) for name, file in zip(names, files)]
+    return [Sample(name, file, args.prompt_text, extra={"image_id": name}) for name, file in zip(names, files)]
 
 
 def make_process(args, vlm):
