@@ -386,6 +386,49 @@ class VisionRows(Probe):
         self.rows.append(self.sum / self.num_layers)
 
 
+class ImageAttention(Probe):
+    """Attention of each step's row to every vision token, reduced layer by layer: the k largest over layers of each head and token (a running top-k, equal to
+    that over all layers at once), and mean and maximum over layers and heads. Volcano (arXiv 2311.07362), sections 2.2 and 2.3 of our study.
+
+    Lists over steps: topk (k, B, H, P) largest first, mean and largest (B, P), float32 on the model's device; P: most vision tokens of a row, 0 past a
+    row's own. whole=True: the whole (L, B, H, P) too, in `layers`."""
+
+    def __init__(self, batch, k, whole=False):
+        vision, size = batch.groups == VISION, len(batch.groups)
+        count = int(vision.sum(1).max())
+        self.index = torch.full((size, count), -1, device=vision.device)
+        for row in range(size):
+            own = vision[row].nonzero()[:, 0]
+            self.index[row, : len(own)] = own
+        self.k, self.whole, self.topk, self.mean, self.largest, self.layers = k, whole, [], [], [], []
+
+    def begin(self):
+        super().begin()
+        self._top, self._sum, self._max, self._all = None, 0, None, {}
+
+    def attention(self, layer, row):
+        index = self.index.to(row.key.device)
+        here = row.weights.gather(-1, index.clamp(min=0)[:, None].expand(-1, row.weights.shape[1], -1)).masked_fill((index < 0)[:, None], 0)
+        here = here.to(self.index.device)
+        self._top = here[None] if self._top is None else torch.cat([self._top, here[None]])
+        if len(self._top) > self.k:
+            self._top = self._top.topk(self.k, 0).values
+        self._sum = self._sum + here.mean(1)
+        self._max = here.amax(1) if self._max is None else torch.maximum(self._max, here.amax(1))
+        self.seen = getattr(self, "seen", 0) + (self.step == 0)
+        if self.whole:
+            self._all[layer] = here
+
+    def end(self):
+        if len(self._top) < self.k:
+            raise UsageError(f"the {self.k} largest of {len(self._top)} layers were asked for")
+        self.topk.append(self._top.sort(0, descending=True).values)
+        self.mean.append(self._sum / self.seen)
+        self.largest.append(self._max)
+        if self.whole:
+            self.layers.append(torch.stack([self._all[layer] for layer in sorted(self._all)]))
+
+
 # --- decoding ---------------------------------------------------------------------------------------------------------------
 
 
@@ -432,15 +475,16 @@ def prefill(vlm, batch, features=None, cache=None, embeds=None):
     return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
 
 
-def first_positions(vlm, cache, length, count=None):
-    """The first `length` positions of a cache, as a cache to go on from: of every row, or of a single row for `count` prompts that share them. None where
-    they cannot be taken: the family is not known to be causal, or a layer keeps a window only."""
+def first_positions(vlm, cache, length, count=None, rows=None):
+    """The first `length` positions of a cache, as a cache to go on from: of every row or of some (rows: their indices), or of a single row for `count`
+    prompts that share them. None where they cannot be taken: the family is not known to be causal, or a layer keeps a window only."""
     whole = cache.get_seq_length()
     if "causal" not in vlm.family.has or length < 1 or any(layer.keys.shape[2] != whole for layer in cache.layers):
         return None
     shared = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        shared.update(*(part[:, :, :length].expand(count or -1, -1, -1, -1) for part in (layer.keys, layer.values)), index)
+        parts = (layer.keys, layer.values) if rows is None else (part[rows] for part in (layer.keys, layer.values))
+        shared.update(*(part[:, :, :length].expand(count or -1, -1, -1, -1) for part in parts), index)
     return shared
 
 
@@ -547,6 +591,29 @@ def answer_ids(vlm, prompt, answer):
     )
 
 
+def shared_start(batches):
+    """How many first tokens all prompts of some batches have up to the end of their picture, 0 if these differ in number. Rows without their padding."""
+    lengths = set()
+    for batch in batches:
+        for row, length in enumerate(batch.lengths):
+            lengths.add(int(batch.vision_positions(row)[-1]) + 1 - (batch.groups.shape[1] - length))
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def padded_after(batch, start):
+    """The batch with its padding after the first `start` tokens of every prompt in place of before them, so that prompts of one picture can go on from the
+    same keys and values. Positions and masks say where each token stands, so nothing else changes."""
+    longest = batch.groups.shape[1]
+    order = []
+    for length in batch.lengths:
+        pad = longest - length
+        order.append(torch.cat([torch.arange(pad, pad + start), torch.arange(pad), torch.arange(pad + start, longest)]))
+    order = torch.stack(order).to(batch.groups.device)
+    positions = order if batch.position_ids.ndim == 2 else order[None].expand(len(batch.position_ids), -1, -1)
+    moved = {name: getattr(batch, name).gather(1, order) for name in ("input_ids", "attention_mask", "groups")}
+    return replace(batch, **moved, position_ids=batch.position_ids.gather(-1, positions))
+
+
 def extended(batch, ids, group="generated"):
     """The batch with the same ids after each prompt, as tokens of a group: an EOS token as the published RoPE probe's query row, an answer's beginning."""
     size, count = len(batch.samples), len(ids)
@@ -555,6 +622,7 @@ def extended(batch, ids, group="generated"):
     return replace(
         batch, input_ids=torch.cat([batch.input_ids, batch.input_ids.new_tensor(ids).expand(size, -1)], 1),
         attention_mask=torch.cat([batch.attention_mask, batch.attention_mask.new_ones(size, count)], 1),
-        position_ids=torch.cat([batch.position_ids, steps], -1), next_position=batch.next_position + count, lengths=[length + count for length in batch.lengths],
+        position_ids=torch.cat([batch.position_ids, steps], -1), next_position=batch.next_position + count,
+        lengths=[length + count for length in batch.lengths],
         groups=torch.cat([batch.groups, batch.groups.new_full((size, count), GROUPS.index(group))], 1),
     )  # fmt: skip

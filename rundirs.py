@@ -130,11 +130,20 @@ def _write(path, data, exclusive=False):
 
 def write_json(path, value):
     """Write a JSON file in one step, with its folder. UsageError where it cannot be."""
+    _write_with_folder(Path(path), _json(value))
+
+
+def write_npz(path, arrays):
+    """Write an NPZ file in one step, with its folder; equal arrays give equal bytes. UsageError where it cannot be."""
+    _write_with_folder(Path(path), _npz(arrays))
+
+
+def _write_with_folder(path, data):
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    _write(Path(path), _json(value))
+    _write(path, data)
 
 
 def _link(temporary, path):

@@ -18,25 +18,6 @@ def normalized_entropy(weights, epsilon=0.0):
     return float(max(0.0, -(inside * np.log2(inside)).sum() / np.log2(len(p))))
 
 
-def token_spans(ids, decode):
-    """(text, [(start, end), ...]): the decoded answer and the characters that each token wrote, none for special tokens.
-
-    decode(ids) -> text. Tokens that only together make a character (bytes) share its span."""
-    ids = list(ids)
-    text, ends, unfinished = decode(ids), [0], []
-    for count in range(1, len(ids)):
-        begun = decode(ids[:count])
-        same = next((i for i, (a, b) in enumerate(zip(begun, text)) if a != b), min(len(begun), len(text)))
-        unfinished.append(len(begun) > same)  # the bytes so far decode to another character
-        ends.append(max(ends[-1], same))
-    ends.append(len(text))
-    spans = [(ends[i], ends[i + 1]) for i in range(len(ids))]
-    for i in range(len(ids) - 2, -1, -1):
-        if unfinished[i]:
-            spans[i] = (spans[i][0], spans[i + 1][1])
-    return text, spans
-
-
 def find_word(text, spans, word):
     """The tokens of each occurrence of a word or phrase in the text, [[index, ...], ...]; whole words, case ignored."""
     phrase = r"\s+".join(map(re.escape, word.split()))

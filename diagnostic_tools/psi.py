@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from answers import is_right, read
 from position_sensitivity import permutation, psi_interval
 
 import cli
@@ -27,6 +26,7 @@ import engine
 import plots
 import rundirs
 import stats
+from answers import is_right, read
 from capturing import generate
 from cli import UsageError
 from common import add_model_arguments, fingerprint, load_from_args, prompt_for

@@ -24,13 +24,14 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from attention_map import find_word, normalized_entropy, token_spans
+from attention_map import find_word, normalized_entropy
 from attention_overlay import AttentionVisualizationResult, plot_attention_comparison, save_attention_overlay
 from PIL import Image
 
 import cli
 import plots
 import rundirs
+from answers import token_spans
 from capturing import VisionRows, capture, generate
 from cli import UsageError
 from common import VLM, add_model_arguments, load_from_args, load_model, prompt_for

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import viz_attention_image as viz
-from attention_map import find_word, normalized_entropy, token_spans
+from attention_map import find_word, normalized_entropy
 from attention_overlay import SHOWN, save_attention_overlay, visualize_attention_overlay
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from PIL import Image
 
 import common
 import plots
+from answers import token_spans
 from capturing import answer_ids, generate
 from cli import UsageError
 from grid import PatchGrid

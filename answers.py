@@ -63,3 +63,22 @@ def is_right(text, answer):
     letter = answer.strip(" .()")
     expected = letter if len(letter) == 1 and letter in "ABCDEFGH" else alternatives_of(answer)[1]
     return read(text, answer) == expected
+
+
+def token_spans(ids, decode):
+    """(text, [(start, end), ...]): the decoded answer and the characters that each token wrote, none for special tokens.
+
+    decode(ids) -> text. Tokens that only together make a character (bytes) share its span."""
+    ids = list(ids)
+    text, ends, unfinished = decode(ids), [0], []
+    for count in range(1, len(ids)):
+        begun = decode(ids[:count])
+        same = next((i for i, (a, b) in enumerate(zip(begun, text)) if a != b), min(len(begun), len(text)))
+        unfinished.append(len(begun) > same)  # the bytes so far decode to another character
+        ends.append(max(ends[-1], same))
+    ends.append(len(text))
+    spans = [(ends[i], ends[i + 1]) for i in range(len(ids))]
+    for i in range(len(ids) - 2, -1, -1):
+        if unfinished[i]:
+            spans[i] = (spans[i][0], spans[i + 1][1])
+    return text, spans
