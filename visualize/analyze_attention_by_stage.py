@@ -192,9 +192,10 @@ def draw(run, found, filter, pool):
         value, down, up = (np.array([row["ratio"][key] for row in rows]) for key in ("mean", "low", "high"))
         error = np.clip([value - down, up - value], 0, None)
         ax.errorbar(value, places, xerr=error, fmt="o", color=plots.color_of(run.label), capsize=3, markersize=6, label="measured, 95 % interval over images")
-        for y, row in zip(places, rows):
-            text = f"{row['ratio']['mean']:.2f}, p {'<' if row['p'] < 0.001 else '='} {max(row['p'], 0.001):.3f}"
-            ax.text(row["ratio"]["mean"], y + 0.29, text, ha="center", va="bottom", fontsize=8)
+        for y, x, row in zip(places, value, rows):
+            if np.isfinite(x):
+                label = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+                ax.text(x, y + 0.31, f"{x:.2f}, p = {row['p']:.3f}", ha="center", va="bottom", fontsize=8, bbox=label)
         lengths = f"{part['mean_tokens'][stage]:.0f} against {part['mean_tokens']['initial']:.0f} tokens"
         images = "" if part["images"] == part["instances"] else f", {part['images']} images"
         ax.set_title(f"{stage.capitalize()} against initial answer\nn = {part['instances']} instances{images}; on average {lengths}")
@@ -202,7 +203,7 @@ def draw(run, found, filter, pool):
         ends = np.concatenate([low, high, value[np.isfinite(value)], down[np.isfinite(down)], up[np.isfinite(up)], [0.9, 1.1]])
         ends = ends[np.isfinite(ends) & (ends > 0)]
         ax.set_xlim(ends.min() / 1.15, ends.max() * 1.15)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ends.max() / ends.min() > 2 else tuple(np.arange(1, 10, 0.2))))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 8) if ends.max() / ends.min() > 1.8 else tuple(np.arange(1, 10, 0.2).round(1))))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.grid(False, axis="y")

@@ -30,10 +30,10 @@ from cli import UsageError
 from grid import PatchGrid
 from samples import load_image
 from visualize.maps import coverage, normalized_entropy, top_l_mean
-from visualize.tensors import STAGES, drawable, find_span, read_instance, token_maps
+from visualize.tensors import STAGES, drawable, find_span, numbers, read_instance, token_maps, visible
 
 SHOWN = 1024  # pixels of the longer side of a picture in a figure
-ALPHA = 0.7  # opacity of a map over the grey picture
+ALPHA = 0.75  # opacity of a map over the grey picture
 PANEL = 2.75  # inches
 
 
@@ -118,11 +118,18 @@ def panels_of(instance, args):
     for target, occurrence in zip(args.feedback_target_tokens, occurrences):
         stage = instance.stages[args.stage]
         tokens = find_span(stage.tokens, stage.spans, stage.text, target, occurrence)
-        text = "".join(stage.tokens[i] for i in tokens).strip()
-        numbers = f"token {tokens[0]}" if len(tokens) == 1 else f"tokens {tokens[0]} to {tokens[-1]}"
+        pieces = stage.pieces()
+        text = "".join(pieces[i] for i in tokens).strip()
         title = textwrap.shorten(f"{args.stage.capitalize()} \N{LEFT DOUBLE QUOTATION MARK}{text}", 44, placeholder="\N{HORIZONTAL ELLIPSIS}")
         panel = Panel(
-            f"{title}\N{RIGHT DOUBLE QUOTATION MARK}", args.stage, f"mean over {numbers}", target, occurrence, tokens, text, maps[args.stage][tokens].mean(0)
+            f"{title}\N{RIGHT DOUBLE QUOTATION MARK}",
+            args.stage,
+            f"mean over token{'s' * (len(tokens) > 1)} {numbers(tokens)}",
+            target,
+            occurrence,
+            tokens,
+            text,
+            maps[args.stage][tokens].mean(0),
         )
         panels.append(panel)
     if not panels:
@@ -180,9 +187,9 @@ def at_display_size(picture, grid):
 
 
 def pale(picture):
-    """The picture in grey of low contrast, (height, width) in [0.25, 0.95], so that the colours of a map over it stay apart."""
+    """The picture in grey of low contrast, (height, width) in [0.35, 0.85], so that the colours of a map over it stay apart."""
     grey = np.asarray(picture.convert("L"), float) / 255
-    return 0.25 + 0.7 * grey
+    return 0.35 + 0.5 * grey
 
 
 def draw(instance, panels, scale, args):
@@ -193,8 +200,9 @@ def draw(instance, panels, scale, args):
     count = len(panels) + (picture is not None)
     columns = count if count <= 4 else 3 if count <= 6 or count == 9 else 4
     rows = -(-count // columns)
-    ratio = float(np.clip(grid.size[1] / grid.size[0], 0.4, 1.6))
-    figure = plots.plt.figure(figsize=(max(columns * PANEL + 0.9, 5.2), rows * (PANEL * ratio + 0.95) + 0.75))
+    left, top, right, bottom = (*np.nanmin(grid.boxes[:, :2], 0), *np.nanmax(grid.boxes[:, 2:], 0)) if picture is None else (0, 0, *grid.size)
+    ratio = float(np.clip((bottom - top) / (right - left), 0.4, 1.6))
+    figure = plots.plt.figure(figsize=(max(columns * PANEL + 0.9, 5.2), rows * (PANEL * ratio + 0.78) + 0.6))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set(xticks=[], yticks=[])
@@ -211,14 +219,14 @@ def draw(instance, panels, scale, args):
     for axis, panel in zip(axes[count - len(panels) :], panels):
         draw_map(axis, panel.values, grid, normalize, None if picture is None else grey)
         axis.set_title(drawable(panel.title), fontsize=10, parse_math=False)
-        numbers = numbers_of(panel, instance.grid)
-        half, most = numbers["share_of_patches_with_50_percent"], numbers["share_of_patches_with_90_percent"]
-        words = f"{panel.statistic}: {numbers['mean']:.2e}\nentropy {numbers['normalized_entropy']:.3f}; 50 % in {half:.0%} of patches, 90 % in {most:.0%}"
-        axis.set_xlabel(words.replace("%", " %").replace("  %", " %"), fontsize=7.5)
+        shown = numbers_of(panel, instance.grid)
+        half, most = (100 * shown[f"share_of_patches_with_{share}_percent"] for share in (50, 90))
+        words = f"{panel.statistic}: {shown['mean']:.3g}\nentropy {shown['normalized_entropy']:.3f}\n50 % in {half:.0f} %, 90 % in {most:.0f} % of patches"
+        axis.set_xlabel(words, fontsize=7.5)
     for axis in axes[count:]:
         axis.remove()
     bar = figure.colorbar(plots.plt.cm.ScalarMappable(normalize, colors), ax=list(axes[:count]), extend="max", aspect=30, pad=0.015, fraction=0.04)
-    bar.set_label(f"attention to a vision token, top-{args.hidden_top_k} layers and heads", fontsize=8)
+    bar.set_label(f"attention to a vision token\n(top-{args.hidden_top_k} layers and heads)", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
     bar.ax.ticklabel_format(style="sci", scilimits=(-2, 2), useMathText=True)
     bar.ax.yaxis.get_offset_text().set_fontsize(7.5)
@@ -250,7 +258,7 @@ def save_numbers(path, panels, scale, instance, args):
     rows = [
         {
             "panel": panel.title, "stage": panel.stage, "statistic": panel.statistic, "target": panel.target, "occurrence": panel.occurrence or "",
-            "text": panel.text, "tokens": " ".join(map(str, panel.tokens)), "steps": len(panel.tokens),
+            "text": visible(panel.text), "tokens": numbers(panel.tokens), "steps": len(panel.tokens),
         } | numbers_of(panel, instance.grid) | {"vmin": scale[0], "vmax": scale[1], "quantile": args.quantile, "hidden_top_k": args.hidden_top_k}
         for panel in panels
     ]  # fmt: skip

@@ -44,6 +44,14 @@ class Stage:
         """Tokens that count: all but the stop token."""
         return counted(len(self.tokens), self.ended)
 
+    def pieces(self):
+        """What to show of each token: every character of the text once, special tokens as written, a dot for the further bytes of one character."""
+        shown, done = [], 0
+        for token, (start, end) in zip(self.tokens, self.spans):
+            shown.append((self.text[max(start, done) : end] if end > start else token) or "\N{MIDDLE DOT}")
+            done = max(done, end)
+        return shown
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -101,7 +109,7 @@ def _read_record(path):
 def _read_arrays(path):
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files if name == "boxes" or name.endswith("_topk")}
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; {AGAIN}") from error
     except (*rundirs.BROKEN, AttributeError, TypeError) as error:  # the last two: an .npy where an NPZ was wanted
@@ -112,7 +120,8 @@ def _checked(folder, record, arrays, index):
     """The instance of a record and its arrays; KeyError, TypeError or ValueError say what does not fit."""
     if record["index"] != index:
         raise ValueError(f"tokens.json is of instance {record['index']}")
-    boxes, grid = np.asarray(arrays["boxes"], float), record["grid"]
+    grid = record["grid"] or {"shape": None, "size": (0, 0)}
+    boxes = np.asarray(arrays["boxes"] if record["grid"] else np.full((arrays["initial_topk"].shape[-1], 4), np.nan), float)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes of shape {boxes.shape}, (P, 4) was wanted")
     shape = tuple(map(int, grid["shape"])) if grid["shape"] is not None else None
@@ -239,6 +248,12 @@ def find_span(tokens, spans, text, wanted, occurrence=1):
 
 
 # ---- text in figures ----
+
+
+def numbers(tokens):
+    """Indices as '3-5 8'."""
+    breaks = [i for i in range(len(tokens)) if i == 0 or tokens[i] != tokens[i - 1] + 1] + [len(tokens)]
+    return " ".join(f"{tokens[a]}-{tokens[b - 1]}" if b - a > 1 else f"{tokens[a]}" for a, b in zip(breaks, breaks[1:]))
 
 
 def visible(text):

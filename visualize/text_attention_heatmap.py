@@ -6,14 +6,15 @@ Volcano (arXiv 2311.07362), figure 4 above; our study, sections 1.2 and 2.6.
 
     python visualize/text_attention_heatmap.py --input-dir outputs/volcano --output-dir outputs/volcano/figures --instance-idx 8
 
-It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in --input-dir, writes text_heatmap_<idx>_q2i_attention (initial response),
-_f2i_ (feedback) and _r2i_ (revision), each as .html, .png and .pdf, and prints the strongest spans as comma lists for the --feedback-target-tokens of
+It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in --input-dir. Writes text_heatmap_<idx>_q2i_attention (initial
+response), _f2i_ (feedback) and _r2i_ (revision), each as .html, .png and .pdf, and prints the strongest spans as comma lists for --feedback-target-tokens of
 image_attention_heatmap.py. One colour scale for the three, from 0; --own_scale gives each text its own, as published. Names of things should be darker
 than the words between them."""
 
 import base64
 import hashlib
 import html
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -40,15 +41,15 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margi
 dt { color: #5d6775; }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate; }
 .text { font-size: 20px; line-height: 1.9; margin: 0; padding: 14px 18px; border: 1px solid #dde1e7; border-radius: 8px;
-  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
+  overflow-wrap: anywhere; unicode-bidi: isolate; }
 .t { padding: 4px 0; box-shadow: inset 1px 0 rgb(255 255 255 / 60%); }
 .t:hover { outline: 2px solid #d55e00; }
 .stop { margin-left: 14px; padding: 2px 6px; font-size: 14px; border: 1px dashed #5d6775; border-radius: 4px; box-shadow: none; }
-.legend { width: 380px; max-width: 100%; margin: 14px 0 0; font-size: 12px; color: #3d4653; }
-.ramp { position: relative; height: 14px; border: 1px solid #c9ced6; margin: 4px 0 2px; }
+.legend { margin: 16px 0 0; font-size: 12.5px; color: #3d4653; }
+.ramp { position: relative; max-width: 380px; height: 14px; border: 1px solid #c9ced6; margin: 4px 0 2px; }
 .mean { position: absolute; top: -4px; bottom: -4px; width: 2px; margin-left: -1px; background: #d55e00; }
-.ticks { display: flex; justify-content: space-between; font-variant-numeric: tabular-nums; }
-.key { color: #b34d00; margin: 2px 0 0; }
+.ticks { max-width: 380px; display: flex; justify-content: space-between; font-variant-numeric: tabular-nums; }
+.key { color: #b34d00; }
 .note { font-size: 13px; color: #5d6775; margin: 14px 0 0; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 2px 14px 2px 0; text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px solid #eef0f3; }
@@ -89,7 +90,7 @@ def print_spans(stage, rows, mean):
     print(f"{STAGES[stage.name]}: {stage.steps} tokens, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
     for target, occurrence, start, end, weight in rows:
         place = f"tokens {start}-{end - 1}" if end - start > 1 else f"token {start}"
-        print(f"  {weight:.3g}  {times(weight, mean)}  {target!r}, {place}" + (f", occurrence {occurrence}" if occurrence > 1 else ""))
+        print(f"  {weight:.3g}  {times(weight, mean)}  {shlex.quote(target)}  {place}" + (f", occurrence {occurrence}" if occurrence > 1 else ""))
     if rows:
         targets = " ".join(shlex.quote(" " * row[0].startswith("-") + row[0]) for row in rows)  # a leading blank keeps argparse from seeing a flag
         occurrences = f" --occurrence {' '.join(str(row[1]) for row in rows)}" if any(row[1] > 1 for row in rows) else ""
@@ -124,10 +125,10 @@ def page_of(instance, stage, weights, top, rows, args):
     style += f".mean {{ left: {100 * min(1, mean / top):.2f}%; }}\n"
     policy = f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'; base-uri 'none'; form-action 'none'"
     body, cells = [], []
-    for i, (token, weight, level) in enumerate(zip(stage.tokens, weights, levels)):
+    for i, (token, weight, level) in enumerate(zip(stage.pieces(), weights, levels)):
         stop, name = stage.ended and i == len(stage.tokens) - 1, visible(token.strip(" "))
         tip = f"token {i} {name!r}: {weight:.3g}, " + ("stop token, not counted" if stop else f"{times(weight, mean)} the mean of this text")
-        shown = html.escape(visible(token).replace(BREAK, f"{BREAK}\n") if not stop else visible(token.strip()))
+        shown = html.escape(visible(token.strip() if stop else re.sub(r"(?<=.) | (?=\s|$)", "\N{NO-BREAK SPACE}", token))).replace(BREAK, f"{BREAK}<br>")
         body.append(f'<span class="t c{level}{" stop" * stop}" title="{html.escape(tip)}">{shown}</span>')
         cells.append(
             f'<tr><td class="n">{i}<td>{html.escape(name)}<td class="n">{weight:.4g}<td class="n">{"stop token" if stop else times(weight, mean)}</tr>\n'
@@ -144,7 +145,7 @@ def page_of(instance, stage, weights, top, rows, args):
         + "".join(f'<td class="n">{number}' for number in (start, occurrence, f"{weight:.4g}", times(weight, mean)))
         for target, occurrence, start, _, weight in rows
     )
-    heads = "".join(f'<th class="n">{head}' for head in ("first token", "occurrence", "mean weight", "of the mean"))
+    heads = "".join(f'<th class="n">{head}' for head in ("first token", "occurrence", "mean weight", "times the mean"))
     k = args.hidden_top_k
     return f"""<!doctype html>
 <html lang="en">
@@ -161,11 +162,11 @@ def page_of(instance, stage, weights, top, rows, args):
 <p class="text">{"".join(body)}</p>
 <div class="legend">mean attention to a vision token, in the step that predicted the token
 <div class="ramp"><span class="mean"></span></div>
-<div class="ticks"><span>0</span><span>{top / 2:.3g}</span><span>{top:.3g}, the largest {scale}</span></div>
-<p class="key">&#9474; mean of this text: {mean:.3g}</p></div>
+<div class="ticks"><span>0</span><span>{top / 2:.3g}</span><span>{top:.3g}</span></div>
+The scale ends at the largest weight {scale}. <span class="key">&#9474; Mean of this text: {mean:.3g}</span></div>
 {f"<h2>Strongest spans</h2><table><tr><th>tokens{heads}{spans}</table>" if rows else ""}
 <details><summary>Weight of each token</summary>
-<table><tr><th class="n">token<th>text<th class="n">weight<th class="n">of the mean</tr>
+<table><tr><th class="n">token<th>text<th class="n">weight<th class="n">times the mean</tr>
 {"".join(cells)}</table></details>
 <p class="note">Weight: softmax attention over the whole prompt, mean of the {k} largest over layers, then of the {k} largest over heads, then over
 {stage.topk.shape[3]} vision tokens. The stop token does not set the scale.</p>
@@ -187,8 +188,8 @@ def advance(text):
 def boxes_of(stage, room):
     """[(token, text, x, line)] and the number of lines; a line ends before a blank, or after a line break; a word is split only if it is wider than a line."""
     words = []
-    for i, token in enumerate(stage.tokens[: stage.steps]):
-        if not words or token[:1].isspace() or BREAK in visible(stage.tokens[i - 1]):
+    for i, token in enumerate(stage.pieces()[: stage.steps]):
+        if not words or token[:1].isspace() or BREAK in words[-1][-1][1]:
             words.append([])
         words[-1].append((i, drawable(token)))
     placed, x, line = [], 0.0, 0
@@ -225,7 +226,7 @@ def draw(instance, stage, weights, top, args):
     room = WIDTH - 2 * MARGIN
     placed, lines = boxes_of(stage, room)
     question = shorten(f"{instance.question}", room)
-    above, below = 0.78, 0.72
+    above, below = 0.78, 0.84
     height = above + lines * LINE + below
     figure = plots.plt.figure(figsize=(WIDTH, height))
     figure.set_layout_engine("none")
@@ -253,8 +254,9 @@ def draw(instance, stage, weights, top, args):
     bar.ax.plot([mean, mean], [-0.25, 1.25], color=plots.VERMILION, linewidth=1.4, clip_on=False)
     bar.ax.set_xlim(0, top)
     scale = "scale of this text alone" if args.own_scale else "scale shared by initial response, feedback and revision"
-    words = f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\n{scale}; mean of this text {mean:.3g}"
-    axes.text(MARGIN + 2.6 + 0.3, height - 0.48, words, fontsize=7.5, color="#3d4653", va="center", linespacing=1.35)
+    words = f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\n{scale}"
+    axes.text(MARGIN + 2.9, height - 0.56, words, fontsize=7.5, color="#3d4653", va="center", linespacing=1.35)
+    axes.text(MARGIN + 2.9, height - 0.29, f"mean of this text {mean:.3g}", fontsize=7.5, color="#B34D00", va="center")
     return figure
 
 
