@@ -177,7 +177,7 @@ def test_a_refused_revision_ends_the_loop_and_an_accepted_one_goes_on():
     talks, asked = loop([says("A"), says(["B", "A"]), says(["B", "B", "B"]), says(["?"])])
     assert [talk.stop_iter for talk in talks] == [1, 2, 3, 1]
     assert [talk.current for talk in talks] == ["first", "revision 1", "revision 3", "first"] and talks[1].outputs == ["first", "revision 1"]
-    assert [talk.accepted for talk in talks] == [[], [1], [1, 2, 3], []] and talks[0].feedback is None and talks[2].feedback.text == "feedback 3"
+    assert [talk.accepted for talk in talks] == [[], [1], [1, 2, 3], []] and talks[0].feedback.text == "feedback 1" and talks[2].feedback.text == "feedback 3"
     assert talks[3].decisions[0]["choice"] == "unparsed" and talks[0].decisions[0] == {
         "answer": "A",
         "letter": "A",
@@ -251,7 +251,7 @@ def test_the_command_line_measures_resumes_and_writes_everything(bench, tmp_path
         with np.load(tmp_path / "out" / id / "visualization_tensors.npz", allow_pickle=False) as tensors:
             assert tensors["initial_topk"].shape == (len(first["tokens"]), 3, 4, 144) and tensors["boxes"].shape == (144, 4)
         assert kept["stages"]["initial"]["tokens"] == first["tokens"] and kept["hidden_top_k"] == 3 and kept["vision_encoder"]["patch_size"] == 14
-        assert (kept["stages"]["feedback"] is None) == (not record["accepted"])
+        assert kept["stages"]["feedback"]["text"].strip() == record["feedback"][(record["accepted"] or [len(record["feedback"])])[-1] - 1]
     if any(run.record(id)["enhanced"] for id in run.ids()):
         assert (tmp_path / "out/greedy_image_attention_top_k_mean.png").exists()
     before = files(run.path)

@@ -242,9 +242,7 @@ def main(argv=None):
             print(f"{stage}: {len(row['empty'])} left out in which a text has no token but the one that ends it")
     found = {stage: summarise(row, records, stage) for stage, row in rows.items() if row["ids"]}
     if not found:
-        raise UsageError(
-            f"{run.path}: none of the {len(records)} instances has an initial answer and a feedback or revision with a token; try another --filter"
-        )
+        raise UsageError(f"{run.path}: none of the {len(records)} instances has a token both in its initial answer and in a feedback or revision")
     show(found)
     settings = run.meta["settings"] | {key: getattr(args, key) for key in ("filter", "pool_method", "num_permutations", "seed")}
     out = Path(run.path) / "analysis"

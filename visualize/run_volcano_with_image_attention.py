@@ -7,10 +7,11 @@ Initial answer; then up to --max_iterations times critique, revision and the mod
 prompt of its own with the picture. Measured is a[t, l, h, p], the attention of the step that produced token t to vision token p: per patch the mean of the
 --hidden-top-k largest over layers, then over heads (top_k_mean), the mean and the maximum over both. Volcano (arXiv 2311.07362), section 5 and algorithm 1.
 
-The run directory <out_root>/volcano/<model>[__<run_name>]/ holds texts, decisions and the reduced attention of initial answer and last accepted critique
-and revision; an interrupted run goes on by the same command. --log: all texts as one JSON list. --visualize-avg-attention-all: the published figure, maps
-averaged over the instances that the model says it improved. --output-visualization-tensors: <output-dir>/<idx>_<image_id>/ for text_attention_heatmap.py and
-image_attention_heatmap.py. analyze_attention_by_stage.py compares the stages, also without the published figure's length bias."""
+The run directory <out_root>/volcano/<model>[__<run_name>]/ holds texts, decisions and the reduced attention of the initial answer and of the last accepted
+critique and revision (where none was accepted: the last ones); an interrupted run goes on by the same command. --log: all texts as one JSON list.
+--visualize-avg-attention-all: the published figure, maps averaged over the instances that the model says it improved. --output-visualization-tensors:
+<output-dir>/<idx>_<image_id>/ for text_attention_heatmap.py and image_attention_heatmap.py. analyze_attention_by_stage.py compares the stages, also without
+the published figure's length bias."""
 
 import json
 from dataclasses import replace
@@ -183,8 +184,10 @@ def converse(args, ask, samples, given):
             talk.revisions.append(revision.text)
             talk.decisions.append({"answer": answer.text, "letter": letter, "order": list(order), "choice": choice or "unparsed"})
             talk.stop_iter = iteration
+            if choice == "revision" or not talk.accepted:  # the last accepted ones, or the last ones where none was
+                talk.feedback, talk.revision = critique, revision
             if choice == "revision":
-                talk.feedback, talk.revision, talk.current = critique, revision, revision.text
+                talk.current = revision.text
                 talk.outputs.append(revision.text)
                 talk.accepted.append(iteration)
             if choice == "revision" or (choice is None and (args.sample or args.order == "random")):
