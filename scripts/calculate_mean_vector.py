@@ -31,10 +31,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("directory", help="what save_post_adapter_acts.py wrote, or a folder of batch_<n>.pt")
     parser.add_argument("--device", default="cpu", help="where the tensors of a batch_<n>.pt cache are summed")
-    args = parser.parse_args(argv)
-    if not Path(args.directory).is_dir():
-        raise UsageError(f"{args.directory}: no such folder")
-    return args
+    return parser.parse_args(argv)
 
 
 def merged(parts):
@@ -137,6 +134,8 @@ def write_tensor(path, values):
 def main(argv=None):
     args = parse_args(argv)
     folder = Path(args.directory)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
     found = sums_of_run(folder) if (folder / "meta.json").is_file() else sums_of_cache(folder, args.device)
     (count, mean, m2), provenance = found
     if not count:

@@ -20,6 +20,7 @@ from test_llava_original import sources, to_original, write_tower  # noqa: F401 
 
 import common
 import rundirs
+import scripts.targets
 from data import make_shapes
 from samples import Sample, load_image
 
@@ -350,11 +351,12 @@ def test_another_list_of_pictures_is_refused_and_overwrite_starts_again(finished
 def test_the_documented_name_of_a_model_is_a_folder_of_checkpoints_or_a_hub_id(tmp_path, monkeypatch):
     for command in (save, estimate):
         module = module_of(command)
+        monkeypatch.setattr(scripts.targets, "CHECKPOINTS", TINY.parent)
         assert module.model_of("tiny-llava") == str(TINY) and module.model_of("checkpoints/tiny-llava") == "checkpoints/tiny-llava"
         assert (
             module.model_of("llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf" and module.model_of("xtuner/llava-phi-3-mini-hf") == "xtuner/llava-phi-3-mini-hf"
         )
-        monkeypatch.setattr(module, "CHECKPOINTS", tmp_path)
+        monkeypatch.setattr(scripts.targets, "CHECKPOINTS", tmp_path)
         (tmp_path / "llava-1.5-7b-hf").mkdir(exist_ok=True)
         assert module.parse_args(["--image_dir", "x", *(["--save_path", "y"] if command is save else [])]).model_path == str(tmp_path / "llava-1.5-7b-hf")
 

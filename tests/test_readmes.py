@@ -35,7 +35,7 @@ from cli import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "diagnostic_tools"
-READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "scripts/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
+READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "scripts/README.md", "visualize/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
 MODELS = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
 LIMITS = {"--max_images": "2", "--max_questions": "4", "--num_images": "4", "--num_train": "2"}  # given to the scripts that have them
 SEED = r"""
@@ -432,7 +432,7 @@ def test_the_shell_script_passes_its_variables_on(recorder, tmp_path):
     plain, stripped = calls["run_coco_diagnostics"]
     assert [word for word in plain if word.startswith("/")] == [*map(str, models), f"{here}/pictures", f"{here}/captions.json", f"{here}/r"]
     assert stripped[:2] == ["--model_path", str(models[1])] and stripped.count("--model_path") == 1 and stripped[-1] == "--strip_system_prompt"
-    pairs = [["first__sp-1", "second__sp-1"], ["second__sp-0"]]
+    pairs = [["second__sp-0"], ["first__sp-1", "second__sp-1"]]
     assert calls["analyze_coco_diagnostics"] == [["--run_dir", *(f"{here}/r/{name}" for name in names)] for names in pairs]
     assert {"teddy", f"{here}/bear.jpg", f"{here}/o/attention"} <= set(calls["viz_attention_image"][0])
     assert {f"{here}/asked.json", "10", "4"} <= set(calls["psi"][0])

@@ -58,7 +58,7 @@ def make_instance(root, index=8, image_id="scene", texts=TEXTS, k=3, heads=4, sh
     """A folder as the runner leaves it, with its picture. topk: {stage: (T, K, H, P)} in place of random attention."""
     folder = Path(root) / f"{index}_{image_id}"
     folder.mkdir(parents=True)
-    picture = render(floor_scene(Random(5), 3, square=False))
+    picture = render(floor_scene(Random(54), 3, square=False))
     picture.save(folder / "picture.png")
     grid = PatchGrid.regular(*shape, region or (0, 0, *picture.size), picture.size)
     arrays, stages = {"boxes": grid.boxes}, dict.fromkeys(TEXTS)
@@ -297,6 +297,16 @@ def test_without_an_accepted_revision_the_pages_that_exist_are_written(tmp_path,
     assert image_heatmap(*arguments(tmp_path / "in", tmp_path, "--feedback-target-tokens", "red", "--stage", "initial")).returncode == 0
 
 
+def test_texts_that_the_model_did_not_accept_are_marked(tmp_path, no_figures):
+    make_instance(tmp_path / "in", accepted=[])
+    result = text_heatmap(*arguments(tmp_path / "in", tmp_path))
+    assert "feedback (not accepted): 20 tokens" in result.stdout and "initial response: 7 tokens" in result.stdout and not result.stderr
+    assert "while writing the revision (not accepted)</h1>" in (tmp_path / "text_heatmap_8_r2i_attention.html").read_text()
+    figure = drawn(read_instance(tmp_path / "in", 8))
+    assert "no revision accepted" in figure.get_suptitle()
+    plots.plt.close(figure)
+
+
 def test_texts_of_a_stop_token_alone_and_models_without_grid(tmp_path, no_figures):
     make_instance(tmp_path / "in", texts=TEXTS | {"revision": ["</s>"]})
     assert text_heatmap(*arguments(tmp_path / "in", tmp_path / "out")).stdout.count("wrote") == 3
@@ -347,9 +357,11 @@ class Page(html.parser.HTMLParser):
 def pages(made, tmp_path_factory):
     """{page: Page} with shared and with own scale."""
     out = tmp_path_factory.mktemp("pages")
-    for name, more in (("shared", []), ("own", ["--own_scale"])):
-        result = text_heatmap(*arguments(made, out / name, *more))
-        assert result.returncode == 0 and not result.stderr, result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", lambda fig, *rest, **options: plots.plt.close(fig))
+        for name, more in (("shared", []), ("own", ["--own_scale"])):
+            result = text_heatmap(*arguments(made, out / name, *more))
+            assert result.returncode == 0 and not result.stderr, result.stderr
     return {(scale, page): Page(out / scale / f"text_heatmap_8_{page}_attention.html") for scale in ("shared", "own") for page in ("q2i", "f2i", "r2i")}
 
 
@@ -455,9 +467,9 @@ def test_the_figure_breaks_lines_between_words_and_loses_nothing(tokens, ended):
         assert x + text_script.advance(part) <= 4.0001 or len(part) == 1
         assert below == line and after >= x + text_script.advance(part) - 1e-9 or below == line + 1 and after == 0
         if below > line and i != j and not (ended and j == len(tokens) - 1):
-            word = "".join(tokens[: j + 1])
-            start = max(word.rfind(" ", 0, len(word) - len(tokens[j]) + 1), word.rfind("\n", 0, len(word) - len(tokens[j])))
-            assert tokens[j][0] == " " or tokens[i].endswith("\n") or text_script.advance(text_script.drawable(text[start:])) > 3.9
+            starts = [n for n, token in enumerate(tokens) if n == 0 or token[0] == " " or tokens[n - 1] == "\n"]
+            word = tokens[max(n for n in starts if n <= j) : min((n for n in starts if n > j), default=len(tokens) - ended)]
+            assert j in starts or text_script.advance(text_script.drawable("".join(word).strip(" "))) > 4
 
 
 def test_the_printed_command_shows_the_spans_it_names(made, tmp_path, no_figures):

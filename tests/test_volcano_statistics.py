@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, in_process
 
+import plots
 import rundirs
 from visualize.maps import top_l_mean
 from visualize.stage_statistics import (
@@ -216,6 +217,12 @@ def run(original, tmp_path):
     return rundirs.Run(shutil.copytree(original.path, tmp_path / "tiny"), original.meta)
 
 
+@pytest.fixture
+def unsaved(monkeypatch):
+    """Figures are drawn and not written, which takes most of the time."""
+    monkeypatch.setattr(plots, "save", lambda fig, *rest: plots.plt.close(fig))
+
+
 def result(run):
     return json.loads((run.path / "analysis" / "attention_by_stage.json").read_text())
 
@@ -239,7 +246,7 @@ def test_real_command_line_writes_its_files_without_torch(run):
     assert "feedback against initial answer (n = 9 instances, 9 images; mean length 40.0 against 5.0 tokens)" in done.stdout
 
 
-def test_numbers_are_those_of_the_functions_and_the_stop_token_counts_in_none(run, analyze):
+def test_numbers_are_those_of_the_functions_and_the_stop_token_counts_in_none(run, analyze, unsaved):
     assert analyze(run).returncode == 0
     content = result(run)
     assert content["instances"] == 9 and content["instances_in_run"] == 12 and content["settings"]["filter"] == "enhanced"
@@ -258,14 +265,14 @@ def test_numbers_are_those_of_the_functions_and_the_stop_token_counts_in_none(ru
         top = part["statistics"]["top_l"]
         np.testing.assert_allclose(top["other"], np.mean([top_l_mean(pair[1].astype(float), 5).mean() for pair in pairs]), rtol=1e-6)
     assert content["comparisons"]["feedback"]["statistics"]["top_l"]["null_ratio"]["low"] > 1.3
-    rows = list(csv.DictReader((run.path / "analysis" / "attention_by_stage.csv").open()))
+    rows = list(csv.DictReader((run.path / "analysis" / "attention_by_stage.csv").read_text().splitlines()))
     assert [(row["comparison"], row["statistic"]) for row in rows] == [(f"{stage}/initial", name) for stage in STAGES[1:] for name in STATISTICS]
     for row in rows:
         wanted = content["comparisons"][row["comparison"].split("/")[0]]["statistics"][row["statistic"]]
         assert float(row["ratio_low"]) == wanted["ratio"]["low"] and float(row["p"]) == wanted["p"] and row["instances"] == "9"
 
 
-def test_filters_choose_the_instances(run, analyze):
+def test_filters_choose_the_instances(run, analyze, unsaved):
     for flags, n, left_out in (((), 9, 0), (("--filter", "corrected"), 5, 0), (("--filter", "all"), 12, 3)):
         done = analyze(run, *flags)
         content = result(run)
@@ -274,7 +281,7 @@ def test_filters_choose_the_instances(run, analyze):
         assert ("3 left out that have none stored" in done.stdout) == bool(left_out)
 
 
-def test_pools_read_their_own_arrays_and_the_mass_stays(run, analyze):
+def test_pools_read_their_own_arrays_and_the_mass_stays(run, analyze, unsaved):
     found = {}
     for pool in ("top_k_mean", "mean", "max"):
         assert analyze(run, "--pool-method", pool).returncode == 0
@@ -295,7 +302,7 @@ def test_the_same_call_gives_the_same_bytes_and_another_seed_another_null(run, a
     assert after["ratio"] == before["ratio"] and after["null_ratio"] != before["null_ratio"]
 
 
-def test_a_text_of_a_stop_token_only_is_left_out_and_counted(run, analyze):
+def test_a_text_of_a_stop_token_only_is_left_out_and_counted(run, analyze, unsaved):
     def empty(record, arrays):
         record["stages"]["feedback"]["ended"] = True
         for pool in ("top_k_mean", "mean", "max"):

@@ -7,6 +7,7 @@ http and https only, certificates verified, no user name in the URL. Each name i
 connection goes to an address that was checked; the same after each redirect. Limits on bytes and on the whole time. What does not decode as a picture is not
 kept. Proxies are NOT used, whatever http_proxy says: a proxy would resolve the name again. Behind one, download by other means and give local paths."""
 
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -87,7 +88,8 @@ def _keep(path, data):
     except OSError as error:
         raise DownloadError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # ---- URLs and addresses ----
@@ -127,8 +129,8 @@ def private_reason(address):
         held = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
         if held is not None:
             return private_reason(str(held))
-    kinds = ("unspecified", "loopback", "link_local", "multicast", "private", "reserved")
-    found = next((kind for kind in kinds if getattr(ip, f"is_{kind}")), None if ip.is_global else "non-public")
+    kinds = ("unspecified", "loopback", "link_local", "site_local", "multicast", "private", "reserved")
+    found = next((kind for kind in kinds if getattr(ip, f"is_{kind}", False)), None if ip.is_global else "non-public")
     return found and f"{ip}, address of kind {found.replace('_', '-')}"
 
 

@@ -35,6 +35,7 @@ from visualize.tensors import STAGES, drawable, find_span, numbers, read_instanc
 SHOWN = 1024  # pixels of the longer side of a picture in a figure
 ALPHA = 0.75  # opacity of a map over the grey picture
 PANEL = 2.75  # inches
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def parse_args(argv=None):
         parser.error("--instance-idx starts at 0, --hidden-top-k and --occurrence at 1")
     if not 0 < args.quantile <= 1:
         parser.error("--quantile is above 0 and at most 1")
-    if len(args.occurrence) not in (1, len(args.feedback_target_tokens)):
+    if len(args.occurrence) == 1:
+        args.occurrence *= len(args.feedback_target_tokens)
+    if len(args.occurrence) != len(args.feedback_target_tokens):
         parser.error(f"--occurrence has {len(args.occurrence)} numbers for {len(args.feedback_target_tokens)} spans; give one, or one for each")
     return args
 
@@ -109,29 +112,19 @@ def panels_of(instance, args):
         stage, steps = instance.stages[name], instance.stages[name].steps
         kept = limit if args.paper_compat else steps
         statistic = f"mean of the {kept} largest of {steps} steps" if args.paper_compat else f"mean over {steps} step{'s' * (steps > 1)}"
-        panels.append(
-            Panel(f"{name.capitalize()} (all tokens)", name, statistic, "", 0, list(range(steps)), stage.text.strip(), top_l_mean(maps[name][:steps], kept))
-        )
+        values = top_l_mean(maps[name][:steps], kept)
+        panels.append(Panel(f"{name.capitalize()} (all tokens)", name, statistic, "", 0, list(range(steps)), stage.text.strip(), values))
     if args.feedback_target_tokens and args.stage not in instance.stages:
         raise UsageError(f"{instance.missing()}; --stage initial takes the spans from the initial response")
-    occurrences = args.occurrence * (len(args.feedback_target_tokens) if len(args.occurrence) == 1 else 1)
-    for target, occurrence in zip(args.feedback_target_tokens, occurrences):
+    for target, occurrence in zip(args.feedback_target_tokens, args.occurrence):
         stage = instance.stages[args.stage]
         tokens = find_span(stage.tokens, stage.spans, stage.text, target, occurrence)
         pieces = stage.pieces()
         text = "".join(pieces[i] for i in tokens).strip()
-        title = textwrap.shorten(f"{args.stage.capitalize()} \N{LEFT DOUBLE QUOTATION MARK}{text}", 44, placeholder="\N{HORIZONTAL ELLIPSIS}")
-        panel = Panel(
-            f"{title}\N{RIGHT DOUBLE QUOTATION MARK}",
-            args.stage,
-            f"mean over token{'s' * (len(tokens) > 1)} {numbers(tokens)}",
-            target,
-            occurrence,
-            tokens,
-            text,
-            maps[args.stage][tokens].mean(0),
-        )
-        panels.append(panel)
+        said = text if len(text) <= 40 else text[:39].rstrip() + ELLIPSIS
+        title = f"{args.stage.capitalize()} \N{LEFT DOUBLE QUOTATION MARK}{said}\N{RIGHT DOUBLE QUOTATION MARK}"
+        statistic = f"mean over token{'s' * (len(tokens) > 1)} {numbers(tokens)}"
+        panels.append(Panel(title, args.stage, statistic, target, occurrence, tokens, text, maps[args.stage][tokens].mean(0)))
     if not panels:
         raise UsageError(f"{instance.folder}: no text has a token that counts, so there is no map")
     return panels
@@ -154,8 +147,7 @@ def numbers_of(panel, grid):
 
 def tag_of(args):
     """The spans as part of a file name: rather,silver,._the,red,c; 'all' without spans; what else changes the maps behind two underscores."""
-    occurrences = args.occurrence * (len(args.feedback_target_tokens) if len(args.occurrence) == 1 else 1)
-    spans = "_".join(target + f"~{n}" * (n > 1) for target, n in zip(args.feedback_target_tokens, occurrences)) or "all"
+    spans = "_".join(target + f"~{n}" * (n > 1) for target, n in zip(args.feedback_target_tokens, args.occurrence)) or "all"
     tag = re.sub(r"[^\w,.'()+=~-]", "-", spans)
     if len(tag.encode()) > 120:
         tag = tag.encode()[:100].decode(errors="ignore") + "~" + hashlib.sha256(spans.encode()).hexdigest()[:8]
@@ -218,7 +210,7 @@ def draw(instance, panels, scale, args):
         colors = ListedColormap(blended)  # of the colour bar: the map over the picture's mean grey
     for axis, panel in zip(axes[count - len(panels) :], panels):
         draw_map(axis, panel.values, grid, normalize, None if picture is None else grey)
-        axis.set_title(drawable(panel.title), fontsize=10, parse_math=False)
+        axis.set_title(textwrap.fill(drawable(panel.title), 32), fontsize=10, parse_math=False)
         shown = numbers_of(panel, instance.grid)
         half, most = (100 * shown[f"share_of_patches_with_{share}_percent"] for share in (50, 90))
         words = f"{panel.statistic}: {shown['mean']:.3g}\nentropy {shown['normalized_entropy']:.3f}\n50 % in {half:.0f} %, 90 % in {most:.0f} % of patches"
@@ -232,10 +224,11 @@ def draw(instance, panels, scale, args):
     bar.ax.yaxis.get_offset_text().set_fontsize(7.5)
     bar.ax.grid(False)
     how = "mean of the l largest steps (published)" if args.paper_compat else "mean over the steps of each text"
-    title = textwrap.fill(f"Attention to the picture, {how}", 24 * columns)
-    question = textwrap.fill(
-        drawable(textwrap.shorten(f"{Path(instance.model).name}, instance {instance.index}: {instance.question}", 44 * columns)), 44 * columns
-    )
+    wide = int(11.2 * figure.get_figwidth())
+    refused = ", no revision accepted" if len(instance.stages) > 1 and not instance.accepted else ""
+    title = textwrap.fill(f"Attention to the picture, {how}{refused}", wide)
+    question = textwrap.shorten(f"{Path(instance.model).name}, instance {instance.index}: {instance.question}", 2 * wide - 20, placeholder=ELLIPSIS)
+    question = textwrap.fill(drawable(question), wide)
     figure.suptitle(f"{title}\n{question}", fontsize=10, parse_math=False)
     return figure
 

@@ -55,7 +55,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Instance:
-    """One question of a list. stages: {name: Stage}, of feedback and revision those of the last accepted iteration, absent if none was accepted."""
+    """One question of a list. stages: {name: Stage}, feedback and revision of the last accepted iteration, or of the last one, or absent, if none was."""
 
     folder: Path
     index: int
@@ -67,7 +67,12 @@ class Instance:
     hidden_top_k: int
     grid: PatchGrid
     vision_encoder: dict
+    accepted: list  # numbers of the accepted iterations
     stages: dict
+
+    def title(self, name):
+        """'initial response', 'feedback' or 'revision', and whether the model refused it."""
+        return STAGES[name] + " (not accepted)" * (name != "initial" and not self.accepted)
 
     def missing(self):
         """One line that says which texts are not there, or None."""
@@ -135,9 +140,16 @@ def _checked(folder, record, arrays, index):
     if "initial" not in stages or unpaired:
         raise ValueError("stages without initial" if not unpaired else f"{unpaired[0]} without its tokens")
     facts = {name: _sound(str(record[name] if record[name] is not None else "")) for name in ("image_id", "image", "question", "gold_answer", "model")}
-    encoder = record.get("vision_encoder") or {}
+    encoder, accepted = record.get("vision_encoder") or {}, list(record["accepted"])
     return Instance(
-        folder, index, **facts, hidden_top_k=int(record["hidden_top_k"]), grid=PatchGrid(boxes, shape, (width, height)), vision_encoder=encoder, stages=stages
+        folder,
+        index,
+        **facts,
+        hidden_top_k=int(record["hidden_top_k"]),
+        grid=PatchGrid(boxes, shape, (width, height)),
+        vision_encoder=encoder,
+        accepted=accepted,
+        stages=stages,
     )
 
 

@@ -86,8 +86,8 @@ def named_spans(stage, weights, count, length):
     return rows
 
 
-def print_spans(stage, rows, mean):
-    print(f"{STAGES[stage.name]}: {stage.steps} tokens, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
+def print_spans(instance, stage, rows, mean):
+    print(f"{instance.title(stage.name)}: {stage.steps} tokens, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
     for target, occurrence, start, end, weight in rows:
         place = f"tokens {start}-{end - 1}" if end - start > 1 else f"token {start}"
         print(f"  {weight:.3g}  {times(weight, mean)}  {shlex.quote(target)}  {place}" + (f", occurrence {occurrence}" if occurrence > 1 else ""))
@@ -108,8 +108,13 @@ def ink(color):
     return "#000000" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 else "#ffffff"
 
 
-def title_of(stage):
-    return f"Attention to the picture while writing the {STAGES[stage.name]}"
+def title_of(instance, stage):
+    return f"Attention to the picture while writing the {instance.title(stage.name)}"
+
+
+def scale_of(instance, args):
+    """Whose largest weight ends the colour scale."""
+    return "this text" if args.own_scale or len(instance.stages) == 1 else f"{', '.join(STAGES[name] for name in instance.stages)} together"
 
 
 # ---- page ----
@@ -133,7 +138,6 @@ def page_of(instance, stage, weights, top, rows, args):
         cells.append(
             f'<tr><td class="n">{i}<td>{html.escape(name)}<td class="n">{weight:.4g}<td class="n">{"stop token" if stop else times(weight, mean)}</tr>\n'
         )
-    scale = "of this text" if args.own_scale else "of initial response, feedback and revision together"
     facts = {"Question": instance.question, "Gold answer": instance.gold_answer, "Model": instance.model}
     facts |= {
         "Instance": f"{instance.index}, {instance.image_id}",
@@ -153,17 +157,17 @@ def page_of(instance, stage, weights, top, rows, args):
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(f"{title_of(stage)}, instance {instance.index}")}</title>
+<title>{html.escape(f"{title_of(instance, stage)}, instance {instance.index}")}</title>
 <style>{style}</style>
 </head>
 <body><main>
-<h1>{title_of(stage)}</h1>
+<h1>{title_of(instance, stage)}</h1>
 <dl>{listed}</dl>
 <p class="text">{"".join(body)}</p>
 <div class="legend">mean attention to a vision token, in the step that predicted the token
 <div class="ramp"><span class="mean"></span></div>
 <div class="ticks"><span>0</span><span>{top / 2:.3g}</span><span>{top:.3g}</span></div>
-The scale ends at the largest weight {scale}. <span class="key">&#9474; Mean of this text: {mean:.3g}</span></div>
+The scale ends at the largest weight of {scale_of(instance, args)}. <span class="key">&#9474; Mean of this text: {mean:.3g}</span></div>
 {f"<h2>Strongest spans</h2><table><tr><th>tokens{heads}{spans}</table>" if rows else ""}
 <details><summary>Weight of each token</summary>
 <table><tr><th class="n">token<th>text<th class="n">weight<th class="n">times the mean</tr>
@@ -189,7 +193,7 @@ def boxes_of(stage, room):
     """[(token, text, x, line)] and the number of lines; a line ends before a blank, or after a line break; a word is split only if it is wider than a line."""
     words = []
     for i, token in enumerate(stage.pieces()[: stage.steps]):
-        if not words or token[:1].isspace() or BREAK in words[-1][-1][1]:
+        if not words or token.startswith(" ") or BREAK in words[-1][-1][1]:
             words.append([])
         words[-1].append((i, drawable(token)))
     placed, x, line = [], 0.0, 0
@@ -233,7 +237,7 @@ def draw(instance, stage, weights, top, args):
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
-    axes.text(MARGIN, 0.26, title_of(stage), fontsize=12, fontweight="bold", parse_math=False)
+    axes.text(MARGIN, 0.26, title_of(instance, stage), fontsize=12, fontweight="bold", parse_math=False)
     n = f"{stage.steps} tokens" + (" and the stop token" if stage.ended else "")
     axes.text(MARGIN, 0.46, question, fontsize=8.5, color="#3d4653", parse_math=False)
     axes.text(MARGIN, 0.62, shorten(f"{Path(instance.model).name}, instance {instance.index}, {n}", room), fontsize=8.5, color="#3d4653", parse_math=False)
@@ -253,8 +257,7 @@ def draw(instance, stage, weights, top, args):
     bar.outline.set_linewidth(0.5)
     bar.ax.plot([mean, mean], [-0.25, 1.25], color=plots.VERMILION, linewidth=1.4, clip_on=False)
     bar.ax.set_xlim(0, top)
-    scale = "scale of this text alone" if args.own_scale else "scale shared by initial response, feedback and revision"
-    words = f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\n{scale}"
+    words = f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\nup to the largest of {scale_of(instance, args)}"
     axes.text(MARGIN + 2.9, height - 0.56, words, fontsize=7.5, color="#3d4653", va="center", linespacing=1.35)
     axes.text(MARGIN + 2.9, height - 0.29, f"mean of this text {mean:.3g}", fontsize=7.5, color="#B34D00", va="center")
     return figure
@@ -278,7 +281,7 @@ def main(argv=None):
     for name, stage in instance.stages.items():
         top = float(tops[name]) or 1.0  # a text without a counted token
         rows = named_spans(stage, weights[name], args.top_spans, args.span_length)
-        print_spans(stage, rows, float(np.mean(weights[name][: stage.steps])) if stage.steps else 0.0)
+        print_spans(instance, stage, rows, float(np.mean(weights[name][: stage.steps])) if stage.steps else 0.0)
         path = Path(args.output_dir) / f"text_heatmap_{instance.index}_{PAGES[name]}_attention"
         plots.write_file(f"{path}.html", page_of(instance, stage, weights[name], top, rows, args).encode())
         plots.save(draw(instance, stage, weights[name], top, args), path, vars(args) | {"stage": name, "model": instance.model, "vmin": 0.0, "vmax": top})
