@@ -380,15 +380,17 @@ def test_a_page_shows_the_text_as_it_is_and_each_weight_in_numbers(made, pages):
 def test_colours_compare_between_pages_unless_each_has_its_own_scale(made, pages):
     instance = read_instance(made, 8)
     weights = {page: token_weights(token_maps(instance, name, 3)) for name, page in text_script.PAGES.items()}
-    top = max(weights[page][: instance.stages[name].steps].max() for name, page in text_script.PAGES.items())
-    darkest = plots.plt.matplotlib.colors.to_hex(text_script.COLORS(255))
+    counting = {page: weights[page][: instance.stages[name].steps] for name, page in text_script.PAGES.items()}
+    color = lambda share: plots.plt.matplotlib.colors.to_hex(text_script.COLORS(round(255 * min(1, max(0, share)))))
     for (scale, name), page in pages.items():
-        steps = len(weights[name]) - (name != "r2i")
-        limit = top if scale == "shared" else weights[name][:steps].max()
-        for i, weight in enumerate(weights[name]):
-            assert page.color(i) == plots.plt.matplotlib.colors.to_hex(text_script.COLORS(round(255 * min(1, weight / limit))))
-        assert (darkest in [page.color(i) for i in range(steps)]) == (weights[name][:steps].max() == limit)
-        assert f"<span>{limit:.3g}</span>" in page.source
+        own = counting[name] if scale == "own" else np.concatenate(list(counting.values()))
+        low, high = own.min(), own.max()
+        assert [page.color(i) for i in range(len(weights[name]))] == [color((weight - low) / (high - low)) for weight in weights[name]]
+        shown = [page.color(i) for i in range(len(counting[name]))]
+        assert scale == "shared" or {color(0), color(1)} <= set(shown)
+        assert f"<span>{low:.3g}</span><span>{(low + high) / 2:.3g}</span><span>{high:.3g}</span>" in page.source
+    darkest = [name for name in counting if color(1) in [pages["shared", name].color(i) for i in range(len(counting[name]))]]
+    assert darkest == [max(counting, key=lambda name: counting[name].max())]
 
 
 def test_the_stop_token_does_not_set_the_scale(tmp_path, no_figures):

@@ -8,7 +8,7 @@ Volcano (arXiv 2311.07362), figure 4 above; our study, sections 1.2 and 2.6.
 
 It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in --input-dir. Writes text_heatmap_<idx>_q2i_attention (initial
 response), _f2i_ (feedback) and _r2i_ (revision), each as .html, .png and .pdf, and prints the strongest spans as comma lists for --feedback-target-tokens of
-image_attention_heatmap.py. One colour scale for the three, from 0; --own_scale gives each text its own, as published. Names of things should be darker
+image_attention_heatmap.py. One colour scale for the three, smallest to largest weight; --own_scale gives each text its own, as published. Names of things should be darker
 than the words between them."""
 
 import base64
@@ -87,7 +87,7 @@ def named_spans(stage, weights, count, length):
 
 
 def print_spans(instance, stage, rows, mean):
-    print(f"{instance.title(stage.name)}: {stage.steps} tokens, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
+    print(f"{instance.title(stage.name)}: {count(stage)}, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
     for target, occurrence, start, end, weight in rows:
         place = f"tokens {start}-{end - 1}" if end - start > 1 else f"token {start}"
         print(f"  {weight:.3g}  {times(weight, mean)}  {shlex.quote(target)}  {place}" + (f", occurrence {occurrence}" if occurrence > 1 else ""))
@@ -96,6 +96,10 @@ def print_spans(instance, stage, rows, mean):
         occurrences = f" --occurrence {' '.join(str(row[1]) for row in rows)}" if any(row[1] > 1 for row in rows) else ""
         where = "" if stage.name == "feedback" else f" --stage {stage.name}"
         print(f"  --feedback-target-tokens {targets}{occurrences}{where}")
+
+
+def count(stage):
+    return f"{stage.steps} token{'s' * (stage.steps != 1)}"
 
 
 def times(weight, mean):
@@ -112,22 +116,32 @@ def title_of(instance, stage):
     return f"Attention to the picture while writing the {instance.title(stage.name)}"
 
 
-def scale_of(instance, args):
-    """Whose largest weight ends the colour scale."""
+def scale_of(weights):
+    """Colour scale from the smallest to the largest weight, others clipped; from 0 where all are the same, to 1 without weights."""
+    low, high = min(weights, default=0.0), max(weights, default=1.0)
+    return Normalize(float(low) if low < high else 0.0, float(high) or 1.0, clip=True)
+
+
+def ticks_of(scale):
+    return [scale.vmin, (scale.vmin + scale.vmax) / 2, scale.vmax]
+
+
+def whose_scale(instance, args):
+    """The texts whose weights end the colour scale."""
     return "this text" if args.own_scale or len(instance.stages) == 1 else f"{', '.join(STAGES[name] for name in instance.stages)} together"
 
 
 # ---- page ----
 
 
-def page_of(instance, stage, weights, top, rows, args):
+def page_of(instance, stage, weights, scale, rows, args):
     """A page that works offline: no script, style allowed by its hash, all that comes from outside escaped."""
     mean = float(weights[: stage.steps].mean()) if stage.steps else 0.0
-    levels = [round(255 * min(1, w / top)) for w in weights]
+    levels = [round(255 * float(scale(w))) for w in weights]
     colors = {level: to_hex(COLORS(level)) for level in sorted(set(levels))}
     style = STYLE + "".join(f".c{level} {{ background: {color}; color: {ink(color)}; }}\n" for level, color in colors.items())
     style += f".ramp {{ background: linear-gradient(to right, {', '.join(to_hex(COLORS(level)) for level in range(0, 256, 15))}); }}\n"
-    style += f".mean {{ left: {100 * min(1, mean / top):.2f}%; }}\n"
+    style += f".mean {{ left: {100 * float(scale(mean)):.2f}%; }}\n"
     policy = f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'; base-uri 'none'; form-action 'none'"
     body, cells = [], []
     for i, (token, weight, level) in enumerate(zip(stage.pieces(), weights, levels)):
@@ -166,8 +180,8 @@ def page_of(instance, stage, weights, top, rows, args):
 <p class="text">{"".join(body)}</p>
 <div class="legend">mean attention to a vision token, in the step that predicted the token
 <div class="ramp"><span class="mean"></span></div>
-<div class="ticks"><span>0</span><span>{top / 2:.3g}</span><span>{top:.3g}</span></div>
-The scale ends at the largest weight of {scale_of(instance, args)}. <span class="key">&#9474; Mean of this text: {mean:.3g}</span></div>
+<div class="ticks">{"".join(f"<span>{tick:.3g}</span>" for tick in ticks_of(scale))}</div>
+The scale goes from the smallest to the largest weight of {whose_scale(instance, args)}. <span class="key">&#9474; Mean of this text: {mean:.3g}</span></div>
 {f"<h2>Strongest spans</h2><table><tr><th>tokens{heads}{spans}</table>" if rows else ""}
 <details><summary>Weight of each token</summary>
 <table><tr><th class="n">token<th>text<th class="n">weight<th class="n">times the mean</tr>
@@ -225,7 +239,7 @@ def cut(text, room):
     return parts
 
 
-def draw(instance, stage, weights, top, args):
+def draw(instance, stage, weights, scale, args):
     """The text as coloured boxes over a colour bar with numbers -> figure."""
     room = WIDTH - 2 * MARGIN
     placed, lines = boxes_of(stage, room)
@@ -238,11 +252,11 @@ def draw(instance, stage, weights, top, args):
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
     axes.text(MARGIN, 0.26, title_of(instance, stage), fontsize=12, fontweight="bold", parse_math=False)
-    n = f"{stage.steps} tokens" + (" and the stop token" if stage.ended else "")
+    n = count(stage) + (" and the stop token" if stage.ended else "")
     axes.text(MARGIN, 0.46, question, fontsize=8.5, color="#3d4653", parse_math=False)
     axes.text(MARGIN, 0.62, shorten(f"{Path(instance.model).name}, instance {instance.index}, {n}", room), fontsize=8.5, color="#3d4653", parse_math=False)
     for i, text, x, line in placed:
-        color, stop = COLORS(min(1.0, weights[i] / top)), stage.ended and i == len(stage.tokens) - 1
+        color, stop = COLORS(float(scale(weights[i]))), stage.ended and i == len(stage.tokens) - 1
         baseline, wide = above + line * LINE + 0.2, advance(text)
         edge = {"edgecolor": "#5d6775", "linewidth": 0.8, "linestyle": (0, (3, 2))} if stop else {"edgecolor": "white", "linewidth": 0.5}
         axes.add_patch(Rectangle((x + MARGIN - PAD * stop, baseline - 0.165), wide + 2 * PAD * stop, 0.235, facecolor=color, **edge))
@@ -250,14 +264,14 @@ def draw(instance, stage, weights, top, args):
         axes.text(x + MARGIN + lead, baseline, text.strip(" "), fontsize=SIZE, color=ink(color), parse_math=False)
     mean = float(weights[: stage.steps].mean()) if stage.steps else 0.0
     bar_axes = figure.add_axes((MARGIN / WIDTH, 0.42 / height, 2.6 / WIDTH, 0.12 / height))
-    bar = figure.colorbar(plots.plt.cm.ScalarMappable(Normalize(0, top), COLORS), cax=bar_axes, orientation="horizontal")
-    bar.set_ticks([0, top / 2, top], labels=["0", f"{top / 2:.3g}", f"{top:.3g}"])
+    bar = figure.colorbar(plots.plt.cm.ScalarMappable(scale, COLORS), cax=bar_axes, orientation="horizontal")
+    bar.set_ticks(ticks_of(scale), labels=[f"{tick:.3g}" for tick in ticks_of(scale)])
     bar.ax.tick_params(labelsize=7.5, length=2)
     bar.ax.grid(False)
     bar.outline.set_linewidth(0.5)
     bar.ax.plot([mean, mean], [-0.25, 1.25], color=plots.VERMILION, linewidth=1.4, clip_on=False)
-    bar.ax.set_xlim(0, top)
-    words = f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\nup to the largest of {scale_of(instance, args)}"
+    bar.ax.set_xlim(scale.vmin, scale.vmax)
+    words = f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\nsmallest to largest of {whose_scale(instance, args)}"
     axes.text(MARGIN + 2.9, height - 0.56, words, fontsize=7.5, color="#3d4653", va="center", linespacing=1.35)
     axes.text(MARGIN + 2.9, height - 0.29, f"mean of this text {mean:.3g}", fontsize=7.5, color="#B34D00", va="center")
     return figure
@@ -275,16 +289,15 @@ def main(argv=None):
     args = parse_args(argv)
     instance = read_instance(args.input_dir, args.instance_idx)
     weights = {name: token_weights(token_maps(instance, name, args.hidden_top_k)) for name in instance.stages}
-    tops = {name: max(weights[name][: stage.steps], default=0.0) for name, stage in instance.stages.items()}
-    if not args.own_scale:
-        tops = dict.fromkeys(tops, max(tops.values()))
+    counts = {name: weights[name][: stage.steps] for name, stage in instance.stages.items()}
     for name, stage in instance.stages.items():
-        top = float(tops[name]) or 1.0  # a text without a counted token
+        scale = scale_of(counts[name] if args.own_scale else np.concatenate(list(counts.values())))
         rows = named_spans(stage, weights[name], args.top_spans, args.span_length)
-        print_spans(instance, stage, rows, float(np.mean(weights[name][: stage.steps])) if stage.steps else 0.0)
+        print_spans(instance, stage, rows, float(counts[name].mean()) if stage.steps else 0.0)
         path = Path(args.output_dir) / f"text_heatmap_{instance.index}_{PAGES[name]}_attention"
-        plots.write_file(f"{path}.html", page_of(instance, stage, weights[name], top, rows, args).encode())
-        plots.save(draw(instance, stage, weights[name], top, args), path, vars(args) | {"stage": name, "model": instance.model, "vmin": 0.0, "vmax": top})
+        plots.write_file(f"{path}.html", page_of(instance, stage, weights[name], scale, rows, args).encode())
+        settings = vars(args) | {"stage": name, "model": instance.model, "vmin": scale.vmin, "vmax": scale.vmax}
+        plots.save(draw(instance, stage, weights[name], scale, args), path, settings)
     if instance.missing():
         absent = " and ".join(page for name, page in PAGES.items() if name not in instance.stages)
         print(f"no {absent} page: {instance.missing()}", file=sys.stderr)
