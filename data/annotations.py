@@ -197,7 +197,8 @@ def curated(scenes):
 
 
 def mmhal(scenes, folder, seed):
-    """MMHal-Bench's fields, one question an image; the question types take turns, a scene that has nothing of a type gets the next one's."""
+    """MMHal-Bench's fields, one question an image; the question types take turns, a scene that has nothing of a type gets the next one's. And first answers
+    to these questions, {image_id, answer, corrupted}, by a coin right or a wrong one of the same form."""
     asks = {
         "attribute": [questions.ask_color, questions.ask_shape],
         "adversarial": [questions.ask_presence],
@@ -206,7 +207,7 @@ def mmhal(scenes, folder, seed):
         "relation": [lambda rng, scene, kind=kind: questions.ask_relation(rng, scene, kind) for kind in ("left_right", "above_below")],
         "holistic": [questions.ask_caption],
     }
-    rows, turn = [], 0
+    rows, answers, turn = [], [], 0
     for i, scene in scenes.items():
         rng, question = Random(f"mmhal-{seed}-{i}"), None
         types = [name for name in asks if scene.kind == "floor" or name != "counting"]
@@ -216,7 +217,11 @@ def mmhal(scenes, folder, seed):
             question = _until(rng, scene, rng.choice(asks[name]), lambda q, name=name: q.answer == "No" or name != "adversarial")
         row = {"question_type": name, "question_topic": "shapes", "image_id": f"{i:012d}", "image_src": f"{folder}/{file_name(i)}"}
         rows.append({**row, "image_content": [thing.name for thing in scene.things], "question": question.text, "gold_answer": question.answer})
-    return rows
+        coin = Random(f"answers-{seed}-{i}")
+        wrong = coin.random() < 0.5
+        answer = questions.corrupted(coin, scene, question) if wrong else question.answer
+        answers.append({"image_id": row["image_id"], "answer": answer, "corrupted": wrong})
+    return rows, answers
 
 
 # --- swap pairs -------------------------------------------------------------------------------------------------------------

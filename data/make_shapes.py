@@ -5,7 +5,7 @@
 
 out_dir/val2017/<id>.jpg, train2017/<id>.jpg, annotations/{captions,instances}_{val,train}2017.json as COCO has them, and for val objects.json,
 questions.json, clean_questions.json (one object each), swap_pairs.tsv (EmbSpatial-Bench's columns), swap_pairs_ready.tsv (finished prompts), bboxes.json,
-mmhal_shapes.json; data/README.md lists their fields. A floor scene holds 2 to 4 shapes; in the default set depth and height in the picture go together
+mmhal_shapes.json, mmhal_answers.json; data/README.md lists their fields. A floor scene holds 2 to 4 shapes; in the default set depth and height in the picture go together
 (correlation 0.8), as in photographs.
 
 Equal flags give equal bytes with any --num_workers; a scene depends on (seed, part, index) and on the kind of scene only. An interrupted run goes on
@@ -35,7 +35,7 @@ FIRST_ID = {"val": 1, "train": 500_001}  # so no id is in both parts
 COUNTS = (2, 3, 4)  # objects in a floor scene
 READY = ("index", "question_id", "image_base64", "original_question", "swapped_question", "original_answer", "swapped_answer", "group", "category")
 EMBSPATIAL = ("index", "question_id", "category", "question", "image", "answer", "A", "B", "C", "D")
-LISTS = ("objects.json", "questions.json", "clean_questions.json", "mmhal_shapes.json", "bboxes.json", "swap_pairs_ready.tsv", "swap_pairs.tsv")
+LISTS = ("objects.json", "questions.json", "clean_questions.json", "mmhal_shapes.json", "mmhal_answers.json", "bboxes.json", "swap_pairs_ready.tsv", "swap_pairs.tsv")
 
 
 def parse_args(argv=None):
@@ -180,7 +180,8 @@ def main(argv=None):
     write_json(out / "objects.json", annotations.objects(val, folder))
     write_json(out / "questions.json", asked)
     write_json(out / "clean_questions.json", annotations.curated(val))
-    write_json(out / "mmhal_shapes.json", annotations.mmhal(val, folder, seed))
+    for name, content in zip(("mmhal_shapes.json", "mmhal_answers.json"), annotations.mmhal(val, folder, seed), strict=True):
+        write_json(out / name, content)
     write_json(out / "bboxes.json", annotations.boxes(val, [*ready, *embspatial]))
     write_table(out / "swap_pairs_ready.tsv", READY, ready, "image_base64", out / folder)
     write_table(out / "swap_pairs.tsv", EMBSPATIAL, embspatial, "image", out / folder)

@@ -47,5 +47,9 @@ for filter in all enhanced; do
 done
 run "$python" visualize/run_volcano_with_image_attention.py --model-path "$model" --input "$input" --output-dir "$out" --out_root "$runs" --run_name shown \
     --log "$runs/volcano_${name}_shown.json" --instance-idx "$index" --output-visualization-tensors
+if [ "$input" = data/shapes/mmhal_shapes.json ]; then # what becomes of first answers of which half are wrong
+    run "$python" visualize/run_volcano_with_image_attention.py --model-path "$model" --input "$input" --output-dir "$out" --out_root "$runs" \
+        --run_name given --answers data/shapes/mmhal_answers.json --log "$runs/volcano_${name}_given.json"
+fi
 run "$python" visualize/text_attention_heatmap.py --input-dir "$out" --output-dir "$out" --instance-idx "$index"
 run "$python" visualize/image_attention_heatmap.py --input-dir "$out" --output-dir "$out" --instance-idx "$index"

@@ -14,6 +14,7 @@ critique and revision (where none was accepted: the last ones); an interrupted r
 the published figure's length bias."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,7 +219,8 @@ def make_process(args, vlm, given):
         record = extra | {"image": str(sample.image), "question": sample.question, "gold_answer": sample.answer, "caption": talk.current}
         record |= {"outputs": talk.outputs, "feedback": talk.feedbacks, "revision": talk.revisions, "stop_iter": talk.stop_iter}
         record |= {"decisions": talk.decisions, "accepted": talk.accepted, "enhanced": bool(talk.accepted), "given": given is not None}
-        record["correct"] = {name: judged(text, sample.answer, is_right) for name, text in (("initial", talk.outputs[0]), ("final", talk.current))}
+        told_of = {"initial": talk.outputs[0], "revision": talk.revisions[0], "final": talk.current}
+        record["correct"] = {name: judged(text, sample.answer, is_right) for name, text in told_of.items()}
         record["grid"] = grid and {"shape": grid.shape, "size": grid.size}
         stages = {name: getattr(talk, name) for name in STAGES}
         record["stages"] = {name: answer and told(answer) for name, answer in stages.items()}
@@ -248,7 +250,8 @@ def write_tensors(args, run, sample, vision):
     names = ("index", "image_id", "image", "question", "gold_answer", "accepted", "stages", "grid")
     content = {"schema": 1, "model": run.meta["settings"]["model_name"], "hidden_top_k": run.meta["settings"]["hidden_top_k"], "vision_encoder": vision}
     rundirs.write_npz(folder / "visualization_tensors.npz", kept)
-    rundirs.write_json(folder / "tokens.json", content | {name: record[name] for name in names})
+    own = {name: record[name] for name in names} | {"image": os.path.abspath(record["image"])}
+    rundirs.write_json(folder / "tokens.json", content | own)
 
 
 def write_log(args, run, instances):
@@ -257,6 +260,16 @@ def write_log(args, run, instances):
     rows = [{name: run.record(sample.id)[name] for name in names} for sample in instances if run.is_done(sample.id)]
     rundirs.write_json(args.log, rows)
     print(f"wrote {args.log}")
+
+
+def print_counts(run, instances):
+    """What became of right and wrong first answers, in the first revision and in the final answer, where the gold answer tells."""
+    found = [run.record(sample.id)["correct"] for sample in instances if run.is_done(sample.id)]
+    for name in ("revision", "final"):
+        pairs = [(one["initial"], one[name]) for one in found if None not in (one["initial"], one[name])]
+        counts = {words: pairs.count(pair) for words, pair in (("right stayed right", (True, True)), ("right made wrong", (True, False)),
+                  ("wrong made right", (False, True)), ("wrong stayed wrong", (False, False)))}  # fmt: skip
+        print(f"initial answer to {name}: {', '.join(f'{count} {words}' for words, count in counts.items())} ({len(found) - len(pairs)} not judged)")
 
 
 def draw_average(args, run, instances):
@@ -324,6 +337,7 @@ def main(argv=None):
             if run.is_done(sample.id):
                 write_tensors(args, run, sample, vision)
         print(f"wrote visualization_tensors.npz and tokens.json of {sum(run.is_done(sample.id) for sample in instances)} instances to {args.output_dir}")
+    print_counts(run, instances)
     if args.visualize_avg_attention_all:
         draw_average(args, run, instances)
     if args.log:

@@ -7,9 +7,9 @@ Volcano (arXiv 2311.07362), figure 4 above; our study, sections 1.2 and 2.6.
     python visualize/text_attention_heatmap.py --input-dir outputs/volcano --output-dir outputs/volcano/figures --instance-idx 8
 
 It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in --input-dir. Writes text_heatmap_<idx>_q2i_attention (initial
-response), _f2i_ (feedback) and _r2i_ (revision), each as .html, .png and .pdf, and prints the strongest spans as comma lists for --feedback-target-tokens of
-image_attention_heatmap.py. One colour scale for the three, smallest to largest weight; --own_scale gives each text its own, as published. Names of things should be darker
-than the words between them."""
+response), _f2i_ (feedback) and _r2i_ (revision), each as .html, .png and .pdf, and prints the strongest spans as comma lists for
+image_attention_heatmap.py --feedback-target-tokens. One colour scale for the three, smallest to largest weight, so that colours compare; --own_scale gives
+each text its own, as published. Words that name things should be darker than those between them."""
 
 import base64
 import hashlib
@@ -87,7 +87,7 @@ def named_spans(stage, weights, count, length):
 
 
 def print_spans(instance, stage, rows, mean):
-    print(f"{instance.title(stage.name)}: {count(stage)}, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
+    print(f"{instance.title(stage.name)}: {size_of(stage)}, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
     for target, occurrence, start, end, weight in rows:
         place = f"tokens {start}-{end - 1}" if end - start > 1 else f"token {start}"
         print(f"  {weight:.3g}  {times(weight, mean)}  {shlex.quote(target)}  {place}" + (f", occurrence {occurrence}" if occurrence > 1 else ""))
@@ -98,7 +98,7 @@ def print_spans(instance, stage, rows, mean):
         print(f"  --feedback-target-tokens {targets}{occurrences}{where}")
 
 
-def count(stage):
+def size_of(stage):
     return f"{stage.steps} token{'s' * (stage.steps != 1)}"
 
 
@@ -252,7 +252,7 @@ def draw(instance, stage, weights, scale, args):
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
     axes.text(MARGIN, 0.26, title_of(instance, stage), fontsize=12, fontweight="bold", parse_math=False)
-    n = count(stage) + (" and the stop token" if stage.ended else "")
+    n = size_of(stage) + (" and the stop token" if stage.ended else "")
     axes.text(MARGIN, 0.46, question, fontsize=8.5, color="#3d4653", parse_math=False)
     axes.text(MARGIN, 0.62, shorten(f"{Path(instance.model).name}, instance {instance.index}, {n}", room), fontsize=8.5, color="#3d4653", parse_math=False)
     for i, text, x, line in placed:
@@ -267,6 +267,8 @@ def draw(instance, stage, weights, scale, args):
     bar = figure.colorbar(plots.plt.cm.ScalarMappable(scale, COLORS), cax=bar_axes, orientation="horizontal")
     bar.set_ticks(ticks_of(scale), labels=[f"{tick:.3g}" for tick in ticks_of(scale)])
     bar.ax.tick_params(labelsize=7.5, length=2)
+    for label, side in zip(bar.ax.get_xticklabels(), ("left", "center", "right")):
+        label.set_ha(side)
     bar.ax.grid(False)
     bar.outline.set_linewidth(0.5)
     bar.ax.plot([mean, mean], [-0.25, 1.25], color=plots.VERMILION, linewidth=1.4, clip_on=False)
