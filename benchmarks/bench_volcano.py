@@ -24,15 +24,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_diagnostics import Case, build, machine, make_samples, script
+from bench_diagnostics import Case, build, machine, make_samples
 
 import cli
 from capturing import embeddings
 from data.questions import critique_prompt, decide_prompt, revise_prompt
 from samples import Sample, load_image
+from visualize.conversation import Asker
 from visualize.maps import pool_heads, pool_layers
 
-volcano = script("visualize/run_volcano_with_image_attention.py")
 DECISION = 8  # tokens
 TOLERANCE = 1e-4
 
@@ -55,7 +55,7 @@ def prompts_of(question, answers):
 def ours(case):
     """[(ids of the four answers, pooled attention of the first three), ...] of every instance, as one batch."""
     args = argparse.Namespace(hidden_top_k=top(case), full_tensors=False, sample=False, temperature=1.0, seed=0, max_new_tokens=case.new_tokens)
-    ask = volcano.Asker(args, case.vlm, case.samples, [load_image(sample.image) for sample in case.samples])
+    ask = Asker(args, case.vlm, case.samples, [load_image(sample.image) for sample in case.samples])
     answers, rows = [[] for _ in case.samples], list(range(len(case.samples)))
     for stage in ("initial", "feedback", "revision", "decide"):
         args.max_new_tokens = DECISION if stage == "decide" else case.new_tokens

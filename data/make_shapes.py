@@ -5,8 +5,8 @@
 
 out_dir/val2017/<id>.jpg, train2017/<id>.jpg, annotations/{captions,instances}_{val,train}2017.json as COCO has them, and for val objects.json,
 questions.json, clean_questions.json (one object each), swap_pairs.tsv (EmbSpatial-Bench's columns), swap_pairs_ready.tsv (finished prompts), bboxes.json,
-mmhal_shapes.json, mmhal_answers.json; data/README.md lists their fields. A floor scene holds 2 to 4 shapes; in the default set depth and height in the picture go together
-(correlation 0.8), as in photographs.
+mmhal_shapes.json, mmhal_answers.json; data/README.md lists their fields. A floor scene holds 2 to 4 shapes; in the default set depth and height in the
+picture go together (correlation 0.8), as in photographs.
 
 Equal flags give equal bytes with any --num_workers; a scene depends on (seed, part, index) and on the kind of scene only. An interrupted run goes on
 where it stopped, a finished one is left alone. 600 pictures take about 3 seconds on two cores."""
@@ -35,7 +35,10 @@ FIRST_ID = {"val": 1, "train": 500_001}  # so no id is in both parts
 COUNTS = (2, 3, 4)  # objects in a floor scene
 READY = ("index", "question_id", "image_base64", "original_question", "swapped_question", "original_answer", "swapped_answer", "group", "category")
 EMBSPATIAL = ("index", "question_id", "category", "question", "image", "answer", "A", "B", "C", "D")
-LISTS = ("objects.json", "questions.json", "clean_questions.json", "mmhal_shapes.json", "mmhal_answers.json", "bboxes.json", "swap_pairs_ready.tsv", "swap_pairs.tsv")
+LISTS = (
+    "objects.json", "questions.json", "clean_questions.json", "mmhal_shapes.json", "mmhal_answers.json", "bboxes.json", "swap_pairs_ready.tsv",
+    "swap_pairs.tsv",
+)  # fmt: skip
 
 
 def parse_args(argv=None):

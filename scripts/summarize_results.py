@@ -152,8 +152,8 @@ def draw_ablation(found):
         tokens = next(iter(settings.values()))
         ticks = [f"{name.replace('_', ' ')}\n({tokens[name]['tokens']:.0f} tokens)" for name in names]
         ax.set_xticks(np.arange(len(names)), ticks, rotation=45, ha="right", fontsize=8)
-        ax.set(title=f"Token ablation: {label}", ylabel="destroyed share of the\ninitially correct answers", ylim=(0, 1.05))
-        ax.legend()
+        ax.set(title=f"Token ablation: {label}", ylabel="destroyed share of the\ninitially correct answers", ylim=(0, 1.2))
+        ax.legend(loc="upper right", ncols=2)
     return fig
 
 

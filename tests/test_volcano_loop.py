@@ -14,21 +14,13 @@ from data import make_shapes
 from groups import GROUPS
 from samples import Sample
 from visualize import maps
+from visualize.conversation import converse
 from visualize.protocol import decision, decision_published, judged, order_of
 
 SCRIPT = ROOT / "visualize" / "run_volcano_with_image_attention.py"
 TINY = ROOT / "checkpoints" / "tiny-llava"
 volcano = in_process(SCRIPT)
 NAMES = ["llava", "llava-gqa", "qwen"]
-
-
-def module():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("run_volcano", SCRIPT)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------------
@@ -162,11 +154,10 @@ def scripted(answers):
 
 
 def loop(answers, samples=None, given=None, **options):
-    run = module()
     args = SimpleNamespace(**({"engineered_prompt": False, "max_iterations": 3, "order": "fixed", "seed": 0, "paper_compat": False, "sample": False} | options))
     ask, asked = scripted(answers)
     samples = samples or [Sample(str(i), None, f"question {i}?") for i in range(len(answers))]
-    return run.converse(args, ask, samples, given), asked
+    return converse(args, ask, samples, given), asked
 
 
 def says(decide, **more):
