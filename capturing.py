@@ -318,6 +318,24 @@ class HiddenStates(Probe):
             self.states[index] = states
 
 
+class LastStates(Probe):
+    """The residual stream at the last prompt position after chosen layers: states (B, layers, d) as the model computes it, prefill only."""
+
+    wants_hidden = True
+
+    def __init__(self, layers):
+        self.layers, self._found = list(layers), {}
+
+    def hidden(self, index, states):
+        if self.step == 0 and index - 1 in self.layers:
+            self._found[index - 1] = states[:, -1]
+
+    @property
+    def states(self):
+        device = self._found[self.layers[0]].device
+        return torch.stack([self._found[layer].to(device) for layer in self.layers], 1)
+
+
 class RopeShift(Probe):
     """How the last prompt row reacts when all vision tokens move `delta` positions towards it; each layer alone, nothing propagates.
 

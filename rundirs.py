@@ -138,6 +138,11 @@ def write_npz(path, arrays):
     _write_with_folder(Path(path), _npz(arrays))
 
 
+def write_bytes(path, data):
+    """Write bytes in one step, with the folder. UsageError where it cannot be."""
+    _write_with_folder(Path(path), data)
+
+
 def _write_with_folder(path, data):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,33 @@
+"""In which directions do the states and their swap deltas spread? Redraws the 2-D PCA figures with the shared palette.
+
+    delta = state(swapped question) - state(original question), last prompt token, at each saved layer
+
+    python swap_analysis/pca_2d_recolor.py --results_dir results --model tiny
+
+Reads npz/vectors_{scale}.npz and json/category_validity_{scale}.json; writes plots/{all,both_correct,all_with_validity}/pca/pca_{scale}_L{n} as PNG and PDF, by
+full SVD, each component turned so that left, above or far points to its positive side. arXiv 2605.30161; our study's sections 2 and 3.4. On the tiny model
+the two categories of a group lie on opposite sides of zero."""
+
+import figures
+
+import cli
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--results_dir", default="results", help="the --output_dir of swap_analysis.py: one folder a model")
+    parser.add_argument("--model", help="folder name of one model; None: every model")
+    parser.add_argument("--scales", nargs="+", help="scales to draw; None: all that were saved")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    for folder in figures.models(args.results_dir, args.model):
+        for scale in figures.find_scales(folder, args.scales, "npz/vectors"):
+            figures.draw_pca(folder, scale, kinds=("pca",))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,33 @@
+"""Do the three spatial axes point in different directions? Draws the first three principal components of the swap deltas.
+
+    delta = state(swapped question) - state(original question), last prompt token, at each saved layer
+
+    python swap_analysis/pca_3d.py --results_dir results --model tiny
+
+Reads npz/vectors_{scale}.npz and json/category_validity_{scale}.json; writes plots/{all,both_correct,all_with_validity}/pca_3d/pca_{scale}_L{n} as PNG and PDF.
+A diamond is a category's mean, a line joins the two of a group: lines at right angles are independent axes, one line along another is an entangled pair.
+arXiv 2605.30161; our study's sections 2 and 3.4."""
+
+import figures
+
+import cli
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--results_dir", default="results", help="the --output_dir of swap_analysis.py: one folder a model")
+    parser.add_argument("--model", help="folder name of one model; None: every model")
+    parser.add_argument("--scales", nargs="+", help="scales to draw; None: all that were saved")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    for folder in figures.models(args.results_dir, args.model):
+        for scale in figures.find_scales(folder, args.scales, "npz/vectors"):
+            figures.draw_pca(folder, scale, kinds=("pca_3d",))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,41 @@
+"""Are the consistency curves of several scales comparable by eye? Redraws them with one y-range over all scales of a model.
+
+    range = all means, intervals and nulls of both families (axis coherence, within-category consistency) in all conditions, 5 % to spare
+
+    python swap_analysis/unify_consistency_ylim.py --results_dir results --model tiny
+
+Reads json/{sign_corrected,within_cat}_consistency_{scale}_{tag}.json; overwrites the figures of the same names under plots/<condition>/.
+arXiv 2605.30161; our study's section 0. The range comes from the scales that are drawn: with --scales, only from those."""
+
+import figures
+
+import cli
+from cli import UsageError
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--results_dir", default="results", help="the --output_dir of swap_analysis.py: one folder a model")
+    parser.add_argument("--model", help="folder name of one model; None: every model")
+    parser.add_argument("--scales", nargs="+", help="scales to draw; None: all that were saved")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    for folder in figures.models(args.results_dir, args.model):
+        scales = figures.find_scales(folder, args.scales)
+        ylim = figures.consistency_range(folder, scales)
+        drawn = [
+            figures.draw_consistency(folder, scale, condition, family, ylim)
+            for scale in scales
+            for condition in figures.CONDITIONS
+            for family in figures.FAMILIES
+        ]
+        if not any(drawn):
+            raise UsageError(f"{folder}/json has no consistency of {', '.join(scales)}; run swap_analysis.py for them")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
