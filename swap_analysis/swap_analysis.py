@@ -128,7 +128,8 @@ def extract(args, scale, path):
     if not set(layers) <= set(range(len(vlm.parts.layers))):
         raise UsageError(f"--layers {layers}: {path} has {len(vlm.parts.layers)} layers, counted from 0")
     identity = {"model_name": rundirs.slug(path), "fingerprint": fingerprint(path), "dtype": str(vlm.dtype).removeprefix("torch."), "scale": scale}
-    identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "data": args.data_path.rsplit("/", 1)[-1], "layers": layers, "pairs": len(found)}
+    identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "data": args.data_path.rsplit("/", 1)[-1], "layers": layers, "total_layers": len(vlm.parts.layers)}
+    identity |= {"pairs": len(found)}
     identity |= {"boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1]}
     names = ("seed", "max_samples_per_category", "state_dtype", "max_new_tokens", "ambiguous_band", "image_aspect")
     identity |= {name: getattr(args, name) for name in names}
@@ -175,17 +176,15 @@ def measure(args, scale):
     if not any(done):
         raise UsageError(f"{run.path} has no finished pair yet; run --stage states first")
     states = np.load(run.path / "states.npy", mmap_mode="r")
-    rows = np.flatnonzero(done)
-    kept = [found[row] for row in rows]
-    answers = [run.record(pair["id"]) for pair in kept]
-    finished = {pair["id"] for pair in kept}
-    quad_rows = [quad["row"] for quad in quads if quad["id"] in finished]
+    answers = [run.record(pair["id"]) if there else None for pair, there in zip(found, done, strict=True)]
+    finished = {pair["id"] for pair, there in zip(found, done, strict=True) if there}
     quad_states = np.load(run.path / "quad_states.npy", mmap_mode="r") if quads else None
+    quad_done = np.array([quad["id"] in finished for quad in quads], bool)
     results.write_results(
-        folder_of(args), scale, kept, states if len(rows) == len(found) else states[rows], answers, layers, args.rep_layers or representative(layers),
-        [quads[row] for row in quad_rows] or None, quad_states[quad_rows] if quad_rows else None,
+        folder_of(args), scale, found, states, answers, layers, args.rep_layers or representative(layers), quads or None, quad_states,
+        mask=np.array(done), quad_mask=quad_done if quads else None, total_layers=run.meta["settings"]["total_layers"],
     )  # fmt: skip
-    print(f"{folder_of(args)}: results of {scale} from {len(rows)} of {len(found)} pairs and {len(quad_rows)} quads")
+    print(f"{folder_of(args)}: results of {scale} from {sum(done)} of {len(found)} pairs and {quad_done.sum()} quads")
 
 
 def folder_of(args):
