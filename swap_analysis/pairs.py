@@ -75,7 +75,9 @@ def picture_at(path, offset):
     with open(path, "rb") as file:
         columns = next(csv.reader([file.readline().decode("utf-8")], delimiter="\t"))
         file.seek(offset)
-        row = dict(zip(columns, next(csv.reader(io.TextIOWrapper(file, "utf-8", newline=""), delimiter="\t"))))
+        stream = io.TextIOWrapper(file, "utf-8", newline="")
+        row = dict(zip(columns, next(csv.reader(stream, delimiter="\t"))))
+        stream.detach()
     try:
         return Image.open(io.BytesIO(base64.b64decode(row.get("image_base64") or row["image"], validate=True))).convert("RGB")
     except (binascii.Error, OSError, ValueError, KeyError) as error:

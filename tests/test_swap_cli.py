@@ -1,0 +1,74 @@
+"""swap_analysis.py by its command line on a tiny model: stages, resume, several scales, merge, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, in_process
+
+import rundirs
+from data import make_shapes
+
+swap = in_process(ROOT / "swap_analysis" / "swap_analysis.py")
+TINY = ROOT / "checkpoints" / "tiny-llava"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swap-cli") / "set"
+    assert make_shapes.main(["--out_dir", str(folder), "--num_images", "16", "--num_train", "1", "--seed", "5", "--num_workers", "1"]) == 0
+    return folder
+
+
+def flags(shapes, folder, *more):
+    table = ("--data_path", shapes / "swap_pairs_ready.tsv", "--bbox_file", shapes / "bboxes.json", "--max_samples_per_category", 4)
+    return ("--model_type", "tiny", *table, "--out_root", folder / "runs", "--output_dir", folder / "results", "--no_self_check", "--rep_layers", 5, *more)
+
+
+def contents(run):
+    return {path.name: path.read_bytes() for path in (run.path / "per_image").glob("*.json")}
+
+
+def test_stages_resume_and_merge(shapes, tmp_path):
+    done = swap(*flags(shapes, tmp_path, "--scales", f"full={TINY}", f"other={TINY}", "--layers", 3, 5, "--stage", "pairs", "states", "metrics"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = rundirs.read_run(tmp_path / "runs/swap_analysis/tiny_full", "swap_analysis")
+    states, quads = np.load(run.path / "states.npy"), np.load(run.path / "quad_states.npy")
+    records = run.records()
+    assert states.shape == (len(records), 2, 2, 128) and states.dtype == np.float16 and len(quads) == len((run.path / "quads.jsonl").read_text().splitlines())
+    assert np.mean([record["is_correct_orig"] and record["is_correct_swap"] for record in records]) > 0.8  # the trained model knows these relations
+    assert all((record["margin_orig"] > 0) == record["is_correct_orig"] for record in records if record["read_orig"])
+    stats = json.loads((tmp_path / "results/tiny/json/pred_stats_full.json").read_text())
+    assert stats["overall_n"] == len(records)
+    coherence = json.loads((tmp_path / "results/tiny/json/sign_corrected_consistency_full_all_pairs.json").read_text())
+    assert coherence["horizontal_L5"]["mean"] > 0.4 > abs(coherence["horizontal_L5"]["null_mean"]) and "horizontal_L0" not in coherence
+    before = contents(run)
+    for id in run.ids()[::3]:  # an interrupted run
+        (run.path / "per_image" / f"{id}.json").unlink()
+    again = flags(shapes, tmp_path, "--scales", f"full={TINY}", "--layers", 3, 5, "--stage", "states")
+    assert swap(*again).returncode == 0 and contents(run) == before
+    assert swap(*again, "--max_new_tokens", 2).returncode == 2  # other settings
+    assert swap(*again, "--max_new_tokens", 2, "--overwrite").returncode == 0
+    done = swap("--model_type", "tiny", "--merge", "--output_dir", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results/tiny/csv/summary.csv").read_text().count("\n") == 3
+    assert (tmp_path / "results/tiny/plots/all/cross_scale/sign_corrected.png").exists()
+
+
+def test_one_scale_that_fails_does_not_stop_the_others(shapes, tmp_path):
+    done = swap(*flags(shapes, tmp_path, "--scales", "bad=/no/such/model", f"full={TINY}", "--stage", "states", "metrics", "--layers", 5))
+    assert done.returncode == 3 and "error: bad" in done.stdout
+    assert (tmp_path / "results/tiny/json/pred_stats_full.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--scales", "50k"), "known for tiny are scale1"), (("--scales", "x=/no/such"), "no such folder"), (("--data_path", "none.tsv"), "cannot be read"),
+        (("--bbox_file", "none.json"), "not readable JSON"), (("--layers", 9), "has 6 layers"), (("--stage", "metrics"), "not a run directory"), (("--merge",), "has no results"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line(shapes, tmp_path, more, why):
+    scales = () if "--scales" in more or "--merge" in more else ("--scales", f"full={TINY}")
+    done = swap(*flags(shapes, tmp_path, *scales, *more))
+    assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1, done.stderr
