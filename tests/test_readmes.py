@@ -232,8 +232,8 @@ def make_checkout(folder, models=MODELS):
         pytest.fail(f"checkpoints/{missing[0]} is missing: train the tiny models with python checkpoints/train_tiny.py", pytrace=False)
     leave = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "runs", "outputs", "results", "COCO", "mmhal", "shapes*", "tiny-llava*", "tests")
     shutil.copytree(ROOT, folder, ignore=leave, dirs_exist_ok=True)
-    for name in models:
-        (folder / "checkpoints" / name).symlink_to(ROOT / "checkpoints" / name)
+    for path in (ROOT / "checkpoints").glob("tiny-llava*") if models else ():
+        (folder / "checkpoints" / path.name).symlink_to(path)
     return folder
 
 
