@@ -190,10 +190,10 @@ def example(scene):
 
 
 def make_scene(task):
-    """(seed, index, kind) -> scene; kind: number of shapes, or 'corridor'."""
-    seed, index, kind = task
+    """(seed, index, kind, correlation of height and depth) -> scene; kind: number of shapes on a floor, or 'corridor', where the two are always free."""
+    seed, index, kind, correlation = task
     rng = Random(f"{seed}-{kind}-{index}")
-    return corridor_scene(rng) if kind == "corridor" else floor_scene(rng, kind)
+    return corridor_scene(rng) if kind == "corridor" else floor_scene(rng, kind, correlation)
 
 
 def make_example(task):

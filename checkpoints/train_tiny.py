@@ -9,6 +9,8 @@ Stages, each resumed from checkpoints/.train/<stage>.pt and written to checkpoin
     late          the base goes on with more corridors, more critique, revise and decide prompts, and absent objects in the colour of one that is there
     plain, normWmean, multilayerNorm   the same goes on alike: as it is, behind a normalised projector, and behind one on four tower layers
                   (Beyond Semantics) -> tiny-llava, tiny-llava-<stage>
+    independent   the twin of the base run, on floor scenes whose height in the picture says nothing about depth, as far as the last snapshot
+                  -> tiny-llava-independent
 
 Relations come last and suddenly; held-out accuracy by kind is printed on the way. Everything random comes from (--seed, step).
 """
@@ -63,7 +65,9 @@ ONE_OBJECT_STEPS = 400  # mostly one-object scenes, naming and place questions
 OWN_HEAD_STEPS = 1000  # patches are named through a head that is thrown away; from then to half of the run through the LM head; then not at all
 LATE_MIX = {ask_relation: 25, ask_where: 8, ask_presence: 10, ask_confusable: 35, ask_color: 4, ask_shape: 4, ask_what: 4, ask_count: 5, ask_caption: 8}
 LATE_CORRIDOR_MIX = {ask_camera: 60, ask_relation: 20, ask_where: 5, ask_presence: 5, ask_confusable: 10, ask_caption: 5}
-STAGES = ["tower", "base", "late", "plain", "normWmean", "multilayerNorm"]
+STAGES = ["tower", "base", "late", "plain", "normWmean", "multilayerNorm", "independent"]
+FROM_SCRATCH = ("base", "independent")
+CORRELATION = 0.8  # of height in the picture and depth in floor scenes, as in photographs; 0 for the independent twin
 SNAPSHOTS = (1000, 1500, 2000, 2500)  # steps of the base run: tiny-llava-scale1..4
 BATCH = {"tower": 48, "decoder": 20}
 
@@ -83,13 +87,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def make_pool(scenes, seed, folder, held_out=False):
+def make_pool(scenes, seed, folder, correlation=CORRELATION, held_out=False):
     """Examples by kind: one object, two to four, corridor. Each: (scene, pixels, colour, shape, centre). Kept in folder."""
     shares = {1: 0.15, 2: 0.25, 3: 0.25, 4: 0.2, "corridor": 0.15}
-    kept = folder / f"pictures-{scenes}-{seed}-{held_out}.pkl"
+    kept = folder / f"pictures-{scenes}-{seed}-{correlation}-{held_out}.pkl"
     if kept.exists():
         return pickle.loads(kept.read_bytes())
-    tasks = [(f"{seed}-{'test' if held_out else 'train'}", i, kind) for kind, share in shares.items() for i in range(round(scenes * share))]
+    part = f"{seed}-{'test' if held_out else 'train'}"
+    tasks = [(part, i, kind, correlation) for kind, share in shares.items() for i in range(round(scenes * share))]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as workers:
         pool = list(tqdm(workers.map(make_example, tasks, chunksize=50), total=len(tasks), desc="pictures", disable=held_out))
     scratch = kept.with_suffix(f".{os.getpid()}")
@@ -132,10 +137,11 @@ class Stage:
         torch.save({"step": self.step, "parts": [part.state_dict() for part in (*self.modules, *self.optimizers)]}, scratch)
         scratch.replace(self.path)
 
-    def run(self, one_step, every, report):
-        """Call one_step(step) until done; report and save every `every` steps. False if the time is up first."""
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
-        while self.step < self.steps:
+    def run(self, one_step, every, report, last=None):
+        """Call one_step(step) until done, or until step `last`; report and save every `every` steps. False if the time is up first."""
+        last = last or self.steps
+        bar = tqdm(total=last, initial=self.step, desc=self.name, mininterval=5)
+        while self.step < last:
             self.set_lr()
             loss = one_step(self.step)
             for optimizer in self.optimizers:
@@ -146,10 +152,10 @@ class Stage:
                 optimizer.step()
             self.step += 1
             bar.update()
-            if self.step % every == 0 or self.step == self.steps:
+            if self.step % every == 0 or self.step == last:
                 report(self.step, loss.item())
                 self.save()
-                if time.monotonic() > self.args.deadline and self.step < self.steps:
+                if time.monotonic() > self.args.deadline and self.step < last:
                     return False
         return True
 
@@ -239,7 +245,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
     groups = collections.defaultdict(list)
     for i, (scene, *_) in enumerate(pool):
         groups["one" if len(scene.things) == 1 else scene.kind].append(i)
-    losses = collections.deque(maxlen=100)
+    losses, scratch = collections.deque(maxlen=100), name in FROM_SCRATCH
     color_ids, shape_ids = (
         torch.tensor([packer.tokenizer.encode(f"? {word}")[-1] for word in names], device=args.device) for names in (ALL_COLORS, ALL_SHAPES)
     )
@@ -254,11 +260,11 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
 
     def one_step(step):
         rng, share = Random(f"{args.seed}-{name}-{step}"), step / steps
-        early = name == "base" and step < ONE_OBJECT_STEPS
-        layout = "long" if not early and rng.random() < (0.06 if name == "base" else 0.3) else "short"
+        early = scratch and step < ONE_OBJECT_STEPS
+        layout = "long" if not early and rng.random() < (0.06 if scratch else 0.3) else "short"
         kinds = rng.choices(
             ["one", "floor", "corridor"],
-            weights=[80, 20, 0] if early else [8, 92, 0] if layout == "long" else [8, 80, 12] if name == "base" else [5, 60, 35],
+            weights=[80, 20, 0] if early else [8, 92, 0] if layout == "long" else [8, 80, 12] if scratch else [5, 60, 35],
             k=BATCH["decoder"],
         )
         rows = [rng.choice(groups[kind]) for kind in kinds]
@@ -268,7 +274,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
             pool,
             features,
             layout,
-            NAMING_MIX if early else {ask_protocol: 1} if layout == "long" else None if name == "base" else {"floor": LATE_MIX, "corridor": LATE_CORRIDOR_MIX},
+            NAMING_MIX if early else {ask_protocol: 1} if layout == "long" else None if scratch else {"floor": LATE_MIX, "corridor": LATE_CORRIDOR_MIX},
         )
         asked = targets[:, 1:] != -100
         with torch.autocast(args.device, dtype=torch.bfloat16):
@@ -277,7 +283,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
         entropy = F.cross_entropy(logits, targets[:, 1:][asked], reduction="none")
         loss = (entropy * weights[:, 1:][asked]).sum() / weights.sum()
         losses.append(loss.item())
-        if share < 0.5 and name == "base":
+        if share < 0.5 and scratch:
             color, shape = columns(pool, rows, 2, args.device), columns(pool, rows, 3, args.device)
             patches, on = hidden[inputs[1] == decoder.image].float().unflatten(0, color.shape), color > 0
             if step < OWN_HEAD_STEPS:
@@ -314,14 +320,14 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
             if step in SNAPSHOTS:
                 save(f"tiny-llava-scale{SNAPSHOTS.index(step) + 1}")
 
-    return stage.run(one_step, 500, report)
+    return stage.run(one_step, 500, report, SNAPSHOTS[-1] if name == "independent" else None)
 
 
 def text_norms(model, packer):
     """Mean and maximum L2 norm of the embeddings of caption tokens: the constants that the papers took as 0.83 and 1.22."""
     rng, ids = Random(0), []
     for i in range(200):
-        ids += packer.turn(ask_caption(rng, make_example(("norms", i, 2 + i % 3))[0]))[1]
+        ids += packer.turn(ask_caption(rng, make_example(("norms", i, 2 + i % 3, CORRELATION))[0]))[1]
     norms = model.get_input_embeddings().weight.detach()[ids].norm(dim=-1)
     return norms.mean().item(), norms.max().item()
 
@@ -338,8 +344,16 @@ def main(argv=None):
     tokenizer = make_tokenizer(scratch)
     packer, processor = Packer(tokenizer), make_processor(tokenizer)
     model = LlavaForConditionalGeneration(make_config(tokenizer)).to(args.device)
-    pool, test = make_pool(args.scenes, args.seed, out / ".train"), make_pool(640, args.seed, out / ".train", held_out=True)
-    Random(0).shuffle(test)
+    pools = {}
+
+    def scenes_for(name):
+        """(training pictures, held-out pictures in a fixed random order) of a stage."""
+        correlation = 0.0 if name == "independent" else CORRELATION
+        if correlation not in pools:
+            pools.clear()
+            pools[correlation] = [make_pool(n, args.seed, out / ".train", correlation, held_out=held_out) for n, held_out in ((args.scenes, False), (640, True))]
+            Random(0).shuffle(pools[correlation][1])
+        return pools[correlation]
 
     def save(folder, model):
         """Write the model in bfloat16 without touching the weights that go on being trained."""
@@ -355,12 +369,17 @@ def main(argv=None):
         tqdm.write(f"wrote {out / folder}")
 
     for name in args.stages:
+        pool, test = scenes_for(name)
         if name == "tower":
             done = train_tower(args, model.model.vision_tower, pool)
         else:
             load_part(out, "tower", model.model.vision_tower)
-            if name in ("base", "late"):
-                current, lr, steps, extra = model, *((2e-3, args.base_steps) if name == "base" else (1.5e-3, args.late_steps)), {}
+            if name in (*FROM_SCRATCH, "late"):
+                if name == "independent":  # starts where the base run started
+                    torch.manual_seed(args.seed)
+                    model = LlavaForConditionalGeneration(make_config(tokenizer)).to(args.device)
+                    load_part(out, "tower", model.model.vision_tower)
+                current, lr, steps, extra = model, *((1.5e-3, args.late_steps) if name == "late" else (2e-3, args.base_steps)), {}
                 if name == "late":
                     load_part(out, "base", Decoder(model))
             else:

@@ -7,7 +7,8 @@
 Reads json/pred_stats_{scale}.json; writes plots/accuracy/accuracy_group_bars and accuracy_trajectory as PNG and PDF, with intervals where the file has them.
 arXiv 2605.30161; our study's sections 2 and 3."""
 
-import figures
+import figures_scales
+import saved
 
 import cli
 
@@ -22,10 +23,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    for folder in figures.models(args.results_dir, args.model):
-        scales = figures.find_scales(folder, args.scales)
-        figures.draw_accuracy_bars(folder, scales)
-        figures.draw_accuracy_trajectory(folder, scales)
+    for folder in saved.models(args.results_dir, args.model):
+        scales = saved.find_scales(folder, args.scales)
+        figures_scales.draw_accuracy_bars(folder, scales)
+        figures_scales.draw_accuracy_trajectory(folder, scales)
     return 0
 
 

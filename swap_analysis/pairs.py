@@ -92,23 +92,32 @@ def names_in(question):
     return None
 
 
-def question_about(group, a, b):
-    """The prompt that asks for a against b."""
+def question_about(group, a, b, letters=None):
+    """The prompt that asks for a against b; with letters {"A": category, "B": category} it offers the two words to choose from."""
     stem = {
         "horizontal": f"Is the {a} to the left or right of the {b}?", "vertical": f"Is the {a} above or below the {b}?",
         "distance": f"Compared to {b}, is {a} far or close from you?",
     }[group]  # fmt: skip
+    if letters:
+        return f"{stem}\n" + "  ".join(f"({letter}) {SPELLED.get(name, name)}" for letter, name in letters.items()) + "\nAnswer with a single letter, A or B."
     return stem + ONE_WORD
 
 
-def read_pairs(path, seed=42, limit=200):
+def letters_for(group, number):
+    """The two options of a multiple-choice question: the canonical category is (A) in every other pair of a group."""
+    names = [category for category, own in GROUPS.items() if own == group]
+    return dict(zip("AB", names if number % 2 == 0 else names[::-1], strict=True))
+
+
+def read_pairs(path, seed=42, limit=200, multiple_choice=False, keep_unnamed=False):
     """([pair, ...], {why: rows left out}) of a table in either form, at most `limit` of each category (0: all), chosen by a seeded draw.
 
     pair: id, index, question_id, image_id (digest of the picture), offset, group, category (answer of the original question), questions and answers
-    (original, swapped), objects (asked, reference) where the table names them. A distance row of EmbSpatial's form takes its reference among the other
-    named options by a draw that depends on (seed, question id) only."""
+    (original, swapped), letters (None, or what A and B stand for in both), objects (asked, reference) where the table names them, and occurrence of each:
+    (k, of n options of that name). A distance row of EmbSpatial's form takes its reference among the other named options by a draw that depends on
+    (seed, question id) only; keep_unnamed lets 'unknown' and the like be an object, as the published code can."""
     try:
-        table = list(_pairs(Path(path), seed))
+        table = list(_pairs(Path(path), seed, multiple_choice, keep_unnamed))
     except OSError as error:
         raise UsageError(f"--data_path {path} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -126,9 +135,9 @@ def read_pairs(path, seed=42, limit=200):
     return pairs, dict(left_out)
 
 
-def _pairs(path, seed):
+def _pairs(path, seed, multiple_choice, keep_unnamed):
     """Yield each row's pair, or why it has none."""
-    ready = None
+    ready, accepted = None, Counter()
     for number, (offset, row) in enumerate(rows_of(path)):
         if ready is None:
             ready = set(row) >= READY
@@ -137,7 +146,15 @@ def _pairs(path, seed):
         picture = row.get("image_base64") or row.get("image") or ""
         common = {"id": f"{number:06d}", "index": number, "question_id": row.get("question_id") or row.get("index") or str(number), "offset": offset}
         common["image_id"] = hashlib.blake2b(picture.encode(), digest_size=8).hexdigest()
-        yield (_ready(row, common) if ready else _embspatial(row, common, seed)) if picture else "no picture"
+        pair = (_ready(row, common) if ready else _embspatial(row, common, seed, keep_unnamed)) if picture else "no picture"
+        if multiple_choice and not isinstance(pair, str):
+            if pair["objects"] is None:
+                pair = "no object names from which to ask with options"
+            else:
+                pair["letters"] = letters = letters_for(pair["group"], accepted[pair["group"]])
+                pair["questions"] = [question_about(pair["group"], *names, letters) for names in (pair["objects"], pair["objects"][::-1])]
+                accepted[pair["group"]] += 1
+        yield pair
 
 
 def _ready(row, common):
@@ -147,27 +164,31 @@ def _ready(row, common):
         return f"answers {row['original_answer']!r}, {row['swapped_answer']!r} of category {row['category']!r}"
     objects = re.match(r"(?:Is the (.+?) (?:to the left|above) or .+? the (.+?)\?)|(?:Compared to (.+?), is (.+?) far or)", row["original_question"])
     found = objects and ((objects[1], objects[2]) if objects[1] else (objects[4], objects[3]))
-    return common | {"group": GROUPS[category], "category": category, "questions": [row["original_question"], row["swapped_question"]], "objects": found}
+    questions = [row["original_question"], row["swapped_question"]]
+    return common | {"group": GROUPS[category], "category": category, "questions": questions, "letters": None, "objects": found, "occurrence": None}
 
 
-def _embspatial(row, common, seed):
+def _embspatial(row, common, seed, keep_unnamed=False):
     category = category_of(row["category"])
     if category is None:
         return f"category {row['category']!r}"
-    group = GROUPS[category]
+    group, invalid, occurrence = GROUPS[category], {""} if keep_unnamed else INVALID, None
     if group == "distance":
         options = {letter: row[letter].strip() for letter in "ABCD"}
-        target = options.get(row["answer"].strip().upper(), "")
-        others = sorted({text for text in options.values() if text.lower() not in INVALID and text.lower() != target.lower()})
-        if target.lower() in INVALID or not others:
+        answer = row["answer"].strip().upper()
+        target = options.get(answer, "")
+        others = sorted({text for text in options.values() if text.lower() not in invalid and text.lower() != target.lower()})
+        if target.lower() in invalid or not others:
             return "no named target or reference among the options"
         objects = target, Random(f"{seed}|{common['question_id']}").choice(others)
+        letters = [[letter for letter, text in options.items() if text.lower() == name.lower()] for name in objects]
+        occurrence = [(letters[0].index(answer), len(letters[0])), (0, 1) if len(letters[1]) == 1 else None]
     else:
         objects = names_in(row["question"])
         if objects is None:
             return "a question of unknown phrasing"
     questions = [question_about(group, *objects), question_about(group, *objects[::-1])]
-    return common | {"group": group, "category": category, "questions": questions, "objects": objects}
+    return common | {"group": group, "category": category, "questions": questions, "letters": None, "objects": objects, "occurrence": occurrence}
 
 
 # --- places: strata and quads -------------------------------------------------------------------------------------------------
@@ -195,7 +216,8 @@ def place(pairs, boxes, heights, band=0.05):
     dy = (height of the reference's centre - of the asked object's centre, from the top) / height of the picture, positive if the asked object is higher.
     consistent: the farther object is higher by more than `band`; counter: lower; else ambiguous. A quad joins the distance pair with the vertical pair about
     the same two objects, where these differ in height by more than `band`; signs turn both differences into 'above' and 'far'. Objects are matched by
-    question id and name; a name that occurs twice is no match. heights {pair id: height of the decoded picture}."""
+    question id and name, and the asked one by its occurrence among equal options where there are as many boxes of that name; any other name that occurs
+    twice is no match. heights {pair id: height of the decoded picture}."""
     quads, left_out = [], Counter()
     for pair in pairs:
         pair.setdefault("split", None)
@@ -206,9 +228,10 @@ def place(pairs, boxes, heights, band=0.05):
             left_out["no boxes or no object names"] += 1
             continue
         centres = []
-        for name in pair["objects"]:
+        for name, occurrence in zip(pair["objects"], pair["occurrence"] or (None, None), strict=True):
             own = [box for other, box in listed if other == name.lower()]
-            centres.append(own[0][1] + own[0][3] / 2 if len(own) == 1 else None)
+            which = 0 if len(own) == 1 else occurrence[0] if occurrence and occurrence[1] == len(own) else None
+            centres.append(None if which is None else own[which][1] + own[which][3] / 2)
         if None in centres:
             left_out["an object without a box of its own"] += 1
             continue
@@ -219,7 +242,8 @@ def place(pairs, boxes, heights, band=0.05):
             left_out["the two objects are at one height"] += 1
             continue
         vertical = "above" if dy > 0 else "under"
-        questions = [question_about("vertical", *pair["objects"]), question_about("vertical", *pair["objects"][::-1])]
+        letters = letters_for("vertical", len(quads)) if pair["letters"] else None
+        questions = [question_about("vertical", *names, letters) for names in (pair["objects"], pair["objects"][::-1])]
         signs = [1 if vertical == "above" else -1, 1 if pair["category"] == "far" else -1]
         quads.append({"id": pair["id"], "index": pair["index"], "image_id": pair["image_id"], "questions": questions, "vertical": vertical, "signs": signs,
                       "split": pair["split"]})  # fmt: skip
@@ -231,9 +255,23 @@ def place(pairs, boxes, heights, band=0.05):
 NEGATION = re.compile(r"(?:\b(?:not|never|neither|no|isn't|is not|cannot be)\b)\W+(?:\w+\W+){0,2}$", re.IGNORECASE)
 
 
-def read_answer(text, category):
+LETTER = re.compile(r"\s*(?:\(([AB])\)|(?:answer:?\s*|option\s*)?([AB])(?=[).:,]|\s*$))", re.IGNORECASE)
+
+
+def spellings(pair):
+    """{category: words that answer it} of the two categories of a pair's group; the letters of a multiple-choice pair."""
+    names = (pair["category"], OPPOSITE[pair["category"]])
+    if pair.get("letters"):
+        return {name: tuple(letter for letter, own in pair["letters"].items() if own == name) for name in names}
+    return {name: tuple(form for word in WORDS[name] for form in (word, word.capitalize())) for name in names}
+
+
+def read_answer(text, category, letters=None):
     """What an answer says of a category's axis: (category or None, note). Whole words and synonyms; the first one that is not negated counts; 'left or right'
-    and an answer that names both without deciding is a tie; an answer that only negates one says the other."""
+    and an answer that names both without deciding is a tie; an answer that only negates one says the other. letters {"A": category, "B": category}: an answer
+    that begins with one of them says what it stands for."""
+    if letters and (found := LETTER.match(text)):
+        return letters[(found[1] or found[2]).upper()], "letter"
     words = {word: name for name in (category, OPPOSITE[category]) for word in WORDS[name]}
     found = [
         (match.start(), words[match[0].lower()], bool(NEGATION.search(text[: match.start()])))

@@ -8,7 +8,8 @@ Reads npz/vectors_{scale}.npz and json/category_validity_{scale}.json; writes pl
 A diamond is a category's mean, a line joins the two of a group: lines at right angles are independent axes, one line along another is an entangled pair.
 arXiv 2605.30161; our study's sections 2 and 3.4."""
 
-import figures
+import figures_pca
+import saved
 
 import cli
 
@@ -23,9 +24,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    for folder in figures.models(args.results_dir, args.model):
-        for scale in figures.find_scales(folder, args.scales, "npz/vectors"):
-            figures.draw_pca(folder, scale, kinds=("pca_3d",))
+    for folder in saved.models(args.results_dir, args.model):
+        for scale in saved.find_scales(folder, args.scales, "npz/vectors"):
+            figures_pca.draw_pca(folder, scale, kinds=("pca_3d",))
     return 0
 
 

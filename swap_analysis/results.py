@@ -8,40 +8,30 @@
 tag = all_pairs, both_correct (original and swapped question answered right). An entry with too little data is there with null values and too_few = true.
 Names of the user's overview ("Saved Outputs"); fields of our study's sections 2 and 3.1, with intervals, nulls and strata added."""
 
-import json
-import re
 from pathlib import Path
 
 import metrics
 import numpy as np
 from metrics import CATEGORIES, GROUPS, SPLITS
+from saved import find_scales, read_json
 
 import plots
 import rundirs
-from cli import UsageError
 
 TAGS = ("all_pairs", "both_correct")
 
 
-def scale_order(scales):
-    """The scales by the samples or steps that their names tell (vanilla 0, 80k, 2m, step50), names without a number behind them, by the alphabet."""
-
-    def samples(scale):
-        number = re.fullmatch(r"\D*?(\d+(?:\.\d+)?)([km]?)", scale.lower())
-        return float(number[1]) * {"": 1.0, "k": 1e3, "m": 1e6}[number[2]] if number else 0.0 if scale == "vanilla" else np.inf
-
-    return sorted(scales, key=lambda scale: (samples(scale), scale))
-
-
 def write_results(
-    folder, scale, pairs, states, answers, layers, rep_layers, quads=None, quad_states=None, mask=None, quad_mask=None, total_layers=None, **bootstrap
-):
+    folder, scale, pairs, states, answers, layers, rep_layers, quads=None, quad_states=None, mask=None, quad_mask=None, total_layers=None, k=3, frac=0.07,
+    **bootstrap
+):  # fmt: skip
     """Write the tree of one scale below folder and return the recommended layer's record.
 
     pairs: n dicts {id, index, group, category, image_id, split}; states (n, 2, L, d) of original and swapped, answers: n dicts {pred_*, is_correct_*,
     margin_*}, * = orig, swap; layers: the L layer numbers, rep_layers: those of the NPZ. quads: q dicts {index, image_id, signs, split}; quad_states
     (q, 4, L, d) of vertical original, swapped, distance original, swapped; None: not asked for. mask (n,), quad_mask (q,) bool: rows that are computed, all
-    by default; others are counted as n_missing. States may be memory maps and are read one layer at a time. bootstrap: num_resamples, seed."""
+    by default; others are counted as n_missing. States may be memory maps and are read one layer at a time. k, frac: of
+    the recommended layers. bootstrap: num_resamples, seed."""
     folder, layers = Path(folder), [int(layer) for layer in layers]
     rows = _computed(pairs, states, layers, mask, 2, "pairs")
     if len(answers) != len(pairs):
@@ -56,7 +46,7 @@ def write_results(
     vectors(folder, scale, facts, states, rows, layers, rep_layers)
     if quads is not None:
         cross_group(folder, scale, quads, quad_states, layers, rep_layers, quad_mask, bootstrap)
-    chosen = metrics.recommend_layer(coherence, total_layers or max(layers) + 1, vd=vd)
+    chosen = metrics.recommend_layer(coherence, total_layers or max(layers) + 1, k, frac, vd=vd)
     rundirs.write_json(folder / "json" / f"recommended_layer_{scale}.json", {"scale": scale} | chosen)
     return chosen
 
@@ -204,42 +194,24 @@ def _aligned(vertical, distance, signs, images, bootstrap):
 # --- over scales ------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """A result file's content, None where there is none; UsageError where it is damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); run the metrics stage of swap_analysis.py again") from error
-
-
-def scales_in(folder):
-    """Scales with results below folder, in the order of scale_order()."""
-    return scale_order(path.stem.removeprefix("pred_stats_") for path in (Path(folder) / "json").glob("pred_stats_*.json"))
-
-
 def write_summary(folder):
     """csv/summary.csv: one row per scale with accuracies, and coherence and entanglement at the recommended layer. Returns its path."""
     folder = Path(folder)
-    scales = scales_in(folder)
-    if not scales:
-        raise UsageError(f"no json/pred_stats_*.json below {folder}; run swap_analysis.py for at least one scale first")
-    rows = [_summary_row(folder / "json", scale) for scale in scales]
+    rows = [_summary_row(folder, scale) for scale in find_scales(folder)]
     return plots.save_csv(folder / "csv" / "summary.csv", {key: ["" if row[key] is None else row[key] for row in rows] for key in rows[0]}, quiet=True)
 
 
 def _summary_row(folder, scale):
-    stats = read_json(folder / f"pred_stats_{scale}.json")
+    stats = read_json(folder, f"pred_stats_{scale}")
     parts = [*GROUPS, "overall", *(f"distance_{split}" for split in SPLITS)]
     row = {"scale": scale} | {f"{part}_{field}": stats[f"{part}_{field}"] for part in parts for field in ("n", "acc_orig", "acc_swap", "acc_both")}
     row |= {f"gap_{kind}": stats[f"gap_{kind}"]["value"] for kind in ("orig", "swap", "both")}
-    alignment = read_json(folder / f"cross_alignment_{scale}.json") or {}
+    alignment = read_json(folder, f"cross_alignment_{scale}") or {}
     deepest = alignment.get(max(alignment, key=lambda name: int(name[1:]), default=None)) or {}
     row |= {"alignment_deepest": deepest.get("per_sample_mean"), "alignment_deepest_as_published": deepest.get("as_published", {}).get("per_sample_mean")}
-    layer = (read_json(folder / f"recommended_layer_{scale}.json") or {}).get("recommended")
-    coherence = read_json(folder / f"sign_corrected_consistency_{scale}_all_pairs.json") or {}
+    layer = (read_json(folder, f"recommended_layer_{scale}") or {}).get("recommended")
+    coherence = read_json(folder, f"sign_corrected_consistency_{scale}_all_pairs") or {}
     row |= {"recommended_layer": layer} | {f"{group}_coherence": coherence.get(f"{group}_L{layer}", {}).get("mean") for group in GROUPS}
-    vd = (read_json(folder / f"vd_ei_{scale}.json") or {}).get(f"L{layer}", {})
+    vd = (read_json(folder, f"vd_ei_{scale}") or {}).get(f"L{layer}", {})
     fields = {"vd_ei": ("eq3_raw", "value"), "vd_ei_crossfit": ("eq3_raw", "crossfit"), "vd_group_cosine": ("group_cosine_raw", "value")}
     return row | {name: vd.get(form, {}).get(field) for name, (form, field) in fields.items()}

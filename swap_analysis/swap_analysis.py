@@ -12,13 +12,18 @@ pair), metrics and plots. Stages live in <out_root>/swap_analysis/<model_type>_<
 --scales names checkpoints of the table below, or NAME=PATH."""
 
 import json
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import figures
+import figures_scales
+import metrics
 import numpy as np
 import pairs
 import results
+from saved import find_scales, read_curves, read_json
 from states import load_picture, make_process, open_states
 
 import cli
@@ -59,9 +64,21 @@ def parse_args(argv=None):
     parser.add_argument("--scales", nargs="+", default=None, help="which checkpoints, each a known name or NAME=PATH; None: all known ones")
     parser.add_argument("--output_dir", default="results", help="where csv, json, npz and plots go, in a folder of the model type")
     parser.add_argument("--merge", action="store_true", help="no model: figures and summary over the scales that have results")
+    parser.add_argument("--merge_output_dir", default=None, help="where a merge goes, in a folder of --group_name; None: the model type's own results")
+    parser.add_argument("--group_name", default=None, help="folder of a merge, below --merge_output_dir or <output_dir>/compare; None: the model type")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="only these stages")
+    parser.add_argument("--phase1_only", action="store_true", help="no figures: pairs, states, metrics; with --merge only the summary")
+    parser.add_argument("--rebuild_metrics", action="store_true", help="no model: metrics and figures again from the states")
+    parser.add_argument("--recommend_layer", action="store_true", help="no model: print the layer at which the axes are clearest, from saved results")
+    parser.add_argument("--recommend_k", type=int, default=3, help="layers that are recommended")
+    parser.add_argument("--recommend_frac", type=float, default=0.07, help="share of the last layers that is never recommended")
     parser.add_argument("--max_samples_per_category", type=int, default=200, help="0: all")
     parser.add_argument("--bbox_file", default=None, help="boxes of the objects by question id: strata, and quads of vertical and distance questions")
+    parser.add_argument("--skip_cross_group", action="store_true", help="no quads, only strata, unless --run_phase_b is given")
+    parser.add_argument("--run_phase_b", action="store_true", help="quads are wanted: --bbox_file must be there")
+    parser.add_argument("--skip_phase_b", action="store_true", help="no quads, only strata")
+    parser.add_argument("--question_type", choices=["short_answer", "mcq"], default="short_answer", help="mcq: the two words as options (A) and (B)")
+    parser.add_argument("--no_filtering", action="store_true", help="keep distance rows about objects called 'unknown' and the like")
     parser.add_argument("--ambiguous_band", type=float, default=0.05, help="difference of heights, a share of the picture's, up to which a pair is ambiguous")
     parser.add_argument("--layers", type=int, nargs="+", default=None, help="layers whose states are kept; None: all")
     parser.add_argument("--rep_layers", type=int, nargs="+", default=None, help="layers of the vectors and their plots; None: five across the depth")
@@ -78,6 +95,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.max_samples_per_category < 0:
         parser.error("--batch_size and --max_new_tokens count from 1, --max_samples_per_category from 0")
+    if args.recommend_k < 1 or not 0 <= args.recommend_frac < 1:
+        parser.error("--recommend_k counts from 1, --recommend_frac is a share from 0 to below 1")
+    if args.run_phase_b and not args.bbox_file:
+        parser.error("--run_phase_b needs the objects' boxes: give --bbox_file")
+    if args.rebuild_metrics:
+        args.stage = ["metrics", "plots"]
+    if args.phase1_only:
+        args.stage = [stage for stage in args.stage if stage != "plots"]
     return args
 
 
@@ -105,7 +130,8 @@ def representative(layers):
 
 def read_table(args):
     """(pairs, quads) of --data_path and --bbox_file, rows that gave none reported."""
-    found, left_out = pairs.read_pairs(args.data_path, args.seed, args.max_samples_per_category)
+    choice = args.question_type == "mcq"
+    found, left_out = pairs.read_pairs(args.data_path, args.seed, args.max_samples_per_category, choice, args.no_filtering)
     for why, count in left_out.items():
         print(f"{count} rows left out: {why}")
     quads = []
@@ -114,6 +140,8 @@ def read_table(args):
         quads, left_out = pairs.place(found, pairs.read_boxes(args.bbox_file), heights, args.ambiguous_band)
         for why, count in left_out.items():
             print(f"{count} distance pairs without a quad: {why}")
+    if args.skip_phase_b or (args.skip_cross_group and not args.run_phase_b):
+        quads = []
     for pair in found:
         pair.setdefault("split", None)
     return found, [quad | {"row": row} for row, quad in enumerate(quads)]
@@ -129,9 +157,8 @@ def extract(args, scale, path):
         raise UsageError(f"--layers {layers}: {path} has {len(vlm.parts.layers)} layers, counted from 0")
     identity = {"model_name": rundirs.slug(path), "fingerprint": fingerprint(path), "dtype": str(vlm.dtype).removeprefix("torch."), "scale": scale}
     identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "data": args.data_path.rsplit("/", 1)[-1], "layers": layers, "total_layers": len(vlm.parts.layers)}
-    identity |= {"pairs": len(found)}
-    identity |= {"boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1]}
-    names = ("seed", "max_samples_per_category", "state_dtype", "max_new_tokens", "ambiguous_band", "image_aspect")
+    identity |= {"pairs": len(found), "quads": len(quads), "boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1]}
+    names = ("seed", "max_samples_per_category", "state_dtype", "max_new_tokens", "ambiguous_band", "image_aspect", "question_type", "no_filtering")
     identity |= {name: getattr(args, name) for name in names}
     free = {"model_path": path, "data_path": args.data_path, "batch_size": args.batch_size, "device": str(vlm.device)}
     run = rundirs.open_run(run_of(args, scale), EXPERIMENT, identity, free, args.overwrite)
@@ -183,6 +210,7 @@ def measure(args, scale):
     results.write_results(
         folder_of(args), scale, found, states, answers, layers, args.rep_layers or representative(layers), quads or None, quad_states,
         mask=np.array(done), quad_mask=quad_done if quads else None, total_layers=run.meta["settings"]["total_layers"],
+        k=args.recommend_k, frac=args.recommend_frac,
     )  # fmt: skip
     print(f"{folder_of(args)}: results of {scale} from {sum(done)} of {len(found)} pairs and {quad_done.sum()} quads")
 
@@ -192,24 +220,48 @@ def folder_of(args):
 
 
 def merge(args):
-    """Figures and summary over scales."""
+    """Figures and summary over scales, beside the results or, from copies of their JSON files, in a folder of the group."""
     folder = folder_of(args)
-    there = [path.name.removeprefix("pred_stats_").removesuffix(".json") for path in (folder / "json").glob("pred_stats_*.json")]
-    order = [*CHECKPOINTS.get(args.model_type, {}), *sorted(there)]
+    order = [*CHECKPOINTS.get(args.model_type, {}), *find_scales(folder)]
     wanted = [scale.partition("=")[0] for scale in args.scales] if args.scales else list(dict.fromkeys(order))
-    scales = [scale for scale in wanted if scale in there]
+    scales = [scale for scale in wanted if scale in find_scales(folder)]
     if not scales:
-        raise UsageError(f"{folder} has no results of {', '.join(wanted) or 'any scale'}; run without --merge first")
+        raise UsageError(f"{folder} has no results of {', '.join(wanted)}; run without --merge first")
+    if args.merge_output_dir or args.group_name:
+        target = Path(args.merge_output_dir or Path(args.output_dir) / "compare") / (args.group_name or args.model_type)
+        (target / "json").mkdir(parents=True, exist_ok=True)
+        for path in (folder / "json").iterdir():
+            if any(re.search(rf"_{re.escape(scale)}(_all_pairs|_both_correct)?\.json$", path.name) for scale in scales):
+                shutil.copyfile(path, target / "json" / path.name)
+        folder = target
     results.write_summary(folder)
-    figures.draw_merge(folder, scales, quiet=True)
-    print(f"{folder}: merged {', '.join(scales)} into csv/summary.csv, plots/accuracy and plots/*/cross_scale")
+    if not args.phase1_only:
+        figures_scales.draw_merge(folder, scales, quiet=True)
+    print(f"{folder}: merged {', '.join(scales)} into csv/summary.csv" + (", plots/accuracy and plots/*/cross_scale" if not args.phase1_only else ""))
+    return 0
+
+
+def recommend(args):
+    """Print the recommended layer of every scale from its saved curves."""
+    folder = folder_of(args)
+    for scale in find_scales(folder, [scale.partition("=")[0] for scale in args.scales] if args.scales else None):
+        curves = read_curves(folder, f"sign_corrected_consistency_{scale}_all_pairs")
+        before = read_json(folder, f"recommended_layer_{scale}")
+        if not curves or not before:
+            raise UsageError(f"{folder}/json lacks the coherence of {scale}; run --stage metrics again")
+        coherence = {group: dict(zip(curve["layer"].tolist(), curve["mean"].tolist(), strict=True)) for group, curve in curves.items()}
+        found = metrics.recommend_layer(coherence, before["criteria_applied"]["total_layers"], args.recommend_k, args.recommend_frac)
+        layers = ", ".join(f"{one['layer']} ({one['score']:.2f} of the weakest axis' peak)" for one in found["top_k"])
+        print(f"{scale}: layer {layers or 'none'}; candidates {found['candidate_range']}, last one allowed {found['cutoff_layer']}")
+        for warning in found["warnings"]:
+            print(f"{scale}: {warning}")
     return 0
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.merge:
-        return merge(args)
+    if args.merge or args.recommend_layer:
+        return merge(args) if args.merge else recommend(args)
     worst = 0
     for scale, path in scales_of(args).items():
         try:

@@ -8,6 +8,7 @@ Reads json/{sign_corrected,within_cat}_consistency_{scale}_{tag}.json; overwrite
 arXiv 2605.30161; our study's section 0. The range comes from the scales that are drawn: with --scales, only from those."""
 
 import figures
+import saved
 
 import cli
 from cli import UsageError
@@ -23,14 +24,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    for folder in figures.models(args.results_dir, args.model):
-        scales = figures.find_scales(folder, args.scales)
+    for folder in saved.models(args.results_dir, args.model):
+        scales = saved.find_scales(folder, args.scales)
         ylim = figures.consistency_range(folder, scales)
         drawn = [
-            figures.draw_consistency(folder, scale, condition, family, ylim)
-            for scale in scales
-            for condition in figures.CONDITIONS
-            for family in figures.FAMILIES
+            figures.draw_consistency(folder, scale, condition, family, ylim) for scale in scales for condition in saved.CONDITIONS for family in saved.FAMILIES
         ]
         if not any(drawn):
             raise UsageError(f"{folder}/json has no consistency of {', '.join(scales)}; run swap_analysis.py for them")

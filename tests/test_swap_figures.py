@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import figures
+import figures_pca
+import figures_scales
+import look
 import numpy as np
 import pytest
+import saved
 from conftest import in_process
 from PIL import Image
 
@@ -19,8 +23,8 @@ from rundirs import write_json, write_npz
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "swap_analysis"
 SCRIPTS = ("pca_2d_recolor", "pca_3d", "accuracy_chart", "unify_consistency_ylim")
-CATEGORIES = list(figures.CATEGORY_COLORS)
-GROUP_OF = {name: group for group, pair in figures.GROUPS.items() for name in pair}
+CATEGORIES = list(look.CATEGORY_COLORS)
+GROUP_OF = {name: group for group, pair in saved.GROUPS.items() for name in pair}
 STRENGTH = {"horizontal": 3.0, "vertical": 2.0, "distance": 1.0}
 
 
@@ -56,7 +60,7 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
         depth = np.arange(layers)
         rise = 1 / (1 + np.exp(-(depth - 0.55 * layers) * 9 / layers)) * np.where(depth > 0.85 * layers, 0.85, 1)
         stats, validity = {"scale": scale}, {}
-        for group, pair in figures.GROUPS.items():
+        for group, pair in saved.GROUPS.items():
             both = {"horizontal": 0.72, "vertical": 0.6, "distance": 0.0 if place == 0 else 0.35}[group] + 0.2 * skill * (place > 0)
             stats |= {f"{group}_n": 2 * n, f"{group}_acc_orig": min(both + 0.15, 1), f"{group}_acc_swap": min(both + 0.1, 1), f"{group}_acc_both": both}
             for order in ("orig", "swap", "both"):
@@ -66,7 +70,7 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
                 poor = group == "distance" and place == 0
                 good = (0.02, 0.88) if name == "far" else (0.91, 0.03)
                 validity[name] = {"n": n, "acc_orig": good[0] if poor else 0.8, "acc_swap": good[1] if poor else 0.78, "reliable": not poor}
-        stats |= {f"overall_{key}": np.mean([stats[f"{group}_{key}"] for group in figures.GROUPS]) for key in ("acc_orig", "acc_swap", "acc_both")}
+        stats |= {f"overall_{key}": np.mean([stats[f"{group}_{key}"] for group in saved.GROUPS]) for key in ("acc_orig", "acc_swap", "acc_both")}
         write_json(folder / f"json/pred_stats_{scale}.json", stats | {"overall_n": 6 * n})
         write_json(folder / f"json/category_validity_{scale}.json", validity)
         for tag in ("all_pairs", "both_correct"):
@@ -74,7 +78,7 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
             peak = {"horizontal": 0.35 + 0.15 * skill, "vertical": 0.25 + 0.4 * skill, "distance": 0.05 + 0.08 * skill}
             coherence, within = {}, {}
             for layer in range(layers):
-                for group, pair in figures.GROUPS.items():
+                for group, pair in saved.GROUPS.items():
                     mean = peak[group] * rise[layer] + 0.008 * rng.normal()
                     cell = {"mean": mean, "std": 0.2, "n": 2 * n, "low": mean - 0.03, "high": mean + 0.03, "null_mean": -0.002, "null_std": 0.004}
                     coherence[f"{group}_L{layer}"] = {"mean": None, "std": None, "n": 1, "too_few": True} if few(group) else cell
@@ -149,7 +153,7 @@ def drawn(monkeypatch):
 
 def test_components_are_the_planted_directions_and_point_to_left_above_far():
     arrays = planted_pairs(n=80, noise=0.2, layers=(3,))
-    found = figures.pca(arrays["delta_L3"], arrays["delta_L3"], arrays["categories_L3"])
+    found = figures_pca.pca(arrays["delta_L3"], arrays["delta_L3"], arrays["categories_L3"])
     cosines = np.sum(found.axes * planted_axes(24), axis=1)
     assert np.all(cosines > 0.99), cosines
     planted = np.array([9, 4, 1]) / 3 + 0.2**2  # each axis is that of a third of the pairs
@@ -160,7 +164,7 @@ def test_components_are_the_planted_directions_and_point_to_left_above_far():
 
 def test_planted_entanglement_shows_as_far_on_the_side_of_above():
     arrays = planted_pairs(n=80, noise=0.2, entangled=0.8, layers=(3,))
-    found = figures.pca(arrays["delta_L3"], arrays["delta_L3"], arrays["categories_L3"])
+    found = figures_pca.pca(arrays["delta_L3"], arrays["delta_L3"], arrays["categories_L3"])
     means = {name: found.points[arrays["categories_L3"] == name].mean(axis=0) for name in CATEGORIES}
     assert means["far"][1] > 0.5 and means["close"][1] < -0.5
 
@@ -169,31 +173,31 @@ def test_pca_does_not_depend_on_the_order_or_side_of_its_input():
     arrays = planted_pairs(layers=(3,))
     orig, swap, deltas, names = (arrays[f"{name}_L3"] for name in ("orig", "swap", "delta", "categories"))
     order = np.random.default_rng(5).permutation(len(names))
-    straight, mixed = figures.pca(deltas, deltas, names), figures.pca(deltas[order], deltas[order], names[order])
+    straight, mixed = figures_pca.pca(deltas, deltas, names), figures_pca.pca(deltas[order], deltas[order], names[order])
     np.testing.assert_allclose(mixed.points, straight.points[order], atol=1e-5)
     np.testing.assert_allclose(mixed.axes, straight.axes, atol=1e-5)
-    one, other = figures.pca(np.concatenate([orig, swap]), deltas, names), figures.pca(np.concatenate([swap, orig]), deltas, names)
+    one, other = figures_pca.pca(np.concatenate([orig, swap]), deltas, names), figures_pca.pca(np.concatenate([swap, orig]), deltas, names)
     np.testing.assert_allclose(other.points, np.roll(one.points, len(names), axis=0), atol=1e-5)
-    flipped = figures.pca(-deltas, -deltas, names)  # every question asked the other way round: the axes turn, the picture stays
+    flipped = figures_pca.pca(-deltas, -deltas, names)  # every question asked the other way round: the axes turn, the picture stays
     np.testing.assert_allclose(flipped.points, straight.points, atol=1e-5)
     np.testing.assert_allclose(flipped.axes, -straight.axes, atol=1e-5)
-    mirrored = figures.pca(deltas[:, ::-1], deltas[:, ::-1], names)  # dimensions in another order
+    mirrored = figures_pca.pca(deltas[:, ::-1], deltas[:, ::-1], names)  # dimensions in another order
     np.testing.assert_allclose(mirrored.points, straight.points, atol=1e-5)
 
 
 def test_without_a_canonical_category_the_largest_loading_is_positive():
     deltas = np.random.default_rng(0).normal(size=(9, 5))
     for vectors in (deltas, -deltas):
-        axes = figures.pca(vectors, vectors, np.array(["right"] * 9)).axes
+        axes = figures_pca.pca(vectors, vectors, np.array(["right"] * 9)).axes
         assert all(axis[np.argmax(np.abs(axis))] > 0 for axis in axes)
 
 
 def test_components_beyond_the_rank_are_zero_and_equal_rows_explain_nothing():
     line = np.outer(np.arange(6.0), np.ones(4))
-    found = figures.pca(line, line, np.array(["left"] * 6))
+    found = figures_pca.pca(line, line, np.array(["left"] * 6))
     assert found.explained[0] == pytest.approx(1) and np.all(found.points[:, 1:] == 0)
-    assert figures.pca(line[:2, :1], line[:2, :1], np.array(["left"] * 2)).points.shape == (2, 3)
-    same = figures.pca(np.ones((5, 4)), np.ones((5, 4)), np.array(["far"] * 5))
+    assert figures_pca.pca(line[:2, :1], line[:2, :1], np.array(["left"] * 2)).points.shape == (2, 3)
+    same = figures_pca.pca(np.ones((5, 4)), np.ones((5, 4)), np.array(["far"] * 5))
     assert np.all(same.points == 0) and np.isnan(same.explained).all()
 
 
@@ -206,7 +210,7 @@ def test_one_scale_gives_every_figure_of_the_tree_with_its_settings(results, cap
     names = {str(path.relative_to(results / "tiny/plots").with_suffix("")) for path in written}
     families = ("within_cat_consistency/within_cat_vanilla", "sign_corrected_consistency/sign_corrected_vanilla", "heatmap/heatmap_vanilla_L3",
                 "pca/pca_vanilla_L3", "pca_3d/pca_vanilla_L3")  # fmt: skip
-    expected = {f"{condition}/{name}" for condition in figures.CONDITIONS for name in families}
+    expected = {f"{condition}/{name}" for condition in saved.CONDITIONS for name in families}
     assert names == expected | {f"{c}/cross_alignment/cross_alignment_vanilla" for c in ("all", "all_with_validity")} | {"accuracy/accuracy_group_bars_vanilla"}
     assert all(path.stat().st_size > 3000 for path in written) and {path.suffix for path in written} == {".png", ".pdf"}
     found = settings_of(results / "tiny/plots/both_correct/pca/pca_vanilla_L3.png")
@@ -214,17 +218,17 @@ def test_one_scale_gives_every_figure_of_the_tree_with_its_settings(results, cap
 
 
 def test_all_scales_give_the_comparing_figures(results, drawn):
-    figures.draw_merge(results / "tiny", ["vanilla", "80k", "400k"])
+    figures_scales.draw_merge(results / "tiny", ["vanilla", "80k", "400k"])
     names = {str(path.relative_to(results / "tiny/plots")) for path, _ in drawn}
     cross = {"all": ("sign_corrected", "within_cat", "cross_alignment", "vd_ei", "ablation_summary"), "all_with_validity": ("sign_corrected", "within_cat"),
              "both_correct": ("sign_corrected", "within_cat", "vd_ei", "ablation_summary")}  # fmt: skip
     expected = {f"{condition}/cross_scale/{name}" for condition, found in cross.items() for name in found}
     assert names == expected | {"accuracy/accuracy_group_bars", "accuracy/accuracy_trajectory"}
     panels = {path.name: fig.axes for path, fig in drawn if path.parts[-3] == "all"}
-    assert [ax.get_title() for ax in panels["sign_corrected"]] == list(figures.GROUPS)
-    assert [ax.get_title() for ax in panels["vd_ei"]] == list(figures.VD_FORMS)
+    assert [ax.get_title() for ax in panels["sign_corrected"]] == list(saved.GROUPS)
+    assert [ax.get_title() for ax in panels["vd_ei"]] == list(figures_scales.VD_FORMS)
     lines = {line.get_label().split(" (")[0]: line for line in panels["sign_corrected"][1].lines}
-    assert lines["80k"].get_color() == figures.SCALE_COLORS["80k"] and len(lines["80k"].get_xdata()) == 8
+    assert lines["80k"].get_color() == look.SCALE_COLORS["80k"] and len(lines["80k"].get_xdata()) == 8
 
 
 # ---- too few, unreliable, missing ----
@@ -233,7 +237,7 @@ def test_all_scales_give_the_comparing_figures(results, drawn):
 def test_categories_without_pairs_are_grey_gaps_that_the_figure_names(results, drawn):
     figures.draw_heatmaps(results / "tiny", "vanilla", "both_correct")
     figures.draw_consistency(results / "tiny", "vanilla", "both_correct", "sign_corrected_consistency")
-    figures.draw_cross_consistency(results / "tiny", ["vanilla", "80k"], "both_correct", "sign_corrected_consistency")
+    figures_scales.draw_cross_consistency(results / "tiny", ["vanilla", "80k"], "both_correct", "sign_corrected_consistency")
     heat, curve, cross = (fig for _, fig in drawn)
     assert "grey: too few pairs (far, close)" in texts(heat)
     cells = heat.axes[0].images[0].get_array()
@@ -257,13 +261,13 @@ def test_pca_of_one_pair_or_none_says_that_they_are_too_few(tmp_path, n):
     pairs = planted_pairs(n=4, layers=(1,))
     one = {name: values[:n] for name, values in pairs.items()}
     write_npz(tmp_path / "npz/vectors_a.npz", one)
-    written = figures.draw_pca(tmp_path, "a", ["all"], quiet=True)
+    written = figures_pca.draw_pca(tmp_path, "a", ["all"], quiet=True)
     assert len(written) == 4 and all(path.stat().st_size > 3000 for path in written)
 
 
 def test_two_pairs_are_drawn(tmp_path, drawn):
     write_npz(tmp_path / "npz/vectors_a.npz", {name: values[:2] for name, values in planted_pairs(n=4, layers=(1,)).items()})
-    figures.draw_pca(tmp_path, "a", ["all"])
+    figures_pca.draw_pca(tmp_path, "a", ["all"])
     assert "too few" not in texts(drawn[0][1]) and "left (n = 2)" in texts(drawn[0][1])
 
 
@@ -271,7 +275,7 @@ def test_rows_with_an_overflow_are_left_out(tmp_path, drawn):
     arrays = planted_pairs(n=5, layers=(1,))
     arrays["delta_L1"][0, 3] = np.inf
     write_npz(tmp_path / "npz/vectors_a.npz", arrays)
-    figures.draw_pca(tmp_path, "a", ["all"], ["pca"])
+    figures_pca.draw_pca(tmp_path, "a", ["all"], ["pca"])
     assert "left (n = 4)" in texts(drawn[0][1]) and "right (n = 5)" in texts(drawn[0][1])
 
 
@@ -290,7 +294,7 @@ def test_a_group_without_pairs_has_no_bar_and_says_so(tmp_path, drawn):
     cells = {f"{group}_{key}": 0.5 for group in ("horizontal", "vertical", "overall") for key in ("acc_orig", "acc_swap", "acc_both")}
     cells |= {"horizontal_n": 8, "vertical_n": 6, "overall_n": 14, "distance_n": 0, "distance_acc_orig": 0, "distance_acc_swap": 0, "distance_acc_both": 0}
     write_json(tmp_path / "json/pred_stats_a.json", cells)
-    figures.draw_accuracy_bars(tmp_path, ["a"])
+    figures_scales.draw_accuracy_bars(tmp_path, ["a"])
     assert "no pairs" in texts(drawn[0][1]) and "distance (n = 0)" in texts(drawn[0][1]) and "horizontal (n = 8)" in texts(drawn[0][1])
 
 
@@ -300,7 +304,7 @@ def test_both_spellings_of_under_are_one_category(tmp_path, drawn):
     (tmp_path / "csv/delta_similarity_a_L0_all_pairs.csv").write_text(",above,below\nabove,1,-0.9\nbelow,-0.9,1\n")
     figures.draw_consistency(tmp_path, "a", "all", "within_cat_consistency")
     figures.draw_heatmaps(tmp_path, "a", "all")
-    assert drawn[0][1].axes[0].lines[1].get_color() == figures.CATEGORY_COLORS["under"]
+    assert drawn[0][1].axes[0].lines[1].get_color() == look.CATEGORY_COLORS["under"]
     assert "\u22120.90" in texts(drawn[1][1]) and "(left, right, far, close)" in texts(drawn[1][1])
 
 
@@ -310,37 +314,37 @@ def test_the_entanglement_index_is_read_flat_nested_or_bare(tmp_path):
     for cell in (flat, nested):
         write_json(tmp_path / "json/vd_ei_a.json", {"L3": cell | {"strata": {"counter": cell}, "both_correct": cell}})
         for condition in ("all", "both_correct"):
-            (curve,) = figures.read_entanglement(tmp_path, "a", condition).values()
+            (curve,) = figures_scales.read_entanglement(tmp_path, "a", condition).values()
             assert {name: float(values[0]) for name, values in curve.items()} == {"layer": 3, "mean": 0.4, "low": 0.3, "high": 0.5, "n": 7}
     write_json(tmp_path / "json/vd_ei_a.json", {"3": 0.4, "L4": None})
-    assert figures.read_entanglement(tmp_path, "a", "all")["index"]["mean"].tolist()[:1] == [0.4]
-    assert figures.read_entanglement(tmp_path, "a", "both_correct") == {}
+    assert figures_scales.read_entanglement(tmp_path, "a", "all")["index"]["mean"].tolist()[:1] == [0.4]
+    assert figures_scales.read_entanglement(tmp_path, "a", "both_correct") == {}
 
 
 # ---- colours and scales ----
 
 
 def test_known_scales_have_the_published_colours_and_others_keep_apart_from_them():
-    known = list(figures.SCALE_COLORS)
-    assert figures.scale_colors(known) == figures.SCALE_COLORS
+    known = list(look.SCALE_COLORS)
+    assert look.scale_colors(known) == look.SCALE_COLORS
     scales = ["vanilla", "scale1", "scale2", "scale3", "full"]
-    colors = figures.scale_colors(scales)
+    colors = look.scale_colors(scales)
     assert list(colors) == scales and len(set(colors.values())) == 5 and set(list(colors.values())[1:]) <= set(plots.CYCLE)
-    assert figures.scale_colors(scales[::-1]) == colors
+    assert look.scale_colors(scales[::-1]) == colors
     assert plots.BLUE not in colors.values()  # too near to vanilla's
 
 
 def test_scales_are_ordered_by_their_data(tmp_path):
     for scale in ("roborefer", "2m", "80k", "vanilla", "1.5m", "full", "scale2", "scale10"):
         write_json(tmp_path / f"json/pred_stats_{scale}.json", {})
-    assert figures.find_scales(tmp_path) == ["vanilla", "scale2", "scale10", "80k", "1.5m", "2m", "full", "roborefer"]
-    assert figures.find_scales(tmp_path, ["2m", "vanilla"]) == ["2m", "vanilla"]
+    assert saved.find_scales(tmp_path) == ["vanilla", "scale2", "scale10", "80k", "1.5m", "2m", "full", "roborefer"]
+    assert saved.find_scales(tmp_path, ["2m", "vanilla"]) == ["2m", "vanilla"]
 
 
 def test_a_scale_without_a_data_scale_is_a_point_beside_the_line(results, drawn):
     plots.plt.figure()
     _, ax = plots.plt.subplots()
-    figures._over_scales(ax, ["vanilla", "80k", "roborefer"], np.array([0.1, 0.2, 0.9]), "k", "both")
+    figures_scales._over_scales(ax, ["vanilla", "80k", "roborefer"], np.array([0.1, 0.2, 0.9]), "k", "both")
     assert [line.get_xdata().tolist() for line in ax.lines] == [[0, 1], [2]]
 
 
@@ -355,22 +359,22 @@ def scripts():
 def test_unify_gives_every_consistency_figure_of_a_model_the_same_limits(results, scripts):
     done = scripts["unify_consistency_ylim"]("--results_dir", results, "--model", "tiny", "--scales", "vanilla", "400k")
     assert done.returncode == 0, done.stderr
-    files = [path for family in figures.FAMILIES for path in (results / "tiny/plots").glob(f"*/{family}/*.png")]
+    files = [path for family in saved.FAMILIES for path in (results / "tiny/plots").glob(f"*/{family}/*.png")]
     limits = [settings_of(path)["ylim"] for path in files if "80k" not in path.name]
     assert len(limits) == 2 * 2 * 3 and all(limit == limits[0] for limit in limits)
-    curves = [figures.read_curves(results / "tiny", f"{stem}_400k_all_pairs") for stem in figures.FAMILIES]
+    curves = [saved.read_curves(results / "tiny", f"{stem}_400k_all_pairs") for stem in saved.FAMILIES]
     assert limits[0][1] > max(curve["high"].max() for found in curves for curve in found.values())
 
 
 def test_the_limits_are_on_the_axes(results, drawn):
     limits = figures.consistency_range(results / "tiny", ["vanilla", "80k"])
-    for family in figures.FAMILIES:
+    for family in saved.FAMILIES:
         figures.draw_consistency(results / "tiny", "vanilla", "all", family, limits)
     assert [fig.axes[0].get_ylim() for _, fig in drawn] == [limits, limits]
 
 
 def test_the_post_hoc_scripts_overwrite_the_figures_with_equal_bytes(results, scripts):
-    figures.draw_pca(results / "tiny", "80k", quiet=True)
+    figures_pca.draw_pca(results / "tiny", "80k", quiet=True)
     folder = results / "tiny/plots"
     before = {path: path.read_bytes() for path in [*folder.glob("*/pca/*_80k_*"), *folder.glob("*/pca_3d/*_80k_*")]}
     assert len(before) == 12
@@ -402,15 +406,15 @@ def test_wrong_usage_is_one_line_and_exit_code_2(results, scripts, name, argumen
 
 
 @pytest.mark.parametrize(("file", "content", "draw"), [
-    ("json/pred_stats_a.json", "{", lambda folder: figures.draw_accuracy_bars(folder, ["a"])),
-    ("json/pred_stats_a.json", "[]", lambda folder: figures.draw_accuracy_bars(folder, ["a"])),
+    ("json/pred_stats_a.json", "{", lambda folder: figures_scales.draw_accuracy_bars(folder, ["a"])),
+    ("json/pred_stats_a.json", "[]", lambda folder: figures_scales.draw_accuracy_bars(folder, ["a"])),
     ("csv/delta_similarity_a_L0_all_pairs.csv", ",left\nleft,x\n", lambda folder: figures.draw_heatmaps(folder, "a", "all")),
     ("csv/delta_similarity_a_L0_all_pairs.csv", "", lambda folder: figures.draw_heatmaps(folder, "a", "all")),
-    ("npz/vectors_a.npz", "PK", lambda folder: figures.draw_pca(folder, "a")),
-    ("json/other.json", "{}", lambda folder: figures.draw_pca(folder, "a")),
+    ("npz/vectors_a.npz", "PK", lambda folder: figures_pca.draw_pca(folder, "a")),
+    ("json/other.json", "{}", lambda folder: figures_pca.draw_pca(folder, "a")),
     ("json/other.json", "{}", lambda folder: figures.draw_scale(folder, "a")),
-    ("json/other.json", "{}", lambda folder: figures.draw_merge(folder, ["a"])),
-    ("json/other.json", "{}", lambda folder: figures.draw_merge(folder, [])),
+    ("json/other.json", "{}", lambda folder: figures_scales.draw_merge(folder, ["a"])),
+    ("json/other.json", "{}", lambda folder: figures_scales.draw_merge(folder, [])),
 ])  # fmt: skip
 def test_a_broken_or_missing_file_is_named_in_one_line(tmp_path, file, content, draw):
     (tmp_path / file).parent.mkdir(parents=True)
@@ -427,7 +431,7 @@ def test_vectors_that_lack_an_array_are_refused_by_its_name(tmp_path):
     del arrays["is_correct_swap_L1"]
     write_npz(tmp_path / "npz/vectors_a.npz", arrays)
     with pytest.raises(UsageError, match="is_correct_swap_L1"):
-        figures.draw_pca(tmp_path, "a")
+        figures_pca.draw_pca(tmp_path, "a")
 
 
 def test_nothing_of_torch_is_imported_and_any_folder_will_do(results, tmp_path):
