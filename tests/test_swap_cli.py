@@ -53,6 +53,37 @@ def test_stages_resume_and_merge(shapes, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results/tiny/csv/summary.csv").read_text().count("\n") == 3
     assert (tmp_path / "results/tiny/plots/all/cross_scale/sign_corrected.png").exists()
+    beside = ("--merge_output_dir", tmp_path / "merged", "--group_name", "two", "--scales", "full", "other")
+    assert swap("--model_type", "tiny", "--merge", "--output_dir", tmp_path / "results", *beside, "--phase1_only").returncode == 0
+    assert (tmp_path / "merged/two/csv/summary.csv").read_bytes() == (tmp_path / "results/tiny/csv/summary.csv").read_bytes()
+    assert not (tmp_path / "merged/two/plots").exists()  # --phase1_only
+    done = swap("--model_type", "tiny", "--recommend_layer", "--recommend_k", 1, "--recommend_frac", 0.4, "--output_dir", tmp_path / "results")
+    assert done.returncode == 0 and "full: layer 3" in done.stdout and "last one allowed 4" in done.stdout and "other: layer 3" in done.stdout
+    (tmp_path / "results/tiny/json/vd_ei_full.json").unlink()
+    assert swap(*flags(shapes, tmp_path, "--scales", f"full={TINY}", "--rebuild_metrics")).returncode == 0  # from the states, no model
+    assert (tmp_path / "results/tiny/json/vd_ei_full.json").exists() and (tmp_path / "results/tiny/plots/all/strata/strata_full.png").exists()
+    heatmaps = [path.name for path in (tmp_path / "results/tiny/plots/all/heatmap").glob("*.png")]
+    assert heatmaps == ["heatmap_full_L5.png"]  # layer 3 was measured, 5 is the representative one
+
+
+@pytest.mark.parametrize(
+    ("more", "quads"), [((), True), (("--skip_phase_b",), False), (("--skip_cross_group",), False), (("--skip-cross-group", "--run-phase-b"), True)]
+)
+def test_quads_are_left_out_on_request(shapes, tmp_path, more, quads):
+    done = swap(*flags(shapes, tmp_path, "--scales", f"full={TINY}", "--stage", "pairs", *more))
+    assert done.returncode == 0 and ("0 quads" not in done.stdout) == quads, done.stdout
+
+
+def test_multiple_choice_runs_end_to_end(shapes, tmp_path):
+    more = ("--question_type", "mcq", "--phase1-only", "--layers", 5)
+    done = swap(*flags(shapes, tmp_path, "--scales", f"full={TINY}", *more))
+    assert done.returncode == 0, done.stderr
+    run = rundirs.read_run(tmp_path / "runs/swap_analysis/tiny_full", "swap_analysis")
+    records = run.records()
+    assert all("(A)" in question for record in records for question in record["questions"]) and {record["margin_orig"] is not None for record in records} == {
+        True
+    }
+    assert (tmp_path / "results/tiny/json/pred_stats_full.json").exists() and not (tmp_path / "results/tiny/plots").exists()
 
 
 def test_one_scale_that_fails_does_not_stop_the_others(shapes, tmp_path):
@@ -65,10 +96,11 @@ def test_one_scale_that_fails_does_not_stop_the_others(shapes, tmp_path):
     ("more", "why"),
     [
         (("--scales", "50k"), "known for tiny are scale1"), (("--scales", "x=/no/such"), "no such folder"), (("--data_path", "none.tsv"), "cannot be read"),
-        (("--bbox_file", "none.json"), "not readable JSON"), (("--layers", 9), "has 6 layers"), (("--stage", "metrics"), "not a run directory"), (("--merge",), "has no results"),
+        (("--bbox_file", "none.json"), "not readable JSON"), (("--layers", 9), "has 6 layers"), (("--stage", "metrics"), "not a run directory"), (("--merge",), "run swap_analysis.py"),
+        (("--recommend_layer",), "run swap_analysis.py"), (("--recommend_frac", 1), "a share from 0"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_line(shapes, tmp_path, more, why):
-    scales = () if "--scales" in more or "--merge" in more else ("--scales", f"full={TINY}")
+    scales = () if "--scales" in more or "--merge" in more or "--recommend_layer" in more else ("--scales", f"full={TINY}")
     done = swap(*flags(shapes, tmp_path, *scales, *more))
     assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1, done.stderr

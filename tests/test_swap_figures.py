@@ -279,6 +279,33 @@ def test_rows_with_an_overflow_are_left_out(tmp_path, drawn):
     assert "left (n = 4)" in texts(drawn[0][1]) and "right (n = 5)" in texts(drawn[0][1])
 
 
+def test_strata_and_outliers_are_the_numbers_of_their_files(tmp_path, drawn):
+    strata = lambda value, n: {"consistent": {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": n}, "counter": {"mean": None, "n": 0}}  # noqa: E731
+    coherence = {f"{group}_L{layer}": {"mean": 0.5, "n": 9} for group in saved.GROUPS for layer in (0, 1)}
+    for layer in (0, 1):
+        coherence[f"distance_L{layer}"]["strata"] = strata((0.2, 0.3)[layer], 7)
+    write_json(tmp_path / "json/sign_corrected_consistency_a_all_pairs.json", coherence)
+    index = {"eq3_raw": {"value": -0.6, "low": -0.7, "high": -0.5}, "n": {"far": 3, "close": 4}}
+    write_json(tmp_path / "json/vd_ei_a.json", {f"L{layer}": {"strata": {"counter": index}} for layer in (0, 1)})
+    part = {"coherence": dict.fromkeys(saved.GROUPS, 0.4), "coherence_without": dict.fromkeys(saved.GROUPS, 0.1), "share": [0.5, 0.9], "n": 8}
+    write_json(tmp_path / "json/outliers_a.json", {"L0": part, "L1": part})
+    figures.draw_strata(tmp_path, "a")
+    figures.draw_outliers(tmp_path, "a")
+    (_, strata_figure), (_, outlier_figure) = drawn
+    left, right = ([line for line in ax.lines if not line.get_label().startswith("_")] for ax in strata_figure.axes)
+    assert [(line.get_label(), line.get_ydata().tolist()) for line in left] == [("consistent (n = 7)", [0.2, 0.3])]  # no counter pairs, no line
+    assert [(line.get_label(), line.get_ydata().tolist()) for line in right] == [("counter (n = 7)", [-0.6, -0.6])]
+    energy, axes = ({line.get_label(): list(line.get_ydata()) for line in ax.lines} for ax in outlier_figure.axes)
+    assert energy["the largest"] == [0.5, 0.5] and energy["the 2 largest"] == [0.9, 0.9] and axes["vertical"] == [0.4, 0.4]
+    write_json(
+        tmp_path / "json/pred_stats_a.json", {"distance_counter_n": 4, "distance_counter_acc_both": 0.25, "gap_both": {"value": 0.5, "low": 0.2, "high": 0.8}}
+    )
+    figures_scales.draw_accuracy_strata(tmp_path, ["a"])
+    ax = drawn[2][1].axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [0, 0.25, 0] and "gap +0.50\n(+0.20 to +0.80)" in [text.get_text() for text in ax.texts]
+    assert figures.draw_strata(tmp_path, "none") == figures.draw_outliers(tmp_path, "none") == figures_scales.draw_accuracy_strata(tmp_path, ["none"]) == []
+
+
 def test_unreliable_categories_carry_a_dagger_only_where_validity_is_asked_for(results, drawn):
     for condition in ("all", "all_with_validity"):
         figures.draw_consistency(results / "tiny", "vanilla", condition, "within_cat_consistency")

@@ -127,6 +127,49 @@ def test_answers_are_read_by_whole_words(text, category, read):
     assert pairs.read_answer(text, category)[0] == read
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("A", "left"), ("b.", "right"), ("(B) right", "right"), ("A) left", "left"), ("Answer: B", "right"), ("A red circle is to the right", "right"), ("left", "left"), ("C", None)],
+)  # fmt: skip
+def test_letters_of_options_are_read(text, read):
+    assert pairs.read_answer(text, "left", {"A": "left", "B": "right"})[0] == read
+    mirrored = {"left": "right", "right": "left", None: None}[read] if pairs.LETTER.match(text) else read
+    assert pairs.read_answer(text, "left", {"A": "right", "B": "left"})[0] == mirrored
+
+
+def test_multiple_choice_offers_both_words_in_both_orders(shapes):
+    short, _ = pairs.read_pairs(shapes / "swap_pairs.tsv", limit=0)
+    found, _ = pairs.read_pairs(shapes / "swap_pairs.tsv", limit=0, multiple_choice=True)
+    assert [pair["id"] for pair in found] == [pair["id"] for pair in short]
+    for group, names in {"horizontal": ("left", "right"), "vertical": ("above", "under"), "distance": ("far", "close")}.items():
+        own = [pair for pair in found if pair["group"] == group]
+        assert {tuple(pair["letters"].values()) for pair in own} == {names, names[::-1]}
+        assert abs(sum(pair["letters"]["A"] == names[0] for pair in own) - len(own) / 2) <= 0.5
+    for pair, plain in zip(found, short, strict=True):
+        for asked, before in zip(pair["questions"], plain["questions"], strict=True):
+            assert asked.startswith(before.removesuffix(pairs.ONE_WORD)) and asked.index("(A)") < asked.index("(B)")
+        assert set(pairs.spellings(pair).values()) == {("A",), ("B",)} and pairs.spellings(pair)[pair["letters"]["A"]] == ("A",)
+    quads, _ = pairs.place(found, pairs.read_boxes(shapes / "bboxes.json"), {pair["id"]: 336 for pair in found})
+    assert quads and all("(A)" in quad["questions"][0] for quad in quads)
+
+
+def test_unnamed_objects_stay_only_when_asked_for_and_occurrence_tells_equal_names_apart(tmp_path):
+    base = {"image": picture(), "category": "far", "question": "?"}
+    rows = [
+        base | {"question_id": "q0", "answer": "A", "A": "unknown", "B": "cup", "C": "n/a", "D": ""},
+        base | {"question_id": "q1", "answer": "B", "A": "cup", "B": "cup", "C": "pan", "D": "n/a"},
+        base | {"question_id": "q2", "answer": "C", "A": "cup", "B": "cup", "C": "pan", "D": "n/a"},
+    ]
+    path = table(tmp_path / "t.tsv", COLUMNS, rows)
+    assert [pair["question_id"] for pair in pairs.read_pairs(path)[0]] == ["q1", "q2"]
+    assert [pair["objects"][0] for pair in pairs.read_pairs(path, keep_unnamed=True)[0]] == ["unknown", "cup", "pan"]
+    found, _ = pairs.read_pairs(path)
+    boxes = {key: [("cup", (0, 0, 2, 2)), ("cup", (0, 40, 2, 2)), ("pan", (0, 20, 2, 2))] for key in ("q1", "q2")}
+    quads, left_out = pairs.place(found, boxes, {pair["id"]: 100 for pair in found})
+    assert [quad["vertical"] for quad in quads] == ["under"] and found[0]["split"] == "counter"  # q1 asks for the second cup, which is lower than the pan
+    assert found[1]["split"] is None and left_out == {"an object without a box of its own": 1}  # q2's reference may be either cup
+
+
 def test_tables_that_are_none_are_refused(tmp_path):
     for content, why in (
         ("", "is empty"),
