@@ -2,11 +2,12 @@
 
     python data/make_shapes.py --out_dir data/shapes --num_images 200 --seed 0
     python data/make_shapes.py --out_dir data/shapes-corridor --scene corridor       # two objects on a corridor's walls, angles and depths free
+    python data/make_shapes.py --out_dir data/shapes-tunnel --scene tunnel           # SpatialTunnel: the same on a grid of angles, and a sweep of sizes
 
 out_dir/val2017/<id>.jpg, train2017/<id>.jpg, annotations/{captions,instances}_{val,train}2017.json as COCO has them, and for val objects.json,
 questions.json, clean_questions.json (one object each), swap_pairs.tsv (EmbSpatial-Bench's columns), swap_pairs_ready.tsv (finished prompts), bboxes.json,
 mmhal_shapes.json, mmhal_answers.json; data/README.md lists their fields. A floor scene holds 2 to 4 shapes; in the default set depth and height in the
-picture go together (correlation 0.8), as in photographs.
+picture go together (correlation 0.8), as in photographs. A tunnel set has val2017, its COCO annotations and tunnel.json alone (data/tunnel.py).
 
 Equal flags give equal bytes with any --num_workers; a scene depends on (seed, part, index) and on the kind of scene only. An interrupted run goes on
 where it stopped, a finished one is left alone. 600 pictures take about 3 seconds on two cores."""
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,12 +28,14 @@ from tqdm import tqdm
 
 import cli
 from cli import UsageError
-from data import annotations
+from data import annotations, tunnel
 from data.scenes import corridor_scene, floor_scene, render, standing_share
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = 1  # raise it when the same flags would give another set
 FIRST_ID = {"val": 1, "train": 500_001}  # so no id is in both parts
+NUMBERS = {"num_images": 200, "num_train": 400}  # of floor and corridor
+TUNNEL_NUMBERS = {"instances": tunnel.INSTANCES, "sweep_scenes": tunnel.SWEEP_SCENES}
 COUNTS = (2, 3, 4)  # objects in a floor scene
 READY = ("index", "question_id", "image_base64", "original_question", "swapped_question", "original_answer", "swapped_answer", "group", "category")
 EMBSPATIAL = ("index", "question_id", "category", "question", "image", "answer", "A", "B", "C", "D")
@@ -39,25 +43,38 @@ LISTS = (
     "objects.json", "questions.json", "clean_questions.json", "mmhal_shapes.json", "mmhal_answers.json", "bboxes.json", "swap_pairs_ready.tsv",
     "swap_pairs.tsv",
 )  # fmt: skip
+TUNNEL_LISTS = ("tunnel.json",)
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--out_dir", default=str(HERE / "shapes"), help="folder of the set")
-    parser.add_argument("--num_images", type=int, default=200, help="pictures in val2017")
-    parser.add_argument("--num_train", type=int, default=400, help="pictures in train2017; 0: no train part")
+    parser.add_argument("--num_images", type=int, help="floor, corridor: pictures in val2017; None: 200")
+    parser.add_argument("--num_train", type=int, help="floor, corridor: pictures in train2017, 0: no train part; None: 400")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes and questions")
-    parser.add_argument("--scene", choices=("floor", "corridor"), default="floor", help="shapes over a floor, or two objects on the walls of a corridor")
+    parser.add_argument(
+        "--scene", choices=("floor", "corridor", "tunnel"), default="floor", help="over a floor; two objects on a corridor's walls; SpatialTunnel"
+    )
+    parser.add_argument("--instances", type=int, help="tunnel: pictures of each of the 16 x 16 cells of angles; None: 12")
+    parser.add_argument("--sweep_scenes", type=int, help="tunnel: scenes drawn in 11 sizes each; None: 100")
     parser.add_argument("--height_depth_correlation", type=float, help="floor: correlation of height in the picture and depth, 0 to 0.96; None: 0.8")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that draw; 0: one a core")
     parser.add_argument("--overwrite", action="store_true", help="delete the set in out_dir and make this one")
     args = parser.parse_args(argv)
-    for flag, least in (("num_images", 1), ("num_train", 0)):
-        if not least <= getattr(args, flag) < FIRST_ID["train"]:
-            raise UsageError(f"--{flag} {getattr(args, flag)}: {least} to {FIRST_ID['train'] - 1} is possible")
+    is_tunnel = args.scene == "tunnel"
+    for flag in NUMBERS if is_tunnel else TUNNEL_NUMBERS:
+        if getattr(args, flag) is not None:
+            own, other = ("floor and corridor", "--instances and --sweep_scenes") if is_tunnel else ("tunnel", "--num_images and --num_train")
+            raise UsageError(f"--{flag} is for --scene {own}; {other} say how many pictures --scene {args.scene} has")
+    for flag, default in (TUNNEL_NUMBERS if is_tunnel else NUMBERS).items():
+        value = default if getattr(args, flag) is None else getattr(args, flag)
+        least, most = int(flag in ("num_images", "instances")), tunnel.MOST.get(flag, FIRST_ID["train"] - 1)
+        if not least <= value <= most:
+            raise UsageError(f"--{flag} {value}: {least} to {most} is possible")
+        setattr(args, flag, value)
     if args.num_workers < 0:
         raise UsageError(f"--num_workers {args.num_workers}: 0 (one a core) or more is wanted")
-    if args.scene == "corridor" and args.height_depth_correlation is not None:
+    if args.scene != "floor" and args.height_depth_correlation is not None:
         raise UsageError("--height_depth_correlation is for --scene floor; in the corridor every angle is equally likely")
     if args.scene == "floor":
         args.height_depth_correlation = 0.8 if args.height_depth_correlation is None else args.height_depth_correlation
@@ -70,6 +87,8 @@ def parse_args(argv=None):
 
 def make_scene(settings, part, index):
     """Scene number `index` of a part. The text that seeds it has no twin in the training of the tiny models."""
+    if settings["scene"] == "tunnel":
+        return tunnel.scene(settings["seed"], part, index)
     rng = Random(f"shapes-{settings['scene']}-{part}-{settings['seed']}-{index}")
     if settings["scene"] == "corridor":
         return corridor_scene(rng)
@@ -132,6 +151,21 @@ def annotation_files(part):
     return [f"annotations/{kind}_{part}2017.json" for kind in ("captions", "instances")]
 
 
+def tasks_of(args):
+    """[(part, index, path), ...] of all pictures, in the order of their ids within a part."""
+    if args.scene == "tunnel":
+        parts = [(part, first, tunnel.FOLDER, tunnel.count(part, args.instances, args.sweep_scenes)) for part, first in tunnel.FIRST_ID.items()]
+    else:
+        parts = [(part, FIRST_ID[part], f"{part}2017", size) for part, size in (("val", args.num_images), ("train", args.num_train))]
+    return [(part, n, Path(args.out_dir) / folder / annotations.file_name(first + n)) for part, first, folder, size in parts for n in range(size)]
+
+
+def lists_of(settings, tasks):
+    """Names of all files of a set but its pictures and its manifest."""
+    parts = dict.fromkeys(path.parent.name.removesuffix("2017") for *_, path in tasks)
+    return [name for part in parts for name in annotation_files(part)] + list(TUNNEL_LISTS if settings["scene"] == "tunnel" else LISTS)
+
+
 def open_set(out_dir, settings, tasks, overwrite):
     """Whether there is anything to make. Refuses folders of something else; removes the set that was there if `overwrite`."""
     manifest = out_dir / "manifest.json"
@@ -149,50 +183,64 @@ def open_set(out_dir, settings, tasks, overwrite):
         raise UsageError(f"{manifest} is not a manifest of this script; choose another --out_dir") from error
     if overwrite:
         write_json(manifest, {"complete": False, "settings": before})  # killed in the middle of this, it is an unfinished set of the old settings
-        owned = [*annotation_files("val"), *annotation_files("train"), *LISTS]
+        owned = [*annotation_files("val"), *annotation_files("train"), *LISTS, *TUNNEL_LISTS]
         for path in [*(out_dir / name for name in owned), *(picture for part in FIRST_ID for picture in (out_dir / f"{part}2017").glob("*.jpg"))]:
             path.unlink(missing_ok=True)
     elif before != settings:
         other = [f"{key} {before.get(key)} there, {settings.get(key)} asked" for key in {**settings, **before} if before.get(key) != settings.get(key)]
         raise UsageError(f"{out_dir} holds a set with other settings ({'; '.join(other)}); choose another --out_dir, or --overwrite to replace it")
     elif complete:
-        files = [name for part in {part for part, *_ in tasks} for name in annotation_files(part)] + list(LISTS)
-        if all(path.exists() for path in [*(out_dir / name for name in files), *(path for *_, path in tasks)]):
+        if all(path.exists() for path in [*(out_dir / name for name in lists_of(settings, tasks)), *(path for *_, path in tasks)]):
             return False
     write_json(manifest, {"complete": False, "settings": settings})
     return True
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    settings = {"schema": SCHEMA} | {key: getattr(args, key) for key in ("scene", "num_images", "num_train", "seed", "height_depth_correlation")}
-    out, sizes = Path(args.out_dir), {"val": args.num_images, "train": args.num_train}
-    tasks = [(part, n, out / f"{part}2017" / annotations.file_name(FIRST_ID[part] + n)) for part, size in sizes.items() for n in range(size)]
-    if not open_set(out, settings, tasks, args.overwrite):
-        print(f"{out} is complete with these settings; nothing to do")
-        return 0
-    made = draw_all(settings, tasks, args.num_workers)
-    scenes = {part: {FIRST_ID[part] + n: scene for (own, n, _), scene in zip(tasks, made, strict=True) if own == part} for part in sizes}
-    for part in sizes:
-        if scenes[part]:
-            for name, content in zip(annotation_files(part), annotations.coco(scenes[part], args.scene), strict=True):
-                write_json(out / name, content)
-    val, folder, seed = scenes["val"], "val2017", args.seed
-    asked, ready = annotations.question_list(val, folder, seed), annotations.swap_rows(val, seed)
-    embspatial = annotations.embspatial_rows(val, ready, seed)
-    write_json(out / "objects.json", annotations.objects(val, folder))
+def write_lists(out, scenes, seed):
+    """The lists about the val pictures of a floor or corridor set. Returns what the manifest says of them, and it in words."""
+    folder = "val2017"
+    asked, ready = annotations.question_list(scenes, folder, seed), annotations.swap_rows(scenes, seed)
+    embspatial = annotations.embspatial_rows(scenes, ready, seed)
+    write_json(out / "objects.json", annotations.objects(scenes, folder))
     write_json(out / "questions.json", asked)
-    write_json(out / "clean_questions.json", annotations.curated(val))
-    for name, content in zip(("mmhal_shapes.json", "mmhal_answers.json"), annotations.mmhal(val, folder, seed), strict=True):
+    write_json(out / "clean_questions.json", annotations.curated(scenes))
+    for name, content in zip(("mmhal_shapes.json", "mmhal_answers.json"), annotations.mmhal(scenes, folder, seed), strict=True):
         write_json(out / name, content)
-    write_json(out / "bboxes.json", annotations.boxes(val, [*ready, *embspatial]))
+    write_json(out / "bboxes.json", annotations.boxes(scenes, [*ready, *embspatial]))
     write_table(out / "swap_pairs_ready.tsv", READY, ready, "image_base64", out / folder)
     write_table(out / "swap_pairs.tsv", EMBSPATIAL, embspatial, "image", out / folder)
     counts = {"questions": len(asked), "swap_pairs_ready": len(ready), "swap_pairs": len(embspatial)}
-    measured = annotations.height_depth_correlation(val.values())
-    write_json(out / "manifest.json", {"complete": True, "settings": settings, "rows": counts, "measured_height_depth_correlation": measured})
-    pictures = f"{len(val)} val and {len(scenes['train'])} train pictures"
-    print(f"{out}: {pictures}, {len(asked)} questions, {len(ready)} swap pairs and {len(embspatial)} rows in EmbSpatial's form")
+    said = f"{len(asked)} questions, {len(ready)} swap pairs and {len(embspatial)} rows in EmbSpatial's form"
+    return {"rows": counts, "measured_height_depth_correlation": annotations.height_depth_correlation(scenes.values())}, said
+
+
+def write_tunnel(out, scenes):
+    """tunnel.json about all pictures of a tunnel set. Returns what the manifest says of it, and it in words."""
+    rows = tunnel.records(scenes)
+    write_json(out / "tunnel.json", rows)
+    counts = Counter(row["part"] for row in rows)
+    return {"rows": {part: counts[part] for part in tunnel.FIRST_ID}}, f"{counts['angles']} of the grid of angles, {counts['sizes']} of the sweep of sizes"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    is_tunnel, out, tasks = args.scene == "tunnel", Path(args.out_dir), tasks_of(args)
+    names = ("scene", "seed", "instances", "sweep_scenes") if is_tunnel else ("scene", "num_images", "num_train", "seed", "height_depth_correlation")
+    settings = {"schema": SCHEMA} | {key: getattr(args, key) for key in names}
+    if not open_set(out, settings, tasks, args.overwrite):
+        print(f"{out} is complete with these settings; nothing to do")
+        return 0
+    scenes = {"val2017": {}, "train2017": {}}
+    for (*_, path), scene in zip(tasks, draw_all(settings, tasks, args.num_workers), strict=True):
+        scenes[path.parent.name][int(path.stem)] = scene
+    for folder, some in scenes.items():
+        if some:
+            for name, content in zip(annotation_files(folder.removesuffix("2017")), annotations.coco(some, args.scene), strict=True):
+                write_json(out / name, content)
+    val = scenes["val2017"]
+    measured, said = write_tunnel(out, val) if is_tunnel else write_lists(out, val, args.seed)
+    write_json(out / "manifest.json", {"complete": True, "settings": settings} | measured)
+    print(f"{out}: {len(val)} val and {len(scenes['train2017'])} train pictures, {said}")
     return 0
 
 
