@@ -61,18 +61,23 @@ class Row:
         return self._weights
 
 
+def kernel(module, query, key, value, mask, **options):
+    """The attention's output (B, Q, H, D): SDPA, written out where scores are softcapped."""
+    if options.get("softcap") is not None:
+        return _softcapped(module, query, key, value, mask, **options)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+
 def _attention(module, query, key, value, attention_mask, **options):
     """SDPA for the output; then what the capture in progress wants of this layer."""
 
-    def kernel(query, mask):
-        if options.get("softcap") is not None:
-            return _softcapped(module, query, key, value, mask, **options)
-        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    def attend(query, mask):
+        return kernel(module, query, key, value, mask, **options)
 
     layer = _active.layer_of.get(module) if _active is not None else None
     if layer is not None and _active.mask_of is not None:
         attention_mask = _active.mask_of(layer)
-    output = kernel(query, attention_mask)
+    output = attend(query, attention_mask)
     if layer is None:
         return output, None
     blocked = _blocked(layer, query, key)
@@ -83,7 +88,7 @@ def _attention(module, query, key, value, attention_mask, **options):
         if not (attention_mask[rows[:, None].expand(-1, base.shape[1], -1)].any(-1) if base.dtype == torch.bool else torch.ones(1)).all():
             raise UsageError("a block leaves a query row without any key")
         index = rows.any(0).nonzero()[:, 0]
-        again = kernel(query[:, :, index], attention_mask[:, :, index])
+        again = attend(query[:, :, index], attention_mask[:, :, index])
         output = output.clone()
         output[:, index] = torch.where(rows[:, index, None, None], again, output[:, index])
     if _active.probes or _active.inspect:
@@ -196,6 +201,7 @@ def capture(vlm, probes=(), blocks=(), inspect=None, mask_of=None):
     global _active
     if _active is not None:
         raise RuntimeError("captures do not nest: give one capture all probes")
+    vlm.need("decoder-only")  # else the prompt's positions are in an encoder, and probes would read a decoder that does not see them
     decoder, layers = vlm.parts.decoder, vlm.parts.layers
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
     before, hooks = decoder.config._attn_implementation, []
@@ -550,14 +556,20 @@ def _noise(seed, sample_id, step, size, device):
     return torch.rand(size, generator=generator).to(device)
 
 
+def _rows(chosen, steps):
+    """The ids of each row as lists: tokens (B,) of every step, of which the first steps[row] count."""
+    return [row[:n] for row, n in zip(torch.stack(chosen, 1).tolist(), steps.tolist(), strict=True)]
+
+
 @torch.inference_mode()
 def generate(
-    vlm, batch, max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, seed=0, answers=None, features=None, cache=None, embeds=None
+    vlm, batch, max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, seed=0, answers=None, features=None, cache=None, embeds=None, stop=None
 ):  # fmt: skip
     """Greedy or sampled decoding, one producing step per token, under whatever capture is active.
 
     answers: ids to be produced instead, one list per sample (teacher forcing); else stops at EOS. The forward passes are the prefill and one cached
-    pass per further token, so step s of a probe is the row that predicted token s. features, cache, embeds: see prefill()."""
+    pass per further token, so step s of a probe is the row that predicted token s. features, cache, embeds: see prefill(). stop(ids so far, a list per
+    row) -> bool per row: whether an answer is complete without EOS. Asked after every step; once true it holds, and a row ends there whatever the others do."""
     eos = torch.tensor(sorted(vlm.eos_ids), device=vlm.device)
     size, device = len(batch.samples), vlm.device
     output = prefill(vlm, batch, features, cache, embeds)
@@ -586,15 +598,15 @@ def generate(
         steps += alive
         if answers is None:
             alive = alive & ~torch.isin(token, eos)
+            if stop is not None:
+                alive = alive & ~torch.tensor(stop(_rows(chosen, steps)), device=device)
         if step + 1 == limit or (answers is None and not alive.any()):
             break
         mask = torch.cat([mask, mask.new_ones(size, 1)], 1)
         now = position + step
         positions = now[:, None] if batch.position_ids.ndim == 2 else now[None, :, None].expand(len(batch.position_ids), -1, -1)
         output = vlm.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=output.past_key_values, use_cache=True)
-    table = torch.stack(chosen, 1).tolist()
-    ids = [row[:n] for row, n in zip(table, steps.tolist(), strict=True)]
-    return Generation(ids, steps, torch.stack(logprobs, 1), first, output.past_key_values)
+    return Generation(_rows(chosen, steps), steps, torch.stack(logprobs, 1), first, output.past_key_values)
 
 
 def answer_ids(vlm, prompt, answer):

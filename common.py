@@ -86,7 +86,7 @@ class VLM:
         """Image features, once per picture of the batch: the tower's output, its pooler_output a list of (P, d) per sample."""
         first = list(dict.fromkeys(batch.pictures))
         rows = [batch.image_rows[batch.pictures.index(picture)] for picture in first]
-        inputs = {key: torch.cat([row[key] for row in rows]).to(self.device) for key in rows[0]}
+        inputs = {key: value.to(self.device) for key, value in joined(rows).items()}
         wanted = inspect.signature(self.model.get_image_features).parameters
         accepts = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items() if accepts or k in wanted}
@@ -243,7 +243,7 @@ class Batch:
     @property
     def image_inputs(self):
         """The image inputs of all samples, joined as the model's forward takes them."""
-        return {key: torch.cat([row[key] for row in self.image_rows]) for key in self.image_rows[0]}
+        return joined(self.image_rows)
 
     def repeat(self, count):
         """A batch of one prompt, `count` times."""
@@ -267,6 +267,18 @@ class Batch:
     def vision_positions(self, row):
         """(P,) positions of the vision tokens in the padded row."""
         return (self.groups[row] == GROUPS.index("vision")).nonzero()[:, 0]
+
+
+def joined(rows):
+    """Image inputs of several samples as one batch. Texts that a connector reads, integers (1, m), are padded on the right with 0 as BERT's are."""
+    found = {}
+    for key in rows[0]:
+        parts = [row[key] for row in rows]
+        longest = max(part.shape[-1] for part in parts)
+        if parts[0].ndim == 2 and not parts[0].is_floating_point():
+            parts = [torch.nn.functional.pad(part, (0, longest - part.shape[-1])) for part in parts]
+        found[key] = torch.cat(parts)
+    return found
 
 
 def prompt_for(vlm, question, strip_system=False):
@@ -332,6 +344,7 @@ def _encode_one(vlm, image, question, strip_system):
     ids, offsets = inputs.pop("input_ids")[0].tolist(), inputs.pop("offset_mapping")[0].tolist()
     for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         inputs.pop(key, None)
+    inputs |= vlm.family.read_text(vlm, text) if vlm.family.read_text else {}
     vision = [i for i, token in enumerate(ids) if token == vlm.image_token_id]
     if not vision:
         raise ValueError(f"the processor put no image token (id {vlm.image_token_id}) into the prompt")
@@ -344,6 +357,7 @@ def _encode_one(vlm, image, question, strip_system):
     moved = (start + (shift if start >= placeholder else 0), start + len(safe) + (shift if start >= placeholder else 0))
     markup = {tokenizer.convert_tokens_to_ids(token) for token in vlm.family.markup if token in tokenizer.get_added_vocab()}
     source = lambda a: a - shift if a >= grown[1] else a
+    first = next((i for i, token in enumerate(ids) if token != vlm.image_token_id), None)  # BLIP's vision tokens come before the BOS
 
     def group(i):
         token, (a, b) = ids[i], offsets[i]
@@ -351,11 +365,12 @@ def _encode_one(vlm, image, question, strip_system):
             return "vision"
         if token in markup or (grown[0] <= a and b <= grown[1] and a < b):
             return "image_markup"
-        if i == 0 and token == tokenizer.bos_token_id:
+        if i == first and token == tokenizer.bos_token_id:
             return "bos"
         text_here = text_safe[source(a) : source(a) + b - a]
+        places = {a} if text_here and not text_here.strip(" ") else set()  # blanks alone at the question's end are still its own
         a += len(text_here) - len(text_here.lstrip(" "))
-        if moved[0] <= a < moved[1]:
+        if any(moved[0] <= place < moved[1] for place in places | {a}):
             return "user"
         return "system" if system and system[0] <= source(min(a, b - 1)) < system[1] else "template"
 
@@ -379,6 +394,8 @@ def _put_back(tokenizer, ids, groups, offsets, places, typed):
                 done.add(k)
                 plain = tokenizer(":" + typed[k], add_special_tokens=False, split_special_tokens=True)["input_ids"]
                 plain = plain[len(lead) :] if plain[: len(lead)] == lead else plain
+                if set(plain) & set(tokenizer.all_special_ids):  # T5's vocabulary has its special strings as pieces too
+                    plain = [id for char in typed[k] for id in tokenizer(":" + char, add_special_tokens=False)["input_ids"][len(lead) :]]
                 out_ids += plain
                 out_groups += [GROUPS.index("user")] * len(plain)
     return out_ids, out_groups
@@ -397,8 +414,7 @@ def encode(vlm, samples, images, strip_system=False):
     image_rows = [{key: value for key, value in inputs.items() if torch.is_tensor(value)} for _, _, inputs, _ in rows]
     pictures = [hashlib.blake2b(b"".join(value.numpy().tobytes() for value in row.values())).digest() for row in image_rows]
     input_ids, mask, groups = (x.to(vlm.device) for x in (input_ids, mask, groups))
-    joined = {key: torch.cat([row[key] for row in image_rows]) for key in image_rows[0]}
-    positions, following = vlm.family.positions(vlm, input_ids, mask, joined)
+    positions, following = vlm.family.positions(vlm, input_ids, mask, joined(image_rows))
     grids = [vlm.family.grid(vlm, image.size, inputs) if vlm.family.grid else None for image, (_, _, inputs, _) in zip(images, rows, strict=True)]
     for grid, row in zip(grids, range(size), strict=True):
         found = int((groups[row] == GROUPS.index("vision")).sum())

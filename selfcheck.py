@@ -44,8 +44,23 @@ def check(vlm):
     batch = vlm.encode(samples, [picture, picture])
 
     def fail(what):
-        raise UsageError(f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend models/{vlm.family.name}.py or give --no_self_check")
+        raise UsageError(f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend models/{vlm.family.name.split('-')[0]}.py or give --no_self_check")
 
+    answers = [[20, 21], [20, 21]]
+    found = _check_capture(vlm, batch, answers, tolerance, fail) if "decoder-only" in vlm.family.has else generate(vlm, batch, 2, answers=answers)
+    logits = prefill(vlm, batch).logits[:, -1].float()
+    for i, sample in enumerate(samples):
+        alone = prefill(vlm, vlm.encode([sample], [picture])).logits[:, -1].float()[0]
+        difference = ((alone - logits[i]).abs().max() / alone.abs().max()).item()
+        if difference > tolerance * 10:
+            fail(f"the logits of a left-padded batch differ from those of the prompt alone by {difference:.1e} (relative)")
+    if not found.logprobs.isfinite().all():
+        fail("log-probabilities are not finite")
+    return _check_grid(vlm, batch, picture, fail)
+
+
+def _check_capture(vlm, batch, answers, tolerance, fail):
+    """Decoder layers and captured attention; returns the Generation of the answers."""
     seen, worst = _Seen(), {}
 
     def compare(layer, row, value, output):
@@ -56,7 +71,7 @@ def check(vlm):
         worst[seen.step] = max(worst.get(seen.step, 0.0), ((expected - found).abs().max() / found.abs().max().clamp_min(1e-6)).item())
 
     with capture(vlm, [seen], inspect=compare):
-        found = generate(vlm, batch, 2, answers=[[20, 21], [20, 21]])
+        found = generate(vlm, batch, 2, answers=answers)
     count = len(vlm.parts.layers)
     alike = sum(type(module) is type(vlm.parts.layers[0]) for module in vlm.parts.decoder.modules())
     if alike != count:
@@ -69,15 +84,7 @@ def check(vlm):
     for step, name in ((0, "prefill"), (1, "a cached step")):
         if worst[step] > tolerance:
             fail(f"captured attention times V differs from the attention output at {name} by {worst[step]:.1e} (relative; allowed {tolerance:.0e})")
-    logits = prefill(vlm, batch).logits[:, -1].float()
-    for i, sample in enumerate(samples):
-        alone = prefill(vlm, vlm.encode([sample], [picture])).logits[:, -1].float()[0]
-        difference = ((alone - logits[i]).abs().max() / alone.abs().max()).item()
-        if difference > tolerance * 10:
-            fail(f"the logits of a left-padded batch differ from those of the prompt alone by {difference:.1e} (relative)")
-    if not found.logprobs.isfinite().all():
-        fail("log-probabilities are not finite")
-    return _check_grid(vlm, batch, picture, fail)
+    return found
 
 
 def _check_grid(vlm, batch, picture, fail):

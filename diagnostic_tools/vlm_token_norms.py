@@ -181,7 +181,7 @@ def measure(vlm, samples, captions, scale, batch_size, num_workers):
                 continue
             batch = vlm.encode(*zip(*good, strict=True))
             features = vlm.vision(batch).pooler_output
-            bos = [vlm.tokenizer.bos_token_id] if vlm.tokenizer.bos_token_id in batch.input_ids[:, -max(batch.lengths)].tolist() else []
+            bos = [vlm.tokenizer.bos_token_id] if "bos" in batch.spans(0) else []
             for (sample, _), tokens in zip(good, features, strict=True):
                 ids = [i for text in captions[sample.id] for i in bos + vlm.tokenizer(text, add_special_tokens=False)["input_ids"]]
                 found[sample.id] = torch.linalg.vector_norm(tokens.float(), dim=-1).double().cpu().numpy(), table[ids]

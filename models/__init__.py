@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-FAMILIES = ("llava_original", "llava", "qwen2_5_vl")
+FAMILIES = ("llava_original", "llava", "qwen2_5_vl", "blip2", "instructblip")
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,13 @@ class Family:
     model_types: tuple  # config.model_type
     architectures: tuple = ()  # config.architectures, for types that share a model_type
     recognises: Callable = None  # (config.json as a dict) -> bool, where types and architectures do not tell
+    variant: Callable = None  # (config.json as a dict) -> Family, where it depends on the text model what such a model has
     read_config: Callable = None  # (path, config.json as a dict) -> config, for layouts that transformers does not read
     load: Callable = None  # (path, config, **options) -> (model, processor)
     parts: Callable = None  # (model) -> Parts
     grid: Callable = None  # (vlm, image size (width, height), image inputs of one sample) -> grid.PatchGrid, or None: the grid is unknown
+    patches: Callable = None  # (vlm, image size, image inputs of one sample) -> PatchGrid of the tower's patches, where vision tokens are mixed from them
+    read_text: Callable = None  # (vlm, prompt) -> more image inputs of one sample, {name: (1, m) ids or mask}, for connectors that read the prompt
     positions: Callable = None  # (vlm, input_ids, attention_mask, image inputs) -> (positions as the model takes them, next position (B,))
     rotary: Callable = None  # (vlm) -> Rotary, or None: no rotary positions
     default_system: Callable = None  # (vlm) -> system prompt where the user gives none, or None
@@ -42,6 +45,20 @@ class Parts:
     lm_head: object
     tower: object
     connector: object
+    qformer: object = None  # QFormer, where the vision tokens are queries that read the tower's output
+    vision_blocks: list = ()  # the tower's blocks, where its positions are the vision tokens, or what a QFormer reads, in their order, behind a CLS or not
+
+
+@dataclass(frozen=True)
+class QFormer:
+    """Attention modules between patches and vision tokens. P: patches; S: vision sequence, the patches and, first, CLS where `cls` is True; m: instruction
+    tokens behind the queries. Each list has one module per layer; a module's call gives (output, weights), weights only with eager attention."""
+
+    queries: int  # q, as many as vision tokens
+    self_attention: list  # (B, H, q + m, q + m)
+    cross_attention: list  # (B, H, q, S): instruction tokens do not read the picture; None in layers without
+    cls: bool
+    instruction: str | None = None  # name in Batch.image_rows of the instruction's ids (1, m) by the processor's qformer_tokenizer; None: m = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ def find_family(config):
         family = importlib.import_module(f"models.{name}").FAMILY
         named = config.get("model_type") in family.model_types or set(config.get("architectures") or ()) & set(family.architectures)
         if family.recognises(config) if family.recognises else named:
-            return family
+            return family.variant(config) if family.variant else family
     return None
 
 

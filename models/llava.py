@@ -84,8 +84,9 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
 
 
 def parts(model):
-    base = model.model
-    return Parts(base.language_model, list(base.language_model.layers), base.language_model.norm, model.lm_head, base.vision_tower, base.multi_modal_projector)
+    base, text = model.model, model.model.language_model
+    blocks = list(getattr(base.vision_tower, "encoder", base.vision_tower).layers)
+    return Parts(text, list(text.layers), text.norm, model.lm_head, base.vision_tower, base.multi_modal_projector, vision_blocks=blocks)
 
 
 def prompt(vlm, question, system):

@@ -1,12 +1,35 @@
 """Small random models in real folders, built from configs. Attention of random weights is nearly uniform and hides errors, so q and k are scaled up."""
 
 import importlib.util
+import json
 import random
+import re
+import string
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
-from transformers import LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from tokenizers import trainers
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    GPT2Tokenizer,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    OPTConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5Tokenizer,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import cli
@@ -121,6 +144,86 @@ def build_qwen(folder):
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48).save_pretrained(folder)
     return folder
+
+
+def trained(kind, trainer):
+    """Vocabulary and merges of a tokenizer trained on the questions of the tests, by kind of tokenizers' models."""
+    words = [word for question in QUESTIONS for word in question.split()]
+    own = tokenizers.Tokenizer(kind)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace() if isinstance(trainer, trainers.UnigramTrainer) else tokenizers.pre_tokenizers.ByteLevel()
+    own.train_from_iterator([*QUESTIONS, *words, "Question: Answer:"] * 3, trainer)
+    return json.loads(own.to_str())["model"]
+
+
+def blip_tokenizer(text):
+    """A small tokenizer as the language model `text` has it: OPT's byte-level BPE, Llama's of tiny-llava, T5's unigram."""
+    if text == "llama":
+        return AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "tiny-llava")
+    if text == "opt":
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        model = trained(
+            tokenizers.models.BPE(),
+            trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False),
+        )
+        merges = [tuple(pair) for pair in model["merges"]]
+        return GPT2Tokenizer(model["vocab"], merges, unk_token="</s>", bos_token="</s>", eos_token="</s>", pad_token="<pad>", add_bos_token=True)
+    model = trained(
+        tokenizers.models.Unigram(), trainers.UnigramTrainer(vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    )
+    return T5Tokenizer([tuple(piece) for piece in model["vocab"]], extra_ids=10)
+
+
+def build_blip(folder, instruct, text):
+    """A random BLIP-2 or InstructBLIP with 6 queries, 4 x 4 patches, 4 Q-Former layers. OPT ends its answers at id 3, no EOS of
+    its tokenizer; the Llama config names its BOS as EOS, as Vicuna checkpoints do."""
+    tokenizer, queries = blip_tokenizer(text), 6
+    images = BlipImageProcessorPil(size={"height": 56, "width": 56})
+    letters = [*string.ascii_lowercase, *string.digits, *"?.,:<>|/[]"]
+    words = sorted({word for question in QUESTIONS for word in re.findall("[a-z]+", question.lower())})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*letters, *(f"##{letter}" for letter in letters), *words])]
+    bert = BertTokenizer({piece: i for i, piece in enumerate(pieces)})
+    processor = InstructBlipProcessor(images, tokenizer, bert, queries) if instruct else Blip2Processor(images, tokenizer, queries)
+    processor.save_pretrained(folder)
+    size = {"vocab_size": max(len(tokenizer), 520), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": {"opt": 3, "llama": 1, "t5": 1}[text]}
+    language = {
+        "opt": lambda: OPTConfig(
+            hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4, bos_token_id=2, init_std=0.1, **size
+        ),
+        "llama": lambda: LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, **size
+        ),
+        "t5": lambda: T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=3, num_decoder_layers=2, num_heads=4, decoder_start_token_id=0, **size),
+    }
+    config = (InstructBlipConfig if instruct else Blip2Config)(
+        vision_config={"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "initializer_range": 0.1},
+        qformer_config={"vocab_size": len(bert), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.1},
+        text_config=language[text](), num_query_tokens=queries, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = (InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration)(config)
+    model.query_tokens.data.normal_()
+    for name, p in model.named_parameters():
+        p.data *= 3 if "query.weight" in name or "key.weight" in name or "vision_model.embeddings" in name else 1
+        p.data *= 5 if ".block." in name and p.ndim == 2 and "relative" not in name else 1  # a random T5 says one token over and over
+    if text != "t5":
+        decoder = model.language_model.model.decoder if text == "opt" else model.language_model.model
+        sharpen(model.language_model, decoder.layers)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blip_folders(tmp_path_factory):
+    """get(name) -> folder of a random model: blip2-opt, blip2-t5, instructblip-llama, instructblip-t5; built once a session."""
+    root, built = tmp_path_factory.mktemp("blips"), {}
+
+    def get(name):
+        if name not in built:
+            kind, text = name.split("-")
+            built[name] = build_blip(root / name, kind == "instructblip", text)
+        return built[name]
+
+    return get
 
 
 @pytest.fixture(scope="session")

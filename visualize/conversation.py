@@ -24,8 +24,9 @@ class Asker:
         samples = [Sample(f"{self.samples[row].id}|{tag}", None, text) for row, text in zip(rows, texts, strict=True)]
         batch = vlm.encode(samples, [self.images[row] for row in rows])
         if self.features is None:
-            self.features = vlm.vision(batch).pooler_output
             self.grids = batch.grids
+        if self.features is None or vlm.family.read_text:  # a connector that reads the question gives each its own features
+            self.features = dict(zip(rows, vlm.vision(batch).pooler_output, strict=True))
         start = shared_start([batch])
         batch = padded_after(batch, start) if start else batch
         chosen = torch.tensor(rows, device=vlm.device)

@@ -1,0 +1,291 @@
+"""Gradient relevancy: rules against whole matrices, gradients against transformers' eager attention, planted dependencies, baselines."""
+
+import attribution
+import gradients
+import numpy as np
+import pytest
+import relevancy as rules
+import torch
+from gradients import trace
+
+import common
+from capturing import extended, generate
+from samples import Sample
+
+QUESTION = "What color is the circle?"
+
+
+@pytest.fixture(scope="module", params=["llava-gqa", "qwen"])
+def run(request, load, pictures):
+    vlm = load(request.param)
+    batch = vlm.encode([Sample("0", None, QUESTION)], [pictures[1]])
+    return trace(vlm, batch, generate(vlm, batch, 5).ids[0])
+
+
+def eager(run, targets):
+    """Ā of every decoder and tower layer for each target by plain autograd through transformers' own eager attention: ({layer: (T, N, N)}, {block: ...})."""
+    vlm, seen, hooks = run.vlm, {}, []
+    vlm.model.set_attn_implementation("eager")
+    try:
+        for kind, blocks in (("layer", vlm.parts.layers), ("block", vlm.parts.vision_blocks)):
+            for index, block in enumerate(blocks):
+
+                def keep(module, args, output, key=(kind, index)):
+                    seen[key] = output[1]
+
+                hooks.append(block.self_attn.register_forward_hook(keep))
+        rows = run.prompt.image_rows[0]
+        pixels = rows["pixel_values"].clone().requires_grad_()
+        inputs = run.prompt.image_inputs | {"pixel_values": pixels}
+        options = {"mm_token_type_ids": (run.batch.input_ids == vlm.model.config.image_token_id).int()} if vlm.family.name == "qwen2_5_vl" else {}
+        logits = vlm.model(
+            input_ids=run.batch.input_ids, attention_mask=run.batch.attention_mask, position_ids=run.batch.position_ids, use_cache=False, **inputs, **options
+        ).logits
+        found = {key: [] for key in seen}
+        for target in targets:
+            chosen = logits[0, run.rows[target], run.ids[target]]
+            maps = torch.autograd.grad(chosen, list(seen.values()), retain_graph=True, allow_unused=True)
+            for (key, attention), gradient in zip(seen.items(), maps, strict=True):
+                found[key].append(None if gradient is None else rules.head_mean(attention[0], gradient[0]).detach())
+    finally:
+        for hook in hooks:
+            hook.remove()
+        vlm.model.set_attn_implementation("sdpa")
+    return found
+
+
+def close(a, b, tolerance=1e-4):
+    return float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp_min(1e-12))
+
+
+def test_maps_are_those_of_plain_autograd_through_eager_attention(run):
+    targets = [0, 2, len(run.ids) - 1]
+    oracle, layers = eager(run, targets), len(run.layers)
+    found = dict(run.descend(targets))
+    gradient = found.pop(None)
+    for layer in range(layers):
+        assert all(close(found[layer][i], oracle["layer", layer][i]) for i in range(3))
+    assert not close(found[0][0], oracle["layer", 1][0]) and not close(found[0][0], oracle["layer", 0][1])  # another layer, another target
+    assert bool(run.tower) == bool(run.vlm.parts.vision_blocks)
+    blocks = dict(run.descend_tower(gradient)) if run.tower else {}
+    for block, maps in blocks.items():
+        assert all(close(maps[i], oracle["block", block][i]) for i in range(3))
+    if run.tower:  # features come from hidden state -2: the last block has no gradient
+        last = len(run.vlm.parts.vision_blocks) - 1
+        assert last not in blocks and last - 1 in blocks and oracle.get(("block", last), [None])[0] is None
+
+
+def test_rows_are_those_of_the_matrix_recursion(run):
+    targets, depth = [1, 3], len(run.layers)
+    maps = dict(run.descend(targets))
+    gradient = maps.pop(None)
+    found = attribution.relevancy(run, targets)
+    assert found.layers == list(range(depth)) and found.rows.shape == (2, depth, run.length)
+    eye = torch.eye(run.length)
+    for k in range(depth):
+        whole = rules.self_attention([maps[layer] for layer in range(k + 1)])
+        for i, target in enumerate(targets):
+            assert close(torch.from_numpy(found.rows[i, k]), (whole[i] - eye)[run.rows[target]], 1e-5)
+    assert np.array_equal(found.image, found.rows[:, :, run.vision])
+    for i, target in enumerate(targets):  # nothing comes from positions that the producing row cannot see
+        assert found.rows[i, :, int(run.rows[target]) + 1 :].max(initial=0) == 0 and found.rows.min() >= 0
+    if run.tower:
+        blocks = dict(run.descend_tower(gradient))
+        tower = rules.self_attention([blocks[index] for index in sorted(blocks)])
+        first = tower.shape[-1] - len(run.vision)
+        for i in range(2):
+            assert close(torch.from_numpy(found.cells[i]), torch.from_numpy(found.image[i]) @ tower[i][first:, first:], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "instructblip-llama"])
+def test_relevancy_goes_through_a_q_former(blip_folders, pictures, name):
+    """Against transformers' own eager attention, plain autograd and whole matrices."""
+    vlm = common.load_model(blip_folders(name), self_check=False)
+    batch = vlm.encode([Sample("0", None, QUESTION)], [pictures[1]])
+    run = trace(vlm, batch, generate(vlm, batch, 3).ids[0])
+    found = attribution.relevancy(run, [0, 2])
+    former, seen, hooks = vlm.parts.qformer, {}, []
+    listed = {"decoder": [layer.self_attn for layer in vlm.parts.layers], "tower": [block.self_attn for block in vlm.parts.vision_blocks]}
+    listed |= {"own": former.self_attention, "cross": former.cross_attention}
+    vlm.model.set_attn_implementation("eager")
+    vlm.model.requires_grad_(True)  # as the published code has it
+    for kind, modules in listed.items():
+        for index, module in enumerate(modules):
+            if module is not None:
+                hooks.append(module.register_forward_hook(lambda _, args, output, key=(kind, index): seen.__setitem__(key, output[1])))
+    try:
+        whole, rows = run.batch, run.prompt.image_inputs
+        features = vlm.vision(run.prompt)
+        output = vlm.model(
+            inputs_embeds=gradients.embeddings(vlm, whole, features), attention_mask=whole.attention_mask, position_ids=whole.position_ids, use_cache=False
+        )
+        assert rows["pixel_values"].shape[0] == 1
+        for i, target in enumerate([0, 2]):
+            chosen = output.logits[0, run.rows[target], run.ids[target]]
+            maps = torch.autograd.grad(chosen, list(seen.values()), retain_graph=True)
+            average = {key: rules.head_mean(attention[0], gradient[0]).detach() for (key, attention), gradient in zip(seen.items(), maps, strict=True)}
+
+            def through(kind, average=average):
+                r = torch.eye(len(average[kind, 0]))
+                for index in range(sum(key[0] == kind for key in average)):
+                    r = r + average[kind, index] @ r
+                return r
+
+            image = (through("decoder") - torch.eye(run.length))[run.rows[target], run.vision]
+            assert close(torch.from_numpy(found.image[i, -1]), image)
+            r_ii, n = through("tower"), len(average["own", 0])
+            r_qq, r_qi = torch.eye(n), torch.zeros(n, len(r_ii))
+            for layer in range(len(former.self_attention)):
+                r_qi, r_qq = r_qi + average["own", layer] @ r_qi, r_qq + average["own", layer] @ r_qq
+                if ("cross", layer) in average:
+                    bar = [torch.eye(len(r)) + (r - torch.eye(len(r))) / (r - torch.eye(len(r))).sum(1, keepdim=True) for r in (r_qq, r_ii)]
+                    cross = torch.cat([average["cross", layer], torch.zeros(n - former.queries, len(r_ii))])
+                    r_qi = r_qi + (bar[0].T @ cross @ bar[1]).nan_to_num()
+            assert close(torch.from_numpy(found.cells[i, -1]), image @ r_qi[: former.queries, 1:])
+            if former.instruction:
+                assert close(torch.from_numpy(found.instruction[i, -1]), image @ r_qq[: former.queries, former.queries :])
+        assert (found.instruction is None) == (name == "blip2-opt") and found.cells.shape[-1] == 16
+    finally:
+        for hook in hooks:
+            hook.remove()
+        vlm.model.requires_grad_(False)
+        vlm.model.set_attn_implementation("sdpa")
+
+
+def test_chunks_single_targets_and_a_second_call_give_the_same(run):
+    targets = list(range(len(run.ids)))
+    whole = attribution.relevancy(run, targets, budget=2**40)
+    single = attribution.relevancy(run, targets, budget=1)  # one target at a time
+    assert attribution.chunk_size(run, 1) == 1 and attribution.chunk_size(run, 2**40) >= len(targets)
+    again = attribution.relevancy(run, targets, budget=2**40)
+    for name in ("rows", "last", "input"):
+        assert np.allclose(getattr(whole, name), getattr(single, name), rtol=1e-4, atol=1e-6 * np.abs(getattr(whole, name)).max())
+        assert np.array_equal(getattr(whole, name), getattr(again, name))  # no gradient is left over from the first call
+    some = attribution.relevancy(run, targets[:2], layers=[1])
+    assert np.allclose(some.rows[:, 0], whole.rows[:2, 1], rtol=1e-4, atol=1e-6 * whole.rows.max())
+
+
+def test_frozen_and_unfrozen_parameters_give_the_same_and_nothing_is_left(run):
+    vlm = run.vlm
+    before = attribution.relevancy(run, [1]).rows
+    vlm.model.requires_grad_(True)
+    try:
+        after = attribution.relevancy(trace(vlm, run.prompt, run.ids), [1]).rows
+        assert all(p.grad is None for p in vlm.model.parameters())
+    finally:
+        vlm.model.requires_grad_(False)
+    assert np.allclose(before, after, rtol=1e-4, atol=1e-6 * before.max())
+    assert vlm.parts.decoder.config._attn_implementation == "sdpa" and gradients._cores is None
+    assert not any(module._forward_hooks for module in vlm.parts.layers if "keep" in str(module._forward_hooks))
+
+
+def test_logits_and_rows_are_those_of_the_generation(run):
+    assert run.logits.argmax(-1).tolist() == run.ids  # greedy
+    vlm, whole = run.vlm, extended(run.prompt, run.ids)
+    assert torch.equal(whole.input_ids, run.batch.input_ids) and run.rows.tolist() == [run.prompt.input_ids.shape[1] - 1 + t for t in range(len(run.ids))]
+    scores = generate(vlm, run.prompt, len(run.ids)).logprobs[0]
+    own = run.logits.log_softmax(-1).gather(1, torch.tensor(run.ids)[:, None])[:, 0]
+    assert torch.allclose(scores, own, atol=1e-4)
+
+
+def test_baselines_have_their_definitions(run):
+    targets = [0, 4]
+    maps = []
+    for block in run.layers:
+        with torch.no_grad():
+            maps.append(block.attention())
+    raw = attribution.raw_attention(run, targets)
+    assert raw.shape == (2, len(run.layers), run.length) and np.allclose(raw.sum(-1), 1, atol=1e-5)
+    assert np.allclose(raw[1, 0], maps[0][run.rows[4]], atol=1e-7)
+    whole = torch.eye(run.length)
+    for attention in maps:
+        whole = (0.5 * torch.eye(run.length) + 0.5 * attention) @ whole
+    assert np.allclose(attribution.rollout(run, targets), whole[run.rows[targets]], atol=1e-6)
+    found = attribution.relevancy(run, targets)
+    assert np.allclose(found.input, attribution.input_gradient(run, targets), rtol=1e-4, atol=1e-6 * np.abs(found.input).max())
+    top = dict(run.descend(targets))[len(run.layers) - 1]
+    assert np.allclose(found.last, top[[0, 1], run.rows[targets]][:, run.vision], atol=1e-7)
+    one, other = (attribution.noise(run, targets, seed) for seed in (0, 1))
+    assert one.shape == (2, len(run.vision)) and not np.array_equal(one, other) and np.array_equal(one, attribution.noise(run, targets, 0))
+    assert set(attribution.METHODS) >= {"relevancy", "raw_attention", "rollout", "gradient_attention", "input_gradient", "integrated_gradients", "random"}
+
+
+def test_integrated_gradients_are_complete(run):
+    """Their sum is the change of the logit between the picture's mean and the picture."""
+    features = run.features.detach()
+    blank = trace(run.vlm, run.prompt, run.ids, tower=False, features=features.mean(0, keepdim=True).expand_as(features))
+    change = (run.logits - blank.logits)[0, run.ids[0]].item()
+    coarse, fine = (attribution.integrated_gradients(run, [0], steps).sum() for steps in (2, 16))
+    assert abs(fine - change) <= 0.15 * abs(change) + 1e-3 and abs(fine - change) <= abs(coarse - change) + 1e-3
+
+
+def test_the_input_gradient_is_a_finite_difference(run):
+    features, targets = run.features.detach(), [2]
+    found = attribution.input_gradient(run, targets)[0]
+    patch, step = int(np.abs(found).argmax()), 1e-3
+    logits = []
+    for sign in (1, -1):
+        moved = features.clone()
+        moved[patch] *= 1 + sign * step
+        logits.append(trace(run.vlm, run.prompt, run.ids, tower=False, features=moved).logits[2, run.ids[2]].item())
+    assert abs((logits[0] - logits[1]) / (2 * step) - found[patch]) <= 0.05 * abs(found[patch]) + 2e-3
+
+
+# --- rules without a model ----------------------------------------------------------------------------------------------------
+
+
+def test_rule_5_drops_negative_products_before_the_mean_over_heads():
+    attention, gradient = torch.tensor([[[0.5]], [[0.5]]]), torch.tensor([[[2.0]], [[-1.0]]])
+    assert rules.head_mean(attention, gradient).item() == 0.5  # 1 and 0, not 1 and -0.5
+
+
+def test_normalised_rows_sum_to_two_or_one_and_are_never_nan():
+    maps = [torch.rand(3, 4, 4).tril(-1) for _ in range(2)]
+    found = rules.normalised(rules.self_attention(maps))
+    rest = found - torch.eye(4)
+    assert torch.allclose(rest.sum(-1)[:, 1:], torch.ones(3, 3)) and torch.equal(rest[:, 0], torch.zeros(3, 4)) and not found.isnan().any()
+
+
+def test_q_former_rules():
+    torch.manual_seed(0)
+    queries, instruction, size = 3, 2, 5
+    own = [torch.rand(queries + instruction, queries + instruction) for _ in range(3)]
+    cross = [torch.rand(queries, size), None, torch.rand(queries, size)]
+    patches = rules.self_attention([torch.rand(size, size)])
+    qq, qi = rules.queries_to_patches(own, cross, patches)
+    a, b = torch.eye(5), torch.zeros(5, size)  # by hand
+    context = torch.eye(size) + (patches - torch.eye(size)) / (patches - torch.eye(size)).sum(1, keepdim=True)
+    for map_s, map_c in zip(own, cross, strict=True):
+        a, b = a + map_s @ a, b + map_s @ b
+        if map_c is not None:
+            rest = a - torch.eye(5)
+            b = b + (torch.eye(5) + rest / rest.sum(1, keepdim=True)).T @ torch.cat([map_c, torch.zeros(instruction, size)]) @ context
+    assert torch.allclose(qq, a) and torch.allclose(qi, b)
+    none = [torch.zeros(queries, size) if part is not None else None for part in cross]
+    assert torch.equal(rules.queries_to_patches(own, none, patches)[1], torch.zeros(5, size))  # no cross gradient, nothing from the picture
+    still = [torch.zeros(5, 5)]
+    assert torch.allclose(rules.queries_to_patches(still, cross[:1], patches)[1][:queries], cross[0] @ context)  # R_qq = I: the increment is Ā_c R̄_ii
+
+
+def test_a_planted_dependency_is_ranked_first():
+    """Two layers: the target reads token 4, token 4 has read token 1; the others are ignored."""
+    maps = [torch.zeros(6, 6), torch.zeros(6, 6)]
+    maps[0][4, 1], maps[1][5, 4] = 0.7, 0.5
+    row = (rules.self_attention(maps) - torch.eye(6))[5]
+    assert torch.allclose(row, torch.tensor([0, 0.35, 0, 0, 0.5, 0]))
+    start = torch.nn.functional.one_hot(torch.tensor([5]), 6).float()
+    rows = rules.carry(rules.carry(start, maps[1]), maps[0])[0]
+    assert torch.allclose(rows - start[0], row)
+
+
+def test_visual_share_and_ratio():
+    image, text = torch.tensor([3.0, 1.0]), torch.tensor([1.0])
+    assert rules.share(image, text, "max").item() == 0.75 and abs(rules.share(image, text, "sum").item() - 0.8) < 1e-6
+    assert rules.ratio_of(image, text, "mean").item() == 2 and torch.isnan(rules.share(image * 0, text[:0]))
+    with pytest.raises(ValueError, match="max, sum or mean"):
+        rules.share(image, text, "median")
+
+
+def test_sinks_are_outliers_of_the_norm():
+    norms = torch.cat([torch.linspace(9, 11, 50), torch.tensor([60.0, 25.0])])
+    assert rules.sinks(norms).nonzero()[:, 0].tolist() == [50, 51] and not rules.sinks(torch.ones(9)).any()
