@@ -35,7 +35,7 @@ from cli import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "diagnostic_tools"
-READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "scripts/README.md", "visualize/README.md", "swap_analysis/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
+READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "diagnostic_tools/STETHOSCOPE.md", "scripts/README.md", "visualize/README.md", "swap_analysis/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
 MODELS = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
 LIMITS = {"--max_images": "2", "--max_questions": "4", "--num_images": "4", "--num_train": "2"}  # given to the scripts that have them
 SEED = r"""
