@@ -9,8 +9,7 @@ Stages, each resumed from checkpoints/.train/<stage>.pt and written to checkpoin
     late          the base goes on with more corridors, more critique, revise and decide prompts, and absent objects in the colour of one that is there
     plain, normWmean, multilayerNorm   the same goes on alike: as it is, behind a normalised projector, and behind one on four tower layers
                   (Beyond Semantics) -> tiny-llava, tiny-llava-<stage>
-    independent   the twin of the base run, on floor scenes whose height in the picture says nothing about depth, as far as the last snapshot
-                  -> tiny-llava-independent
+    independent   the twin of the base run, on floor scenes whose height in the picture says nothing about depth -> tiny-llava-independent
 
 Relations come last and suddenly; held-out accuracy by kind is printed on the way. Everything random comes from (--seed, step).
 """
@@ -137,11 +136,10 @@ class Stage:
         torch.save({"step": self.step, "parts": [part.state_dict() for part in (*self.modules, *self.optimizers)]}, scratch)
         scratch.replace(self.path)
 
-    def run(self, one_step, every, report, last=None):
-        """Call one_step(step) until done, or until step `last`; report and save every `every` steps. False if the time is up first."""
-        last = last or self.steps
-        bar = tqdm(total=last, initial=self.step, desc=self.name, mininterval=5)
-        while self.step < last:
+    def run(self, one_step, every, report):
+        """Call one_step(step) until done; report and save every `every` steps. False if the time is up first."""
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
+        while self.step < self.steps:
             self.set_lr()
             loss = one_step(self.step)
             for optimizer in self.optimizers:
@@ -152,10 +150,10 @@ class Stage:
                 optimizer.step()
             self.step += 1
             bar.update()
-            if self.step % every == 0 or self.step == last:
+            if self.step % every == 0 or self.step == self.steps:
                 report(self.step, loss.item())
                 self.save()
-                if time.monotonic() > self.args.deadline and self.step < last:
+                if time.monotonic() > self.args.deadline and self.step < self.steps:
                     return False
         return True
 
@@ -320,7 +318,7 @@ def train_decoder(args, name, steps, model, pool, test, packer, lr, save):
             if step in SNAPSHOTS:
                 save(f"tiny-llava-scale{SNAPSHOTS.index(step) + 1}")
 
-    return stage.run(one_step, 500, report, SNAPSHOTS[-1] if name == "independent" else None)
+    return stage.run(one_step, 500, report)
 
 
 def text_norms(model, packer):

@@ -1,0 +1,81 @@
+"""What a model's insides say about each object word of its answer: is there anything of it in the picture?
+
+    log_probability   mean over the word's tokens of log p(token)                                            the baseline
+    llr               log p(token | picture) - log p(token | every vision token replaced by their mean)      image-conditioned log-likelihood ratio
+    visual_share      max R_img / (max R_img + max R_text) at the last layer (relevancy.py), the largest of the word's tokens
+    relevancy_mass    sum of R_img at the last layer, the largest of the word's tokens
+    lens              largest p(token) that the logit lens reads at any vision token after any layer but the last, the largest of the word's tokens
+                      (arXiv 2410.02762 takes it as the model's confidence that the object is there)
+High values of all five speak for a grounded word."""
+
+import re
+
+import attribution
+import numpy as np
+import relevancy as rules
+import torch
+from gradients import trace
+
+from answers import token_spans
+from capturing import HiddenStates, capture, prefill
+from groups import GROUPS
+from lens import Lens
+
+SIGNALS = ("log_probability", "llr", "visual_share", "relevancy_mass", "lens")
+TEXT = tuple(GROUPS.index(name) for name in ("user", "generated"))
+
+
+def named_objects(text, names):
+    """[(name, start, end), ...] of the object names that stand in a text as whole words, longer names first, none inside another. Case and a plural s
+    are ignored."""
+    found, taken = [], []
+    for name in sorted(set(names), key=lambda name: (-len(name), name)):
+        for match in re.finditer(rf"(?<!\w){re.escape(name)}(?:s|es)?(?!\w)", text, re.IGNORECASE):
+            if not any(start < match.end() and match.start() < end for start, end in taken):
+                taken.append(match.span())
+                found.append((name, *match.span()))
+    return sorted(found, key=lambda one: one[1])
+
+
+def tokens_of(vlm, ids, start, end):
+    """Indices of the generated tokens that wrote the characters [start, end) of the answer."""
+    _, spans = token_spans(ids, lambda some: vlm.tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
+
+
+def measure(vlm, batch, ids, words):
+    """[{signal: value}, ...] of words, each a list of indices into ids. batch: one prompt."""
+    run = trace(vlm, batch, ids, tower=False)
+    targets = sorted({target for word in words for target in word})
+    place = {target: i for i, target in enumerate(targets)}
+    chosen = torch.tensor(ids, device=run.logits.device)[:, None]
+    logs = run.logits.log_softmax(-1).gather(1, chosen)[:, 0]
+    mean = run.features.detach().mean(0, keepdim=True).expand_as(run.features)
+    blank = trace(vlm, batch, ids, tower=False, features=mean).logits.log_softmax(-1).gather(1, chosen)[:, 0]
+    found = attribution.relevancy(run, targets, [len(run.layers) - 1], tower=False)
+    text = torch.isin(run.batch.groups[0].cpu(), torch.tensor(TEXT))
+    shares = rules.share(torch.from_numpy(found.image[:, 0]), torch.from_numpy(found.rows[:, 0])[:, text]).numpy()
+    mass = found.image[:, 0].sum(-1)
+    lens = seen_by_lens(vlm, batch, [ids[target] for target in targets])
+    values = []
+    for word in words:
+        rows = [place[target] for target in word]
+        values.append({
+            "log_probability": float(logs[word].mean()), "llr": float((logs - blank)[word].mean()), "visual_share": float(np.nan_to_num(shares[rows]).max()),
+            "relevancy_mass": float(mass[rows].max()), "lens": float(lens[rows].max()),
+        })  # fmt: skip
+    return values
+
+
+@torch.inference_mode()
+def seen_by_lens(vlm, batch, ids):
+    """(n,) for each of n ids, the largest probability that the lens gives it at a vision token, over the embeddings and all layers but the last."""
+    last, lens, best = len(vlm.parts.layers), Lens(vlm), torch.zeros(len(ids), device=vlm.device)
+    with capture(vlm, [probe := HiddenStates(lambda index: index < last)]):
+        prefill(vlm, batch)
+    for index in range(last):
+        states = probe.states.pop(index)[0, batch.vision_positions(0)]
+        for part in states.split(max(1, 2**24 // lens.head.weight.shape[0])):
+            logits = lens.logits(part)
+            best = torch.maximum(best, (logits[:, ids] - logits.logsumexp(-1, keepdim=True)).exp().amax(0).to(best.device))
+    return best.cpu().numpy()
