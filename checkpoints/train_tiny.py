@@ -77,6 +77,7 @@ def parse_args(argv=None):
     parser.add_argument("--scenes", type=int, default=16000, help="pictures to train on")
     parser.add_argument("--tower_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=3500)
+    parser.add_argument("--independent_steps", type=int, default=5000, help="relations come later where height does not give depth away")
     parser.add_argument("--late_steps", type=int, default=1000)
     parser.add_argument("--variant_steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
@@ -377,7 +378,8 @@ def main(argv=None):
                     torch.manual_seed(args.seed)
                     model = LlavaForConditionalGeneration(make_config(tokenizer)).to(args.device)
                     load_part(out, "tower", model.model.vision_tower)
-                current, lr, steps, extra = model, *((1.5e-3, args.late_steps) if name == "late" else (2e-3, args.base_steps)), {}
+                steps = {"base": args.base_steps, "late": args.late_steps, "independent": args.independent_steps}[name]
+                current, lr, extra = model, 1.5e-3 if name == "late" else 2e-3, {}
                 if name == "late":
                     load_part(out, "base", Decoder(model))
             else:
