@@ -10,7 +10,8 @@ Object words: category names of the instances file in descriptions (--kinds capt
 <name> in the image?", about objects that are there and as many that are not (--kinds pope). A word is hallucinated if the picture has no such instance.
 --corrupt draws one of none, noise, blur and covered for each picture, so that a model that is rarely wrong is wrong often enough. Signals: warning_signals.py;
 fit() and AUROC: calibration.py. fit writes runs/hallucination_warning/<model>__fit/analysis/calibration.json, which test and score (and the app) read; test
-writes analysis/report.json: AUROC of each signal and of all together, each against plain token probability on the same words, and calibration."""
+writes analysis/report.json: AUROC of each signal and of all together, each against plain token probability on the same words, and calibration. Words of
+descriptions and the Yes of questions are calibrated each for themselves."""
 
 import json
 from dataclasses import dataclass
@@ -182,17 +183,22 @@ def table(run):
 
 
 def calibrate(run):
-    """The calibration of a run's words: all signals together, each alone, and what is known of their quality on the same words."""
-    signals, labels, images, _ = table(run)
-    try:
-        models = {"all": calibration.fit(signals, labels)}
-        models |= {name: calibration.fit(signals[:, [j]], labels) for j, name in enumerate(SIGNALS)}
-    except ValueError as error:
-        raise UsageError(f"{run.path}: {error}; more pictures (--num_images) or harder ones (--corrupt) are needed") from error
-    drawn = calibration.draws(images)
-    scores = {name: calibration.auroc_interval(-signals[:, j], labels, drawn) for j, name in enumerate(SIGNALS)}
-    facts = {"signals": list(SIGNALS), "n_words": len(labels), "n_hallucinated": int(labels.sum()), "n_images": len(set(images))}
-    return {"model": run.meta["settings"]["model_name"], "fingerprint": run.meta["settings"]["fingerprint"]} | facts | {"models": models, "auroc_fit": scores}
+    """The calibration of a run's words, for each kind of its own: all signals together, each alone, and their AUROC on the same words."""
+    signals, labels, images, kinds = table(run)
+    found = {}
+    for kind in sorted(set(kinds)):
+        mine = kinds == kind
+        values, truth, drawn = signals[mine], labels[mine], calibration.draws(images[mine])
+        facts = {"n_words": len(truth), "n_hallucinated": int(truth.sum()), "n_images": len(set(images[mine]))}
+        try:
+            models = {"all": calibration.fit(values, truth)} | {name: calibration.fit(values[:, [j]], truth) for j, name in enumerate(SIGNALS)}
+        except ValueError as error:
+            print(f"{kind}: {error}; more pictures (--num_images) or harder ones (--corrupt) are needed")
+            continue
+        found[kind] = facts | {"models": models, "auroc_fit": {name: calibration.auroc_interval(-values[:, j], truth, drawn) for j, name in enumerate(SIGNALS)}}
+    if not found:
+        raise UsageError(f"{run.path}: neither descriptions nor questions have both hallucinated and grounded object words, so nothing is calibrated")
+    return {"model": run.meta["settings"]["model_name"], "fingerprint": run.meta["settings"]["fingerprint"], "signals": list(SIGNALS), "kinds": found}
 
 
 def find_calibration(model_path, out_root="runs", path=None):
@@ -204,48 +210,48 @@ def find_calibration(model_path, out_root="runs", path=None):
         return None
     try:
         found = json.loads(chosen.read_bytes())
-        models, own = found["models"], found["fingerprint"]
+        models, own = [kind["models"]["all"] for kind in found["kinds"].values()], found["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{chosen} is no calibration ({error}); make it again with hallucination_warning.py fit") from error
-    if own != fingerprint(model_path) or set(found["signals"]) != set(SIGNALS) or "all" not in models:
+    if own != fingerprint(model_path) or found["signals"] != list(SIGNALS) or not models:
         raise UsageError(f"{chosen} was fitted on another model or with other signals; calibrate {model_path} with hallucination_warning.py fit")
     return found
 
 
 def report(run, found):
-    """What a calibration is worth on words that it was not fitted on."""
+    """What a calibration is worth on words that it was not fitted on, for each kind."""
     signals, labels, images, kinds = table(run)
-    base = SIGNALS.index(BASELINE)
     out = {}
-    for kind in ("all", *sorted(set(kinds))):
-        mine = np.ones(len(labels), bool) if kind == "all" else kinds == kind
+    for kind in sorted(set(kinds)):
+        mine = kinds == kind
         values, truth, drawn = signals[mine], labels[mine], calibration.draws(images[mine])
-        if not 0 < truth.sum() < len(truth):
-            out[kind] = {"n_words": int(mine.sum()), "n_hallucinated": int(truth.sum()), "too_few": True}
+        facts = {"n_words": len(truth), "n_hallucinated": int(truth.sum()), "n_images": len(set(images[mine])), "too_few": not 0 < truth.sum() < len(truth)}
+        if facts["too_few"] or kind not in found["kinds"]:
+            out[kind] = facts | {"too_few": True}
             continue
-        predicted = {name: calibration.predict(found["models"][name], values[:, [j]]) for j, name in enumerate(SIGNALS)}
-        predicted["all"] = calibration.predict(found["models"]["all"], values)
+        models = found["kinds"][kind]["models"]
+        predicted = {name: calibration.predict(models[name], values[:, [j]]) for j, name in enumerate(SIGNALS)}
+        predicted["all"] = calibration.predict(models["all"], values)
         rows = {}
         for name, scores in predicted.items():
             rows[name] = {"auroc": calibration.auroc_interval(scores, truth, drawn), "ece": calibration.expected_calibration_error(scores, truth)}
             rows[name]["over_baseline"] = calibration.auroc_difference(scores, predicted[BASELINE], truth, drawn)
             rows[name]["beats_baseline"] = bool(rows[name]["over_baseline"]["low"] > 0)
             rows[name]["brier"] = float(((scores - truth) ** 2).mean())
-        facts = {"n_words": int(mine.sum()), "n_hallucinated": int(truth.sum()), "n_images": len(set(images[mine])), "too_few": False}
         out[kind] = facts | {"signals": rows, "reliability": calibration.reliability(predicted["all"], truth)}
-        out[kind]["baseline_raw"] = calibration.auroc_interval(-values[:, base], truth, drawn)
-    return {"calibrated_on": found["n_words"]} | out
+    return out
 
 
 def warnings_for(vlm, batch, ids, names, found):
-    """[{word, tokens, signals, probability}, ...] of an answer's object words; probability None where found (the calibration) is None."""
+    """[{word, tokens, signals, probability}, ...] of a description's object words; probability None where found (the calibration) does not have them."""
+    models = found["kinds"].get("captions", {}).get("models") if found else None
     text = vlm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     words = [(name, tokens_of(vlm, ids, start, end)) for name, start, end in named_objects(text, names)]
     words = [(name, tokens) for name, tokens in words if tokens]
     values = measure(vlm, batch, ids, [tokens for _, tokens in words]) if words else []
     out = []
     for (name, tokens), signals in zip(words, values, strict=True):
-        risk = None if found is None else float(calibration.predict(found["models"]["all"], [[signals[key] for key in SIGNALS]])[0])
+        risk = float(calibration.predict(models["all"], [[signals[key] for key in SIGNALS]])[0]) if models else None
         out.append({"word": name, "tokens": tokens, "signals": signals, "probability": risk})
     return out
 
@@ -258,9 +264,11 @@ def main(argv=None):
         counts, run = measured(args, vlm, "fit")
         found = calibrate(run) | {"names": run.meta["settings"]["names"]}
         rundirs.write_json(run.path / "analysis" / "calibration.json", found)
-        print(f"{run.path / 'analysis' / 'calibration.json'}: {found['n_hallucinated']} of {found['n_words']} object words hallucinated")
-        for name, score in found["auroc_fit"].items():
-            print(f"  {name}: AUROC {score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f}) on the words of the fit")
+        for kind, part in found["kinds"].items():
+            print(f"{kind}: {part['n_hallucinated']} of {part['n_words']} object words hallucinated")
+            for name, score in part["auroc_fit"].items():
+                print(f"  {name}: AUROC {score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f}) on the words of the fit, a low value as a sign")
+        print(f"wrote {run.path / 'analysis' / 'calibration.json'}")
         return engine.exit_code(counts, run)
     found = find_calibration(args.model_path, args.out_root, args.calibration)
     if args.command == "test":
@@ -269,11 +277,13 @@ def main(argv=None):
         counts, run = measured(args, vlm, "test")
         written = report(run, found)
         rundirs.write_json(run.path / "analysis" / "report.json", written)
-        for name, row in written["all"].get("signals", {}).items():
-            gain = row["over_baseline"]
-            verdict = "baseline" if name == BASELINE else "beats" if row["beats_baseline"] else "does not beat"
-            print(f"{name}: AUROC {row['auroc']['value']:.3f} ({row['auroc']['low']:.3f} to {row['auroc']['high']:.3f}), over token probability "
-                  f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f}): {verdict}; ECE {row['ece']:.3f}")  # fmt: skip
+        for kind, part in written.items():
+            print(f"{kind}: {part['n_hallucinated']} of {part['n_words']} object words hallucinated" + ", too few or not calibrated" * part["too_few"])
+            for name, row in part.get("signals", {}).items():
+                gain, score = row["over_baseline"], row["auroc"]
+                verdict = "baseline" if name == BASELINE else "beats token probability" if row["beats_baseline"] else "does not beat token probability"
+                print(f"  {name}: AUROC {score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f}), difference {gain['value']:+.3f} "
+                      f"({gain['low']:+.3f} to {gain['high']:+.3f}): {verdict}; ECE {row['ece']:.3f}")  # fmt: skip
         return engine.exit_code(counts, run)
     picture = load_image(args.image)
     batch = vlm.encode([Sample("0", None, args.prompt_text)], [picture])
@@ -283,7 +293,8 @@ def main(argv=None):
         print(f"not calibrated: run hallucination_warning.py fit for {args.model_path}")
         return 0
     for word in warnings_for(vlm, batch, ids, found["names"], found):
-        print(f"{word['word']}: P(hallucinated) = {word['probability']:.2f}  " + "  ".join(f"{name} {value:.2f}" for name, value in word["signals"].items()))
+        risk = "not calibrated for descriptions" if word["probability"] is None else f"P(hallucinated) = {word['probability']:.2f}"
+        print(f"{word['word']}: {risk}  " + "  ".join(f"{name} {value:.2f}" for name, value in word["signals"].items()))
     return 0
 
 

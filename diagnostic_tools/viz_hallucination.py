@@ -21,7 +21,7 @@ LABELS = {"log_probability": "token probability", "llr": "log-likelihood ratio",
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--run_dir", required=True, help="run of hallucination_warning.py test")
-    parser.add_argument("--kind", default="all", choices=["all", "captions", "pope"], help="which object words")
+    parser.add_argument("--kind", default="captions", choices=["captions", "pope"], help="which object words")
     return parser.parse_args(argv)
 
 

@@ -6,7 +6,7 @@
     relevancy_mass    sum of R_img at the last layer, the largest of the word's tokens
     lens              largest p(token) that the logit lens reads at any vision token after any layer but the last, the largest of the word's tokens
                       (arXiv 2410.02762 takes it as the model's confidence that the object is there)
-High values of all five speak for a grounded word."""
+High values are meant to speak for a grounded word; the calibration learns the sign."""
 
 import re
 

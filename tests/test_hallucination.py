@@ -134,15 +134,18 @@ def test_fit_test_and_score(sets):
         if record["kind"] == "pope":
             assert len(record["words"]) == record["caption"].lower().startswith("yes")
     found = json.loads((run.path / "analysis/calibration.json").read_text())
-    assert found["n_words"] == sum(len(record["words"]) for record in records) and 0 < found["n_hallucinated"] < found["n_words"]
+    for kind, part in found["kinds"].items():
+        assert part["n_words"] == sum(len(record["words"]) for record in records if record["kind"] == kind) and 0 < part["n_hallucinated"] < part["n_words"]
+    assert "captions" in found["kinds"]
     done = script("test", *flags(sets, 12))
     assert done.returncode == 0 and "log_probability: AUROC" in done.stdout, done.stderr
     test = rundirs.read_run(sets / "runs/hallucination_warning/tiny-llava__test", "hallucination_warning")
-    report = json.loads((test.path / "analysis/report.json").read_text())["all"]
+    report = json.loads((test.path / "analysis/report.json").read_text())["captions"]
     assert report["signals"]["log_probability"]["over_baseline"]["value"] == 0 and not report["signals"]["log_probability"]["beats_baseline"]
-    values, labels, *_ = warning.table(test)
-    assert report["signals"]["llr"]["auroc"]["value"] == pytest.approx(calibration.auroc(calibration.predict(found["models"]["llr"], values[:, [1]]), labels))
-    assert figure("--run_dir", test.path).returncode == 0 and (test.path / "analysis/hallucination_all.png").exists()
+    values, labels, _, kinds = warning.table(test)
+    mine = kinds == "captions"
+    assert report["signals"]["llr"]["auroc"]["value"] == pytest.approx(calibration.auroc(calibration.predict(found["kinds"]["captions"]["models"]["llr"], values[mine][:, [1]]), labels[mine]))
+    assert figure("--run_dir", test.path).returncode == 0 and (test.path / "analysis/hallucination_captions.png").exists()
     assert "P(hallucinated) = " in script(*one).stdout
     broken = json.loads((run.path / "analysis/calibration.json").read_text()) | {"fingerprint": "other"}
     (sets / "other.json").write_text(json.dumps(broken))
