@@ -21,7 +21,7 @@ from random import Random
 import calibration
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from warning_signals import SIGNALS, measure, named_objects, tokens_of
+from warning_signals import EXPERIMENT, SIGNALS, find_calibration, measure, named_objects, tokens_of, warnings_for
 
 import cli
 import engine
@@ -32,7 +32,6 @@ from common import add_model_arguments, fingerprint, load_from_args, prompt_for
 from data.questions import article
 from samples import Sample, load_image, read_coco, read_instances
 
-EXPERIMENT = "hallucination_warning"
 CORRUPTIONS = ("none", "noise", "blur", "covered")
 BASELINE = "log_probability"
 
@@ -201,23 +200,6 @@ def calibrate(run):
     return {"model": run.meta["settings"]["model_name"], "fingerprint": run.meta["settings"]["fingerprint"], "signals": list(SIGNALS), "kinds": found}
 
 
-def find_calibration(model_path, out_root="runs", path=None):
-    """The calibration of a model, None where there is none; UsageError where --calibration names a broken one or another model's."""
-    chosen = Path(path) if path else rundirs.run_path(out_root, model_path, EXPERIMENT, "fit") / "analysis" / "calibration.json"
-    if not chosen.exists():
-        if path:
-            raise UsageError(f"--calibration {path}: no such file; make it with hallucination_warning.py fit")
-        return None
-    try:
-        found = json.loads(chosen.read_bytes())
-        models, own = [kind["models"]["all"] for kind in found["kinds"].values()], found["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{chosen} is no calibration ({error}); make it again with hallucination_warning.py fit") from error
-    if own != fingerprint(model_path) or found["signals"] != list(SIGNALS) or not models:
-        raise UsageError(f"{chosen} was fitted on another model or with other signals; calibrate {model_path} with hallucination_warning.py fit")
-    return found
-
-
 def report(run, found):
     """What a calibration is worth on words that it was not fitted on, for each kind."""
     signals, labels, images, kinds = table(run)
@@ -239,20 +221,6 @@ def report(run, found):
             rows[name]["beats_baseline"] = bool(rows[name]["over_baseline"]["low"] > 0)
             rows[name]["brier"] = float(((scores - truth) ** 2).mean())
         out[kind] = facts | {"signals": rows, "reliability": calibration.reliability(predicted["all"], truth)}
-    return out
-
-
-def warnings_for(vlm, batch, ids, names, found):
-    """[{word, tokens, signals, probability}, ...] of a description's object words; probability None where found (the calibration) does not have them."""
-    models = found["kinds"].get("captions", {}).get("models") if found else None
-    text = vlm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    words = [(name, tokens_of(vlm, ids, start, end)) for name, start, end in named_objects(text, names)]
-    words = [(name, tokens) for name, tokens in words if tokens]
-    values = measure(vlm, batch, ids, [tokens for _, tokens in words]) if words else []
-    out = []
-    for (name, tokens), signals in zip(words, values, strict=True):
-        risk = float(calibration.predict(models["all"], [[signals[key] for key in SIGNALS]])[0]) if models else None
-        out.append({"word": name, "tokens": tokens, "signals": signals, "probability": risk})
     return out
 
 

@@ -8,19 +8,26 @@
                       (arXiv 2410.02762 takes it as the model's confidence that the object is there)
 High values are meant to speak for a grounded word; the calibration learns the sign."""
 
+import json
 import re
+from pathlib import Path
 
 import attribution
+import calibration
 import numpy as np
 import relevancy as rules
 import torch
 from gradients import trace
 
+import rundirs
 from answers import token_spans
 from capturing import HiddenStates, capture, prefill
+from cli import UsageError
+from common import fingerprint
 from groups import GROUPS
 from lens import Lens
 
+EXPERIMENT = "hallucination_warning"
 SIGNALS = ("log_probability", "llr", "visual_share", "relevancy_mass", "lens")
 TEXT = tuple(GROUPS.index(name) for name in ("user", "generated"))
 
@@ -79,3 +86,34 @@ def seen_by_lens(vlm, batch, ids):
             logits = lens.logits(part)
             best = torch.maximum(best, (logits[:, ids] - logits.logsumexp(-1, keepdim=True)).exp().amax(0).to(best.device))
     return best.cpu().numpy()
+
+
+def find_calibration(model_path, out_root="runs", path=None):
+    """The calibration of a model, None where there is none; UsageError where --calibration names a broken one or another model's."""
+    chosen = Path(path) if path else rundirs.run_path(out_root, model_path, EXPERIMENT, "fit") / "analysis" / "calibration.json"
+    if not chosen.exists():
+        if path:
+            raise UsageError(f"--calibration {path}: no such file; make it with hallucination_warning.py fit")
+        return None
+    try:
+        found = json.loads(chosen.read_bytes())
+        models, own = [kind["models"]["all"] for kind in found["kinds"].values()], found["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{chosen} is no calibration ({error}); make it again with hallucination_warning.py fit") from error
+    if own != fingerprint(model_path) or found["signals"] != list(SIGNALS) or not models:
+        raise UsageError(f"{chosen} was fitted on another model or with other signals; calibrate {model_path} with hallucination_warning.py fit")
+    return found
+
+
+def warnings_for(vlm, batch, ids, names, found):
+    """[{word, tokens, signals, probability}, ...] of a description's object words; probability None where found (the calibration) does not have them."""
+    models = found["kinds"].get("captions", {}).get("models") if found else None
+    text = vlm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    words = [(name, tokens_of(vlm, ids, start, end)) for name, start, end in named_objects(text, names)]
+    words = [(name, tokens) for name, tokens in words if tokens]
+    values = measure(vlm, batch, ids, [tokens for _, tokens in words]) if words else []
+    out = []
+    for (name, tokens), signals in zip(words, values, strict=True):
+        risk = float(calibration.predict(models["all"], [[signals[key] for key in SIGNALS]])[0]) if models else None
+        out.append({"word": name, "tokens": tokens, "signals": signals, "probability": risk})
+    return out
