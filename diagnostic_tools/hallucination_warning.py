@@ -74,7 +74,7 @@ def parse_args(argv=None):
         parser.error("score needs --image")
     if args.command != "score" and not (args.image_folder and args.ann_file):
         parser.error(f"{args.command} needs --image_folder and --ann_file")
-    if min(args.max_new_tokens, args.questions_per_image, args.num_images or 1) < 1:
+    if min(args.max_new_tokens, args.questions_per_image, args.num_images if args.num_images is not None else 1) < 1:
         parser.error("--max_new_tokens, --questions_per_image and --num_images count from 1")
     return args
 

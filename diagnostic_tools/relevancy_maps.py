@@ -47,7 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    if min(args.max_new_tokens, args.memory, args.num_images or 1) < 1:
+    if min(args.max_new_tokens, args.memory, args.num_images if args.num_images is not None else 1) < 1:
         parser.error("--max_new_tokens, --memory and --num_images count from 1")
     if args.use_answers and not args.question_file:
         parser.error("--use_answers needs --question_file")

@@ -44,7 +44,7 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    if args.top_k < 1 or args.batch_size < 1 or (args.num_images or 1) < 1:
+    if args.top_k < 1 or args.batch_size < 1 or (args.num_images if args.num_images is not None else 1) < 1:
         parser.error("--top_k, --batch_size and --num_images count from 1")
     return args
 
