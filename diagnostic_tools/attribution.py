@@ -14,7 +14,7 @@ import numpy as np
 import relevancy as rules
 import torch
 
-BUDGET = 256 * 2**20  # bytes of one layer's maps that are held at once
+BUDGET = 128 * 2**20  # bytes of one layer's maps that are held at once
 
 
 @dataclass

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from capturing import embeddings, extended, kernel
 
 NAME = "vlm_gradients"
+ROWS = 128  # of a map that are held at once for one head
 _cores = None  # where attention calls are put while a block is differentiated
 
 
@@ -60,31 +61,34 @@ class Core:
         return sum(self.weights(head)[0] for head in range(heads)) / heads
 
     def backward(self, cotangents, maps=True):
-        """(Ā (C, N, K) or None, gradients of query, key and value for C cotangents (C, N, H, D) of the output). In float32."""
+        """(Ā (C, N, K) or None, gradients of query, key and value for C cotangents (C, N, H, D) of the output). In float32, by blocks of rows, of which a
+        causal mask lets each see only the keys up to its end."""
         heads, groups = self.query.shape[1], self.query.shape[1] // self.key.shape[1]
-        count, total = len(cotangents), None
-        query, key, value = ([] for _ in range(3))
+        count, (rows, total), depth = len(cotangents), (self.query.shape[2], self.key.shape[2]), self.query.shape[3]
+        causal = self.mask is not None and self.mask.dtype == torch.bool and not self.mask.triu(total - rows + 1).any()
+        average = cotangents.new_zeros(count, rows, total, dtype=torch.float32) if maps else None
+        query = cotangents.new_empty(count, heads, rows, depth, dtype=torch.float32)
+        key, value = (query.new_zeros(count, self.key.shape[1], total, part.shape[3]) for part in (self.key, self.value))
         for head in range(heads):
             shared = head // groups
             weights, slope = self.weights(head)
             q, k, v = (part.detach().float() for part in (self.query[0, head], self.key[0, shared], self.value[0, shared]))
-            given = cotangents[:, :, head].float()
-            change = torch.matmul(given, v.T).mul_(weights)  # dA * A
-            if maps:
-                positive = change.clamp_min(0)
-                total = positive if total is None else total.add_(positive)
-            change.sub_(weights * change.sum(-1, keepdim=True))
-            if slope is not None:
-                change.mul_(slope)
-            query.append(change @ k * self.scaling)
-            key.append(change.transpose(-1, -2) @ q * self.scaling)
-            value.append(weights.T @ given)
-        query, key, value = (torch.stack(part, 1) for part in (query, key, value))
-        if groups > 1:
-            key, value = (part.unflatten(1, (-1, groups)).sum(2) for part in (key, value))
+            for start in range(0, rows, ROWS):
+                own = slice(start, min(start + ROWS, rows))
+                seen = slice(0, total - rows + own.stop if causal else total)
+                given, here = cotangents[:, own, head].float(), weights[own, seen]
+                change = torch.matmul(given, v[seen].T).mul_(here)  # dA * A
+                if maps:
+                    average[:, own, seen] += change.clamp_min(0)
+                change.sub_(here * change.sum(-1, keepdim=True))
+                if slope is not None:
+                    change.mul_(slope[own, seen])
+                query[:, head, own] = change @ k[seen] * self.scaling
+                key[:, shared, seen] += change.transpose(-1, -2) @ q[own] * self.scaling
+                value[:, shared, seen] += torch.matmul(here.T, given)
         like = (self.query, self.key, self.value)
-        found = [part.view(count, *own.shape).to(own.dtype) for part, own in zip((query, key, value), like, strict=True)]
-        return (total / heads if maps else None), found
+        found = [part.view(count, *one.shape).to(one.dtype) for part, one in zip((query, key, value), like, strict=True)]
+        return (average / heads if maps else None), found
 
 
 def _attention(module, query, key, value, attention_mask, **options):

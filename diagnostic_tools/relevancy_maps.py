@@ -38,7 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--layers", type=int, nargs="+", default=None, help="decoder layers up to which relevancy is gathered; None: all")
     parser.add_argument("--no_tower", action="store_true", help="stop at the vision tokens")
-    parser.add_argument("--memory", type=int, default=256, help="MiB of one layer's maps that are held at once")
+    parser.add_argument("--memory", type=int, default=128, help="MiB of one layer's maps that are held at once")
     parser.add_argument("--num_images", type=int, default=None, help="only the first so many")
     parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
     parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th picture, from the i-th")
