@@ -252,7 +252,7 @@ def place(pairs, boxes, heights, band=0.05):
 
 # --- answers ------------------------------------------------------------------------------------------------------------------
 
-NEGATION = re.compile(r"(?:\b(?:not|never|neither|no|isn't|is not|cannot be)\b)\W+(?:\w+\W+){0,2}$", re.IGNORECASE)
+NEGATION = re.compile(r"(?:\b(?:not|never|neither|no|isn't|is not|cannot be)\b)\W+(?:(?!but\b)\w+\W+){0,2}$", re.IGNORECASE)
 
 
 LETTER = re.compile(r"\s*(?:\(([AB])\)|(?:answer:?\s*|option\s*)?([AB])(?=[).:,]|\s*$))", re.IGNORECASE)

@@ -122,17 +122,17 @@ class Prompts:
             self.features |= dict(zip(batch.pictures, vlm.vision(batch).pooler_output, strict=True))
         embeds = embeddings(vlm, batch, SimpleNamespace(pooler_output=[self.features[picture] for picture in batch.pictures]))
         begin, places = (batch.input_ids * batch.attention_mask)[:, :start], torch.tensor(rows, device=vlm.device)
-        if self.begin is None:
+        if first_call := self.begin is None:
             first = [rows.index(row) for row in range(len(self.images))]
             self.start, self.begin, self.pictures = start, begin[first], [batch.pictures[k] for k in first]
-        if start != self.start or not torch.equal(begin, self.begin[places]) or batch.pictures != [self.pictures[row] for row in rows]:
-            return batch, {"embeds": embeds}
-        if self.cache is None:
+        shared = start == self.start and torch.equal(begin, self.begin[places]) and batch.pictures == [self.pictures[row] for row in rows]
+        if first_call and shared:
             self.cache = vlm.parts.decoder(
                 inputs_embeds=embeds[first, :start], attention_mask=batch.attention_mask[first, :start],
                 position_ids=batch.position_ids[..., first, :start], use_cache=True,
             ).past_key_values  # fmt: skip
-        return batch, {"embeds": embeds, "cache": first_positions(vlm, self.cache, start, rows=places)}
+        cache = first_positions(vlm, self.cache, start, rows=places) if shared and self.cache is not None else None
+        return batch, {"embeds": embeds, "cache": cache}
 
 
 # --- the batch ----------------------------------------------------------------------------------------------------------------

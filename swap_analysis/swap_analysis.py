@@ -157,7 +157,12 @@ def extract(args, scale, path):
         raise UsageError(f"--layers {layers}: {path} has {len(vlm.parts.layers)} layers, counted from 0")
     identity = {"model_name": rundirs.slug(path), "fingerprint": fingerprint(path), "dtype": str(vlm.dtype).removeprefix("torch."), "scale": scale}
     identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "data": args.data_path.rsplit("/", 1)[-1], "layers": layers, "total_layers": len(vlm.parts.layers)}
-    identity |= {"pairs": len(found), "quads": len(quads), "boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1]}
+    identity |= {
+        "pairs": len(found),
+        "quads": len(quads),
+        "boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1],
+        "answers": "up to the sentence that decides",
+    }
     names = ("seed", "max_samples_per_category", "state_dtype", "max_new_tokens", "ambiguous_band", "image_aspect", "question_type", "no_filtering")
     identity |= {name: getattr(args, name) for name in names}
     free = {"model_path": path, "data_path": args.data_path, "batch_size": args.batch_size, "device": str(vlm.device)}

@@ -1,6 +1,7 @@
 """The benchmark by its real command line on a very small model, and that it compares before it measures. Nothing is asserted about time."""
 
 import importlib.util
+import itertools
 import json
 import mmap
 import subprocess
@@ -155,3 +156,115 @@ def test_wrong_numbers_are_refused(bench, capsys):
     with pytest.raises(SystemExit) as end:
         bench.parse_args(["--prompt", "20"])
     assert end.value.code == 2 and "50 at least" in capsys.readouterr().err
+
+
+# --- the states of swap pairs -------------------------------------------------------------------------------------------------
+
+SWAP = ROOT / "benchmarks" / "bench_swap.py"
+
+
+def test_the_swap_benchmark_gives_a_table_and_a_report(tmp_path):
+    command = [sys.executable, "-W", "error", str(SWAP), "--quick", "--threads", "1", "--out", str(tmp_path / "bench.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["size"] == "quick" and report["dtype"] == "float32" and report["repeats"] == 1 and 0 <= report["worst"] <= report["tolerance"] == 1e-4
+    kinds = [(row["answer"], row["work"], row["variant"]) for row in report["rows"]]
+    assert kinds == list(itertools.product(("ends", "goes on"), ("pair", "pair + quad"), ("floor", "ours", "published")))
+    for row in report["rows"]:
+        assert row["batch"] == 2 and len(row["seconds"]) == 1 and row["median_seconds"] > 0
+        if row["variant"] == "published":
+            assert row["seconds_published_to_this"] == 1
+        if row["variant"] == "floor":
+            assert row["seconds_to_floor"] == 1 and row["extra_mib"] in (0, None)
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 14 and len({line.count("|") for line in table}) == 1
+    assert "equal outputs: all read answers" in done.stdout and report["machine"]["cpu"] in done.stdout
+
+
+@pytest.fixture(scope="module")
+def swap(bench, tmp_path_factory):
+    """(module, case) of the swap benchmark."""
+    spec = importlib.util.spec_from_file_location(SWAP.stem, SWAP)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(SWAP.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SWAP.parent))
+    case = module.make_case("quick", 100, 2, "cpu", tmp_path_factory.mktemp("swap"))
+    case.answer_by("ends")
+    return module, case
+
+
+SWAP_MUTANTS = {
+    "quad states differ": lambda kept, quads, texts: (kept, quads[:, [1, 0, 2, 3]], texts),
+    "states differ by .* in layer": lambda kept, quads, texts: (kept[:, :, ::-1], quads, texts),
+    "states differ by nan": lambda kept, quads, texts: (kept * np.nan, quads, texts),
+    "other answers": lambda kept, quads, texts: (kept, quads, [("close", "far")] * 2),
+}
+
+
+@pytest.mark.parametrize("message", SWAP_MUTANTS)
+def test_a_wrong_state_or_answer_stops_the_swap_benchmark(swap, message, monkeypatch):
+    module, case = swap
+    plain = module.ours
+    assert module.check(case, "ends") < 1e-5
+    with pytest.raises(AssertionError, match="was to go on"):
+        module.check(case, "goes on")
+    monkeypatch.setattr(module, "ours", lambda case, quad: SWAP_MUTANTS[message](*plain(case, quad)))
+    with pytest.raises(AssertionError, match=message):
+        module.check(case, "ends")
+
+
+def test_answers_of_the_swap_benchmark_are_the_planted_ones(swap):
+    module, case = swap
+    ours, published = (variant(case, False)[2] for variant in (module.ours, module.published))
+    assert ours == published == [("far", "far")] * 2
+    case.answer_by("goes on")
+    ours, published = (variant(case, False)[2] for variant in (module.ours, module.published))
+    case.answer_by("ends")
+    assert ours == [("far.", "far.")] * 2
+    assert all(text.startswith("far.") and len(case.vlm.tokenizer(text).input_ids) > 12 for both in published for text in both)
+
+
+# --- relevancy ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_relevancy_benchmark_compares_and_reports(tmp_path):
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(ROOT / "benchmarks" / "bench_relevancy.py"),
+        "--quick",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "bench.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"] and report["new_tokens"] == 4
+    assert report["rows"][0]["x_floor"] == 1 and report["rows"][2]["published_to_this"] == 1
+    assert "equal outputs: image relevancy" in done.stdout and len([line for line in done.stdout.splitlines() if line.startswith("|")]) == 5
+
+
+def test_other_relevancy_stops_its_benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bench_relevancy", ROOT / "benchmarks" / "bench_relevancy.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    maps = np.random.default_rng(0).random((3, 2, 9))
+    monkeypatch.setattr(module, "published", lambda case: maps)
+    for other, same in ((maps * (1 + 1e-5), True), (maps[::-1], False), (maps * 1.01, False)):
+        monkeypatch.setattr(module, "ours", lambda case, other=other: other)
+        if same:
+            assert module.check(None) < 1e-4
+        else:
+            with pytest.raises(AssertionError, match="relevancy differs"):
+                module.check(None)

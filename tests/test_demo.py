@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -368,8 +367,8 @@ def page(tmp_path_factory):
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/", root / "runs", root / "log"
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(20)
+            process.terminate()  # an interrupt may be ignored, as it is below nohup
+            process.wait(60)
 
 
 @pytest.fixture

@@ -407,7 +407,8 @@ def test_the_shell_script_runs_everything_on_the_tiny_models(recorder, tmp_path)
     code, calls, output = recorder(tmp_path, RUNS="r", OUT="o")
     assert code == 3, output
     scripts = {path.stem for path in TOOLS.glob("*.py") if "def main" in path.read_text()} - {"make_walkthrough"}
-    assert scripts <= set(calls)
+    stethoscope = {stem for stem in scripts if f"| `{stem}.py` |" in (TOOLS / "STETHOSCOPE.md").read_text()}
+    assert scripts - stethoscope <= set(calls) and len(stethoscope) == 7
     plain, stripped = calls["run_coco_diagnostics"]
     models = [word for name in MODELS for word in ("--model_path", f"checkpoints/{name}")]
     assert plain[:6] == stripped[:6] == models and stripped == [*plain, "--strip_system_prompt"]

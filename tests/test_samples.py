@@ -129,7 +129,8 @@ MODES = "RGB.png RGB.bmp L.png 1.png P.png P.gif CMYK.tif YCbCr.tif RGBA.png LA.
 @pytest.mark.parametrize("kind", MODES.split())
 def test_every_mode_loads_as_the_rgb_that_pil_converts_to(tmp_path, kind):
     mode, ending = kind.split(".")
-    path = saved(tmp_path / f"a.{ending}", gradient(mode))
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 12 cannot read an uncompressed one that it wrote
+    path = saved(tmp_path / f"a.{ending}", gradient(mode), **options)
     image = load_image(path)
     assert image.mode == "RGB" and image.size == (8, 6)
     with Image.open(path) as raw:

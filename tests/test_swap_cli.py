@@ -57,8 +57,10 @@ def test_stages_resume_and_merge(shapes, tmp_path):
     assert swap("--model_type", "tiny", "--merge", "--output_dir", tmp_path / "results", *beside, "--phase1_only").returncode == 0
     assert (tmp_path / "merged/two/csv/summary.csv").read_bytes() == (tmp_path / "results/tiny/csv/summary.csv").read_bytes()
     assert not (tmp_path / "merged/two/plots").exists()  # --phase1_only
-    done = swap("--model_type", "tiny", "--recommend_layer", "--recommend_k", 1, "--recommend_frac", 0.4, "--output_dir", tmp_path / "results")
-    assert done.returncode == 0 and "full: layer 3" in done.stdout and "last one allowed 4" in done.stdout and "other: layer 3" in done.stdout
+    done = swap("--model_type", "tiny", "--recommend_layer", "--recommend_k", 1, "--recommend_frac", 0.2, "--output_dir", tmp_path / "results")
+    assert done.returncode == 0 and "full: layer 5 (" in done.stdout and "last one allowed 5" in done.stdout and "other: layer 5 (" in done.stdout
+    done = swap("--model_type", "tiny", "--recommend_layer", "--recommend_frac", 0.4, "--output_dir", tmp_path / "results")
+    assert done.returncode == 0 and "full: no layer qualifies" in done.stdout  # layer 5 is among the last ones then
     (tmp_path / "results/tiny/json/vd_ei_full.json").unlink()
     assert swap(*flags(shapes, tmp_path, "--scales", f"full={TINY}", "--rebuild_metrics")).returncode == 0  # from the states, no model
     assert (tmp_path / "results/tiny/json/vd_ei_full.json").exists() and (tmp_path / "results/tiny/plots/all/strata/strata_full.png").exists()

@@ -121,6 +121,7 @@ def test_strata_and_quads_follow_the_heights(shapes):
         ("left", "left", "left"), ("To the RIGHT.", "left", "right"), ("It is not left.", "left", "right"), ("left or right", "left", None), ("Beneath it", "above", "under"),
         ("It is under, not above", "above", "under"), ("neither left nor right", "left", None), ("", "far", None), ("very close by", "far", "close"),
         ("The leftmost one", "left", None), ("nearer", "close", "close"), ("leftover", "left", None), ("It isn't far", "far", "close"),
+        ("not left but right", "left", "right"),
     ],
 )  # fmt: skip
 def test_answers_are_read_by_whole_words(text, category, read):
