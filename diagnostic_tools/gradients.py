@@ -80,7 +80,7 @@ class Core:
                 change = torch.matmul(given, v[seen].T).mul_(here)  # dA * A
                 if maps:
                     average[:, own, seen] += change.clamp_min(0)
-                change.sub_(here * change.sum(-1, keepdim=True))
+                change.addcmul_(here, change.sum(-1, keepdim=True).neg_())
                 if slope is not None:
                     change.mul_(slope[own, seen])
                 query[:, head, own] = change @ k[seen] * self.scaling
