@@ -93,9 +93,9 @@ def test_mmhal_keeps_its_urls_and_takes_both_names_of_the_answer(tmp_path):
         {"image_id": "cd34", "image_src": "pics/b.jpg", "question": "Where?", "gt_answer": "here"},
         {"image_id": "ab12", "image_src": "/abs/c.jpg", "question": "Why?"},
     ]
-    found = read_mmhal(put(tmp_path / "mmhal.json", entries), tmp_path / "root")
+    found = read_mmhal(put(tmp_path / "mmhal.json", entries), tmp_path / "base")
     assert [sample.id for sample in found] == ["ab12", "cd34", "ab12-1"]
-    assert [str(sample.image) for sample in found] == [f"{tmp_path}/root/9_o x.jpg", f"{tmp_path}/root/pics/b.jpg", "/abs/c.jpg"]
+    assert [str(sample.image) for sample in found] == [f"{tmp_path}/base/9_o x.jpg", f"{tmp_path}/base/pics/b.jpg", "/abs/c.jpg"]
     assert [sample.answer for sample in found] == ["white", "here", None]
     assert found[0].extra == {"image_id": "ab12", "image_src": "https://host/2/9_o%20x.jpg?size=3", "question_type": "attribute"}
 
