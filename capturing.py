@@ -473,10 +473,17 @@ def _takes(model, name):
 
 
 def embeddings(vlm, batch, features=None):
-    """What the decoder reads: token embeddings with the image features in their places, (B, T, d)."""
+    """What the decoder reads: token embeddings with the image features in their places, (B, T, d). UsageError where that is not all that it gets."""
+    if vlm.family.deepstack:
+        raise UsageError(f"{vlm.path}: this measure changes what the decoder reads, and {vlm.family.name} adds the picture in its first layers too (deepstack)")
     features = vlm.vision(batch) if features is None else features
     embeds = vlm.model.get_input_embeddings()(batch.input_ids)
     return embeds.masked_scatter((batch.groups == VISION)[..., None], torch.cat(features.pooler_output).to(embeds))
+
+
+def more_inputs(vlm, batch, start=0):
+    """What else the model's forward takes over the prompts from position `start` on, {name: (B, T - start)}."""
+    return {name: value[..., start:] for name, value in vlm.family.inputs(vlm, batch).items()} if vlm.family.inputs else {}
 
 
 def prefill(vlm, batch, features=None, cache=None, embeds=None):
@@ -489,12 +496,13 @@ def prefill(vlm, batch, features=None, cache=None, embeds=None):
         options["logits_to_keep"] = 1
     if embeds is not None:
         start = 0 if cache is None else cache.get_seq_length()
-        options["position_ids"] = batch.position_ids[..., start:]
+        options |= {"position_ids": batch.position_ids[..., start:]} | more_inputs(vlm, batch, start)
         return vlm.model(inputs_embeds=embeds[:, start:], **options)
+    options |= more_inputs(vlm, batch)
     features = vlm.vision(batch) if features is None else features
     if _takes(vlm.model, "mm_encoder_outputs"):
         if getattr(features, "was_tensor", False):
-            features = SimpleNamespace(**dict(features) | {"pooler_output": torch.stack(features.pooler_output)})
+            features = SimpleNamespace(**dict(features) | {"pooler_output": torch.cat(features.pooler_output)})
         return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, **options)
     return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
 
@@ -541,10 +549,11 @@ def branches(vlm, batch, cache, embeds, start, blocks):
     acting = {layer: tuple(key for key in cuts if key[1] is None or layer in key[1]) for layer in range(len(vlm.parts.layers))}
     masks = {some: mask(some) for some in {(), *acting.values()}}
     positions = torch.cat([batch.position_ids[..., start:]] * count, -1)
+    more = {name: torch.cat([value] * count, -1) for name, value in more_inputs(vlm, batch, start).items()}
     with capture(vlm, mask_of=lambda layer: masks[acting[layer]]):
         states = vlm.parts.decoder(
             inputs_embeds=torch.cat([embeds[:, start:]] * count, 1), attention_mask=masks[()], position_ids=positions,
-            past_key_values=first_positions(vlm, cache, start, 1), use_cache=True,
+            past_key_values=first_positions(vlm, cache, start, 1), use_cache=True, **more,
         ).last_hidden_state  # fmt: skip
     return states[0].unflatten(0, (count, rows))
 

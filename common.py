@@ -92,8 +92,15 @@ class VLM:
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items() if accepts or k in wanted}
         features = self.model.get_image_features(**inputs, return_dict=True)
         features.was_tensor = torch.is_tensor(features.pooler_output)  # some families take it back as one tensor, see capturing.prefill
-        pooled = [part.flatten(0, -2) for part in features.pooler_output]
-        features.pooler_output = [pooled[first.index(picture)] for picture in batch.pictures]
+        pooled = torch.cat([part.flatten(0, -2) for part in features.pooler_output])
+        counts = [int((batch.groups[batch.pictures.index(picture)] == GROUPS.index("vision")).sum()) for picture in first]
+        if sum(counts) != len(pooled):
+            raise ValueError(f"the prompts have {sum(counts)} vision tokens, get_image_features of {self.family.name} gives {len(pooled)}")
+        pooled = dict(zip(first, pooled.split(counts), strict=True))
+        features.pooler_output = [pooled[picture] for picture in batch.pictures]
+        if self.family.deepstack:
+            deep = [dict(zip(first, part.split(counts), strict=True)) for part in features.deepstack_features]
+            features.deepstack_features = [torch.cat([part[picture] for picture in batch.pictures]) for part in deep]
         return features
 
 
@@ -270,14 +277,14 @@ class Batch:
 
 
 def joined(rows):
-    """Image inputs of several samples as one batch. Texts that a connector reads, integers (1, m), are padded on the right with 0 as BERT's are."""
+    """Image inputs of several samples as one batch, along their first dimension. What differs in another size, the number of tiles, pictures of several
+    sizes, the text that a connector reads, is filled up with 0 at its end, as transformers' processors do."""
     found = {}
     for key in rows[0]:
         parts = [row[key] for row in rows]
-        longest = max(part.shape[-1] for part in parts)
-        if parts[0].ndim == 2 and not parts[0].is_floating_point():
-            parts = [torch.nn.functional.pad(part, (0, longest - part.shape[-1])) for part in parts]
-        found[key] = torch.cat(parts)
+        sizes = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+        fill = lambda part, sizes=sizes: [n for have, want in zip(reversed(part.shape[1:]), reversed(sizes), strict=True) for n in (0, want - have)]
+        found[key] = torch.cat([torch.nn.functional.pad(part, fill(part)) if list(part.shape[1:]) != sizes else part for part in parts])
     return found
 
 

@@ -6,6 +6,14 @@ import numpy as np
 from PIL import Image
 
 
+def cells(rows, columns, region):
+    """Boxes (rows, columns, 4) of equal cells over `region` = (x0, y0, x1, y1)."""
+    x0, y0, x1, y1 = region
+    xs, ys = np.linspace(x0, x1, columns + 1), np.linspace(y0, y1, rows + 1)
+    (left, top), (right, bottom) = np.meshgrid(xs[:-1], ys[:-1]), np.meshgrid(xs[1:], ys[1:])
+    return np.stack([left, top, right, bottom], -1)
+
+
 @dataclass(frozen=True)
 class PatchGrid:
     """Each vision token's box in pixels of the original picture.
@@ -20,11 +28,7 @@ class PatchGrid:
     @classmethod
     def regular(cls, rows, columns, region, size):
         """A grid of equal cells over `region` = (x0, y0, x1, y1) of the original picture."""
-        x0, y0, x1, y1 = region
-        xs, ys = np.linspace(x0, x1, columns + 1), np.linspace(y0, y1, rows + 1)
-        left, top = np.meshgrid(xs[:-1], ys[:-1])
-        right, bottom = np.meshgrid(xs[1:], ys[1:])
-        return cls(np.stack([left, top, right, bottom], -1).reshape(-1, 4), (rows, columns), tuple(size))
+        return cls(cells(rows, columns, region).reshape(-1, 4), (rows, columns), tuple(size))
 
     @property
     def has_box(self):

@@ -95,6 +95,7 @@ def _check_grid(vlm, batch, picture, fail):
     if len(boxed) != tokens:
         fail(f"{tokens} vision tokens, but a grid of {len(boxed)}")
     changed, chosen = [], []
+    area = (grid.boxes[:, 2:] - grid.boxes[:, :2]).prod(-1)
     for cell in boxed.nonzero()[0][:: max(1, int(boxed.sum()) // 9)].tolist():
         x0, y0, x1, y1 = (round(v) for v in grid.boxes[cell])
         x0, y0, x1, y1 = max(0, x0), max(0, y0), min(picture.width, x1), min(picture.height, y1)
@@ -104,7 +105,12 @@ def _check_grid(vlm, batch, picture, fail):
             changed[-1].paste((255, 0, 0), (x0, y0, x1, y1))
     plain = vlm.vision(batch).pooler_output[0].float()
     others = vlm.vision(vlm.encode([batch.samples[0]] * len(changed), changed)).pooler_output
-    hits = [int((other.float() - plain).norm(dim=-1).argmax()) == cell for other, cell in zip(others, chosen, strict=True)]
+
+    def is_hit(other, cell):  # among boxes of about its size: a thumbnail's box lies over many of a tile's
+        alike = torch.from_numpy(boxed & (area > area[cell] / 2) & (area < area[cell] * 2)).to(plain.device)
+        return int((other.float() - plain).norm(dim=-1).masked_fill(~alike, -1).argmax()) == cell
+
+    hits = [is_hit(other, cell) for other, cell in zip(others, chosen, strict=True)]
     if sum(hits) * 2 <= len(hits):
         fail("changing the pixels of a cell does not change most the vision token that the grid gives it")
     without = int((~boxed).sum())

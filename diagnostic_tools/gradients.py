@@ -20,7 +20,7 @@ from relevancy import head_mean
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from capturing import embeddings, extended, kernel
+from capturing import embeddings, extended, kernel, more_inputs
 
 NAME = "vlm_gradients"
 ROWS = 128  # of a map that are held at once for one head
@@ -301,7 +301,7 @@ def trace(vlm, batch, ids, tower=True, features=None):
         raise ValueError(f"one prompt and an answer are wanted, got {len(batch.samples)} prompts and {len(ids)} tokens")
     vlm.need("decoder-only")
     whole = extended(batch, ids)
-    options = {"attention_mask": whole.attention_mask, "position_ids": whole.position_ids, "use_cache": False}
+    options = {"attention_mask": whole.attention_mask, "position_ids": whole.position_ids, "use_cache": False} | more_inputs(vlm, whole)
     with torch.enable_grad():
         seen, queries, former = [], [], vlm.parts.qformer
         if features is not None:

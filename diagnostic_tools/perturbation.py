@@ -17,7 +17,7 @@ import torch
 from attention_map import find_word
 from PIL import Image, ImageFilter
 
-from capturing import embeddings
+from capturing import embeddings, more_inputs
 
 MEASURES = {  # of log-probabilities (..., K) at the shares s_0 = 0 ... s_K-1
     "ratio": lambda curve: np.exp(curve - curve[..., :1]),  # p(s) / p(0): 1 where nothing is removed
@@ -123,11 +123,11 @@ def energy(scores, coverage):
 
 
 @torch.inference_mode()
-def logprobs(run, targets, embeds, positions):
+def logprobs(run, targets, embeds, positions, more):
     """Log-probabilities (n, T) of the answer's tokens `targets` behind inputs embeds (n, N, d) that end in the answer, as (n, T) float64 numpy.
 
-    run: gradients.Trace of the whole prompt and answer. positions: as the model takes them, (n, N) or (axes, n, N)."""
-    options = {"attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), "position_ids": positions, "use_cache": False}
+    run: gradients.Trace of the whole prompt and answer. positions: as the model takes them, (n, N) or (axes, n, N). more: see capturing.more_inputs."""
+    options = {"attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), "position_ids": positions, "use_cache": False} | more
     first = min(targets)
     logits = run.vlm.model(inputs_embeds=embeds, logits_to_keep=len(run.ids) + 1 - first, **options).logits.float()
     rows, ids = torch.tensor(list(targets), device=logits.device) - first, torch.tensor([run.ids[t] for t in targets], device=logits.device)
@@ -146,7 +146,8 @@ def mean_replaced(run, targets, gone, per_pass=8):
     for where, some in _chunks(gone, per_pass):
         filled = torch.where(torch.from_numpy(some).to(features.device)[..., None], features.mean(0), features)
         whole = run.batch.repeat(len(some))
-        found[where] = logprobs(run, targets, embeddings(run.vlm, whole, SimpleNamespace(pooler_output=list(filled))), whole.position_ids)
+        embeds = embeddings(run.vlm, whole, SimpleNamespace(pooler_output=list(filled)))
+        found[where] = logprobs(run, targets, embeds, whole.position_ids, more_inputs(run.vlm, whole))
     return found
 
 
@@ -162,7 +163,8 @@ def dropped(run, targets, gone, per_pass=8):
             stay[:, run.vision] = torch.from_numpy(~some).to(embeds.device)
             kept = stay.nonzero()[:, 1].view(len(some), -1)
             positions = run.batch.position_ids[..., 0, :][..., kept]
-            found[same[where]] = logprobs(run, targets, embeds[kept], positions)
+            more = {name: value[0, kept] for name, value in more_inputs(run.vlm, run.batch).items()}
+            found[same[where]] = logprobs(run, targets, embeds[kept], positions, more)
     return found
 
 
@@ -185,5 +187,5 @@ def blurred(run, targets, gone, picture, grid, radius, per_pass=8):
     for where, some in _chunks(gone, per_pass):
         batch = run.vlm.encode([sample] * len(some), blur_boxes(picture, grid, some, radius))
         whole = run.batch.repeat(len(some))
-        found[where] = logprobs(run, targets, embeddings(run.vlm, whole, run.vlm.vision(batch)), whole.position_ids)
+        found[where] = logprobs(run, targets, embeddings(run.vlm, whole, run.vlm.vision(batch)), whole.position_ids, more_inputs(run.vlm, whole))
     return found

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pairs import OPPOSITE, SPELLED, picture_at, read_answer, spellings
 
-from capturing import VISION, LastStates, answer_ids, capture, embeddings, first_positions, generate
+from capturing import VISION, LastStates, answer_ids, capture, embeddings, first_positions, generate, more_inputs
 from groups import PAD
 from samples import Sample
 
@@ -127,9 +127,10 @@ class Prompts:
             self.start, self.begin, self.pictures = start, begin[first], [batch.pictures[k] for k in first]
         shared = start == self.start and torch.equal(begin, self.begin[places]) and batch.pictures == [self.pictures[row] for row in rows]
         if first_call and shared:
+            more = {name: value[first, :start] for name, value in more_inputs(vlm, batch).items()}
             self.cache = vlm.parts.decoder(
                 inputs_embeds=embeds[first, :start], attention_mask=batch.attention_mask[first, :start],
-                position_ids=batch.position_ids[..., first, :start], use_cache=True,
+                position_ids=batch.position_ids[..., first, :start], use_cache=True, **more,
             ).past_key_values  # fmt: skip
         cache = first_positions(vlm, self.cache, start, rows=places) if shared and self.cache is not None else None
         return batch, {"embeds": embeds, "cache": cache}

@@ -110,8 +110,8 @@ def build_llava(folder, **text):
         setattr(config.text_config, name, value)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
-    for p in model.model.vision_tower.parameters():
-        p.data *= 3  # different patches are to get different features
+    for name, p in model.model.vision_tower.named_parameters():
+        p.data *= 0.3 if "out_proj" in name else 3  # different patches are to get different features, each mostly from its own pixels
     sharpen(model, model.model.language_model.layers).save_pretrained(folder)
     tiny.make_processor(tokenizer).save_pretrained(folder)
     return folder
@@ -146,31 +146,23 @@ def build_qwen(folder):
     return folder
 
 
-def trained(kind, trainer):
-    """Vocabulary and merges of a tokenizer trained on the questions of the tests, by kind of tokenizers' models."""
-    words = [word for question in QUESTIONS for word in question.split()]
-    own = tokenizers.Tokenizer(kind)
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace() if isinstance(trainer, trainers.UnigramTrainer) else tokenizers.pre_tokenizers.ByteLevel()
-    own.train_from_iterator([*QUESTIONS, *words, "Question: Answer:"] * 3, trainer)
-    return json.loads(own.to_str())["model"]
-
-
 def blip_tokenizer(text):
     """A small tokenizer as the language model `text` has it: OPT's byte-level BPE, Llama's of tiny-llava, T5's unigram."""
     if text == "llama":
         return AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "tiny-llava")
+    words = [word for question in (*QUESTIONS, "Question: Answer:") for word in question.split()]
     if text == "opt":
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        model = trained(
-            tokenizers.models.BPE(),
-            trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False),
-        )
+        own = tokenizers.Tokenizer(tokenizers.models.BPE())
+        own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False)
+        own.train_from_iterator([*QUESTIONS, *words, "Question: Answer:"] * 3, trainer)
+        model = json.loads(own.to_str())["model"]
         merges = [tuple(pair) for pair in model["merges"]]
         return GPT2Tokenizer(model["vocab"], merges, unk_token="</s>", bos_token="</s>", eos_token="</s>", pad_token="<pad>", add_bos_token=True)
-    model = trained(
-        tokenizers.models.Unigram(), trainers.UnigramTrainer(vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
-    )
-    return T5Tokenizer([tuple(piece) for piece in model["vocab"]], extra_ids=10)
+    # not trained: the trainer gives another vocabulary each time
+    pieces = dict.fromkeys(["▁", *"".join(words), *string.ascii_letters, *string.digits, *".,:?/|[]>", *("▁" + word.strip("?.,") for word in words)])
+    return T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0 - 3.0 * (len(piece) == 1)) for piece in pieces)], extra_ids=10)
 
 
 def build_blip(folder, instruct, text):

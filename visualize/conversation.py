@@ -33,12 +33,15 @@ class Asker:
         cache = None
         if self.cache is not None and start == self.start and torch.equal(batch.input_ids[:, :start], self.prefix[chosen]):
             cache = first_positions(vlm, self.cache, start, rows=chosen)
-        embeds = embeddings(vlm, batch, SimpleNamespace(pooler_output=[self.features[row] for row in rows]))
+        if vlm.family.deepstack:
+            inputs = {"features": vlm.vision(batch)}
+        else:
+            inputs = {"embeds": embeddings(vlm, batch, SimpleNamespace(pooler_output=[self.features[row] for row in rows])), "cache": cache}
         answers = None if given is None else [answer_ids(vlm, prompt, text) for prompt, text in zip(batch.prompts, given, strict=True)]
         probe = ImageAttention(batch, args.hidden_top_k, args.full_tensors) if measure else None
         sampled = args.sample and tag != "decide"
         with capture(vlm, [probe] if probe else []):
-            found = generate(vlm, batch, args.max_new_tokens, sampled, args.temperature, seed=args.seed, answers=answers, cache=cache, embeds=embeds)
+            found = generate(vlm, batch, args.max_new_tokens, sampled, args.temperature, seed=args.seed, answers=answers, **inputs)
         if self.cache is None and start and len(rows) == len(self.samples):
             self.cache, self.start, self.prefix = first_positions(vlm, found.cache, start), start, batch.input_ids[:, :start]
         return [self.answer(row, k, batch, found, probe) for k, row in enumerate(rows)]

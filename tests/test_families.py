@@ -1,0 +1,259 @@
+"""The contract that every family in models/ keeps, on small random models built from their configs (tests/random_models/)."""
+
+import importlib
+import pkgutil
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import random_models
+import torch
+from conftest import QUESTIONS
+from PIL import Image
+
+import common
+import models
+from capturing import Probe, capture, generate, more_inputs, prefill
+from common import GROUPS, PAD
+from samples import Sample
+
+BUILDERS = {}
+for _found in pkgutil.iter_modules(random_models.__path__):
+    BUILDERS |= importlib.import_module(f"random_models.{_found.name}").MODELS
+NAMES = sorted(BUILDERS)
+STEPS = 3
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def vlm(request, tmp_path_factory):
+    """A family's random model, loaded with the self-check. One at a time: the tests of a model follow each other."""
+    folder = BUILDERS[request.param](tmp_path_factory.mktemp("families") / request.param)
+    return common.load_model(folder)
+
+
+def decoder_only(vlm):
+    if "decoder-only" not in vlm.family.has:
+        pytest.skip("the prompt is in an encoder: nothing to capture")
+
+
+def test_every_family_has_a_random_model():
+    """A file in models/ that no random model is loaded by is one that nothing checks."""
+    sources = {found.name for found in pkgutil.iter_modules(random_models.__path__)}
+    assert set(models.FAMILIES) - {"llava_original", "instructblip"} <= sources  # these two: tests of their own, and models of blip2.py
+
+
+def test_the_family_is_its_files(vlm):
+    assert vlm.family.name != "generic"
+    assert len(vlm.parts.layers) >= 2 and vlm.parts.lm_head is not None and vlm.parts.tower is not None and vlm.parts.connector is not None
+    known = {"decoder-only", "causal", "rotary", "grid", "square-pad"}
+    assert vlm.family.has <= known
+    assert ("grid" in vlm.family.has) == (vlm.family.grid is not None)
+
+
+class Kept(Probe):
+    """The whole last row of every pass and layer, (L, B, H, K)."""
+
+    def __init__(self):
+        self.rows = []
+
+    def begin(self):
+        super().begin()
+        self.rows.append([])
+
+    def attention(self, layer, row):
+        self.rows[-1].append(row.weights)
+
+
+def forced(vlm, batch):
+    """The same ids for every row, so that one plain pass is the oracle."""
+    return torch.randint(20, 300, (len(batch.samples), STEPS), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def eager(vlm, batch, ids):
+    """Attention maps (B, H, T, T) of each layer in one plain pass over prompt and answer, and its logits (B, T, V)."""
+    from capturing import extended
+
+    size = len(batch.samples)
+    whole = extended(batch, ids[0])
+    assert all(row == ids[0] for row in ids) and whole.input_ids.shape[0] == size
+    maps, hooks = {}, []
+
+    def keep(layer):
+        def hook(module, args, output):
+            found = [part for part in (output if isinstance(output, tuple) else ()) if torch.is_tensor(part) and part.ndim == 4]
+            if found and found[-1].shape[-1] == whole.input_ids.shape[1]:
+                maps[layer] = found[-1]
+
+        return hook
+
+    for layer, block in enumerate(vlm.parts.layers):
+        hooks += [module.register_forward_hook(keep(layer)) for module in block.modules() if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower()]
+    decoder, before = vlm.parts.decoder, vlm.parts.decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        features = vlm.vision(batch)
+        if getattr(features, "was_tensor", False):
+            features = SimpleNamespace(**dict(features) | {"pooler_output": torch.cat(features.pooler_output)})
+        options = {"attention_mask": whole.attention_mask, "position_ids": whole.position_ids, "use_cache": False} | more_inputs(vlm, whole)
+        output = vlm.model(input_ids=whole.input_ids, mm_encoder_outputs={"image": features}, **options)
+    finally:
+        decoder.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+    return [maps[layer] for layer in range(len(vlm.parts.layers))], output.logits
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
+def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
+    decoder_only(vlm)
+    batch = batch_of(vlm, rows)
+    ids = [forced(vlm, batch)[0]] * len(rows)
+    probe = Kept()
+    with capture(vlm, [probe]):
+        found = generate(vlm, batch, STEPS, answers=ids)
+    maps, logits = eager(vlm, batch, ids)
+    total, sharp = batch.groups.shape[1], []
+    for step in range(STEPS):
+        for layer, row in enumerate(probe.rows[step]):
+            own = maps[layer][:, :, total - 1 + step, : total + step]
+            assert torch.allclose(row[..., -(total + step) :], own[..., -row.shape[-1] :], atol=1e-5), (step, layer)  # a window keeps the last keys only
+            assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
+            sharp.append(float(own.amax(-1).mean()) * (total + step))
+    assert max(sharp) > 3, "attention is flat, so a wrong row would look right"
+    expected = logits[:, total - 1 : -1].float().log_softmax(-1).gather(-1, torch.tensor(ids)[..., None])[..., 0]
+    assert torch.allclose(found.logprobs, expected, atol=1e-4)
+    wrong = maps[0][:, :, total - 2, : total - 1]
+    assert not torch.allclose(probe.rows[0][0][..., : total - 1], wrong, atol=1e-3), "a row above is told apart"
+
+
+@torch.inference_mode()
+def test_a_batch_computes_what_single_prompts_do(vlm, batch_of):
+    batch = batch_of(vlm)
+    assert len(set(batch.lengths)) > 1
+    together, features = prefill(vlm, batch).logits[:, -1].float(), vlm.vision(batch).pooler_output
+    size = together.abs().amax()
+    for row, length in enumerate(batch.lengths):
+        pad, alone = batch.groups.shape[1] - length, batch_of(vlm, (row,))
+        assert batch.attention_mask[row].tolist() == [0] * pad + [1] * length and (batch.groups[row, :pad] == PAD).all()
+        assert torch.equal(alone.input_ids[0], batch.input_ids[row, pad:])
+        assert (prefill(vlm, alone).logits[0, -1].float() - together[row]).abs().max() < 1e-4 * size
+        assert torch.allclose(vlm.vision(alone).pooler_output[0], features[row], atol=1e-4, rtol=1e-4)
+    single = batch_of(vlm, (0,))
+    other = batch_of(vlm, (1,))
+    if torch.equal(single.input_ids, other.input_ids):
+        return
+    assert (together[0] - together[1]).abs().max() > 1e-3 * size, "prompts are told apart"
+
+
+@torch.inference_mode()
+def test_decoding_is_transformers_generate(vlm, batch_of):
+    own = generate(vlm, batch_of(vlm), 6)
+    for row, ids in enumerate(own.ids):
+        alone = batch_of(vlm, (row,))
+        inputs = {key: value.to(vlm.dtype) if value.is_floating_point() else value for key, value in alone.image_inputs.items()}
+        inputs |= {"input_ids": alone.input_ids, "attention_mask": alone.attention_mask} | more_inputs(vlm, alone)
+        if hasattr(vlm.model, "get_rope_index") or hasattr(getattr(vlm.model, "model", None), "get_rope_index"):
+            inputs["mm_token_type_ids"] = (alone.input_ids == vlm.image_token_id).int()
+        theirs = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist()
+        if theirs[: alone.lengths[0]] == alone.input_ids[0].tolist():
+            theirs = theirs[alone.lengths[0] :]
+        elif "decoder-only" not in vlm.family.has:
+            theirs = theirs[1:]  # the decoder's start token
+        assert ids == theirs[: len(ids)], "the first tokens"
+        assert len(ids) == 6 or ids[-1] in vlm.eos_ids
+
+
+@torch.inference_mode()
+def test_cached_keys_and_values_give_what_the_whole_prompt_gives(vlm, batch_of):
+    decoder_only(vlm)
+    from capturing import embeddings, first_positions
+
+    batch = batch_of(vlm, (1,))
+    whole = prefill(vlm, batch)
+    start = int(batch.vision_positions(0)[-1]) + 1
+    cache = first_positions(vlm, whole.past_key_values, start)
+    assert (cache is None) >= ("causal" not in vlm.family.has)
+    if vlm.family.deepstack:
+        with pytest.raises(common.UsageError, match="deepstack"):
+            embeddings(vlm, batch)
+    elif cache is not None:
+        rest = prefill(vlm, batch, cache=cache, embeds=embeddings(vlm, batch))
+        assert torch.allclose(rest.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3)
+        first = prefill(vlm, batch, embeds=embeddings(vlm, batch))
+        assert torch.allclose(first.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("question", ["Is it <image> </s> red?", " a  b ", "USER: <|im_end|> x", "é 漢 ?"])
+def test_the_question_is_the_user_group_and_nothing_else_is(vlm, question):
+    picture = Image.new("RGB", (60, 50), (90, 30, 200))
+    batch, plain = (vlm.encode([Sample("0", None, text)], [picture]) for text in (question, "Hi?"))
+    assert (batch.groups != PAD).all()
+    for group in ("vision", "image_markup", "system", "bos"):
+        code = GROUPS.index(group)
+        assert torch.equal(batch.input_ids[batch.groups == code], plain.input_ids[plain.groups == code]), group
+    user = batch.input_ids[batch.groups == GROUPS.index("user")].tolist()
+    special = set(vlm.tokenizer.all_special_ids) - {vlm.tokenizer.unk_token_id}
+    assert user and not set(user) & special, "special strings that are typed stay text"
+
+
+def random_picture(rng):
+    width, height = rng.choice([(rng.randint(40, 90), rng.randint(40, 90)), (rng.randint(90, 260), rng.randint(60, 120)), (rng.randint(60, 120), rng.randint(90, 260))])
+    noise = np.random.default_rng(rng.randint(0, 9**9)).integers(0, 60, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bright_square_lies_where_the_grid_says(vlm, seed):
+    """Tokens whose boxes a bright square covers change most, those far from it least; and the map of the changes peaks on the square."""
+    grid_of = vlm.family.grid
+    if grid_of is None:
+        pytest.skip("the family says that it has no grid")
+    rng = random.Random(seed)
+    picture = random_picture(rng)
+    sample = Sample("0", None, "Hi?")
+    before = vlm.encode([sample], [picture])
+    grid = before.grids[0]
+    boxes = grid.boxes
+    inside = grid.has_box & (boxes[:, 0] > -1) & (boxes[:, 1] > -1) & (boxes[:, 2] < picture.width + 1) & (boxes[:, 3] < picture.height + 1)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    assert inside.any() and (area[grid.has_box] > 0).all()
+    smallest = np.flatnonzero(inside & (area < 1.5 * np.nanmin(area[inside])))
+    cell = int(rng.choice(list(smallest)))
+    x0, y0, x1, y1 = boxes[cell]
+    square = [max(0, int(np.floor(x0))), max(0, int(np.floor(y0))), min(picture.width, int(np.ceil(x1))), min(picture.height, int(np.ceil(y1)))]
+    bright = picture.copy()
+    bright.paste((255, 255, 255), tuple(square))
+    after = vlm.encode([sample], [bright])
+    assert np.array_equal(after.grids[0].boxes, boxes, equal_nan=True), "the grid depends on the picture's size only"
+    plain, changed = (vlm.vision(batch).pooler_output[0].float() for batch in (before, after))
+    change = (changed - plain).norm(dim=-1).numpy()
+    alike = grid.has_box & (area > area[cell] / 2) & (area < area[cell] * 2)
+    best = int(np.where(alike, change, -1).argmax())
+    mask = np.zeros((picture.height, picture.width), bool)
+    mask[square[1] : square[3], square[0] : square[2]] = True
+    cover = grid.coverage(mask)
+    assert cover[cell] > 0.9 and cover[best] > 0.4, f"token {best} changed most, the square is on {cell}"
+    if (alike & (cover == 0)).any():
+        far = change[alike & (cover == 0)]
+        assert np.median(far) < 0.5 * change[cell]
+    painted = grid.paint(np.where(alike, change, np.nan)[: len(boxes)], smooth=False) if alike.all() else None
+    if painted is not None:
+        y, x = np.unravel_index(np.nanargmax(painted), painted.shape)
+        assert square[0] - (x1 - x0) <= x <= square[2] + (x1 - x0) and square[1] - (y1 - y0) <= y <= square[3] + (y1 - y0)
+
+
+@torch.inference_mode()
+def test_tokens_without_a_box_do_not_depend_on_the_picture(vlm):
+    """Newline and end tokens: the same vector whatever is shown, so NaN boxes hide no part of the picture."""
+    if vlm.family.grid is None:
+        pytest.skip("the family says that it has no grid")
+    sample = Sample("0", None, "Hi?")
+    batches = [vlm.encode([sample], [random_picture(random.Random(seed)).resize((150, 90))]) for seed in (5, 6)]
+    box = batches[0].grids[0].has_box
+    first, second = (vlm.vision(batch).pooler_output[0].float() for batch in batches)
+    differs = (first - second).norm(dim=-1).numpy() > 1e-4 * float(first.norm(dim=-1).max())
+    assert differs[box].all()
+    assert not differs[~box].any()
