@@ -99,8 +99,8 @@ class VLM:
         pooled = dict(zip(first, pooled.split(counts), strict=True))
         features.pooler_output = [pooled[picture] for picture in batch.pictures]
         if self.family.deepstack:
-            deep = [dict(zip(first, part.split(counts), strict=True)) for part in features.deepstack_features]
-            features.deepstack_features = [torch.cat([part[picture] for picture in batch.pictures]) for part in deep]
+            deep = [dict(zip(first, torch.cat(list(part)).split(counts), strict=True)) for part in features.deepstack_features]
+            features.deepstack_features = [[part[picture] for picture in batch.pictures] for part in deep]
         return features
 
 

@@ -1,5 +1,8 @@
 """Does what the tools assume of a model hold? A few short passes on a noise picture after loading; each check fails in one clear line."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from capturing import Probe, capture, generate, prefill
@@ -12,7 +15,6 @@ QUESTIONS = ("Is there a red circle in the image?", "Describe the image.")
 
 
 def noise_picture(size=SIZE, seed=0):
-    import numpy as np
     from PIL import Image
 
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
@@ -35,16 +37,27 @@ class _Seen(Probe):
             self.states.append(index)
 
 
+class _Keys(Probe):
+    """The keys of each layer, prefill only."""
+
+    def __init__(self):
+        self.keys = {}
+
+    def attention(self, layer, row):
+        self.keys[layer] = row.key.float()
+
+
 @torch.inference_mode()
 def check(vlm):
-    """UsageError that names the first assumption which does not hold. Returns a line about vision tokens without a box, or None."""
+    """UsageError that names the first assumption which does not hold. Returns a line about vision tokens without a box, or None. A model without a file in
+    models/ whose positions do not turn as most models' do loses "rotary"."""
     tolerance = 1e-4 if vlm.dtype == torch.float32 else 3e-2
     picture = noise_picture()
     samples = [Sample(str(i), None, question) for i, question in enumerate(QUESTIONS)]
     batch = vlm.encode(samples, [picture, picture])
 
     def fail(what):
-        raise UsageError(f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend models/{vlm.family.name.split('-')[0]}.py or give --no_self_check")
+        raise UsageError(f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend its file in models/ or give --no_self_check")
 
     answers = [[20, 21], [20, 21]]
     found = _check_capture(vlm, batch, answers, tolerance, fail) if "decoder-only" in vlm.family.has else generate(vlm, batch, 2, answers=answers)
@@ -56,7 +69,22 @@ def check(vlm):
             fail(f"the logits of a left-padded batch differ from those of the prompt alone by {difference:.1e} (relative)")
     if not found.logprobs.isfinite().all():
         fail("log-probabilities are not finite")
+    if {"rotary", "decoder-only"} <= vlm.family.has and not _turns(vlm, samples[0], picture):
+        if vlm.family.name != "generic":
+            fail("moving all positions does not turn the keys as the family's rotary says")
+        vlm.family = replace(vlm.family, has=vlm.family.has - {"rotary"}, rotary=None)
     return _check_grid(vlm, batch, picture, fail)
+
+
+def _turns(vlm, sample, picture, delta=7):
+    """Whether moving all positions by delta turns the keys of every layer as Rotary.turn does."""
+    batch, found = vlm.encode([sample], [picture]), []
+    for moved in (0, delta):
+        with capture(vlm, [probe := _Keys()]):
+            prefill(vlm, replace(batch, position_ids=batch.position_ids + moved))
+        found.append(probe.keys)
+    tolerance = 1e-2 if vlm.dtype == torch.float32 else 0.1
+    return all((vlm.rotary.turn(found[0][layer], delta) - keys).norm() < tolerance * keys.norm() for layer, keys in found[1].items())
 
 
 def _check_capture(vlm, batch, answers, tolerance, fail):
@@ -95,7 +123,8 @@ def _check_grid(vlm, batch, picture, fail):
     if len(boxed) != tokens:
         fail(f"{tokens} vision tokens, but a grid of {len(boxed)}")
     changed, chosen = [], []
-    area = (grid.boxes[:, 2:] - grid.boxes[:, :2]).prod(-1)
+    low, high = grid.boxes[:, :2], grid.boxes[:, 2:]
+    area = (high - low).prod(-1)
     for cell in boxed.nonzero()[0][:: max(1, int(boxed.sum()) // 9)].tolist():
         x0, y0, x1, y1 = (round(v) for v in grid.boxes[cell])
         x0, y0, x1, y1 = max(0, x0), max(0, y0), min(picture.width, x1), min(picture.height, y1)
@@ -106,9 +135,11 @@ def _check_grid(vlm, batch, picture, fail):
     plain = vlm.vision(batch).pooler_output[0].float()
     others = vlm.vision(vlm.encode([batch.samples[0]] * len(changed), changed)).pooler_output
 
-    def is_hit(other, cell):  # among boxes of about its size: a thumbnail's box lies over many of a tile's
+    def is_hit(other, cell):  # among boxes of about its size, for a thumbnail's box lies over many of a tile's; one that is mostly the same place counts
         alike = torch.from_numpy(boxed & (area > area[cell] / 2) & (area < area[cell] * 2)).to(plain.device)
-        return int((other.float() - plain).norm(dim=-1).masked_fill(~alike, -1).argmax()) == cell
+        most = int((other.float() - plain).norm(dim=-1).masked_fill(~alike, -1).argmax())
+        shared = (np.minimum(high[most], high[cell]) - np.maximum(low[most], low[cell])).clip(0).prod()
+        return most == cell or shared > 0.5 * area[cell]
 
     hits = [is_hit(other, cell) for other, cell in zip(others, chosen, strict=True)]
     if sum(hits) * 2 <= len(hits):

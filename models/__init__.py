@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-FAMILIES = ("llava_original", "llava", "qwen2_5_vl", "blip2", "instructblip")
+FAMILIES = ("llava_original", "mistral3", "llava", "llava_next", "idefics3", "qwen_vl", "blip2", "instructblip")
 
 
 @dataclass(frozen=True)

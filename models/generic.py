@@ -22,6 +22,22 @@ def load_processor(path, trust_remote_code=False):
     return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **PIL_BACKEND)
 
 
+def image_only(kind):
+    """A transformers processor class without its video part, which would need torchvision."""
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+
+
+def loader(model_class, processor_class):
+    """Family.load for a class of transformers with an image-only processor."""
+
+    def load(path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_):
+        options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+        model = checked(model_class.from_pretrained(path, config=config, output_loading_info=True, **options))
+        return model, image_only(processor_class).from_pretrained(path, **PIL_BACKEND)
+
+    return load
+
+
 def parts(model):
     """Decoder, its layers and final norm, LM head, tower and connector by transformers' own accessors; AttributeError where one is missing."""
     decoder = model.get_decoder()

@@ -1,4 +1,5 @@
-"""LLaVA-1.5 and its relatives in transformers' LlavaForConditionalGeneration, the two Beyond Semantics variants among them.
+"""LLaVA-1.5 and its relatives in transformers' LlavaForConditionalGeneration, the two Beyond Semantics variants among them, and ViP-LLaVA
+(arXiv 2312.00784), whose connector reads several layers of the tower.
 
 `vision_embed_norm` and `vision_feature_post_layernorm` are our own config fields (Beyond Semantics, arXiv 2503.17349; published as
 `normalize_projector` and `use_multilayer_features`): the projector's output is RMS-normalised, clipped and scaled, and every selected
@@ -8,7 +9,7 @@ tower layer passes through the tower's post layer norm before the layers are con
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, VipLlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from cli import UsageError
@@ -77,7 +78,7 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
     if conv_mode is not None:
         raise UsageError(f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} is in transformers' own: give --prompt_template")
     normed = getattr(config, "vision_embed_norm", None) or getattr(config, "vision_feature_post_layernorm", False)
-    kind = NormedLlava if normed else LlavaForConditionalGeneration
+    kind = NormedLlava if normed else VipLlavaForConditionalGeneration if config.model_type == "vipllava" else LlavaForConditionalGeneration
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     model = checked(kind.from_pretrained(path, config=config, output_loading_info=True, **options))
     return model, generic.load_processor(path, trust_remote_code)
@@ -142,7 +143,7 @@ def grid(vlm, size, inputs):
 
 
 FAMILY = Family(
-    name="llava", model_types=("llava",), architectures=("LlavaForConditionalGeneration", "NormedLlava"), load=load,
+    name="llava", model_types=("llava", "vipllava"), architectures=("LlavaForConditionalGeneration", "NormedLlava", "VipLlavaForConditionalGeneration"), load=load,
     parts=parts, grid=grid, prompt=prompt, positions=generic.positions, rotary=generic.rotary, default_system=default_system,
     has=frozenset({"decoder-only", "causal", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

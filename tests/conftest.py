@@ -94,8 +94,15 @@ def sharpen(model, layers):
         if entropy.median() < 0.5:
             break
         for layer in layers:
-            layer.self_attn.q_proj.weight.data *= 1.3
-            layer.self_attn.k_proj.weight.data *= 1.3
+            attention = layer.self_attn
+            if hasattr(attention, "qkv_proj"):  # Phi-3: rows of q, then k, then v
+                values = decoder.config.num_key_value_heads * attention.head_dim
+                attention.qkv_proj.weight.data[:-values] *= 1.3
+            elif hasattr(attention, "q_norm"):  # what is normalised has no scale of its own
+                attention.q_norm.weight.data *= 1.3
+            else:
+                attention.q_proj.weight.data *= 1.3
+                attention.k_proj.weight.data *= 1.3
     else:
         raise AssertionError("attention stayed flat")
     decoder.set_attn_implementation(before)

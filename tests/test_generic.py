@@ -2,34 +2,27 @@
 
 import pytest
 import torch
-from conftest import sharpen, tiny
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, VipLlavaConfig, VipLlavaForConditionalGeneration
+from random_models.aya_vision import MODELS as AYAS
+from random_models.llava import MODELS as LLAVAS
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import common
 from capturing import GroupMass, HiddenNorms, RopeShift, capture, generate
 from cli import UsageError
-from models import find_family, generic
-from models.qwen2_5_vl import ImageOnlyProcessor
+from models import generic
+from models.qwen_vl import KINDS
 
 
-def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, folders, batch_of):
-    tokenizer = tiny.make_tokenizer(tmp_path)
-    known = tiny.make_config(tokenizer)
-    config = VipLlavaConfig(
-        vision_config=known.vision_config,
-        text_config=known.text_config,
-        image_token_index=known.image_token_index,
-        vision_feature_layers=[-2, -1],
-        image_seq_length=known.image_seq_length,
-    )
-    torch.manual_seed(0)
-    model = VipLlavaForConditionalGeneration(config)
-    sharpen(model, model.model.language_model.layers).save_pretrained(tmp_path)
-    tiny.make_processor(tokenizer).save_pretrained(tmp_path)
-    assert find_family({"model_type": "vipllava"}) is None
-    vlm = common.load_model(tmp_path)  # with the self-check
-    assert vlm.family.name == "generic"
+@pytest.fixture
+def unknown(monkeypatch):
+    """Every type is one without a file."""
+    monkeypatch.setattr(common, "find_family", lambda config: None)
+
+
+def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, unknown, batch_of):
+    vlm = common.load_model(LLAVAS["vipllava"](tmp_path / "vip"))  # with the self-check
+    assert vlm.family.name == "generic" and "rotary" in vlm.family.has
     batch = batch_of(vlm)
     probes = [GroupMass(batch, 3), HiddenNorms(), RopeShift(batch, vlm.rotary, [1.0])]
     with capture(vlm, probes):
@@ -40,8 +33,17 @@ def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, folders,
         vlm.need("grid")
 
 
+def test_positions_that_turn_neighbours_are_not_taken_for_halves(tmp_path, unknown):
+    """Cohere's rotary positions turn dimensions 2j and 2j + 1: without a file nothing says so, and the self-check finds out."""
+    name = next(iter(AYAS))
+    vlm = common.load_model(AYAS[name](tmp_path / "aya"))
+    assert vlm.family.name == "generic" and "rotary" not in vlm.family.has
+    with pytest.raises(UsageError, match="rotary"):
+        vlm.need("rotary")
+
+
 def test_multimodal_rotary_positions_are_the_models_own(folders, batch_of):
-    """Qwen2-VL has no file: its positions must still be three-dimensional, equal to what its own generate() uses."""
+    """Without Qwen2-VL's file its positions are still three-dimensional, equal to what its own generate() uses."""
     tokenizer = AutoTokenizer.from_pretrained(folders["qwen"])
     ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"])
     config = Qwen2VLConfig(
@@ -54,7 +56,7 @@ def test_multimodal_rotary_positions_are_the_models_own(folders, batch_of):
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config).eval()
-    processor = ImageOnlyProcessor(Qwen2VLImageProcessorPil.from_pretrained(folders["qwen"]), tokenizer, chat_template=tokenizer.chat_template)
+    processor = KINDS["qwen2_vl"][1](Qwen2VLImageProcessorPil.from_pretrained(folders["qwen"]), tokenizer, chat_template=tokenizer.chat_template)
     vlm = common.VLM(model, processor, generic.FAMILY, "random Qwen2-VL")
     batch = batch_of(vlm)
     assert batch.position_ids.shape[0] == 3 and not torch.equal(batch.position_ids[1], batch.position_ids[2])

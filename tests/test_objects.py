@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from cli import UsageError
 from grid import PatchGrid
-from models import llava, qwen2_5_vl
+from models import llava, qwen_vl
 
 FILE = Path(__file__).resolve().parents[1] / "scripts" / "objects.py"
 _spec = importlib.util.spec_from_file_location("objects", FILE)
@@ -127,7 +127,7 @@ def grid_of(name, size):
     if name == "qwen":
         inputs = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48)(images=picture, return_tensors="pt")
         config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
-        return qwen2_5_vl.grid(SimpleNamespace(model=SimpleNamespace(config=config)), size, inputs)
+        return qwen_vl.grid(SimpleNamespace(model=SimpleNamespace(config=config)), size, inputs)
     processor = LlavaImageProcessorPil(crop_size={"height": SIDE, "width": SIDE}, **PROCESSORS[name])
     inputs = processor(images=picture, return_tensors="pt")
     return llava.grid(SimpleNamespace(processor=SimpleNamespace(patch_size=PATCH, image_processor=processor)), size, inputs)

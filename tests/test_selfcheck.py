@@ -49,6 +49,14 @@ def test_positions_that_ignore_padding_are_found(load):
         check(broken(vlm, positions=wrong))
 
 
+def test_positions_that_turn_otherwise_are_found(load):
+    for name in NAMES:
+        vlm = load(name)
+        slower = broken(vlm, rotary=lambda own, vlm=vlm: Rotary(vlm.rotary.inv_freq * 0.9))
+        with pytest.raises(UsageError, match="rotary"):
+            check(slower)
+
+
 def test_a_transposed_grid_is_found(load):
     vlm = load("qwen")
 

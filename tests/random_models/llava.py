@@ -1,5 +1,51 @@
-"""Random LLaVA: with as many key as query heads, and with grouped queries."""
+"""Random LLaVA: with as many key as query heads, with grouped queries, on Phi-3, Qwen2 and Mistral; ViP-LLaVA."""
 
-from conftest import build_llava
+import torch
+from conftest import build_llava, sharpen, tiny
+from random_models.llava_next import local
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, Phi3Config, Qwen2Config, VipLlavaConfig, VipLlavaForConditionalGeneration
 
-MODELS = {"llava": build_llava, "llava-gqa": lambda folder: build_llava(folder, num_key_value_heads=2)}
+TEXTS = {"phi3": Phi3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
+
+
+def on(folder, text):
+    """LLaVA on another text model, without a chat template: the prompt is models/llava.py's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny.make_tokenizer(folder)
+    known = tiny.make_config(tokenizer)
+    kind = TEXTS[text](
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=known.vision_config, text_config=kind, image_token_index=known.image_token_index, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", image_seq_length=known.image_seq_length,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    local(model.model.vision_tower)
+    sharpen(model, model.model.language_model.layers).save_pretrained(folder)
+    processor = tiny.make_processor(tokenizer)
+    processor.chat_template = None
+    processor.save_pretrained(folder)
+    return folder
+
+
+def build_vip(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny.make_tokenizer(folder)
+    known = tiny.make_config(tokenizer)
+    config = VipLlavaConfig(
+        vision_config=known.vision_config, text_config=known.text_config, image_token_index=known.image_token_index, vision_feature_layers=[-2, -1],
+        image_seq_length=known.image_seq_length,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = VipLlavaForConditionalGeneration(config)
+    local(model.model.vision_tower)
+    sharpen(model, model.model.language_model.layers).save_pretrained(folder)
+    tiny.make_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+MODELS = {"llava": build_llava, "llava-gqa": lambda folder: build_llava(folder, num_key_value_heads=2), "vipllava": build_vip}
+MODELS |= {f"llava-{text}": lambda folder, text=text: on(folder, text) for text in TEXTS}
