@@ -42,6 +42,9 @@ CHECKPOINTS = {  # by model type: scale -> folder or hub id, as published
     "nvila": {"vanilla": "Efficient-Large-Model/NVILA-Lite-2B"} | {s.lower(): NVILA.format(f"{s}-20251108_180221") for s in ("80K", "400K", "800K")}
     | {"2m": NVILA.format("2M-20260205_003632"), "roborefer": "Zhoues/RoboRefer-2B-SFT"},
     "molmo": {"vanilla": "allenai/Molmo-7B-O-0924"},
+    "qwen3": {"32b": "Qwen/Qwen3-VL-32B-Instruct", "235b": "Qwen/Qwen3-VL-235B-A22B-Instruct"},
+    "molmo2": {"8b": "allenai/Molmo2-8B"},
+    "paligemma": {"3b-pt": "google/paligemma-3b-pt-224", "3b-mix": "google/paligemma-3b-mix-224"},
 }  # fmt: skip
 
 

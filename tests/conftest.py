@@ -72,6 +72,7 @@ def in_process(path):
                 code = end.code
         return subprocess.CompletedProcess([str(path), *map(str, arguments)], code, out.getvalue(), err.getvalue())
 
+    command.module = module
     return command
 
 

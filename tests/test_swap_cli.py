@@ -1,6 +1,8 @@
 """swap_analysis.py by its command line on a tiny model: stages, resume, several scales, merge, refusals."""
 
 import json
+import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -106,3 +108,22 @@ def test_wrong_usage_is_one_line(shapes, tmp_path, more, why):
     scales = () if "--scales" in more or "--merge" in more or "--recommend_layer" in more else ("--scales", f"full={TINY}")
     done = swap(*flags(shapes, tmp_path, *scales, *more))
     assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("model", ["qwen", "molmo", "nvila"])
+def test_the_scripts_of_published_models_go_through_their_scales_and_merge(tmp_path, model):
+
+    def commands(**settings):
+        script = ROOT / "swap_analysis" / f"run_{model}.sh"
+        done = subprocess.run(["bash", script], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHON": "echo"} | settings)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split() for line in done.stdout.splitlines()]
+        assert all(line[0] == "swap_analysis/swap_analysis.py" for line in lines)
+        return [swap.module.parse_args(line[1:]) for line in lines]
+
+    *scales, merge = commands()
+    known = swap.module.CHECKPOINTS[model]
+    assert [args.scales[0] for args in scales] == [name for name in known if name != "roborefer"] and merge.merge
+    assert all(args.model_type == model and args.data_path == "data/EmbSpatial-Bench.tsv" and args.bbox_file is None for args in scales)
+    one, _ = commands(SCALES="mine=folder", BOXES="boxes.json", OUT="other")
+    assert one.scales == ["mine=folder"] and one.bbox_file == "boxes.json" and one.output_dir == "other"
