@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 import cli
 from cli import UsageError
 from groups import GROUPS, PAD
-from models import find_family, generic, known_types
+from models import find_family, generic, known_types, read_folder
 from selfcheck import check
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -64,6 +64,10 @@ class VLM:
         ids = self.model.generation_config.eos_token_id
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return {ids} if isinstance(ids, int) else set(ids or ())
+
+    def text(self, ids):
+        """An answer's text, without the token that ended it: MiniGPT-4's "###" is no special token."""
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids, skip_special_tokens=True).strip()
 
     @property
     def rotary(self):
@@ -198,12 +202,18 @@ def quantization(kind):
 
 def read_config(path, trust_remote_code=False):
     """A model's config and its family; UsageError in one line where there is none."""
+    raw = None
     if os.path.isdir(path) and not (Path(path) / "config.json").exists():
-        raise UsageError(f"{path}: no config.json in this folder, so it is no model")
+        try:
+            raw = read_folder(path)
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from error
+        if raw is None:
+            raise UsageError(f"{path}: no config.json in this folder, so it is no model")
     if not os.path.isdir(path) and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
         raise UsageError(f"{path}: no such folder")
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(path)
+        raw = raw or PreTrainedConfig.get_config_dict(path)[0]
         family = find_family(raw) or generic.FAMILY
         if family.read_config is not None:
             return family.read_config(str(path), raw), family
@@ -213,18 +223,20 @@ def read_config(path, trust_remote_code=False):
 
 
 def fingerprint(path):
-    """What tells one model from another: config, weight index, and size, first and last bytes of each weight file of a folder; the name of a hub id."""
+    """What tells one model from another: config, weight index, and size, first and last bytes of each weight file of a folder and its
+    subfolders; the name of a hub id."""
     if not os.path.isdir(path):
         return f"hub:{path}"
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
-        if file.name == "config.json" or file.name.endswith(".index.json"):
-            digest.update(file.name.encode() + file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin", ".pt"):
+    for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
+        name = str(file.relative_to(path))
+        if file.name in ("config.json", "config.yaml") or file.name.endswith(".index.json"):
+            digest.update(name.encode() + file.read_bytes())
+        elif file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
             with open(file, "rb") as stream:
                 head = stream.read(65536)
                 stream.seek(max(0, file.stat().st_size - 65536))
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + head + stream.read())
+                digest.update(f"{name} {file.stat().st_size}".encode() + head + stream.read())
     return digest.hexdigest()[:16]
 
 

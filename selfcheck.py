@@ -78,6 +78,8 @@ def check(vlm):
 
 def _turns(vlm, sample, picture, delta=7):
     """Whether moving all positions by delta turns the keys of every layer as Rotary.turn does."""
+    if vlm.family.rotary is None or vlm.family.rotary(vlm) is None:
+        return False
     batch, found = vlm.encode([sample], [picture]), []
     for moved in (0, delta):
         with capture(vlm, [probe := _Keys()]):

@@ -22,7 +22,8 @@ class Relevancy:
     """Of T targets at K layers, float32 on the CPU. layers (K,) ascending.
 
     rows (T, K, N): row p of R_l - I over prompt and answer, N positions, 0 after p; image (T, K, P): its part over vision tokens; cells (T, K, S): that
-    part through connector and vision tower onto the tower's patches, None where the family does not tell them; instruction (T, K, m): its part over the
+    part through connector and vision tower, over the tower's patches behind a Q-Former, else S = P, each vision token with what arrives at its patches;
+    None where the family does not tell them; instruction (T, K, m): its part over the
     instruction that a Q-Former reads beside the picture, None without one; last (T, P): Ā of the last layer alone;
     input (T, P): input x gradient, summed over the width."""
 
@@ -79,7 +80,8 @@ def _chunk(run, targets, layers, tower):
 def onto_patches(run, image, gradient):
     """Image relevancy (C, K, P) of vision tokens carried on: (over the tower's patches without CLS (C, K, S), over a Q-Former's instruction (C, K, m) or None).
 
-    r_img R_vit through the tower's self-attention; through a Q-Former first, r_img R_qi and r_img R_qq by rules 6, 7 and 10."""
+    r_img C R_vit through the tower's self-attention, tile by tile; C shares a vision token's relevancy equally among the patches that it is made of, and
+    C^T sums what arrives at them, so that S = P. Through a Q-Former first, r_img R_qi and r_img R_qq by rules 6, 7 and 10, over the tower's patches."""
     size, instruction = run.tower[0].input.shape[1], None
     if run.queries:
         patches = torch.eye(size, device=image.device).expand(len(image), -1, -1)
@@ -89,11 +91,17 @@ def onto_patches(run, image, gradient):
         count = image.shape[-1]
         instruction = image @ own[:, :count, count:] if own.shape[-1] > count else None
         return (image @ onto[:, :count])[..., 1 if run.vlm.parts.qformer.cls else 0 :], instruction
-    first = size - image.shape[-1]  # 1 behind a CLS
-    rows = torch.nn.functional.pad(image, (first, 0))
-    for _, attention in run.descend_tower(gradient):
-        rows = rules.carry(rows, attention)
-    return rows[..., first:], instruction
+    tiles, known = len(run.tower[0].input), run.sources >= 0
+    part = image / known.sum(-1).clamp_min(1)
+    rows = image.new_zeros(*image.shape[:2], tiles * size)
+    for index, real in zip(run.sources.T, known.T, strict=True):
+        rows.index_add_(2, index[real], part[..., real])
+    rows = rows.unflatten(2, (tiles, size))
+    for tile in range(tiles):
+        for _, attention in run.descend_tower(gradient, tile):
+            rows[:, :, tile] = rules.carry(rows[:, :, tile], attention)
+    found = rows.flatten(2)[..., run.sources.clamp(min=0)] * known
+    return found.sum(-1), instruction
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def attention_of(owner):
 
 @dataclass
 class Block:
-    """A block as it ran: input (1, N, d) with whatever graph led to it, output (1, N, d) a leaf."""
+    """A block as it ran: input (B, N, d) with whatever graph led to it, output (B, N, d) a leaf. B is 1 but in a tower that reads tiles."""
 
     module: object
     owner: object  # the model that it belongs to, whose config names the attention
@@ -132,6 +132,16 @@ class Block:
     options: dict
     input: torch.Tensor
     output: torch.Tensor
+
+    def tile(self, index):
+        """The block as it ran on one of its B rows."""
+        count = len(self.input)
+        if count == 1:
+            return self
+        row = slice(index, index + 1)
+        own = lambda value: value[row] if torch.is_tensor(value) and value.ndim and len(value) == count else value
+        options = {name: own(value) for name, value in self.options.items()}
+        return Block(self.module, self.owner, tuple(own(value) for value in self.args), options, self.input[row], self.output[row])
 
     def run(self, states):
         """(output, [Core, ...]) from given input states, attention cut out."""
@@ -206,8 +216,9 @@ class Trace:
     """One pass over a prompt and its answer. prompt: the batch of the prompt alone, batch: with the answer; rows (T,): positions that produced the answer's
     tokens; ids (T,); logits (T, V) float32; vision (P,) positions.
 
-    layers, tower: blocks as they ran; features (P, d) a leaf; pooled: the same with the tower's graph; logit: the sum of the chosen logits, with its graph;
-    queries: [(self-attention, cross-attention or None), ...] of a Q-Former's layers, (1, H, n, n) and (1, H, q, S) with their graph; else empty."""
+    layers, tower: blocks as they ran; sources (P, k): see models.Family, one position each where the family does not name them; features (P, d) a leaf;
+    pooled: the same with the tower's graph; logit: the sum of the chosen logits, with its graph; queries: [(self-attention, cross-attention or None), ...]
+    of a Q-Former's layers, (1, H, n, n) and (1, H, q, S) with their graph; else empty."""
 
     vlm: object
     prompt: object
@@ -222,6 +233,7 @@ class Trace:
     pooled: torch.Tensor
     logit: torch.Tensor
     queries: list
+    sources: torch.Tensor | None = None
 
     @property
     def length(self):
@@ -257,18 +269,17 @@ class Trace:
         )
         return [tuple(None if weights is None else next(maps) for weights in pair) for pair in self.queries]
 
-    def descend_tower(self, gradients):
-        """Yield (block, Ā (C, S, S)) from the tower's last block that is read down, for gradients (C, P, d) of the vision tokens."""
+    def descend_tower(self, gradients, tile=0):
+        """Yield (block, Ā (C, S, S)) from the tower's last block that is read down, for gradients (C, P, d) of the vision tokens, on one of its tiles."""
         outputs = [block.output for block in self.tower]
         arriving = pulled([self.pooled], outputs, [gradients.to(self.pooled.dtype)])
         rising = None
         for index in reversed(range(len(self.tower))):
-            rising = _sum(rising, arriving[index])
+            rising = _sum(rising, None if arriving[index] is None else arriving[index][:, tile])
             if rising is None:
                 continue
-            rising, attention = self.tower[index].pull(rising[:, 0])
+            rising, attention = self.tower[index].tile(tile).pull(rising)
             yield index, attention
-            rising = rising[:, None]
 
 
 @contextlib.contextmanager
@@ -317,5 +328,11 @@ def trace(vlm, batch, ids, tower=True, features=None):
             logits = vlm.model(inputs_embeds=embeds, logits_to_keep=len(ids) + 1, **options).logits[0, :-1].float()
         chosen = torch.tensor(list(ids), device=logits.device)
         logit = logits.gather(1, chosen[:, None]).sum()
-    rows = torch.arange(len(ids), device=vlm.device) + batch.input_ids.shape[1] - 1
-    return Trace(vlm, batch, whole, list(ids), rows, logits.detach(), batch.vision_positions(0), layers, seen, features, pooled, logit, queries)
+    rows, sources = torch.arange(len(ids), device=vlm.device) + batch.input_ids.shape[1] - 1, None
+    if seen and not former:
+        if vlm.family.sources:
+            sources = torch.from_numpy(vlm.family.sources(vlm, batch.grids[0].size, batch.image_rows[0])).to(features.device)
+        else:
+            count = seen[0].input.shape[1]
+            sources = torch.arange(count - len(features), count, device=features.device)[:, None]
+    return Trace(vlm, batch, whole, list(ids), rows, logits.detach(), batch.vision_positions(0), layers, seen, features, pooled, logit, queries, sources)

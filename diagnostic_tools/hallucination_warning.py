@@ -256,7 +256,7 @@ def main(argv=None):
     picture = load_image(args.image)
     batch = vlm.encode([Sample("0", None, args.prompt_text)], [picture])
     ids = generate(vlm, batch, args.max_new_tokens).ids[0]
-    print(vlm.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    print(vlm.text(ids))
     if found is None:
         print(f"not calibrated: run hallucination_warning.py fit for {args.model_path}")
         return 0

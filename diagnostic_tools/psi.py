@@ -107,7 +107,7 @@ def make_process(args, vlm):
         return [(record(sample, [ids[row] for ids in rounds], batch.prompts[row]), {}) for row, sample in enumerate(samples)]
 
     def judged(ids, answer):
-        text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = vlm.text(ids)
         return {"text": text, "read_as": read(text, answer), "correct": is_right(text, answer), "ids": ids}
 
     def record(sample, rounds, prompt):

@@ -88,7 +88,7 @@ def make_process(args, vlm, layers):
             "prompt": batch.prompts[0],
         }
         record |= {
-            "caption": vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "caption": vlm.text(ids),
             "generated_ids": ids,
             "tokens": labels[-len(ids) :],
             "labels": labels,

@@ -148,7 +148,7 @@ def make_process(args, vlm, strip, answers, run):
         if args.pos_only:
             return record | {"pos_only": True}, own
         ids = found.ids[row]
-        record["caption"] = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        record["caption"] = vlm.text(ids)
         steps = len(ids)
         record |= {"generated_ids": ids, "tokens": vlm.tokenizer.convert_ids_to_tokens(ids), "n_steps": steps}
         record["shares"] = {name: values[row][:steps] for name, values in shares.items()}

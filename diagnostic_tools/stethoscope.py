@@ -354,7 +354,7 @@ def gathered(run):
     """A trace whose maps of tower and Q-Former come to the decoder's device, for a tower that runs on another."""
     if run.tower and run.tower[0].input.device != run.rows.device:
         home, down, across = run.rows.device, run.descend_tower, run.query_maps
-        run.descend_tower = lambda gradients: ((index, attention.to(home)) for index, attention in down(gradients))
+        run.descend_tower = lambda gradients, tile=0: ((index, attention.to(home)) for index, attention in down(gradients, tile))
         run.query_maps = lambda gradients: [tuple(None if weights is None else weights.to(home) for weights in pair) for pair in across(gradients)]
     return run
 

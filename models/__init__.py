@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-FAMILIES = ("llava_original", "mistral3", "llava", "llava_next", "idefics3", "qwen_vl", "blip2", "instructblip")
+FAMILIES = (
+    "nvila", "convllava", "llava_original", "mistral3", "llava", "llava_next", "idefics3", "internvl", "aya_vision", "paligemma", "qwen_vl", "blip2",
+    "instructblip", "minigpt4", "mplug_owl2", "molmo",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,14 @@ class Family:
     architectures: tuple = ()  # config.architectures, for types that share a model_type
     recognises: Callable = None  # (config.json as a dict) -> bool, where types and architectures do not tell
     variant: Callable = None  # (config.json as a dict) -> Family, where it depends on the text model what such a model has
+    reads: Callable = None  # (folder) -> the config as a dict, for folders without a config.json; None: not of this family
     read_config: Callable = None  # (path, config.json as a dict) -> config, for layouts that transformers does not read
     load: Callable = None  # (path, config, **options) -> (model, processor)
     parts: Callable = None  # (model) -> Parts
     grid: Callable = None  # (vlm, image size (width, height), image inputs of one sample) -> grid.PatchGrid, or None: the grid is unknown
     patches: Callable = None  # (vlm, image size, image inputs of one sample) -> PatchGrid of the tower's patches, where vision tokens are mixed from them
+    sources: Callable = None  # (vlm, image size, image inputs) -> (P, k) positions in the tower's output that a vision token is made of, its tiles one after
+    #                           the other with their CLS, -1 where there are fewer; None: one position each, in the same order, behind a CLS or not
     read_text: Callable = None  # (vlm, prompt) -> more image inputs of one sample, {name: (1, m) ids or mask}, for connectors that read the prompt
     positions: Callable = None  # (vlm, input_ids, attention_mask, image inputs) -> (positions as the model takes them, next position (B,))
     inputs: Callable = None  # (vlm, batch) -> more inputs of the model's forward over a prompt, {name: (B, T)}: token types, a mask of the picture's positions
@@ -48,7 +54,7 @@ class Parts:
     tower: object
     connector: object
     qformer: object = None  # QFormer, where the vision tokens are queries that read the tower's output
-    vision_blocks: list = ()  # the tower's blocks, where its positions are the vision tokens, or what a QFormer reads, in their order, behind a CLS or not
+    vision_blocks: list = ()  # the tower's blocks, where its positions are the vision tokens' (Family.sources), or what a QFormer reads
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,15 @@ def find_family(config):
         named = config.get("model_type") in family.model_types or set(config.get("architectures") or ()) & set(family.architectures)
         if family.recognises(config) if family.recognises else named:
             return family.variant(config) if family.variant else family
+    return None
+
+
+def read_folder(folder):
+    """The config as a dict of a folder without config.json that a family knows how to read; None where none does."""
+    for name in FAMILIES:
+        family = importlib.import_module(f"models.{name}").FAMILY
+        if family.reads and (found := family.reads(folder)) is not None:
+            return found
     return None
 
 

@@ -4,7 +4,9 @@ The grid of its vision tokens cannot be known from these conventions: what needs
 
 import contextlib
 import inspect
+from dataclasses import replace
 
+import numpy as np
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from models import Family, Parts, Rotary, checked
@@ -47,6 +49,22 @@ def parts(model):
     base = getattr(model, "model", model)
     connector = next((getattr(base, name) for name in ("multi_modal_projector", "connector", "mm_projector", "aligner") if hasattr(base, name)), None)
     return Parts(decoder, list(decoder.layers), decoder.norm, model.get_output_embeddings(), tower, connector)
+
+
+def parts_with_tower(model):
+    """parts() with the blocks of the tower, for families whose vision tokens are made of its positions as Family.sources says."""
+    found = parts(model)
+    for name in ("encoder.layers", "encoder.layer", "vision_model.encoder.layers", "layers", "blocks"):
+        with contextlib.suppress(AttributeError):
+            return replace(found, vision_blocks=list(found.tower.get_submodule(name)))
+    raise AttributeError(f"{type(found.tower).__name__} has its blocks at none of the known places")
+
+
+def merged(rows, columns, factor, tiles=1, cls=0):
+    """Family.sources of tiles of rows x columns vision tokens, each made of factor x factor patches: (tiles * rows * columns, factor ** 2). cls: positions of
+    the tower before a tile's patches."""
+    patch = np.arange(rows * columns * factor**2).reshape(rows, factor, columns, factor).transpose(0, 2, 1, 3).reshape(rows * columns, factor**2)
+    return np.concatenate([tile * (cls + patch.size) + cls + patch for tile in range(tiles)])
 
 
 def positions(vlm, input_ids, attention_mask, image_inputs):

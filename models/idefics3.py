@@ -68,8 +68,16 @@ def grid(vlm, size, inputs):
     return PatchGrid(np.concatenate([cells(side, side, region).reshape(-1, 4) for region in regions]), None, tuple(size))
 
 
+def sources(vlm, size, inputs):
+    """scale_factor x scale_factor patches of each tile."""
+    _, count, *_, edge = inputs["pixel_values"].shape
+    factor = vlm.model.config.scale_factor
+    side = edge // vlm.model.config.vision_config.patch_size // factor
+    return generic.merged(side, side, factor, count)
+
+
 FAMILY = Family(
     name="idefics3", model_types=tuple(KINDS), architectures=("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), load=load,
-    parts=generic.parts, grid=grid, positions=generic.positions, rotary=generic.rotary,
+    parts=generic.parts_with_tower, grid=grid, sources=sources, positions=generic.positions, rotary=generic.rotary,
     markup=("<fake_token_around_image>", "<global-img>", *PLACES), has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
 )  # fmt: skip

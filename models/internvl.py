@@ -1,14 +1,14 @@
-"""InternVL (arXiv 2312.14238; InternVL3: 2504.10479) in transformers' layout: the `-hf` checkpoints, on Qwen2, Qwen3, Llama or InternLM-like text models.
+"""InternVL (arXiv 2312.14238; InternVL3: 2504.10479) in transformers' layout: the `-hf` checkpoints, most of them on Qwen2, Qwen3 or Llama text models.
 
-Prompt: <img>, <IMG_CONTEXT> x 256 per tile, </img>, a line break, the question; no end of a tile is marked. The picture is resized, its shape not kept, to a
-canvas of up to 12 square tiles whose proportions are nearest to its own, cut row by row; where there is more than one tile, the whole picture on one more tile
-(the thumbnail) comes last. A tile's patches (32 x 32 of 14 pixels) leave the tower behind a CLS, which is dropped, and each 2 x 2 of them are stacked into one
-vision token (pixel shuffle): token (i, j) of a tile is made of patches (2i .. 2i + 1, 2j .. 2j + 1), row-major. So a thumbnail's box lies over many of the tiles'.
-vision_blocks are left out: four patches make one token.
+Prompt: <img>, <IMG_CONTEXT> x 256 per tile, </img>, a line break, the question; no end of a tile is marked. The picture is resized, its shape not kept, to
+a canvas of up to 12 square tiles whose proportions are nearest to its own, cut row by row; where there is more than one tile, the whole picture on one more
+tile (the thumbnail) comes last. A tile's patches (32 x 32 of 14 pixels) leave the tower behind a CLS, which is dropped, and each 2 x 2 of them are stacked
+into one vision token (pixel shuffle): token (i, j) of a tile is made of patches (2i .. 2i + 1, 2j .. 2j + 1), row-major. So a thumbnail's box lies over many
+of the tiles'.
 
 Videos are not read (their processor needs torchvision). Checkpoints of the type `internvl_chat`, which bring their own code, are another layout.
-Checked on small random models with processors made in the tests: tokens against transformers' own processor, tiles by their pixels, logits and greedy answers
-against transformers' own class. Not checked, for want of the files: published weights and their tokenizers; towers with images that are not square."""
+Checked on small random models with processors made in the tests: tiles by their pixels, logits and greedy answers against transformers' own class.
+Not checked, for want of the files: published weights and their tokenizers; text models other than Qwen2 and Llama."""
 
 import numpy as np
 from transformers import InternVLForConditionalGeneration, InternVLProcessor
@@ -37,8 +37,16 @@ def grid(vlm, size, inputs):
     return tiled(vlm.processor.image_processor, size, count, side)
 
 
+def sources(vlm, size, inputs):
+    """2 x 2 patches behind each tile's CLS."""
+    count, *_, edge = inputs["pixel_values"].shape
+    factor = round(1 / vlm.model.config.downsample_ratio)
+    side = edge // vlm.model.config.vision_config.patch_size[1] // factor
+    return generic.merged(side, side, factor, count, cls=1)
+
+
 FAMILY = Family(
     name="internvl", model_types=("internvl",), architectures=("InternVLForConditionalGeneration",),
-    load=generic.loader(InternVLForConditionalGeneration, InternVLProcessor), parts=generic.parts, grid=grid,
+    load=generic.loader(InternVLForConditionalGeneration, InternVLProcessor), parts=generic.parts_with_tower, grid=grid, sources=sources,
     positions=generic.positions, rotary=generic.rotary, markup=("<img>", "</img>"), has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
 )  # fmt: skip

@@ -143,7 +143,7 @@ def grid(vlm, size, inputs):
 
 
 FAMILY = Family(
-    name="llava", model_types=("llava", "vipllava"), architectures=("LlavaForConditionalGeneration", "NormedLlava", "VipLlavaForConditionalGeneration"), load=load,
-    parts=parts, grid=grid, prompt=prompt, positions=generic.positions, rotary=generic.rotary, default_system=default_system,
+    name="llava", model_types=("llava", "vipllava"), architectures=("LlavaForConditionalGeneration", "NormedLlava", "VipLlavaForConditionalGeneration"),
+    load=load, parts=parts, grid=grid, prompt=prompt, positions=generic.positions, rotary=generic.rotary, default_system=default_system,
     has=frozenset({"decoder-only", "causal", "rotary", "grid", "square-pad"}),
 )  # fmt: skip

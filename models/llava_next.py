@@ -59,19 +59,25 @@ def edges(first, end, count, tile, patch):
     return place(begin, at[:-1]), place(last, at[1:])
 
 
+def layout(config, size):
+    """(canvas (height, width), kept patches (first row, end, first column, end), rows and columns of vision tokens) of a picture of size (width, height)."""
+    tile, side = config.vision_config.image_size, config.vision_config.image_size // config.vision_config.patch_size
+    canvas = select_best_resolution([size[1], size[0]], config.image_grid_pinpoints)
+    top, bottom, left, right = kept = unpadded(size, *(edge // tile * side for edge in canvas))
+    count = bottom - top, right - left
+    if limit := getattr(config, "vision_aspect_ratio", None):
+        ratio = math.sqrt(count[0] * count[1] / (int(limit.removeprefix("anyres_max_")) * side**2))
+        count = (int(count[0] // ratio), int(count[1] // ratio)) if ratio > 1.1 else count
+    return canvas, kept, count
+
+
 def grid(vlm, size, inputs):
     """Base, then the canvas's rows, each with a newline behind it."""
     config, (width, height) = vlm.model.config, size
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
     side = tile // patch
     base = cells(side, side, (0, 0, width * side * patch / tile, height * side * patch / tile)).reshape(-1, 4)
-    canvas = select_best_resolution([height, width], config.image_grid_pinpoints)
-    rows, columns = (edge // tile * side for edge in canvas)
-    top, bottom, left, right = unpadded(size, rows, columns)
-    count = bottom - top, right - left
-    if limit := getattr(config, "vision_aspect_ratio", None):
-        ratio = math.sqrt(count[0] * count[1] / (int(limit.removeprefix("anyres_max_")) * side**2))
-        count = (int(count[0] // ratio), int(count[1] // ratio)) if ratio > 1.1 else count
+    canvas, (top, bottom, left, right), count = layout(config, size)
     x, y, new_width, new_height = fitted(size, canvas)
     (x0, x1), (y0, y1) = edges(left, right, count[1], tile, patch), edges(top, bottom, count[0], tile, patch)
     (x0, x1), (y0, y1) = ((part - x) * width / new_width for part in (x0, x1)), ((part - y) * height / new_height for part in (y0, y1))
@@ -81,8 +87,32 @@ def grid(vlm, size, inputs):
     return PatchGrid(np.concatenate([base, boxes.reshape(-1, 4)]), None, tuple(size))
 
 
+def sources(vlm, size, inputs):
+    """One patch each; the up to four that a bilinear sample takes where the canvas is shrunk; none for newlines."""
+    config = vlm.model.config
+    tile, side = config.vision_config.image_size, config.vision_config.image_size // config.vision_config.patch_size
+    canvas, (top, bottom, left, right), (rows, columns) = layout(config, size)
+    cls, wide = int(config.vision_feature_select_strategy == "default"), canvas[1] // tile
+
+    def neighbours(first, end, count):
+        """(count, 2) patches that a sample lies between, -1 for the second where it lies on one."""
+        if count == end - first:
+            return np.stack([np.arange(first, end), np.full(count, -1)], 1)
+        at = np.clip((np.arange(count) + 0.5) * (end - first) / count - 0.5, 0, end - first - 1)
+        below = np.floor(at).astype(int)
+        return np.stack([first + below, np.where(at > below, first + np.minimum(below + 1, end - first - 1), -1)], 1)
+
+    ys, xs = neighbours(top, bottom, rows)[:, None, :, None], neighbours(left, right, columns)[None, :, None, :]
+    place = (1 + ys // side * wide + xs // side) * (cls + side**2) + cls + ys % side * side + xs % side
+    found = np.full((rows, columns + 1, 4), -1)
+    found[:, :-1] = np.where((ys >= 0) & (xs >= 0), place, -1).reshape(rows, columns, 4)
+    base = np.full((side**2, 4), -1)
+    base[:, 0] = cls + np.arange(side**2)
+    return np.concatenate([base, found.reshape(-1, 4)])
+
+
 FAMILY = Family(
     name="llava_next", model_types=tuple(KINDS), architectures=("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"), load=load,
-    parts=generic.parts, grid=grid, prompt=llava.prompt, positions=generic.positions, rotary=generic.rotary,
+    parts=generic.parts_with_tower, grid=grid, sources=sources, prompt=llava.prompt, positions=generic.positions, rotary=generic.rotary,
     has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
 )  # fmt: skip

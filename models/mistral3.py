@@ -1,4 +1,4 @@
-"""Pixtral (arXiv 2410.07073; in transformers a LLaVA with Pixtral's tower) and Mistral 3: the picture at its own proportions, rows of tokens ended by [IMG_BREAK].
+"""Pixtral (arXiv 2410.07073; in transformers a LLaVA with Pixtral's tower) and Mistral 3: the picture at its own proportions, [IMG_BREAK] after each row.
 
 Prompt: per row [IMG] x columns [IMG_BREAK], behind the last row [IMG_END] in place of the break. The picture is scaled down to the longest side that
 the processor allows and stretched to whole patches (Mistral 3: to whole groups of spatial_merge_size x spatial_merge_size patches, which its connector

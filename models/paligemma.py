@@ -1,15 +1,15 @@
 """PaliGemma (arXiv 2407.07726) and PaliGemma 2 (2412.03555): SigLIP, a linear connector, Gemma or Gemma 2 that reads picture and question in both directions.
 
-Prompt: <image> x P, <bos>, the question, a line break; no chat template. The whole prompt is a prefix whose positions all see each other, the answer is causal:
-so "causal" is not had (a prompt's keys and values cannot be shared with another prompt of the same picture). The mask comes from token_type_ids, 0 over the
-prompt, which single decoding steps do not get. Positions count from 1. Embeddings of text are scaled by sqrt(d) inside the embedding, the picture's are not.
+Prompt: <image> x P, <bos>, the question, a line break; no chat template. The whole prompt is a prefix whose positions all see each other, the answer is
+causal: so "causal" is not had (a prompt's keys and values cannot be shared with another prompt of the same picture). The mask comes from token_type_ids, 0 over
+the prompt and 1 at generated tokens. Positions count from 1. Text embeddings are scaled by sqrt(d) inside the embedding, the picture's features are not.
 Checkpoints are tuned for short commands, as "answer en where is the cat"; a question is passed on as it is.
 
-The picture is squeezed to the tower's square; one patch of 14 pixels is one token, row-major, without CLS. Gemma 2 caps its attention scores and its logits and
-has windows of 4096 positions in every second layer, which a prefix of 896 pixels and a long question reaches.
+The picture is squeezed to the tower's square; one patch of 14 pixels is one token, row-major, without CLS. Gemma 2 caps its attention scores and its logits
+and has windows of 4096 positions in every second layer, which a prefix of 896 pixels and a long question reaches.
 
-Checked on small random models on Gemma and Gemma 2 with processors made in the tests: tokens against transformers' own processor, positions, logits and greedy
-answers against transformers' own class, the mask by what the picture sees of the question. Not checked, for want of the files: published weights, tokenizers."""
+Checked on small random models on Gemma and Gemma 2 with processors made in the tests: tokens against transformers' own processor, logits and greedy answers
+against transformers' own class, the mask by what the picture sees of the question. Not checked, for want of the files: published weights and tokenizers."""
 
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.processing_utils import ProcessorMixin

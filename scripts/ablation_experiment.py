@@ -63,7 +63,7 @@ def make_process(args, vlm, mean):
         record |= {"prompt": batch.prompts[0], "polling_prompt": asked.prompts[0], "object_tokens": len(tokens), "vision_tokens": len(first.vision)}
 
         def result(name, ids, logprobs, first_step, prompt):
-            text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            text = vlm.text(ids)
             if name == "generative":
                 named = mentions_published(prompt + text, item.category) if args.paper_compat else mentions(text, item.category)
                 return {"correct": bool(named), "text": text}

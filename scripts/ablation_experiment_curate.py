@@ -50,7 +50,7 @@ def make_process(args, vlm, kind, mean):
 
         def result(completed, named):
             (ids, _, first), (_, logprobs, _) = completed, named
-            text, best = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(), int(first.argmax())
+            text, best = vlm.text(ids), int(first.argmax())
             token = vlm.tokenizer.decode([best])
             right = prefix_published(token, first_piece) if args.paper_compat else mentions(text, item.answer)
             facts = {"correct": bool(right), "text": text, "generated_token": token, "generated_token_prob": first[best].exp().item()}

@@ -102,12 +102,12 @@ class Prompts:
         batch, inputs = self._inputs(batch, list(rows))
 
         def stop(ids):
-            texts = [vlm.tokenizer.decode(own, skip_special_tokens=True).strip() for own in ids]
+            texts = [vlm.text(own) for own in ids]
             return [is_decided(text, pair["category"], pair.get("letters")) for text, pair in zip(texts, pairs, strict=True)]
 
         with capture(vlm, [probe := LastStates(self.layers)]):
             found = generate(vlm, batch, limit, stop=stop if limit > 1 else None, **inputs)
-        texts = [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found.ids]
+        texts = [vlm.text(ids) for ids in found.ids]
         return probe.states, [*zip(texts, found.first, batch.prompts, strict=True)]
 
     def _inputs(self, batch, rows):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import random_models
 import torch
-from conftest import QUESTIONS
+from gradients import trace
 from PIL import Image
 
 import common
@@ -88,7 +88,11 @@ def eager(vlm, batch, ids):
         return hook
 
     for layer, block in enumerate(vlm.parts.layers):
-        hooks += [module.register_forward_hook(keep(layer)) for module in block.modules() if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower()]
+        hooks += [
+            module.register_forward_hook(keep(layer))
+            for module in block.modules()
+            if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower()
+        ]
     decoder, before = vlm.parts.decoder, vlm.parts.decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:
@@ -199,7 +203,9 @@ def test_the_question_is_the_user_group_and_nothing_else_is(vlm, question):
 
 
 def random_picture(rng):
-    width, height = rng.choice([(rng.randint(40, 90), rng.randint(40, 90)), (rng.randint(90, 260), rng.randint(60, 120)), (rng.randint(60, 120), rng.randint(90, 260))])
+    width, height = rng.choice(
+        [(rng.randint(40, 90), rng.randint(40, 90)), (rng.randint(90, 260), rng.randint(60, 120)), (rng.randint(60, 120), rng.randint(90, 260))]
+    )
     noise = np.random.default_rng(rng.randint(0, 9**9)).integers(0, 60, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -257,3 +263,20 @@ def test_tokens_without_a_box_do_not_depend_on_the_picture(vlm):
     differs = (first - second).norm(dim=-1).numpy() > 1e-4 * float(first.norm(dim=-1).max())
     assert differs[box].all()
     assert not differs[~box].any()
+
+
+def test_vision_tokens_are_made_of_the_patches_that_the_family_names(vlm, pictures):
+    """The connector map by its gradient: a vision token depends on the tower's output at its sources, and nowhere else."""
+    if not vlm.parts.vision_blocks or vlm.parts.qformer:
+        pytest.skip("relevancy stops at the vision tokens, or goes on through a Q-Former")
+    for picture in (pictures[1], random_picture(random.Random(1))):
+        run = trace(vlm, vlm.encode([Sample("0", None, "Hi?")], [picture]), [20, 21])
+        assert run.sources.shape[0] == len(run.features) == len(run.vision)
+        whole = [block.output for block in run.tower]
+        for token in range(0, len(run.features), max(1, len(run.features) // 25)):
+            given = torch.autograd.grad(run.pooled[token].sum(), whole, retain_graph=True, allow_unused=True)
+            reached = [part.flatten(0, 1).norm(dim=-1) for part in given if part is not None]
+            own = run.sources[token][run.sources[token] >= 0].tolist()
+            assert reached or not own
+            for part in reached:
+                assert (part > 1e-6 * part.max()).nonzero()[:, 0].tolist() == sorted(own) if own else part.max() == 0

@@ -37,7 +37,7 @@ def eager(run, targets):
         rows = run.prompt.image_rows[0]
         pixels = rows["pixel_values"].clone().requires_grad_()
         inputs = run.prompt.image_inputs | {"pixel_values": pixels}
-        options = {"mm_token_type_ids": (run.batch.input_ids == vlm.model.config.image_token_id).int()} if vlm.family.name == "qwen2_5_vl" else {}
+        options = {"mm_token_type_ids": (run.batch.input_ids == vlm.model.config.image_token_id).int()} if vlm.family.name.startswith("qwen2") else {}
         logits = vlm.model(
             input_ids=run.batch.input_ids, attention_mask=run.batch.attention_mask, position_ids=run.batch.position_ids, use_cache=False, **inputs, **options
         ).logits

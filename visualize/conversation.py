@@ -50,7 +50,7 @@ class Asker:
         """What one instance said. attention: {name: array over its steps}, from the device once per answer."""
         vlm, ids = self.vlm, found.ids[k]
         answer = SimpleNamespace(ids=ids, prompt=batch.prompts[k], prompt_tokens=batch.lengths[k], ended=ids[-1] in vlm.eos_ids, attention={})
-        answer.text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answer.text = vlm.text(ids)
         if probe is not None:
             steps, count = len(ids), len(self.features[row])
             stack = lambda parts, axis: torch.stack([part.select(axis, k) for part in parts[:steps]])[..., :count].cpu().numpy()
