@@ -23,9 +23,15 @@ _active = None  # the capture or edit in progress
 
 
 class Row:
-    """One query row of one layer. query (B, H, D), key (B, H_kv, K, D) as attention got them; scores and weights (B, H, K) float32."""
+    """One query row of one layer. query (B, H, D), key (B, H_kv, K, D) as attention got them; scores and weights (B, H, K) float32.
 
-    def __init__(self, module, query, key, mask, options, index=-1):
+    K counts all positions so far: those that a layer with a sliding window no longer keeps (`gone`) have no key and no weight."""
+
+    def __init__(self, module, query, key, mask, options, index=-1, gone=0):
+        if gone:
+            mask = _full_mask(module, query, key, mask, options)
+            pad = torch.nn.functional.pad
+            key, mask = pad(key, (0, 0, gone, 0)), pad(mask, (gone, 0), value=False if mask.dtype == torch.bool else float("-inf"))
         self.query, self.key = query[:, :, index], key
         scaling = options.get("scaling")
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -80,7 +86,8 @@ def _attention(module, query, key, value, attention_mask, **options):
     output = attend(query, attention_mask)
     if layer is None:
         return output, None
-    blocked = _blocked(layer, query, key)
+    gone = max(0, _active.total - key.shape[2])
+    blocked = _blocked(layer, query, key, gone)
     if blocked is not None:  # only the blocked rows are made again, so that all others stay bit-identical
         base = _full_mask(module, query, key, attention_mask, options)
         attention_mask = base & ~blocked if base.dtype == torch.bool else base.masked_fill(blocked, torch.finfo(base.dtype).min)
@@ -92,24 +99,24 @@ def _attention(module, query, key, value, attention_mask, **options):
         output = output.clone()
         output[:, index] = torch.where(rows[:, index, None, None], again, output[:, index])
     if _active.probes or _active.inspect:
-        row = Row(module, query, key, attention_mask, options)
+        row = Row(module, query, key, attention_mask, options, gone=gone)
         for probe in _active.probes:
             probe.attention(layer, row)
         if _active.inspect is not None:
-            _active.inspect(layer, row, value, output)
+            _active.inspect(layer, row, torch.nn.functional.pad(value, (0, 0, gone, 0)), output)
     return output, None
 
 
-def _blocked(layer, query, key):
-    """(B, 1, Q, K) bool of the blocks that act in a layer, None if nothing is blocked in this pass."""
+def _blocked(layer, query, key, gone):
+    """(B, 1, Q, K) bool of the blocks that act in a layer, None if nothing is blocked in this pass. gone: positions before the first key."""
     found = None
     for block in _active.blocks:
         if block.layers is not None and layer not in block.layers:
             continue
-        total, count = key.shape[2], query.shape[2]
+        total, count = gone + key.shape[2], query.shape[2]
         reach = max(0, total - block.queries.shape[1]), max(0, total - block.keys.shape[1])
         queries = torch.nn.functional.pad(block.queries, (0, reach[0]))[:, total - count : total]
-        keys = torch.nn.functional.pad(block.keys, (0, reach[1]))[:, :total]
+        keys = torch.nn.functional.pad(block.keys, (0, reach[1]))[:, gone:total]
         here = (queries[:, :, None] & keys[:, None, :])[:, None].to(key.device)
         found = here if found is None else found | here
     return found if found is not None and found.any() else None
@@ -158,6 +165,7 @@ class _Active:
     blocks: list
     inspect: object
     mask_of: object = None
+    total: int = 0  # positions seen by the pass that runs, those in the cache included
 
 
 @contextlib.contextmanager
@@ -208,6 +216,8 @@ def capture(vlm, probes=(), blocks=(), inspect=None, mask_of=None):
     wants_hidden = [probe for probe in probes if getattr(probe, "wants_hidden", False)]
 
     def begin(module, args, kwargs):
+        read, cache = kwargs.get("inputs_embeds", kwargs.get("input_ids")), kwargs.get("past_key_values")
+        _active.total = (0 if read is None else read.shape[1]) + (0 if cache is None else cache.get_seq_length())
         for probe in probes:
             probe.begin()
 

@@ -413,7 +413,10 @@ def _put_back(tokenizer, ids, groups, offsets, places, typed):
                 done.add(k)
                 plain = tokenizer(":" + typed[k], add_special_tokens=False, split_special_tokens=True)["input_ids"]
                 plain = plain[len(lead) :] if plain[: len(lead)] == lead else plain
-                if set(plain) & set(tokenizer.all_special_ids):  # T5's vocabulary has its special strings as pieces too
+                if set(plain) & {
+                    *tokenizer.all_special_ids,
+                    *tokenizer.get_added_vocab().values(),
+                }:  # T5 has its special strings as pieces too, Kosmos-2's tags are not special
                     plain = [id for char in typed[k] for id in tokenizer(":" + char, add_special_tokens=False)["input_ids"][len(lead) :]]
                 out_ids += plain
                 out_groups += [GROUPS.index("user")] * len(plain)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 FAMILIES = (
-    "nvila", "convllava", "llava_original", "mistral3", "llava", "llava_next", "idefics3", "internvl", "aya_vision", "paligemma", "qwen_vl", "blip2",
-    "instructblip", "minigpt4", "mplug_owl2", "molmo",
+    "nvila", "convllava", "llava_original", "mistral3", "llava", "llava_next", "idefics3", "internvl", "aya_vision", "paligemma", "gemma3", "qwen_vl",
+    "blip2", "instructblip", "minigpt4", "mplug_owl2", "molmo", "molmo2", "ovis2", "deepseek_vl", "janus", "kosmos2",
 )  # fmt: skip
 
 

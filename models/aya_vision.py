@@ -9,7 +9,7 @@ Its other layers see a window of 4096 positions. Cohere's text models multiply t
 that out, so its log-probabilities are too sharp though its greedy answers are right. A hook puts it back.
 
 Checked on small random models with processors made in the tests: tokens against transformers' own processor, tiles by their pixels, logits and greedy answers
-against transformers' own class. Not checked, for want of the files: published weights and their tokenizers."""
+against transformers' own class. Not checked, for want of the files: published weights and their tokenizers; the older Cohere text model."""
 
 from transformers import AyaVisionForConditionalGeneration, AyaVisionProcessor
 

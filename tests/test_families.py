@@ -14,7 +14,7 @@ from PIL import Image
 
 import common
 import models
-from capturing import Probe, capture, generate, more_inputs, prefill
+from capturing import VISION, GroupMass, Probe, capture, generate, more_inputs, prefill
 from common import GROUPS, PAD
 from samples import Sample
 
@@ -114,16 +114,18 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
     decoder_only(vlm)
     batch = batch_of(vlm, rows)
     ids = [forced(vlm, batch)[0]] * len(rows)
-    probe = Kept()
-    with capture(vlm, [probe]):
+    probe, masses = Kept(), GroupMass(batch, STEPS)
+    with capture(vlm, [probe, masses]):
         found = generate(vlm, batch, STEPS, answers=ids)
     maps, logits = eager(vlm, batch, ids)
     total, sharp = batch.groups.shape[1], []
     for step in range(STEPS):
         for layer, row in enumerate(probe.rows[step]):
             own = maps[layer][:, :, total - 1 + step, : total + step]
-            assert torch.allclose(row[..., -(total + step) :], own[..., -row.shape[-1] :], atol=1e-5), (step, layer)  # a window keeps the last keys only
+            assert row.shape == own.shape and torch.allclose(row, own, atol=1e-5), (step, layer)
             assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
+            mass = masses.mass[step][layer, :, :, VISION]
+            assert torch.allclose(mass, (own[..., :total] * (batch.groups == VISION)[:, None]).sum(-1), atol=1e-5)
             sharp.append(float(own.amax(-1).mean()) * (total + step))
     assert max(sharp) > 3, "attention is flat, so a wrong row would look right"
     expected = logits[:, total - 1 : -1].float().log_softmax(-1).gather(-1, torch.tensor(ids)[..., None])[..., 0]
