@@ -5,7 +5,9 @@
 `normalize_projector` and `use_multilayer_features`): the projector's output is RMS-normalised, clipped and scaled, and every selected
 tower layer passes through the tower's post layer norm before the layers are concatenated. Checkpoints in their authors' own layout are in
 `llava_original.py`.
-"""
+
+Checked on small random models, and on the trained tiny models of this repository, all measures on these; text models Llama, Phi-3, Qwen2 and Mistral. Not
+checked, for want of the files: the published weights; several GPUs."""
 
 import torch
 from torch import nn

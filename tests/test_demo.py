@@ -2,6 +2,7 @@
 
 The browser is Debian's Chromium; without it these tests fail."""
 
+import importlib
 import io
 import json
 import os
@@ -51,6 +52,11 @@ HOSTILE = '</script><img src=x onerror="window.pwned=1">\'`&lt;\u202e <image> </
 @pytest.fixture(scope="module")
 def model():
     return Model(common.load_model(TINY, self_check=False))
+
+
+def random_model(file):
+    """{name: builder} of a family's random models."""
+    return importlib.import_module(f"random_models.{file}").MODELS
 
 
 def asked(model, picture, question=QUESTION, decoding=None):
@@ -221,6 +227,21 @@ def test_models_without_tower_maps_or_a_grid_show_the_rest(load, blip_folders, p
     assert "data:image" in views.patch_panel(blip, "relevancy", 0, None)[0] and "data:image" in views.compare_panel(blip, (0, 1), (1, 2), 100)
     with pytest.raises(UsageError, match="decoder-only"):
         Model(common.load_model(blip_folders("blip2-t5"), self_check=False))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "blip2-opt", "instructblip-llama", "minigpt4", "convllava", "mplug_owl2"])
+def test_the_models_of_the_published_table_are_shown(tmp_path, pictures, name):
+    """Every panel's numbers for each family that LVLM-Stethoscope names, done or to do, and one with tiles."""
+    builders = {key: build for file in ("llava_next", "blip2", "minigpt4", "convllava", "mplug_owl2") for key, build in random_model(file).items()}
+    shown = asked(Model(common.load_model(builders[name](tmp_path / name), self_check=False)), pictures[1], "Is it red?", Decoding(max_new_tokens=4))
+    found, depth = shown.relevancy(), shown.model.depth
+    count = len(shown.ids)
+    assert found.picture.shape[:2] == (count, depth) and found.picture.min() >= 0 and found.picture.max() > 0
+    assert shown.contribution("max", "share").shape == (count, depth)
+    place = shown.place(found.picture.shape[-1])
+    assert place is not None and np.isfinite(place.paint(found.picture[0, -1], smooth=False)).any(), "the map lies on the picture"
+    assert (shown.place(len(found.image[0, 0])) is None) == ("grid" not in shown.model.vlm.family.has)
+    assert shown.looked_at({0, 1}, "relevancy").shape == (count,)
 
 
 def test_a_part_that_computes_elsewhere_gives_the_same_answer(analysis):

@@ -1,15 +1,18 @@
-"""The contract that every family in models/ keeps, on small random models built from their configs (tests/random_models/)."""
+"""The contract that every family in models/ keeps, on small random models built from their configs (tests/random_models/).
+
+python tests/test_families.py     # writes what the models have into models/README.md"""
 
 import importlib
 import pkgutil
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import random_models
 import torch
-from gradients import trace
+from conftest import ROOT
 from PIL import Image
 
 import common
@@ -23,6 +26,29 @@ for _found in pkgutil.iter_modules(random_models.__path__):
     BUILDERS |= importlib.import_module(f"random_models.{_found.name}").MODELS
 NAMES = sorted(BUILDERS)
 STEPS = 3
+README = ROOT / "models" / "README.md"
+BEGIN, END = "<!-- families: written by tests/test_families.py -->\n", "<!-- end of families -->\n"
+CAPABILITIES = ("decoder-only", "causal", "rotary", "grid")
+
+
+def row(name, vlm):
+    """A line of the table: what a loaded model is and has."""
+    parts, mark = vlm.parts, {True: "yes", False: "-"}
+    onto = "-" if "decoder-only" not in vlm.family.has else "its Q-Former and tower" if parts.qformer else "its tower" if parts.vision_blocks else "-"
+    file = next(file for file in models.FAMILIES if importlib.import_module(f"models.{file}").FAMILY.load is vlm.family.load)
+    cells = [name, f"`{file}.py`", *(mark[capability in vlm.family.has] for capability in CAPABILITIES), onto]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def checks():
+    """What each family's file says was checked and was not, as lines of a list."""
+    lines = []
+    for family in models.FAMILIES:
+        text = " ".join(importlib.import_module(f"models.{family}").__doc__.split())
+        at = text.find("Checked on")
+        assert at >= 0, f"models/{family}.py does not say what was checked"
+        lines.append(f"- `{family}.py`: {text[at:]}\n")
+    return "".join(lines)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -49,6 +75,16 @@ def test_the_family_is_its_files(vlm):
     known = {"decoder-only", "causal", "rotary", "grid", "square-pad"}
     assert vlm.family.has <= known
     assert ("grid" in vlm.family.has) == (vlm.family.grid is not None)
+
+
+def test_the_readme_has_its_line(vlm, request):
+    assert row(request.node.callspec.params["vlm"], vlm) in README.read_text(), "run python tests/test_families.py"
+
+
+def test_the_readme_lists_the_families_there_are():
+    text = README.read_text()
+    listed = [line.split(" | ")[0].removeprefix("| ") for line in text[text.index(BEGIN) : text.index(END)].splitlines() if line.startswith("| ")]
+    assert listed[1:] == NAMES and checks() in text, "run python tests/test_families.py"
 
 
 class Kept(Probe):
@@ -271,6 +307,8 @@ def test_vision_tokens_are_made_of_the_patches_that_the_family_names(vlm, pictur
     """The connector map by its gradient: a vision token depends on the tower's output at its sources, and nowhere else."""
     if not vlm.parts.vision_blocks or vlm.parts.qformer:
         pytest.skip("relevancy stops at the vision tokens, or goes on through a Q-Former")
+    from gradients import trace  # found by pytest's path only
+
     for picture in (pictures[1], random_picture(random.Random(1))):
         run = trace(vlm, vlm.encode([Sample("0", None, "Hi?")], [picture]), [20, 21])
         assert run.sources.shape[0] == len(run.features) == len(run.vision)
@@ -282,3 +320,16 @@ def test_vision_tokens_are_made_of_the_patches_that_the_family_names(vlm, pictur
             assert reached or not own
             for part in reached:
                 assert (part > 1e-6 * part.max()).nonzero()[:, 0].tolist() == sorted(own) if own else part.max() == 0
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in NAMES:
+            rows.append(row(name, common.load_model(BUILDERS[name](Path(scratch) / name))))
+            print(rows[-1], end="", flush=True)
+    head = "| model | file | " + " | ".join(CAPABILITIES) + " | relevancy goes on into |\n" + "|---" * (len(CAPABILITIES) + 3) + "|\n"
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(before + BEGIN + head + "".join(rows) + "\n" + checks() + END + rest.split(END)[1])
