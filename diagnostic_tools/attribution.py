@@ -80,15 +80,17 @@ def _chunk(run, targets, layers, tower):
 def onto_patches(run, image, gradient):
     """Image relevancy (C, K, P) of vision tokens carried on: (over the tower's patches without CLS (C, K, S), over a Q-Former's instruction (C, K, m) or None).
 
-    r_img C R_vit through the tower's self-attention, tile by tile; C shares a vision token's relevancy equally among the patches that it is made of, and
-    C^T sums what arrives at them, so that S = P. Through a Q-Former first, r_img R_qi and r_img R_qq by rules 6, 7 and 10, over the tower's patches."""
+    r_img C R_vit C' through the tower's self-attention, tile by tile; C shares a vision token's relevancy equally among the patches that it is made of, and
+    C' what arrives at a patch among the tokens that it makes, so that S = P and nothing counts twice. Through a Q-Former first, r_img R_qi and r_img R_qq by
+    rules 6, 7 and 10, over the tower's patches; vision tokens behind its queries are made of no patch."""
     size, instruction = run.tower[0].input.shape[1], None
     if run.queries:
         patches = torch.eye(size, device=image.device).expand(len(image), -1, -1)
         for _, attention in run.descend_tower(gradient):
             patches = rules.carry(patches, attention)
-        own, onto = rules.queries_to_patches(*zip(*run.query_maps(gradient), strict=True), patches)
-        count = image.shape[-1]
+        own, onto = rules.queries_to_patches(*zip(*run.query_maps(gradient), strict=True), patches, run.joint)
+        count = run.vlm.parts.qformer.queries
+        image = image[..., :count]
         instruction = image @ own[:, :count, count:] if own.shape[-1] > count else None
         return (image @ onto[:, :count])[..., 1 if run.vlm.parts.qformer.cls else 0 :], instruction
     tiles, known = len(run.tower[0].input), run.sources >= 0
@@ -100,7 +102,8 @@ def onto_patches(run, image, gradient):
     for tile in range(tiles):
         for _, attention in run.descend_tower(gradient, tile):
             rows[:, :, tile] = rules.carry(rows[:, :, tile], attention)
-    found = rows.flatten(2)[..., run.sources.clamp(min=0)] * known
+    makes = torch.bincount(run.sources[known], minlength=tiles * size).clamp_min(1)
+    found = (rows.flatten(2) / makes)[..., run.sources.clamp(min=0)] * known
     return found.sum(-1), instruction
 
 

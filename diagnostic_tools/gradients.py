@@ -218,7 +218,7 @@ class Trace:
 
     layers, tower: blocks as they ran; sources (P, k): see models.Family, one position each where the family does not name them; features (P, d) a leaf;
     pooled: the same with the tower's graph; logit: the sum of the chosen logits, with its graph; queries: [(self-attention, cross-attention or None), ...]
-    of a Q-Former's layers, (1, H, n, n) and (1, H, q, S) with their graph; else empty."""
+    of a Q-Former's layers, (1, H, n, n) and (1, H, q, S) with their graph, or one map (1, H, q, q + S) twice where they are joint; else empty."""
 
     vlm: object
     prompt: object
@@ -238,6 +238,11 @@ class Trace:
     @property
     def length(self):
         return self.batch.input_ids.shape[1]
+
+    @property
+    def joint(self):
+        """Whether queries read each other and the patches by one map."""
+        return any(own is cross for own, cross in self.queries)
 
     def descend(self, targets, maps=True):
         """Yield (layer, Ā (C, N, N) or None) from the last layer down for the tokens `targets` (indices into ids); at the end (None, gradients (C, P, d) of
@@ -267,7 +272,9 @@ class Trace:
             head_mean(weights[0].detach().float(), torch.zeros_like(weights).float() if change is None else change[:, 0].float()).expand(len(gradients), -1, -1)
             for weights, change in zip(whole, given, strict=True)
         )
-        return [tuple(None if weights is None else next(maps) for weights in pair) for pair in self.queries]
+        pairs = [tuple(None if weights is None else next(maps) for weights in pair) for pair in self.queries]
+        count = self.vlm.parts.qformer.queries
+        return [(own[..., :count], cross[..., count:]) for own, cross in pairs] if self.joint else pairs
 
     def descend_tower(self, gradients, tile=0):
         """Yield (block, Ā (C, S, S)) from the tower's last block that is read down, for gradients (C, P, d) of the vision tokens, on one of its tiles."""
@@ -331,8 +338,8 @@ def trace(vlm, batch, ids, tower=True, features=None):
     rows, sources = torch.arange(len(ids), device=vlm.device) + batch.input_ids.shape[1] - 1, None
     if seen and not former:
         if vlm.family.sources:
-            sources = torch.from_numpy(vlm.family.sources(vlm, batch.grids[0].size, batch.image_rows[0])).to(features.device)
+            sources = torch.from_numpy(vlm.family.sources(vlm, batch.grids[0].size, batch.image_rows[0])).to(vlm.device)
         else:
             count = seen[0].input.shape[1]
-            sources = torch.arange(count - len(features), count, device=features.device)[:, None]
+            sources = torch.arange(count - len(features), count, device=vlm.device)[:, None]
     return Trace(vlm, batch, whole, list(ids), rows, logits.detach(), batch.vision_positions(0), layers, seen, features, pooled, logit, queries, sources)

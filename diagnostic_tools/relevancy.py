@@ -47,21 +47,24 @@ def normalised(relevancy):
     return eye + rest / torch.where(total > 0, total, 1.0)
 
 
-def queries_to_patches(self_maps, cross_maps, patches):
+def queries_to_patches(self_maps, cross_maps, patches, joint=False):
     """Rules 6, 7 and 10 through a Q-Former: (R_qq (..., n, n), R_qi (..., n, S)).
 
     self_maps: Ā (..., n, n) of each layer, n = queries and, behind them, instruction tokens; cross_maps: Ā (..., q, S) of each layer or None; patches:
     R_ii (..., S, S) of the tower. Instruction tokens do not read the picture: their rows of a cross map are 0. In a layer self-attention comes first;
-    both of its updates use the old values. InstructBLIP (arXiv 2305.06500) by our study's sections 1.8 and 2.4."""
+    both of its updates use the old values. InstructBLIP (arXiv 2305.06500) by our study's sections 1.8 and 2.4.
+
+    joint: the two maps of a layer are the blocks [Ā_qq | Ā_qi] of one, with one softmax over queries and patches, so neither comes first and rule 10 takes
+    the old R_qq too. mPLUG-Owl2's abstractor (arXiv 2311.04257) by our study's section 2.5."""
     count, size = self_maps[0].shape[-1], patches.shape[-1]
     eye = torch.eye(count, dtype=patches.dtype, device=patches.device)
     own, onto = eye.expand(*self_maps[0].shape[:-2], count, count), patches.new_zeros(*self_maps[0].shape[:-2], count, size)
     context = normalised(patches)
     for attention, cross in zip(self_maps, cross_maps, strict=True):
-        own, onto = own + attention @ own, onto + attention @ onto
+        before, own, onto = own, own + attention @ own, onto + attention @ onto
         if cross is not None:
             cross = torch.nn.functional.pad(cross, (0, 0, 0, count - cross.shape[-2]))
-            onto = onto + normalised(own).transpose(-1, -2) @ cross @ context
+            onto = onto + normalised(before if joint else own).transpose(-1, -2) @ cross @ context
     return own, onto
 
 

@@ -60,9 +60,10 @@ class Parts:
 @dataclass(frozen=True)
 class QFormer:
     """Attention modules between patches and vision tokens. P: patches; S: vision sequence, the patches and, first, CLS where `cls` is True; m: instruction
-    tokens behind the queries. Each list has one module per layer; a module's call gives (output, weights), weights only with eager attention."""
+    tokens behind the queries. Each list has one module per layer; a module's call gives (output, weights), weights only with eager attention. A module that is
+    in both lists has one map (B, H, q, q + S) over the queries and, behind them, S."""
 
-    queries: int  # q, as many as vision tokens
+    queries: int  # q: the first q vision tokens; those behind them are made of no patch
     self_attention: list  # (B, H, q + m, q + m)
     cross_attention: list  # (B, H, q, S): instruction tokens do not read the picture; None in layers without
     cls: bool

@@ -15,7 +15,7 @@ Prompt: "{system}###Human: <Img>", 32 vision tokens, "</Img> {question}###Assist
 several tokens (group "template"). Pictures are squeezed to a square of 224 x 224.
 
 A token of the Q-Former read the whole picture, so it has no box: Parts.qformer and patches() lead back to it, as in blip2.py. Without a Q-Former token t is
-made of patches 4t to 4t + 3 of the row-major 16 x 16, a box of 1 x 4 patches; the tower's positions are not the tokens, so there are no vision_blocks.
+made of patches 4t to 4t + 3 of the row-major 16 x 16, a box of 1 x 4 patches, whose relevancy goes on through the tower (sources()).
 An answer ends at </s> and at "###", written "▁###" or "##", "#": its first token ends it, so "##" alone does too.
 
 Checked on small random models written in this layout, against a forward written out by hand from the files' keys. Not checked, for want of the files: the
@@ -26,6 +26,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, Blip2Config, Blip2ForConditionalGeneration, LlavaProcessor
@@ -223,13 +224,20 @@ def parts(model):
     if model.config.has_qformer:
         return blip2.parts(model)
     text = model.language_model.model
-    return Parts(text, list(text.layers), text.norm, model.language_model.lm_head, model.vision_model, model.language_projection)
+    blocks = list(model.vision_model.encoder.layers)
+    return Parts(text, list(text.layers), text.norm, model.language_model.lm_head, model.vision_model, model.language_projection, vision_blocks=blocks)
 
 
 def grid(vlm, size, inputs):
     """One cell per row of four patches, over the whole picture."""
     rows, columns = (side // vlm.model.config.vision_config.patch_size for side in inputs["pixel_values"].shape[-2:])
     return PatchGrid.regular(rows, columns // GROUPED, region(vlm.processor.image_processor, size), size)
+
+
+def sources(vlm, size, inputs):
+    """Four patches in a row behind CLS."""
+    side = inputs["pixel_values"].shape[-1] // vlm.model.config.vision_config.patch_size
+    return 1 + np.arange(side**2).reshape(-1, GROUPED)
 
 
 def prompt(vlm, question, system):
@@ -239,7 +247,9 @@ def prompt(vlm, question, system):
 
 def variant(raw):
     """The family with what a model with or without a Q-Former has. raw: config.json as a dict."""
-    return FAMILY if raw.get("qformer") is not None else replace(FAMILY, name="minigpt4-patches", patches=None, grid=grid, has=FAMILY.has | {"grid"})
+    if raw.get("qformer") is not None:
+        return FAMILY
+    return replace(FAMILY, name="minigpt4-patches", patches=None, grid=grid, sources=sources, has=FAMILY.has | {"grid"})
 
 
 FAMILY = Family(

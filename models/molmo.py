@@ -14,9 +14,11 @@ is 24 x 24 patches; neighbours overlap by 8, of which each keeps 4, so that the 
 over the whole canvas. Dropped ones are no tokens. Every vision token has a box, past the picture where that was padded; the first 144 are those of the low
 resolution.
 Features: layers -2 and -9 of the tower (which has 23 of CLIP's 24), concatenated; a learned vector is added to patches that are all padding, another to
-those that are in part; 4 patches are pooled by an attention whose query is their mean; then a SwiGLU. So a vision token reads 2 x 2 patches of one crop
-(`vision_blocks` is empty). The published preprocessing has the padding shares of the crops one place too early (the low resolution gets those of the first
-crop, the last crop counts as padded in part). The weights go with it, so it is the same here, unless config.yaml sets `fix_image_padding`.
+those that are in part; 4 patches are pooled by an attention whose query is their mean; then a SwiGLU. The published preprocessing has the padding shares of
+the crops one place too early (the low resolution gets those of the first crop, the last crop counts as padded in part). The weights go with it, so it is the
+same here, unless config.yaml sets `fix_image_padding`.
+So a vision token is made of 2 x 2 patches of one crop or of the low resolution. sources() lets its relevancy go on through the tower, in equal parts, from
+layer -2 down: what a token read at layer -9 counts in the gradients alone, and what arrives at patches that no token keeps is not shown.
 The published model adds the features to the embedding of <im_patch>; get_image_features() gives that sum, so a vision token is replaced by its row.
 
 128 embeddings of extra tokens have no row in the LM head: no answer can hold them. Mixture-of-experts models (MolmoE) and other connectors are refused.
@@ -226,11 +228,15 @@ class Molmo(Assembled):
         features = self.connector(patches, image_masks) + self.get_input_embeddings().weight[self.config.image_token_id]
         found, start = [], 0
         for rows, columns in tile_grids.tolist():
-            low, crops = features[start], features[start + 1 : start + 1 + rows * columns].unflatten(0, (rows, columns))
-            lines = [torch.cat([crops[i, j][self.kept(i, rows), self.kept(j, columns)] for j in range(columns)], 1) for i in range(rows)]
-            found.append(torch.cat([low.flatten(0, 1), torch.cat(lines).flatten(0, 1)]))
+            found.append(self.arranged(features[start : start + 1 + rows * columns], rows, columns))
             start += 1 + rows * columns
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=found)
+
+    def arranged(self, tokens, rows, columns):
+        """(1 + rows * columns, t, t, ...) of a picture's low resolution and crops -> (P, ...) those that are kept, in the prompt's order."""
+        low, crops = tokens[0], tokens[1:].unflatten(0, (rows, columns))
+        lines = [torch.cat([crops[i, j][self.kept(i, rows), self.kept(j, columns)] for j in range(columns)], 1) for i in range(rows)]
+        return torch.cat([low.flatten(0, 1), torch.cat(lines).flatten(0, 1)])
 
     def kept(self, index, count):
         """The tokens along one side that crop `index` of `count` keeps."""
@@ -337,6 +343,13 @@ def grid(vlm, size, inputs):
     return PatchGrid(np.concatenate(boxes), None, tuple(size))
 
 
+def sources(vlm, size, inputs):
+    """2 x 2 patches behind the CLS of the low resolution, then of the crop that keeps a token."""
+    (rows, columns), side = inputs["tile_grids"][0].tolist(), vlm.model.config.side // POOL
+    every = torch.from_numpy(generic.merged(side, side, POOL, 1 + rows * columns, cls=1))
+    return vlm.model.arranged(every.view(-1, side, side, POOL**2), rows, columns).numpy()
+
+
 # --- reading a checkpoint -------------------------------------------------------------------------------------------------------
 
 
@@ -438,10 +451,12 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
 
 def parts(model):
     decoder = model.language_model
-    return Parts(decoder, list(decoder.layers), decoder.norm, model.lm_head, model.vision_tower, model.connector)
+    blocks = list(model.vision_tower.encoder.layers)
+    return Parts(decoder, list(decoder.layers), decoder.norm, model.lm_head, model.vision_tower, model.connector, vision_blocks=blocks)
 
 
 FAMILY = Family(
     name="molmo", model_types=("molmo",), architectures=("MolmoForCausalLM",), reads=reads, read_config=read_config, load=load, parts=parts,
-    grid=grid, prompt=prompt, positions=generic.positions, rotary=generic.rotary, markup=(START, END, COLUMN), has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
+    grid=grid, sources=sources, prompt=prompt, positions=generic.positions, rotary=generic.rotary, markup=(START, END, COLUMN),
+    has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
 )  # fmt: skip

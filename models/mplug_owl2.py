@@ -12,9 +12,9 @@ these hold them. Behind the 64 queries comes `vit_eos`, a learned vector: 65 vis
 Prompt: "USER: " [65 vision tokens] "{question} ASSISTANT:", no system sentence, text before and after the picture tokenised apart. The authors' sentinel
 <|image|> is <image> here. Pictures are squeezed to a square of their longer side first, then preprocessed as CLIP's, two resizings as published.
 
-A token read the whole picture, so it has no box ("grid" is not had), `vit_eos` has none at all. There is no Parts.qformer: its self- and cross-attention
-are two modules, here one softmax runs over queries and patches, `visual_abstractor.layers[i].attention`, whose call gives (output, weights (B, H, q, q + 1 +
-patches), with eager attention only). Relevancy therefore stops at the vision tokens.
+A token read the whole picture, so it has no box ("grid" is not had), `vit_eos` has none at all. What leads from a query back to the picture is in
+Parts.qformer and patches(). There one softmax runs over queries and, behind them, CLS and patches, so `visual_abstractor.layers[i].attention` is its
+self- and its cross-attention: weights (B, H, q, q + 1 + patches), with eager attention only. `vit_eos` is made of no patch; its relevancy goes no further.
 
 The decoder takes `modality` (B, T), 1 where the picture is; left out, it is read off the ids, and inputs_embeds without it are text. mPLUG-Owl2.1 has
 another tower and decoder (Qwen) and is refused.
@@ -35,8 +35,10 @@ from transformers.models.clip.modeling_clip import eager_attention_forward as ea
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from cli import UsageError
+from grid import PatchGrid
 from groups import GROUPS
-from models import Family, Parts, checked, generic, llava_original, minigpt4
+from models import Family, Parts, QFormer, checked, generic, llava_original, minigpt4
+from models.llava import region
 
 SIZES = {  # published; what config.json says replaces them
     "visual_model": {
@@ -367,7 +369,17 @@ def load(path, config, dtype, device_map=None, quantization_config=None, **_):
 
 def parts(model):
     text = model.language_model
-    return Parts(text, list(text.layers), text.norm, model.lm_head, model.vision_model, model.visual_abstractor)
+    reading = [layer.attention for layer in model.visual_abstractor.layers]
+    connection = QFormer(queries=model.visual_abstractor.query_embeds.shape[1], self_attention=reading, cross_attention=reading, cls=True)
+    blocks = list(model.vision_model.encoder.layers)
+    return Parts(text, list(text.layers), text.norm, model.lm_head, model.vision_model, model.visual_abstractor, connection, blocks)
+
+
+def patches(vlm, size, inputs):
+    """The ViT's patches without CLS, over the picture as its preprocessed square shows it."""
+    rows, columns = (side // vlm.model.config.vision_config.patch_size for side in inputs["pixel_values"].shape[-2:])
+    square = region(vlm.processor.image_processor, (max(size),) * 2)
+    return PatchGrid.regular(rows, columns, [edge * own / max(size) for edge, own in zip(square, size * 2, strict=True)], size)
 
 
 def prompt(vlm, question, system):
@@ -381,5 +393,6 @@ def inputs(vlm, batch):
 
 FAMILY = Family(
     name="mplug_owl2", model_types=("mplug_owl2", "mplug_owl2_1"), architectures=("MPLUGOwl2LlamaForCausalLM",), read_config=read_config, load=load,
-    parts=parts, prompt=prompt, inputs=inputs, positions=generic.positions, rotary=generic.rotary, has=frozenset({"decoder-only", "causal", "rotary"}),
+    parts=parts, patches=patches, prompt=prompt, inputs=inputs, positions=generic.positions, rotary=generic.rotary,
+    has=frozenset({"decoder-only", "causal", "rotary"}),
 )  # fmt: skip

@@ -14,8 +14,10 @@ How the picture is cut stands in `image_aspect_ratio`:
     resize      one tile, one <image>.
 The embedding of a line break stands behind the vision tokens of every <image>, as published. It is the text's own embedding, so it is a token with that id
 here ("image_markup"), not a vision token. Every vision token has a box; what the connector fills up with zeros at a tile's right and lower end has none,
-so the last row and column of 3 x 3 tokens is 2 patches wide. A vision token mixes factor x factor patches of its tile, row by row (of all three scales with
-dynamic_s2), so the tower's positions are not the vision tokens: `vision_blocks` is empty.
+so the last row and column of 3 x 3 tokens is 2 patches wide.
+Relevancy goes on through the tower, as sources() says: a vision token is made of the patches of its block, the last row and column of 3 x 3 tokens of fewer.
+With dynamic_s2 it is made of every patch of any scale that its block's area means take, all alike: a coarse patch makes several tokens. SigLIP's blocks past
+the feature layer are not read.
 
 The system sentence is that of the tokenizer's template, of VILA's own where the config says chat_template "qwen2". The prompt's <image> has an id past the
 LM head: the embedding table has rows for it, the logits do not. RoboRefer (NVILA-Lite with a depth tower) is read without its depth part, as it answers to
@@ -216,6 +218,33 @@ class NvilaProcessor(Expanding):
         return self.tokenizer.apply_chat_template(plain, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False)
 
 
+def averaged(plane, height, width):
+    """(h, w) patch numbers -> (height, width, k) numbers of those that area means to that size take; 0 where there are fewer."""
+    places = []
+    for old, new in zip(plane.shape, (height, width), strict=True):
+        first, end = torch.arange(new) * old // new, -(-(torch.arange(new) + 1) * old // new)
+        at = first[:, None] + torch.arange(int((end - first).max()))
+        places.append(torch.where(at < end[:, None], at, old))
+    return F.pad(plane, (0, 1, 0, 1))[places[0][:, None, :, None], places[1][None, :, None, :]].flatten(2)
+
+
+def sources(vlm, size, inputs):
+    """The patches of a token's block; with dynamic_s2 those of all scales that its area means take."""
+    config, fold = vlm.model.config, Fold(FACTORS[vlm.model.config.connector])
+    count = len(inputs["pixel_values"])
+    numbers = torch.arange(1, count * config.side**2 + 1).view(count, -1, 1)  # 0 is what the connector fills up with
+    if config.tiling != "dynamic_s2":
+        return fold(numbers).flatten(0, 1).numpy() - 1
+    splits = config.tiles(*inputs["tile_grids"][0].tolist())
+    planes = [stitched(own, *split)[..., 0] for own, split in zip(numbers.split([math.prod(split) for split in splits]), splits, strict=True)]
+    shape, split = planes[config.output_scale].shape, splits[config.output_scale]
+    plane = torch.cat([averaged(plane, *shape) for plane in planes], -1)
+    found = stitched(fold(cut(plane, *split)), *split).flatten(0, 1).sort(-1).values
+    found[:, 1:][found[:, 1:] == found[:, :-1]] = 0  # a coarse patch that several cells of a block take
+    found = found.sort(-1, descending=True).values
+    return found[:, : int((found > 0).sum(-1).max())].numpy() - 1
+
+
 def grid(vlm, size, inputs):
     """Blocks of factor x factor patches, cut at their tile's end. Tiles of `dynamic` one after the other, the whole picture as one tile last."""
     config, (rows, columns), (width, height) = vlm.model.config, inputs["tile_grids"][0].tolist(), size
@@ -315,10 +344,11 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
 
 def parts(model):
     decoder = model.language_model
-    return Parts(decoder, list(decoder.layers), decoder.norm, model.lm_head, model.vision_tower, model.mm_projector)
+    blocks = list(model.vision_tower.encoder.layers)
+    return Parts(decoder, list(decoder.layers), decoder.norm, model.lm_head, model.vision_tower, model.mm_projector, vision_blocks=blocks)
 
 
 FAMILY = Family(
-    name="nvila", model_types=("nvila", "vila"), recognises=is_nvila, read_config=read_config, load=load, parts=parts, grid=grid,
+    name="nvila", model_types=("nvila", "vila"), recognises=is_nvila, read_config=read_config, load=load, parts=parts, grid=grid, sources=sources,
     positions=generic.positions, rotary=generic.rotary, has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
 )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import attribution
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -179,6 +180,19 @@ def test_a_token_without_a_q_former_lies_over_four_patches_of_a_row(load, pictur
     grid = vlm.encode([Sample("0", None, "Hi?")], [pictures[1].resize((160, 80))]).grids[0]
     assert grid.shape == (8, 2) and grid.boxes[3].tolist() == [80, 10, 160, 20] and vlm.parts.qformer is None and vlm.family.patches is None
     assert vlm.need("grid") is None
+
+
+def test_relevancy_without_a_q_former_reaches_the_four_patches_of_a_row(load, batch_of):
+    vlm = load("minigpt4-patches")
+    run = trace(vlm, batch_of(vlm, (1,)), [20, 31])
+    assert run.sources.shape == (16, 4) and run.sources[3].tolist() == [13, 14, 15, 16], "CLS is at 0, a row has 8 patches"
+    found = attribution.relevancy(run, [0, 1])
+    assert found.cells.shape == found.image.shape == (2, 3, 16) and not np.allclose(found.cells, found.image, rtol=1e-2)
+    plain = attribution.relevancy(run, [0, 1], tower=False)
+    assert plain.cells is None and np.array_equal(plain.image, found.image)
+
+
+def test_a_model_with_a_q_former_has_no_grid(load):
     with pytest.raises(UsageError, match="needs grid, which the family minigpt4 lacks"):
         load("minigpt4").need("grid")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gradients import trace
 from PIL import Image
 from random_models.molmo import HIDDEN, LAYERS, MODELS, VISION, WIDTH, tokenizer_of
 from safetensors.torch import load_file, save_file
@@ -292,6 +293,25 @@ def test_boxes_have_the_padding_of_the_preprocessing(load):
     boxes = encode(load("molmo-d"), (224, 112)).grids[0].boxes  # low: half the size, 28 pixels above and below; 1 x 3 crops of 224 x 112 pixels
     assert boxes[:2].tolist() == [[0, -56, 56, 0], [56, -56, 112, 0]] and boxes[15].tolist() == [168, 112, 224, 168]
     assert len(boxes) == 16 + 4 * 8 and boxes[16].tolist() == [0, 0, 28, 28] and boxes[-1].tolist() == [196, 84, 224, 112]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_patches_that_a_token_is_made_of_lie_in_its_box(load, size):
+    """By where each crop lies on the canvas: the mean of the patches' centres is the box's."""
+    vlm = load("molmo-d")
+    run = trace(vlm, encode(vlm, size), [20])
+    config, (rows, columns) = vlm.model.config, run.prompt.image_rows[0]["tile_grids"][0].tolist()
+    side, canvas = config.side, config.canvas(rows, columns)
+    tile, patch = run.sources // (1 + side**2), run.sources % (1 + side**2) - 1
+    assert (patch >= 0).all() and tile.unique().tolist() == list(range(1 + rows * columns)) and (tile == tile[:, :1]).all()
+    inside = torch.stack([patch % side, patch // side], -1) + 0.5
+    corner = torch.stack([(tile - 1) % columns, (tile - 1) // columns], -1) * config.window
+    places = torch.where((tile == 0)[..., None], inside, corner + inside).mean(1).numpy()
+    low, high = (molmo.region(size, height * PATCH, width * PATCH) for height, width in ((side, side), canvas))
+    for place, own, box in zip(places, tile[:, 0].tolist(), run.prompt.grids[0].boxes, strict=True):
+        (x0, y0, x1, y1), (height, width) = (high, canvas) if own else (low, (side, side))
+        centre = x0 + place[0] * (x1 - x0) / width, y0 + place[1] * (y1 - y0) / height
+        assert np.allclose(centre, [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
 
 
 # --- the native layout ----------------------------------------------------------------------------------------------------------

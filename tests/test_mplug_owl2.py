@@ -200,16 +200,30 @@ def test_pixels_are_those_of_a_picture_squeezed_to_a_square_of_its_longer_side_f
 # --- measuring ----------------------------------------------------------------------------------------------------------------
 
 
-def test_relevancy_reaches_the_vision_tokens_and_says_that_it_goes_no_further(load, batch_of):
+def test_relevancy_reaches_the_patches_through_the_abstractor(load, batch_of):
     vlm = load("mplug_owl2")
     batch = batch_of(vlm, (1,))
     run = trace(vlm, batch, [40, 77])
     found = attribution.relevancy(run, [0, 1])
-    assert found.cells is None and found.image.shape == (2, 3, QUERIES + 1) and found.image.max() > 0 and vlm.parts.qformer is None
+    assert found.image.shape == (2, 3, QUERIES + 1) and found.cells.shape == (2, 3, SIDE * SIDE) and found.cells.max() > 0
     with torch.no_grad():
         assert torch.allclose(run.logits[0], prefill(vlm, batch).logits[0, -1].float(), atol=1e-4), "the traced pass knows the modality"
     with pytest.raises(UsageError, match="needs grid, which the family mplug_owl2 lacks"):
         vlm.need("grid")
+
+
+@torch.inference_mode()
+def test_a_bright_square_lies_where_the_grid_of_patches_says(load):
+    vlm, noise = load("mplug_owl2"), np.random.default_rng(2).integers(0, 60, (90, 250, 3), dtype=np.uint8)
+    sample, states = Sample("0", None, "Hi?"), []
+    grid = vlm.family.patches(vlm, (250, 90), vlm.encode([sample], [Image.fromarray(noise)]).image_rows[0])
+    assert grid.shape == (SIDE, SIDE) and grid.boxes[-1].tolist() == [218.75, 78.75, 250, 90]
+    for patch in (3, 29, 62):
+        x0, y0, x1, y1 = grid.boxes[patch].round().astype(int)
+        bright = noise.copy()
+        bright[y0:y1, x0:x1] = 255
+        states = [vlm.vision(vlm.encode([sample], [Image.fromarray(pixels)])).last_hidden_state[0, 1:] for pixels in (noise, bright)]
+        assert int((states[1] - states[0]).norm(dim=-1).argmax()) == patch
 
 
 def test_a_layer_of_the_abstractor_gives_one_map_over_queries_and_patches(load, batch_of):

@@ -4,9 +4,11 @@ import json
 import math
 import shutil
 
+import attribution
 import numpy as np
 import pytest
 import torch
+from gradients import trace
 from PIL import Image
 from random_models.nvila import MODELS
 from safetensors.torch import load_file, save_file
@@ -262,6 +264,43 @@ def test_boxes_end_where_their_tile_does(load):
     assert grid.boxes[18].tolist() == [0, 0, 84, 42] and grid.boxes[-1].tolist() == [168, 84, 224, 112]
     plane = encode(load("nvila-s2"), (168, 168)).grids[0]  # 3 x 3 tiles of 4 x 4 patches, 2 x 2 each
     assert plane.shape == (6, 6) and plane.boxes[7].tolist() == [28, 28, 56, 56] and plane.boxes[2].tolist() == [56, 0, 84, 28]
+
+
+def made_of(run):
+    """Positions in the tower's output that each vision token depends on, by its gradient."""
+    outputs = [block.output for block in run.tower]
+    for token in run.pooled:
+        reached = [part for part in torch.autograd.grad(token.sum(), outputs, retain_graph=True, allow_unused=True) if part is not None]
+        assert len(reached) == 1, "the feature layer alone"
+        yield (reached[0].flatten(0, 1).norm(dim=-1) > 0).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_a_token_of_s2_is_made_of_patches_of_all_scales(load, monkeypatch, scale):
+    vlm = load("nvila-s2")
+    for config in (vlm.model.config, vlm.processor.config):
+        monkeypatch.setattr(config, "output_scale", scale)
+    run = trace(vlm, encode(vlm, (300, 120)), [20])  # 2 x 5 tiles of 4 x 4 patches, behind 1 and 4 tiles
+    found = [sorted(own[own >= 0].tolist()) for own in run.sources]
+    assert found == list(made_of(run)) and len(found) == [4, 16, 40][scale] and len(run.tower[0].input) == 1 + 4 + 10
+    assert all(own[0] < 16 <= own[-1] and any(16 <= patch < 80 for patch in own) and own[-1] >= 80 for own in found)
+
+
+def test_a_token_at_a_border_is_made_of_fewer_patches(load):
+    sources = trace(load("nvila-lite"), encode(load("nvila-lite"), (224, 112)), [20]).sources  # 1 x 2 tiles and both as one, 8 x 8 patches each
+    assert [int((own >= 0).sum()) for own in sources] == [9, 9, 6, 9, 9, 6, 6, 6, 4] * 3
+    assert sorted(sources[11][sources[11] >= 0].tolist()) == [64 + row * 8 + column for row in range(3) for column in (6, 7)]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_relevancy_through_the_tower_is_shared_and_not_multiplied(load, name):
+    """A patch that makes several tokens shares what it gets: a tower that mixes nothing leaves the sum as it is."""
+    vlm = load(name)
+    run = trace(vlm, encode(vlm, SIZES[0]), [20])
+    run.descend_tower = lambda gradient, tile: iter(())
+    image = torch.rand(1, 2, len(run.features), generator=torch.Generator().manual_seed(0))
+    cells, _ = attribution.onto_patches(run, image, None)
+    assert torch.allclose(cells.sum(-1), image.sum(-1)) and torch.allclose(cells, image) == (name == "nvila-lite")
 
 
 # --- configs --------------------------------------------------------------------------------------------------------------------

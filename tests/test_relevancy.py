@@ -4,13 +4,18 @@ import attribution
 import gradients
 import numpy as np
 import pytest
+import random_models.llava_next
+import random_models.molmo
+import random_models.mplug_owl2
+import random_models.nvila
 import relevancy as rules
 import torch
 from gradients import trace
 
 import common
-from capturing import extended, generate
+from capturing import extended, generate, more_inputs
 from samples import Sample
+from selfcheck import noise_picture
 
 QUESTION = "What color is the circle?"
 
@@ -58,6 +63,10 @@ def close(a, b, tolerance=1e-4):
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp_min(1e-12))
 
 
+def apart(a, b):
+    return bool(b.isfinite().all()) and not close(a, b, 1e-3)
+
+
 def test_maps_are_those_of_plain_autograd_through_eager_attention(run):
     targets = [0, 2, len(run.ids) - 1]
     oracle, layers = eager(run, targets), len(run.layers)
@@ -97,59 +106,144 @@ def test_rows_are_those_of_the_matrix_recursion(run):
             assert close(torch.from_numpy(found.cells[i]), torch.from_numpy(found.image[i]) @ tower[i][first:, first:], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["blip2-opt", "instructblip-llama"])
-def test_relevancy_goes_through_a_q_former(blip_folders, pictures, name):
-    """Against transformers' own eager attention, plain autograd and whole matrices."""
-    vlm = common.load_model(blip_folders(name), self_check=False)
-    batch = vlm.encode([Sample("0", None, QUESTION)], [pictures[1]])
-    run = trace(vlm, batch, generate(vlm, batch, 3).ids[0])
-    found = attribution.relevancy(run, [0, 2])
-    former, seen, hooks = vlm.parts.qformer, {}, []
+def traced(vlm, picture, count=3):
+    batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
+    return trace(vlm, batch, list(range(40, 40 + count)))
+
+
+def plain(run, targets):
+    """By plain autograd through transformers' own eager attention, with all parameters unfrozen as the published code has them: for each target {(kind, layer):
+    Ā}, tiles of the tower along the first axis; the vision tokens (P, d) and the outputs of the tower's blocks, with their graph."""
+    vlm, former, seen, states, hooks = run.vlm, run.vlm.parts.qformer, {}, [], []
     listed = {"decoder": [layer.self_attn for layer in vlm.parts.layers], "tower": [block.self_attn for block in vlm.parts.vision_blocks]}
-    listed |= {"own": former.self_attention, "cross": former.cross_attention}
-    vlm.model.set_attn_implementation("eager")
-    vlm.model.requires_grad_(True)  # as the published code has it
+    listed |= {"own": former.self_attention, "cross": former.cross_attention} if former else {}
     for kind, modules in listed.items():
         for index, module in enumerate(modules):
             if module is not None:
                 hooks.append(module.register_forward_hook(lambda _, args, output, key=(kind, index): seen.__setitem__(key, output[1])))
+    for block in vlm.parts.vision_blocks:
+        hooks.append(block.register_forward_hook(lambda _, args, output: states.append(output[0] if isinstance(output, tuple) else output)))
+    configs = {id(config): config for config in (module.config for modules in listed.values() for module in modules if module is not None)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
     try:
-        whole, rows = run.batch, run.prompt.image_inputs
-        features = vlm.vision(run.prompt)
-        output = vlm.model(
-            inputs_embeds=gradients.embeddings(vlm, whole, features), attention_mask=whole.attention_mask, position_ids=whole.position_ids, use_cache=False
-        )
-        assert rows["pixel_values"].shape[0] == 1
-        for i, target in enumerate([0, 2]):
-            chosen = output.logits[0, run.rows[target], run.ids[target]]
-            maps = torch.autograd.grad(chosen, list(seen.values()), retain_graph=True)
-            average = {key: rules.head_mean(attention[0], gradient[0]).detach() for (key, attention), gradient in zip(seen.items(), maps, strict=True)}
-
-            def through(kind, average=average):
-                r = torch.eye(len(average[kind, 0]))
-                for index in range(sum(key[0] == kind for key in average)):
-                    r = r + average[kind, index] @ r
-                return r
-
-            image = (through("decoder") - torch.eye(run.length))[run.rows[target], run.vision]
-            assert close(torch.from_numpy(found.image[i, -1]), image)
-            r_ii, n = through("tower"), len(average["own", 0])
-            r_qq, r_qi = torch.eye(n), torch.zeros(n, len(r_ii))
-            for layer in range(len(former.self_attention)):
-                r_qi, r_qq = r_qi + average["own", layer] @ r_qi, r_qq + average["own", layer] @ r_qq
-                if ("cross", layer) in average:
-                    bar = [torch.eye(len(r)) + (r - torch.eye(len(r))) / (r - torch.eye(len(r))).sum(1, keepdim=True) for r in (r_qq, r_ii)]
-                    cross = torch.cat([average["cross", layer], torch.zeros(n - former.queries, len(r_ii))])
-                    r_qi = r_qi + (bar[0].T @ cross @ bar[1]).nan_to_num()
-            assert close(torch.from_numpy(found.cells[i, -1]), image @ r_qi[: former.queries, 1:])
-            if former.instruction:
-                assert close(torch.from_numpy(found.instruction[i, -1]), image @ r_qq[: former.queries, former.queries :])
-        assert (found.instruction is None) == (name == "blip2-opt") and found.cells.shape[-1] == 16
+        for config in configs.values():
+            config._attn_implementation = "eager"
+        vlm.model.requires_grad_(True)
+        whole, features = run.batch, vlm.vision(run.prompt)
+        options = {"attention_mask": whole.attention_mask, "position_ids": whole.position_ids, "use_cache": False} | more_inputs(vlm, whole)
+        logits = vlm.model(inputs_embeds=gradients.embeddings(vlm, whole, features), **options).logits
+        found = []
+        for target in targets:
+            maps = torch.autograd.grad(logits[0, run.rows[target], run.ids[target]], list(seen.values()), retain_graph=True, allow_unused=True)
+            products = {
+                key: rules.head_mean(attention, slope).detach() for (key, attention), slope in zip(seen.items(), maps, strict=True) if slope is not None
+            }
+            found.append({key: average if key[0] == "tower" else average[0] for key, average in products.items()})
     finally:
         for hook in hooks:
             hook.remove()
         vlm.model.requires_grad_(False)
-        vlm.model.set_attn_implementation("sdpa")
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+    return found, torch.cat(features.pooler_output), states
+
+
+def through(average, kind):
+    """R of a stack of self-attention, rule 6 by whole matrices."""
+    relevancy = torch.eye(average[kind, 0].shape[-1])
+    for index in range(sum(key[0] == kind for key in average)):
+        relevancy = relevancy + average[kind, index] @ relevancy
+    return relevancy
+
+
+def from_vision(run, average, target):
+    """Image relevancy (P,) after the last layer."""
+    return (through(average, "decoder") - torch.eye(run.length))[run.rows[target], run.vision]
+
+
+def scaled(relevancy):
+    """Rules 8 and 9, row by row."""
+    found = torch.eye(len(relevancy))
+    for row, rest in enumerate(relevancy - torch.eye(len(relevancy))):
+        found[row] += rest / rest.sum() if rest.sum() > 0 else 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "instructblip-llama"])
+def test_relevancy_goes_through_a_q_former(blip_folders, pictures, name):
+    """Against transformers' own eager attention, plain autograd and whole matrices."""
+    run = traced(common.load_model(blip_folders(name), self_check=False), pictures[1])
+    found, former = attribution.relevancy(run, [0, 2]), run.vlm.parts.qformer
+    for i, (average, target) in enumerate(zip(plain(run, [0, 2])[0], [0, 2], strict=True)):
+        image = from_vision(run, average, target)
+        assert close(torch.from_numpy(found.image[i, -1]), image)
+        r_ii, n = through(average, "tower")[0], len(average["own", 0])
+        r_qq, r_qi = torch.eye(n), torch.zeros(n, len(r_ii))
+        for layer in range(len(former.self_attention)):
+            r_qi, r_qq = r_qi + average["own", layer] @ r_qi, r_qq + average["own", layer] @ r_qq
+            if ("cross", layer) in average:
+                cross = torch.cat([average["cross", layer], torch.zeros(n - former.queries, len(r_ii))])
+                r_qi = r_qi + scaled(r_qq).T @ cross @ scaled(r_ii)
+        assert close(torch.from_numpy(found.cells[i, -1]), image @ r_qi[: former.queries, 1:])
+        if former.instruction:
+            assert close(torch.from_numpy(found.instruction[i, -1]), image @ r_qq[: former.queries, former.queries :])
+    assert (found.instruction is None) == (name == "blip2-opt") and found.cells.shape[-1] == 16 and not run.joint
+
+
+def test_relevancy_goes_through_queries_that_read_each_other_and_the_patches_by_one_softmax(tmp_path, pictures):
+    """mPLUG-Owl2, against the same and our study's section 2.5; its last vision token is made of nothing."""
+    run = traced(common.load_model(random_models.mplug_owl2.MODELS["mplug_owl2-gqa"](tmp_path / "model"), self_check=False), pictures[1])
+    found, q = attribution.relevancy(run, [0, 2]), run.vlm.parts.qformer.queries
+    assert run.joint and found.image.shape[-1] == q + 1 and found.cells.shape[-1] == 64 and found.instruction is None
+    for i, (average, target) in enumerate(zip(plain(run, [0, 2])[0], [0, 2], strict=True)):
+        image, r_ii = from_vision(run, average, target), through(average, "tower")[0]
+
+        def onto(late=False, average=average, r_ii=r_ii):
+            r_qq, r_qi = torch.eye(q), torch.zeros(q, len(r_ii))
+            for layer in range(3):
+                own, cross = average["own", layer][:, :q], average["own", layer][:, q:]
+                bar = scaled(r_qq + own @ r_qq if late else r_qq)
+                r_qi, r_qq = r_qi + own @ r_qi + bar.T @ cross @ scaled(r_ii), r_qq + own @ r_qq
+            return r_qi
+
+        cells = torch.from_numpy(found.cells[i, -1])
+        assert close(torch.from_numpy(found.image[i, -1]), image) and image[q] > 0
+        assert close(cells, image[:q] @ onto()[:, 1:])
+        assert apart(cells, image[:q] @ onto(late=True)[:, 1:]), "rule 10 with the new R_qq is told apart"
+        assert apart(cells, (image[:q] @ onto() @ torch.linalg.inv(scaled(r_ii)))[1:]), "and so is a tower that does not count"
+    *_, (_, gradient) = run.descend([0])
+    only = torch.nn.functional.one_hot(torch.tensor([q]), q + 1).float()[None]
+    assert attribution.onto_patches(run, only, gradient)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("family, name", [("llava_next", "llava_next"), ("nvila", "nvila-lite"), ("nvila", "nvila-s2"), ("molmo", "molmo-d")])
+def test_relevancy_of_tiles_and_of_merged_patches_is_that_of_whole_matrices(tmp_path, family, name):
+    """r C R C' with the tiles' R as blocks of one matrix and C from the gradient of the vision tokens with respect to the tower's output."""
+    vlm = common.load_model(getattr(random_models, family).MODELS[name](tmp_path / "model"), self_check=False)
+    for block in vlm.parts.vision_blocks:  # towers of these models mix little, so that a bright square shows: here mixing is what is tested
+        for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj, block.self_attn.out_proj):
+            part.weight.data *= 3
+    run, targets = traced(vlm, noise_picture((150, 90))), [0, 2]
+    found = attribution.relevancy(run, targets)
+    averages, pooled, states = plain(run, targets)
+    reached = torch.autograd.grad(pooled.sum(), states, retain_graph=True, allow_unused=True)
+    top = max(index for index, part in enumerate(reached) if part is not None)
+    rows = [torch.autograd.grad(token.sum(), states[top], retain_graph=True)[0].flatten(0, 1).norm(dim=-1) for token in pooled]
+    made = torch.stack([row > 1e-6 * row.max() for row in rows]).float()  # (P, tiles * S)
+    tiles, ways = len(states[top]), made / made.sum(1, keepdim=True).clamp_min(1)
+    back = (made / made.sum(0).clamp_min(1)).T
+    assert tiles > 1 and (made.sum(1).max() > 1) == (name != "llava_next") and (made.sum(0).max() > 1) == (name == "nvila-s2")
+    for i, (average, target) in enumerate(zip(averages, targets, strict=True)):
+        image, blocks = from_vision(run, average, target), through(average, "tower")
+        assert len(blocks) == tiles and ("tower", top) in average and ("tower", top + 1) not in average
+        tower, cells = torch.block_diag(*blocks), torch.from_numpy(found.cells[i])
+        assert close(torch.from_numpy(found.image[i, -1]), image)
+        assert close(cells[-1], image @ ways @ tower @ back)
+        assert close(cells[0], torch.from_numpy(found.image[i, 0]) @ ways @ tower @ back)
+        wrongs = {"no tower": image @ ways @ back, "another tile": image @ ways @ torch.block_diag(*blocks.flip(0)) @ back}
+        wrongs["another order"] = image @ ways.roll(1, 1) @ tower @ back
+        for wrong, values in wrongs.items():
+            assert apart(cells[-1], values), wrong
 
 
 def test_chunks_single_targets_and_a_second_call_give_the_same(run):
@@ -261,6 +355,15 @@ def test_q_former_rules():
             rest = a - torch.eye(5)
             b = b + (torch.eye(5) + rest / rest.sum(1, keepdim=True)).T @ torch.cat([map_c, torch.zeros(instruction, size)]) @ context
     assert torch.allclose(qq, a) and torch.allclose(qi, b)
+    both = [torch.rand(queries, queries + size) for _ in range(3)]  # one map over queries and patches: the old values throughout
+    qq, qi = rules.queries_to_patches([part[:, :queries] for part in both], [part[:, queries:] for part in both], patches, joint=True)
+    a, b = torch.eye(queries), torch.zeros(queries, size)
+    for part in both:
+        rest = a - torch.eye(queries)
+        bar = torch.eye(queries) + (rest / rest.sum(1, keepdim=True)).nan_to_num()
+        a, b = a + part[:, :queries] @ a, b + part[:, :queries] @ b + bar.T @ part[:, queries:] @ context
+    assert torch.allclose(qq, a) and torch.allclose(qi, b)
+    assert not torch.allclose(qi, rules.queries_to_patches([part[:, :queries] for part in both], [part[:, queries:] for part in both], patches)[1])
     none = [torch.zeros(queries, size) if part is not None else None for part in cross]
     assert torch.equal(rules.queries_to_patches(own, none, patches)[1], torch.zeros(5, size))  # no cross gradient, nothing from the picture
     still = [torch.zeros(5, 5)]
