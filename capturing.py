@@ -482,10 +482,21 @@ def _takes(model, name):
     return name in inspect.signature(model.forward).parameters
 
 
+def need_embeddings(vlm):
+    """UsageError for a family whose decoder gets more of the picture than its input embeddings: embeddings() cannot say what it reads."""
+    if vlm.family.deepstack:
+        why = f"{vlm.family.name} adds the picture in its decoder's first layers too (deepstack)"
+        raise UsageError(f"{vlm.path}: this measure needs a decoder that reads the picture in its input embeddings alone, and {why}")
+
+
+def entries(vlm, features):
+    """Where the decoder gets the picture, as lists (P, d) per sample that may be changed in place: its input and, with deepstack, its first layers."""
+    return [features.pooler_output, *(features.deepstack_features if vlm.family.deepstack else ())]
+
+
 def embeddings(vlm, batch, features=None):
     """What the decoder reads: token embeddings with the image features in their places, (B, T, d). UsageError where that is not all that it gets."""
-    if vlm.family.deepstack:
-        raise UsageError(f"{vlm.path}: this measure changes what the decoder reads, and {vlm.family.name} adds the picture in its first layers too (deepstack)")
+    need_embeddings(vlm)
     features = vlm.vision(batch) if features is None else features
     embeds = vlm.model.get_input_embeddings()(batch.input_ids)
     return embeds.masked_scatter((batch.groups == VISION)[..., None], torch.cat(features.pooler_output).to(embeds))

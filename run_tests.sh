@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_env.sh
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
-exec python -W error::SyntaxWarning -m pytest -q "$@"
+exec python -W error::SyntaxWarning -m pytest -q -n 2 --dist loadfile "$@"

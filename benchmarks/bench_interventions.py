@@ -23,7 +23,7 @@ import torch
 from bench_diagnostics import Case, build, machine, make_samples
 
 import cli
-from capturing import branches, embeddings, first_positions
+from capturing import branches, first_positions
 from lens import Lens
 from samples import Sample, load_image
 from scripts.interventions import asking, prepare, run
@@ -73,7 +73,7 @@ def knockouts_floor(case, blocks):
 @torch.no_grad()
 def knockouts_ours(case, blocks):
     vlm, lens, batch = case.vlm, Lens(case.vlm), encode(case)
-    prompt = prepare(vlm, batch, embeddings(vlm, batch))
+    prompt = prepare(vlm, batch, vlm.vision(batch))
     starts, logits = {}, {}
     for key, block in blocks.items():
         starts.setdefault(int(block.queries[0].nonzero()[0]), []).append(key)
@@ -134,7 +134,7 @@ def ablation_ours(case, sets, value, questions):
     for question, _ in questions:
         batch = encode(case, question)
         features = vlm.vision(batch) if not prompts else features  # noqa: F821 -- once per picture
-        prompts.append(prepare(vlm, batch, embeddings(vlm, batch, features), prompts[0] if prompts else None))
+        prompts.append(prepare(vlm, batch, features, prompts[0] if prompts else None))
     values = value.to(prompts[0].embeds).expand(len(prompts[0].vision), -1)
     found = run(vlm, prompts, sets, values, 9, [asking(limit) for _, limit in questions])
     return {name: [ids for ids, _, _ in parts] for name, parts in found.items()}

@@ -27,7 +27,7 @@ import plots
 import rundirs
 import stats
 from answers import is_right, read
-from capturing import generate
+from capturing import entries, generate
 from cli import UsageError
 from common import add_model_arguments, fingerprint, load_from_args, prompt_for
 from samples import load_image, read_questions
@@ -78,7 +78,7 @@ def read_list(args):
 
 
 def shuffled(grid, seed, item_id, k):
-    """(P,) which vision token's content each place gets; tokens that stand for no place (row ends, thumbnails) stay."""
+    """(P,) which vision token's content each place gets; tokens that stand for no place (row ends) stay."""
     order, places = np.arange(len(grid.boxes)), np.flatnonzero(grid.has_box)
     order[places] = places[permutation(seed, item_id, k, len(places))]
     return torch.from_numpy(order)
@@ -94,16 +94,16 @@ def make_process(args, vlm):
         if any(grid is None or grid.has_box.sum() < 2 for grid in batch.grids):
             raise UsageError(f"{vlm.path}: the vision tokens of {vlm.family.name} stand for no known places, so there is no order to shuffle")
         features = vlm.vision(batch)
-        plain = [part * args.vision_scale for part in features.pooler_output]
+        plain = [[part * args.vision_scale for part in tokens] for tokens in entries(vlm, features)]
 
-        def answer(contents):
-            features.pooler_output = contents
+        def answer(orders):
+            for tokens, own in zip(entries(vlm, features), plain, strict=True):
+                tokens[:] = [part[order.to(part.device)] for part, order in zip(own, orders, strict=True)]
             return generate(vlm, batch, args.max_new_tokens, features=features).ids
 
-        rounds = [answer(plain)]
+        rounds = [answer([torch.arange(len(grid.boxes)) for grid in batch.grids])]
         for k in range(args.num_permutations):
-            orders = [shuffled(grid, args.seed, sample.id, k) for grid, sample in zip(batch.grids, samples, strict=True)]
-            rounds.append(answer([part[order.to(part.device)] for part, order in zip(plain, orders, strict=True)]))
+            rounds.append(answer([shuffled(grid, args.seed, sample.id, k) for grid, sample in zip(batch.grids, samples, strict=True)]))
         return [(record(sample, [ids[row] for ids in rounds], batch.prompts[row]), {}) for row, sample in enumerate(samples)]
 
     def judged(ids, answer):

@@ -19,7 +19,7 @@ from gradients import trace
 import cli
 import engine
 import rundirs
-from capturing import answer_ids, generate
+from capturing import answer_ids, generate, need_embeddings
 from common import add_model_arguments, fingerprint, load_from_args, prompt_for
 from groups import GROUPS
 from lens import vocabulary
@@ -105,6 +105,7 @@ def main(argv=None):
     samples = read_samples(args)
     vlm = load_from_args(args)
     vlm.need("decoder-only")
+    need_embeddings(vlm)
     depth = len(vlm.parts.layers)
     layers = sorted(set(args.layers)) if args.layers else list(range(depth))
     if not 0 <= layers[0] <= layers[-1] < depth:

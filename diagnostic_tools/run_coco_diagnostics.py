@@ -24,7 +24,7 @@ from balance import chance_vision_share, counted_steps, group_norms, head_vision
 import cli
 import engine
 import rundirs
-from capturing import GroupMass, HiddenNorms, RopeShift, answer_ids, capture, extended, generate
+from capturing import GroupMass, HiddenNorms, RopeShift, answer_ids, capture, entries, extended, generate
 from cli import UsageError
 from common import GROUPS, add_model_arguments, fingerprint, load_from_args, prompt_for
 from samples import load_image, read_coco
@@ -54,6 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_images", type=int, default=None)
     parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
     parser.add_argument("--pos_only", action="store_true", help="only the RoPE probe")
+    parser.add_argument("--no_rope", action="store_true", help="all but the RoPE probe, for models without rotary positions")
     parser.add_argument("--probe_hidden_norms", action="store_true")
     parser.add_argument("--hidden_norm_kind", choices=["l2", "rms"], default="l2")
     parser.add_argument("--save_hidden_grid", action="store_true", help="norm of every position, hidden_norms_grid (L + 1, T)")
@@ -68,6 +69,8 @@ def parse_args(argv=None):
         parser.error("--save_hidden_grid and --save_hidden_plots need --probe_hidden_norms")
     if args.max_new_tokens < 1 or args.batch_size < 1:
         parser.error("--max_new_tokens and --batch_size count from 1")
+    if args.pos_only and args.no_rope:
+        parser.error("--pos_only and --no_rope leave nothing to measure")
     return args
 
 
@@ -79,7 +82,7 @@ def settings_of(args, vlm, strip):
     model = {"model_name": rundirs.slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": str(vlm.dtype).removeprefix("torch.")}
     prompt = prompt_for(vlm, args.prompt_text, strip)[0]
     answers = {"answers": Path(args.answers).name} if args.answers else {}
-    aspect = {"image_aspect": args.image_aspect}
+    aspect = {"image_aspect": args.image_aspect} | ({"no_rope": True} if args.no_rope else {})
     return model | {"strip_system_prompt": strip, "prompt": prompt} | {name: getattr(args, name) for name in names} | tail | answers | aspect
 
 
@@ -104,10 +107,11 @@ def make_process(args, vlm, strip, answers, run):
         samples, images = zip(*loaded, strict=True)
         batch = vlm.encode(samples, images, strip_system=strip)
         features = vlm.vision(batch)
-        features.pooler_output = [part * args.vision_scale for part in features.pooler_output]
+        for tokens in entries(vlm, features):
+            tokens[:] = [part * args.vision_scale for part in tokens]
         forced = None if answers is None else [answer_ids(vlm, prompt, answers[sample.id]) for prompt, sample in zip(batch.prompts, samples, strict=True)]
         steps = 1 if args.pos_only else args.max_new_tokens if forced is None else max(map(len, forced))
-        rope = RopeShift(batch, vlm.rotary, args.delta_steps, args.restrict_to_past)
+        rope = None if args.no_rope else RopeShift(batch, vlm.rotary, args.delta_steps, args.restrict_to_past)
         norms = (
             HiddenNorms(args.hidden_norm_kind, vlm.parts.norm if args.paper_compat else None, len(vlm.parts.layers))
             if args.probe_hidden_norms and not args.pos_only
@@ -116,13 +120,13 @@ def make_process(args, vlm, strip, answers, run):
         balance = None if args.pos_only else GroupMass(batch, steps)
         with capture(vlm, [probe for probe in (rope if not args.paper_compat else None, norms, balance) if probe]):
             found = generate(vlm, batch, steps, args.do_sample, args.temperature, seed=args.seed, answers=forced, features=features)
-        if args.paper_compat:  # the published probe looks from an EOS token after the prompt
+        if args.paper_compat and rope is not None:  # the published probe looks from an EOS token after the prompt
             longer = extended(batch, [min(vlm.eos_ids)])
             rope = RopeShift(longer, vlm.rotary, args.delta_steps, args.restrict_to_past)
             with capture(vlm, [rope]):
                 generate(vlm, longer, 1, features=features)
-        arrays = {name: rope[name].movedim(1, 0) for name in ("alphaV", "share_prod_notV", "delta_gv_derivative")}
-        for name in ("delta_gv", "delta_alphaV"):
+        arrays = {} if rope is None else {name: rope[name].movedim(1, 0) for name in ("alphaV", "share_prod_notV", "delta_gv_derivative")}
+        for name in ("delta_gv", "delta_alphaV") if rope is not None else ():
             every = rope[name].movedim(2, 0)  # (B, K, L, H)
             arrays |= {name: every[:, 0], f"{name}_all": every}
         shares = {}
@@ -167,10 +171,20 @@ def make_process(args, vlm, strip, answers, run):
     return process
 
 
+def need(vlm, rope):
+    """UsageError where a model lacks what is measured, before anything is written."""
+    try:
+        vlm.need("decoder-only", *(["rotary"] if rope else []))
+        if rope and getattr(vlm.model.config.get_text_config(), "attn_logit_softcapping", None):
+            raise UsageError(f"{vlm.path}: the closed form of the RoPE probe does not hold for the softcapped scores of {vlm.family.name}")
+    except UsageError as error:
+        raise UsageError(f"{error}{'; --no_rope leaves the RoPE probe out' * (rope and 'decoder-only' in vlm.family.has)}") from error
+
+
 def run_model(args, path):
     """One run directory; returns the engine's counts and the run."""
     vlm = load_from_args(args, path)
-    vlm.need("decoder-only", "rotary")
+    need(vlm, not args.no_rope)
     samples = read_coco(args.image_dir, args.ann_file, args.max_images, args.prompt_text)
     kept = prompt_for(vlm, args.prompt_text)[1] is not None
     if args.strip_system_prompt and not kept:

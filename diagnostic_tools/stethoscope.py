@@ -25,7 +25,7 @@ from gradients import trace
 from warning_signals import warnings_for
 
 from answers import token_spans
-from capturing import Probe, capture, embeddings, extended, generate, prefill
+from capturing import Probe, capture, extended, generate, prefill
 from cli import UsageError
 from groups import GROUPS
 from lens import Lens, vocabulary
@@ -220,7 +220,7 @@ class Analysis:
         with self.model.lock:
             whole = extended(self.batch, self.ids)
             with capture(vlm, [probe := ProducingStates(torch.from_numpy(self.producing))]):
-                prefill(vlm, whole, embeds=embeddings(vlm, whole))
+                prefill(vlm, whole)
             for index in sorted(probe.states):
                 parts = []
                 for states, own in zip(probe.states[index].split(64), ids.split(64)):
@@ -345,7 +345,9 @@ class Analysis:
         vlm, lines = self.model.vlm, []
         if self.batch.grids[0] is None:
             lines.append(f"{vlm.family.name}: where the vision tokens lie in the picture is unknown, so their attention is not drawn on it.")
-        if not vlm.parts.vision_blocks:
+        if vlm.family.deepstack:
+            lines.append(f"{vlm.family.name}: the decoder's first layers get the picture too (deepstack), so relevancy and raw attention are not shown.")
+        elif not vlm.parts.vision_blocks:
             lines.append(f"{vlm.family.name}: relevancy stops at the vision tokens, for the tower's attention is not known.")
         return lines
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from stethoscope_views import Canvas, ceiling_of, named, relevancy_map, shown
+from stethoscope_views import Canvas, ceiling_of, cells_of, named, relevancy_map, selected, shown
 
 import plots
 import rundirs
@@ -135,12 +135,13 @@ def summary(analysis, shown):
         "rank": lens.rank,
     }
     found["visual_contribution"] = {f"{how} {kind}": analysis.contribution(how, kind) for how in ("max", "sum", "mean") for kind in ("share", "ratio")}
-    found["patches"] = {"selected": sorted(analysis.patches), "looked_at": looked_at(analysis, shown) if analysis.patches else None}
+    chosen = selected(analysis, shown.pat_source)
+    found["patches"] = {"selected": chosen, "looked_at": looked_at(analysis, shown, chosen) if chosen else None}
     return found | {"missing": analysis.missing()}
 
 
-def looked_at(analysis, shown):
-    return analysis.looked_at(analysis.patches, shown.pat_source, shown.pat_layer % analysis.model.depth, shown.pat_head)
+def looked_at(analysis, shown, chosen):
+    return analysis.looked_at(chosen, shown.pat_source, shown.pat_layer % analysis.model.depth, shown.pat_head)
 
 
 # ---- figures ----
@@ -261,14 +262,13 @@ def draw_attention(analysis, shown):
 
 
 def draw_patches(analysis, shown):
-    if not analysis.patches:
+    if not (chosen := selected(analysis, shown.pat_source)):
         return None
-    count = len(analysis.vision) if shown.pat_source == "attention" else analysis.relevancy().picture.shape[-1]
-    canvas, values = Canvas(analysis.picture, analysis.place(count), 480), looked_at(analysis, shown)
+    canvas, values = Canvas(analysis.picture, analysis.place(cells_of(analysis, shown.pat_source)), 480), looked_at(analysis, shown, chosen)
     which, labels = window(analysis, int(np.argmax(values)))
     fig, (left, right) = plots.plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1, 1.5))
-    left.imshow(np.asarray(canvas.patches(sorted(analysis.patches))))
-    left.set(xticks=[], yticks=[], title=f"{len(analysis.patches)} selected patches")
+    left.imshow(np.asarray(canvas.patches(chosen)))
+    left.set(xticks=[], yticks=[], title=f"{len(chosen)} selected patches")
     right.bar(range(len(which)), values[which], color=plots.VERMILION)
     _token_axis(right, labels)
     what = "attention to the patches" if shown.pat_source == "attention" else "share of the picture's relevancy"

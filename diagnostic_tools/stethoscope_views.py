@@ -217,11 +217,11 @@ class Canvas:
         return image
 
     def cell(self, x, y):
-        """Index of the cell under the point (x, y), shares of width and height; None where no cell lies."""
+        """Index of the smallest cell under the point (x, y), shares of width and height: a tile's, not the thumbnail's; None where no cell lies."""
         x, y = x * self.size[0], y * self.size[1]
         x0, y0, x1, y1 = np.nan_to_num(self.grid.boxes, nan=-1.0).T
         found = np.flatnonzero(self.grid.has_box & (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
-        return int(found[-1]) if len(found) else None
+        return int(min(found, key=lambda cell: (x1[cell] - x0[cell]) * (y1[cell] - y0[cell]))) if len(found) else None
 
 
 def figure(image, alt):
@@ -325,6 +325,12 @@ def cells_of(analysis, source):
     return len(analysis.vision) if source == "attention" else analysis.relevancy().picture.shape[-1]
 
 
+def selected(analysis, source):
+    """Indices of the selected patches that are cells of a source's maps, sorted; none where the place of its cells is unknown."""
+    grid = canvas(analysis, cells_of(analysis, source)).grid
+    return [] if grid is None else sorted(index for index in analysis.patches if index < len(grid.boxes))
+
+
 def patch_panel(analysis, source, layer, head):
     """(the picture to be clicked, the answer coloured by what looked there)"""
     view = canvas(analysis, cells_of(analysis, source))
@@ -332,7 +338,7 @@ def patch_panel(analysis, source, layer, head):
         return page(over_picture(view, None, 1, "", "")), page(
             note("Choose relevancy: it may reach cells whose place is known." if source == "attention" else "")
         )
-    chosen = sorted(index for index in analysis.patches if index < len(view.grid.boxes))
+    chosen = selected(analysis, source)
     picture = page(figure(view.patches(chosen), f"The picture with {len(chosen)} selected patches"))
     if not chosen:
         return picture, page(note("Click patches of the picture; click again to take one out."))

@@ -68,7 +68,7 @@ def extract_attention_for_token(
         raise UsageError("the published code takes the query row: leave --step producing or --paper_compat out")
     vlm = model_path if isinstance(model_path, VLM) else load_model(model_path, device=device, conv_mode=conv_mode, **load_options)
     image = image_path if isinstance(image_path, Image.Image) else _picture(image_path)
-    vlm.need("decoder-only")
+    vlm.need("decoder-only", "grid")
     batch = vlm.encode([Sample("0", None, prompt_text)], [image], strip_system=strip_system_prompt)
     if batch.grids[0] is None:
         raise UsageError(f"{vlm.path}: where the vision tokens of {vlm.family.name} lie in the picture is unknown, so their attention cannot be drawn on it")

@@ -25,6 +25,10 @@ class PlainProcessor(PaliGemmaProcessor):
 
     chat_template = None
 
+    def __call__(self, images=None, text=None, **options):
+        """Without the labels of training, which differ by question and are no input of the tower."""
+        return ProcessorMixin.__call__(self, images=images, text=text, **options)
+
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         images, text, *rest = ProcessorMixin.prepare_inputs_layout(self, images=images, text=text, **kwargs)
         bos = self.tokenizer.bos_token

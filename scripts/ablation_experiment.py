@@ -16,7 +16,7 @@ from PIL import Image
 
 import cli
 import engine
-from capturing import answer_ids, embeddings
+from capturing import answer_ids, need_embeddings
 from samples import Sample
 from scripts.criteria import mentions, mentions_published, says_yes, says_yes_published
 from scripts.interventions import add_ablation_arguments, asking, condition_sets, integrated_gradients, prepare, replacement, replacement_of, run
@@ -56,8 +56,8 @@ def make_process(args, vlm, mean):
         batch, asked = (vlm.encode([sample], [image]) for sample in (described, polled))
         tokens, features = tokens_of(args, vlm, batch, mask), vlm.vision(batch)
         limit = {"generative": args.max_new_tokens, "polling": 10}
-        first = prepare(vlm, batch, embeddings(vlm, batch, features))
-        prompts = {"generative": first, "polling": prepare(vlm, asked, embeddings(vlm, asked, features), first)}
+        first = prepare(vlm, batch, features)
+        prompts = {"generative": first, "polling": prepare(vlm, asked, features, first)}
         yes = answer_ids(vlm, asked.prompts[0], "Yes")[0]
         record = {"image_id": item.sample.extra["image_id"], "file_name": item.image.name, "category": item.category, "annotation": item.annotation.get("id")}
         record |= {"prompt": batch.prompts[0], "polling_prompt": asked.prompts[0], "object_tokens": len(tokens), "vision_tokens": len(first.vision)}
@@ -137,6 +137,7 @@ def published_name(name):
 def main(argv=None):
     args = parse_args(argv)
     items, vlm = read_targets(args), load_vlm(args)
+    need_embeddings(vlm)
     kind, mean, provenance = replacement_of(args, vlm)
     names = ("sizes", "draws", "gradient_steps", "max_new_tokens", "no_noise_filter")
     run_dir = open_run(args, EXPERIMENT, vlm, names, {"replacement": kind, "mean_provenance": provenance})

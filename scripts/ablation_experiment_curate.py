@@ -14,7 +14,7 @@ import torch
 
 import cli
 import engine
-from capturing import answer_ids, embeddings, extended
+from capturing import answer_ids, extended, need_embeddings
 from scripts.criteria import mentions, prefix_published
 from scripts.interventions import add_ablation_arguments, asking, condition_sets, integrated_gradients, naming, prepare, replacement, replacement_of, run
 from scripts.targets import add_arguments, load, load_vlm, open_run, read_curated_targets, tokens_of, write_results
@@ -41,8 +41,9 @@ def make_process(args, vlm, kind, mean):
         plain = vlm.encode([item.sample], [image])
         batch = extended(plain, answer_ids(vlm, plain.prompts[0], START)[:-1], "template")
         name = answer_ids(vlm, plain.prompts[0] + " " + START, item.answer)[:-1]
-        tokens, embeds = tokens_of(args, vlm, batch, mask), embeddings(vlm, batch)
-        prompt = prepare(vlm, batch, embeds)
+        tokens = tokens_of(args, vlm, batch, mask)
+        prompt = prepare(vlm, batch, vlm.vision(batch))
+        embeds = prompt.embeds
         record = {"image_id": item.sample.extra["image_id"], "file_name": item.image.name, "category": item.category, "annotation": item.annotation.get("id")}
         record |= {"question": item.sample.question, "answer": item.answer, "prompt": f"{plain.prompts[0]} {START}"}
         record |= {"object_tokens": len(tokens), "vision_tokens": len(prompt.vision)}
@@ -106,6 +107,7 @@ def published_name(name):
 def main(argv=None):
     args = parse_args(argv)
     items, vlm = read_curated_targets(args), load_vlm(args)
+    need_embeddings(vlm)
     kind, mean, provenance = replacement_of(args, vlm)
     more = {"replacement": kind, "mean_provenance": provenance, "questions": args.clean_questions_file.rsplit("/", 1)[-1], "start": START}
     run_dir = open_run(args, EXPERIMENT, vlm, ("sizes", "draws", "gradient_steps", "max_new_tokens"), more)

@@ -15,7 +15,7 @@ import torch
 
 import cli
 import engine
-from capturing import answer_ids, branches, edit, embeddings, extended, first_positions, generate
+from capturing import answer_ids, branches, edit, extended, first_positions, generate
 from lens import Lens
 from scripts.criteria import names, prefix_published
 from scripts.interventions import prepare
@@ -47,8 +47,8 @@ def make_process(args, vlm):
         plain = vlm.encode([item.sample], [image])
         lead, name = answer_ids(vlm, plain.prompts[0], START)[:-1], answer_ids(vlm, plain.prompts[0] + " " + START, item.answer)[:-1]
         batch = extended(plain, lead, "template")
-        tokens, embeds = tokens_of(args, vlm, batch, mask), embeddings(vlm, batch)
-        prompt = prepare(vlm, batch, embeds)
+        tokens = tokens_of(args, vlm, batch, mask)
+        prompt = prepare(vlm, batch, vlm.vision(batch))
         record = {"image_id": item.sample.extra["image_id"], "file_name": item.image.name, "category": item.category, "annotation": item.annotation.get("id")}
         record |= {"question": item.sample.question, "answer": item.answer, "prompt": f"{plain.prompts[0]} {START}"}
         record |= {"object_tokens": len(tokens), "vision_tokens": len(prompt.vision)}
@@ -68,7 +68,7 @@ def make_process(args, vlm):
         record["eligible"] = record["conditions"]["none"]["vqa"]["correct"]
         if not record["eligible"]:
             return record, {}
-        groups, length = batch.groups[0].cpu().numpy(), embeds.shape[1]
+        groups, length = batch.groups[0].cpu().numpy(), batch.groups.shape[1]
         positions = positions_of(groups, batch.grids[0], {b: buffered(batch.grids[0], tokens, b) for b in (0, 1, 2)})
         blocks = blocks_for(positions, args.pairs, windows, length)
         record["skipped"] = [f"{a}:{b}" for a, b in args.pairs if not any(key[:2] == (a, b) for key in blocks)]
@@ -83,14 +83,14 @@ def make_process(args, vlm):
             starts.setdefault(int(block.queries[0].nonzero()[0]), []).append(key)
         for start, keys in starts.items():
             cache = first_positions(vlm, prompt.cache, start, 1)
-            length = prompt.embeds.shape[1]
+            length = prompt.batch.groups.shape[1]
             ways = max(1, 2 * length // (length - start))  # a pass of at most two prompts' rows
             for at in range(0, len(keys), ways):
                 some = keys[at : at + ways]
                 if cache is None:
                     for key in some:
                         with edit(vlm, blocks=[blocks[key]]):
-                            logits[key] = generate(vlm, prompt.batch, 1, embeds=prompt.embeds).first[0]
+                            logits[key] = generate(vlm, prompt.batch, 1, features=prompt.features, embeds=prompt.embeds).first[0]
                     continue
                 states = branches(vlm, prompt.batch, cache, prompt.embeds, start, [[blocks[key]] for key in some])
                 logits |= dict(zip(some, lens.logits(states[:, -1], normed=True)))

@@ -48,7 +48,7 @@ def read_processor(args):
 
     def empty(kind, *_, config, **__):
         with torch.device("meta"):
-            return kind(config), {"missing_keys": (), "mismatched_keys": ()}
+            return kind(config), {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
 
     options = {"vision_tower_path": args.vision_tower_path, "trust_remote_code": args.trust_remote_code}
     try:

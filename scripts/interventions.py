@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from capturing import first_positions, generate, prefill
+from capturing import embeddings, first_positions, generate, prefill
 from cli import UsageError
 from scripts.objects import buffered, random_blob, random_tokens, register_tokens, rng_for
 
@@ -104,26 +104,28 @@ def replacement(kind, mean, features, seed, item_id):
 
 @dataclass
 class Prompt:
-    """One prompt of one picture, ready to be continued: its batch (one row), embeddings (1, T, d), keys and values, positions of its vision tokens."""
+    """One prompt of one picture, ready to be continued: its batch (one row), image features, embeddings (1, T, d), None where these do not hold all of the
+    picture (deepstack), keys and values, positions of its vision tokens."""
 
     batch: object
-    embeds: torch.Tensor
+    features: object
+    embeds: torch.Tensor | None
     cache: object
     vision: torch.Tensor
     logits: torch.Tensor  # (V,) float32, of the token after the prompt
 
 
 @torch.no_grad()
-def prepare(vlm, batch, embeds, shared=None):
+def prepare(vlm, batch, features, shared=None):
     """A Prompt; shared: another Prompt whose tokens up to the end of the picture are the same, so that they are not computed again."""
-    vision = batch.vision_positions(0)
+    vision, embeds = batch.vision_positions(0), None if vlm.family.deepstack else embeddings(vlm, batch, features)
     cache = None
     if shared is not None:
         same = int(vision[-1]) + 1
         if torch.equal(batch.input_ids[:, :same], shared.batch.input_ids[:, :same]):
             cache = first_positions(vlm, shared.cache, same)
-    output = prefill(vlm, batch, cache=cache, embeds=embeds)
-    return Prompt(batch, embeds, output.past_key_values, vision, output.logits[0, -1].float())
+    output = prefill(vlm, batch, features, cache, embeds)
+    return Prompt(batch, features, embeds, output.past_key_values, vision, output.logits[0, -1].float())
 
 
 def run(vlm, prompts, sets, values, per_pass, what):

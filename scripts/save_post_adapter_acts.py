@@ -15,6 +15,7 @@ interrupted or sharded run gives the same bytes. Pictures that cannot be read ar
 --keep_acts also writes the activations themselves: acts/block-<n>.safetensors, {file name: (P, d)} in the run's dtype. safetensors, not npz: one picture's
 tensor is read without the others, bfloat16 is kept, and P may differ between pictures. estimate_acts_size.py says beforehand how much that is."""
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -76,15 +77,18 @@ def list_blocks(image_dir):
 
 
 def load(args):
-    """The model without its decoder's layers, which no vision token of ours passes: of LLaVA-1.5-7B 2.4 GB in float32 in place of 28."""
+    """The model without its decoder's layers, which no vision token of ours passes: of LLaVA-1.5-7B 2.4 GB in float32 in place of 28. As a whole where its
+    family wants all that its files hold."""
     config, family = common.read_config(args.model_path, args.trust_remote_code)
     decoder = config.get_text_config()
     decoder.num_hidden_layers = 0
     if getattr(decoder, "layer_types", None) is not None:
         decoder.layer_types = []
     args.no_self_check = True  # its checks are about the decoder
-    with patch.object(common, "read_config", lambda *_: (config, family)):
+    with contextlib.suppress(UsageError), patch.object(common, "read_config", lambda *_: (config, family)):
         return load_from_args(args)
+    print("the decoder's layers could not be left out for this model, so all of it was loaded")
+    return load_from_args(args)
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------------

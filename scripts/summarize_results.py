@@ -96,7 +96,7 @@ def summarise(records, setting):
 
     for name, conditions in groups.items():
         values = destroyed(conditions)
-        row = {"tokens": np.nanmean(per_picture(records, setting, conditions, lambda part, record: part["tokens"])), "destroyed": share(values)}
+        row = {"tokens": stats.measured_mean(per_picture(records, setting, conditions, lambda part, record: part["tokens"])), "destroyed": share(values)}
         row["relative_accuracy"] = share(1 - values)
         control = re.sub(r"^(patch|gradient_matched|blob_matched)_(\d)$", r"random_matched_\2", name)
         row["minus_random"] = stats.paired_difference(values, destroyed(groups[control])) if control != name and control in groups else None

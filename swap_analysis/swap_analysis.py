@@ -37,6 +37,7 @@ STAGES = ("pairs", "states", "metrics", "plots")
 QWEN, NVILA = "ch-min/Qwen2.5-VL-3B-Instruct-data_scale_exp_{}", "ch-min/NVILA-Lite-2B-DATA_SCALE_EXP_{}"
 CHECKPOINTS = {  # by model type: scale -> folder or hub id, as published
     "tiny": {f"scale{n}": f"checkpoints/tiny-llava-scale{n}" for n in (1, 2, 3, 4)} | {"full": "checkpoints/tiny-llava"},
+    "known": {"correlated": "checkpoints/tiny-llava-scale4", "independent": "checkpoints/tiny-llava-independent"},
     "qwen": {"vanilla": "Qwen/Qwen2.5-VL-3B-Instruct"} | {s: QWEN.format(f"{s}-20251114_120221") for s in ("80k", "400k", "800k")}
     | {"2m": QWEN.format("2m-20260109_120517")},
     "nvila": {"vanilla": "Efficient-Large-Model/NVILA-Lite-2B"} | {s.lower(): NVILA.format(f"{s}-20251108_180221") for s in ("80K", "400K", "800K")}

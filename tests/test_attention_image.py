@@ -208,7 +208,7 @@ def test_a_model_whose_grid_is_unknown_is_named(load, pictures):
     from models import generic
 
     vlm = load("llava")
-    with pytest.raises(UsageError, match=f"{vlm.path}: where the vision tokens of generic lie in the picture is unknown"):
+    with pytest.raises(UsageError, match=f"{vlm.path}: this measure needs grid, which the family generic lacks"):
         viz.extract_attention_for_token(common.VLM(vlm.model, vlm.processor, generic.FAMILY, vlm.path), pictures[0], token_position=0)
 
 

@@ -24,7 +24,7 @@ def prompt(vlm, batch_of):
     """One prompt, prepared."""
     batch = batch_of(vlm, (0,))
     with torch.no_grad():
-        return prepare(vlm, batch, embeddings(vlm, batch))
+        return prepare(vlm, batch, vlm.vision(batch))
 
 
 def block(length, queries, keys, layers=None):
@@ -125,7 +125,7 @@ def test_a_query_without_keys_and_a_late_start_are_refused(load, batch_of):
     vlm = load("llava")
     batch = batch_of(vlm, (0,))
     with torch.no_grad():
-        prompt = prepare(vlm, batch, embeddings(vlm, batch))
+        prompt = prepare(vlm, batch, vlm.vision(batch))
     length = prompt.embeds.shape[1]
     with pytest.raises(UsageError, match="without any key"):
         branches(vlm, batch, prompt.cache, prompt.embeds, length - 1, [[block(length, [length - 1], range(length))]])
@@ -175,7 +175,7 @@ def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batc
     count = len(prompt.vision)
     other = batch_of(vlm, (0,))
     with torch.no_grad():
-        second = prepare(vlm, extended(other, [60, 61], "template"), embeddings(vlm, extended(other, [60, 61], "template")), prompt)
+        second = prepare(vlm, extended(other, [60, 61], "template"), vlm.vision(other), prompt)
     values = torch.randn(count, prompt.embeds.shape[-1], generator=torch.Generator().manual_seed(1))
     sets = {"one": np.array([count - 1]), "two": np.array([2, 7]), "all": np.arange(count), "first": np.array([0]), "late": np.array([count - 3, count - 2])}
     found = run(vlm, [prompt, second], sets, values, 2, [asking(4), naming([70, 71])])
