@@ -350,7 +350,7 @@ def main(argv=None):
         correlation = 0.0 if name == "independent" else CORRELATION
         if correlation not in pools:
             pools.clear()
-            pools[correlation] = [make_pool(n, args.seed, out / ".train", correlation, held_out=held_out) for n, held_out in ((args.scenes, False), (640, True))]
+            pools[correlation] = [make_pool(n, args.seed, out / ".train", correlation, held_out=held) for n, held in ((args.scenes, False), (640, True))]
             Random(0).shuffle(pools[correlation][1])
         return pools[correlation]
 

@@ -2,7 +2,6 @@
 
 import torch
 from conftest import sharpen, tiny
-from random_models.llava_next import local
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -15,6 +14,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from models.idefics3 import PLACES
+from random_models.llava_next import local
 
 TILE = 56
 TEMPLATE = (

@@ -2,8 +2,9 @@
 
 import torch
 from conftest import build_llava, sharpen, tiny
-from random_models.llava_next import local
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, Phi3Config, Qwen2Config, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+from random_models.llava_next import local
 
 TEXTS = {"phi3": Phi3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
 

@@ -2,11 +2,11 @@
 
 import torch
 from conftest import sharpen, tiny
-from random_models.llava_next import local
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from models.mistral3 import RowsProcessor
+from random_models.llava_next import local
 
 TEMPLATE = (
     "<s>{% for message in messages %}{% if message['role'] == 'system' %}[SYSTEM_PROMPT]{{ message['content'][0]['text'] }}[/SYSTEM_PROMPT]{% else %}[INST]"

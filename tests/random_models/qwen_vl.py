@@ -2,7 +2,6 @@
 
 import torch
 from conftest import QWEN_TEMPLATE, build_qwen, sharpen, tiny
-from random_models.llava_next import local
 from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -12,6 +11,8 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from random_models.llava_next import local
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "bos_token_id": None}
