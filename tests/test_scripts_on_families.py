@@ -138,7 +138,9 @@ def test_shares_and_norms_are_of_the_tokens_that_show_the_picture(run, models, s
 @torch.inference_mode()
 @pytest.mark.parametrize("name", TRAITS)
 def test_the_lens_ends_in_the_models_own_answer_and_knows_every_box(run, models, shapes, tmp_path, name):
-    good(run("lens", name, "--image_folder", shapes / "val2017", "--save_folder", tmp_path / "pages", "--num_images", 2, "--batch_size", 2))
+    good(
+        run("lens", name, "--image_folder", shapes / "val2017", "--save_folder", tmp_path / "pages", "--num_images", 5, "--batch_size", 5)
+    )  # the fifth has another shape
     vlm = models(name)[1]
     for id, (record, arrays) in items(tmp_path, "logit_lens", name).items():
         batch = one(vlm, picture_of(shapes, id))
