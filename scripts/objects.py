@@ -101,8 +101,10 @@ def visible(grid, mask):
     return float((mask & seen).sum() / max(mask.sum(), 1))
 
 
-def touching(grid, tokens):
-    """`tokens` and every token beside them: the 8 neighbours in a regular grid, else tokens whose boxes touch or overlap in the original picture."""
+def touching(grid, tokens, own_scale=False):
+    """`tokens` and every token beside them: the 8 neighbours in a regular grid, else tokens whose boxes touch or overlap in the original picture.
+
+    own_scale: only boxes of at most twice and at least half the area, so that a thumbnail's token brings none of the many that its box lies over."""
     near = np.zeros(len(grid.boxes), bool)
     near[tokens] = True
     if grid.shape is not None and not grid.has_box[grid.shape[0] * grid.shape[1] :].any():
@@ -112,17 +114,19 @@ def touching(grid, tokens):
         near[: rows * columns] = np.any(around, axis=0).ravel()
         return np.flatnonzero(near)
     low, high = grid.boxes[:, :2], grid.boxes[:, 2:]  # comparisons with NaN are false
+    area = (high - low).prod(1)
     for token in tokens:
         gap = EDGE * np.minimum(high - low, high[token] - low[token])
-        near |= ((low <= high[token] + gap) & (low[token] <= high + gap)).all(1)
+        beside = ((low <= high[token] + gap) & (low[token] <= high + gap)).all(1)
+        near |= beside & (area <= 2 * area[token]) & (area >= area[token] / 2) if own_scale else beside
     return np.flatnonzero(near)
 
 
 def buffered(grid, tokens, n):
-    """`tokens` and a rim of n tokens around them, cut at the grid's borders (2.6). n = 0: the tokens themselves, sorted."""
+    """`tokens` and a rim of n tokens around them, of each scale its own, cut at the grid's borders (2.6). n = 0: the tokens themselves, sorted."""
     tokens = np.unique(np.asarray(tokens, int))
     for _ in range(n):
-        tokens = touching(grid, tokens)
+        tokens = touching(grid, tokens, own_scale=True)
     return tokens
 
 

@@ -230,15 +230,15 @@ def test_extra_tokens_without_a_box_stay_and_do_not_spread():
     assert objects.buffered(PatchGrid(grid.boxes, None, (60, 60)), [0, 36], 1).tolist() == [0, 1, 6, 7, 36]
 
 
-def test_buffers_cross_tile_borders_and_scales():
+def test_buffers_cross_tile_borders_and_stay_in_their_scale():
     left, right = PatchGrid.regular(2, 2, (0, 0, 20, 20), (40, 20)).boxes, PatchGrid.regular(2, 2, (20.1, 0, 40, 20), (40, 20)).boxes
     tiles = PatchGrid(np.vstack([left, right]), None, (40, 20))
     assert objects.buffered(tiles, [1], 1).tolist() == [0, 1, 2, 3, 4, 6]  # 4 and 6: across a gap of a hundredth
     far = PatchGrid(np.vstack([left, right + [2, 0, 2, 0]]), None, (42, 20))
     assert objects.buffered(far, [1], 1).tolist() == [0, 1, 2, 3]
     scales = PatchGrid(np.vstack([SIX.boxes, [[0, 0, 30, 30], [30, 0, 60, 30]]]), (6, 6), (60, 60))  # with a coarse row after the regular grid
-    assert objects.buffered(scales, [0], 1).tolist() == [0, 1, 6, 7, 36]
-    found = objects.buffered(scales, [36], 1).tolist()  # the coarse token, all fine ones beside it or in it, its neighbour
+    assert objects.buffered(scales, [0], 1).tolist() == [0, 1, 6, 7] and objects.buffered(scales, [0, 36], 1).tolist() == [0, 1, 6, 7, 36, 37]
+    found = objects.touching(scales, [36]).tolist()  # the coarse token, all fine ones beside it or in it, its neighbour
     assert found == [*range(4), *range(6, 10), *range(12, 16), *range(18, 22), 36, 37]
 
 
