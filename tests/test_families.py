@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import random_models
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_process
 from PIL import Image
 
 import common
 import models
 from capturing import VISION, GroupMass, Probe, capture, generate, more_inputs, prefill
 from common import GROUPS, PAD
+from data import make_shapes
 from samples import Sample
 
-BUILDERS = {}
+BUILDERS, FIRST = {}, set()  # all models, and one of each file
 for _found in pkgutil.iter_modules(random_models.__path__):
-    BUILDERS |= importlib.import_module(f"random_models.{_found.name}").MODELS
+    _models = importlib.import_module(f"random_models.{_found.name}").MODELS
+    BUILDERS |= _models
+    FIRST.add(next(iter(_models)))
 NAMES = sorted(BUILDERS)
 STEPS = 3
 README = ROOT / "models" / "README.md"
@@ -320,6 +323,32 @@ def test_vision_tokens_are_made_of_the_patches_that_the_family_names(vlm, pictur
             assert reached or not own
             for part in reached:
                 assert (part > 1e-6 * part.max()).nonzero()[:, 0].tolist() == sorted(own) if own else part.max() == 0
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed") / "set"
+    assert make_shapes.main(["--out_dir", str(folder), "--num_images", "3", "--num_train", "0", "--num_workers", "1"]) == 0
+    return folder
+
+
+def test_an_interrupted_run_goes_on_with_the_same_bytes(vlm, shapes, tmp_path, request):
+    if request.node.callspec.params["vlm"] not in FIRST:
+        pytest.skip("another model of this file is run")
+    decoder_only(vlm)
+    where = ("--image_dir", shapes / "val2017", "--ann_file", shapes / "annotations" / "captions_val2017.json", "--out_root", tmp_path)
+    probes = ("--probe_hidden_norms", *(() if "rotary" in vlm.family.has else ("--no_rope",)))
+    run = lambda: in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py")(
+        "--model_path", vlm.path, *where, *probes, "--max_new_tokens", 2, "--batch_size", 2, "--no_self_check"
+    )  # fmt: skip
+    assert (done := run()).returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("*__sp-?/per_image")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert len(before) == 6
+    for suffix in (".json", ".npz"):
+        (folder / sorted(before)[0]).with_suffix(suffix).unlink()
+    assert (done := run()).returncode == 0, done.stderr
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 if __name__ == "__main__":
