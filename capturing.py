@@ -512,14 +512,14 @@ def prefill(vlm, batch, features=None, cache=None, embeds=None):
 
     features: vlm.vision(batch) if it was computed before. embeds (B, T, d): inputs in place of the batch's own, see embeddings(). cache: keys and values
     of the first positions, which are not computed again (see first_positions); the rest runs."""
-    options = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": True, "past_key_values": cache}
+    start = 0 if cache is None or embeds is None else cache.get_seq_length()
+    positions = batch.position_ids[..., start:].contiguous()  # some models take a view of them
+    options = {"attention_mask": batch.attention_mask, "position_ids": positions, "use_cache": True, "past_key_values": cache}
+    options |= more_inputs(vlm, batch, start)
     if _takes(vlm.model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     if embeds is not None:
-        start = 0 if cache is None else cache.get_seq_length()
-        options |= {"position_ids": batch.position_ids[..., start:]} | more_inputs(vlm, batch, start)
         return vlm.model(inputs_embeds=embeds[:, start:], **options)
-    options |= more_inputs(vlm, batch)
     features = vlm.vision(batch) if features is None else features
     if _takes(vlm.model, "mm_encoder_outputs"):
         if getattr(features, "was_tensor", False):

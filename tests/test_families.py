@@ -215,7 +215,7 @@ def test_cached_keys_and_values_give_what_the_whole_prompt_gives(vlm, batch_of):
     decoder_only(vlm)
     from capturing import embeddings, first_positions
 
-    batch = batch_of(vlm, (1,))
+    batch = batch_of(vlm, (1,)).repeat(2)
     whole = prefill(vlm, batch)
     start = int(batch.vision_positions(0)[-1]) + 1
     cache = first_positions(vlm, whole.past_key_values, start)
