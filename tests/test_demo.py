@@ -2,6 +2,7 @@
 
 The browser is Debian's Chromium; without it these tests fail."""
 
+import contextlib
 import importlib
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -367,10 +369,9 @@ def test_wrong_flags_end_in_one_line(flags, message, capsys):
 # --- the page ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
+@contextlib.contextmanager
+def serving(root, *flags):
     """(address, where exports go, log file) of the real app."""
-    root = tmp_path_factory.mktemp("app")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -380,7 +381,7 @@ def page(tmp_path_factory):
     command = [sys.executable, "-W", "error", *ignored, str(ROOT / "diagnostic_tools" / "demo_meta.py"), "--port", str(port), "--out_root", str(root / "runs")]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(root / "uploads"), "TMPDIR": str(root)}
     with open(root / "log", "w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=root)
+        process = subprocess.Popen([*command, *map(str, flags)], stdout=log, stderr=log, env=environment, cwd=root)
         try:
             end = time.monotonic() + 200
             while "open http" not in (root / "log").read_text():
@@ -390,6 +391,12 @@ def page(tmp_path_factory):
         finally:
             process.terminate()  # an interrupt may be ignored, as it is below nohup
             process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("app")) as served:
+        yield served
 
 
 @pytest.fixture
@@ -557,3 +564,38 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
         outside = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(arguments[0]) && !n.startsWith('data:') && !n.startsWith('blob:'))"
         assert visitor.driver.execute_script(outside, address) == []  # works without a network
     assert "Traceback" not in log.read_text()
+
+
+def test_a_password_is_asked_for_and_stop_ends_an_answer(tmp_path, folders, browse):
+    """A random model hardly ever ends an answer by itself."""
+    with serving(tmp_path, "--auth", "me:a-long-password", "--model-name", folders["llava"], "--max-length", 512) as (address, _, log):
+        driver = browse()
+        driver.get(address)
+        fields = lambda: driver.find_elements(By.CSS_SELECTOR, "input[type=password]")
+        WebDriverWait(driver, 60).until(lambda _: fields())
+        assert not driver.find_elements(By.CSS_SELECTOR, "#question textarea"), "nothing is shown before the password"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(address + "config")
+        for password in ("wrong", "a-long-password"):
+            name, secret = driver.find_elements(By.CSS_SELECTOR, "input")[:2]
+            for field, text in ((name, "me"), (secret, password)):
+                field.send_keys(Keys.CONTROL, "a")
+                field.send_keys(text)
+            secret.send_keys(Keys.ENTER)
+            if password == "wrong":
+                WebDriverWait(driver, 60).until(lambda _: "Incorrect" in driver.page_source)
+                assert fields()
+        visitor = Visitor.__new__(Visitor)
+        visitor.driver = driver
+        visitor.until(lambda: visitor.all("#question textarea"))
+        render(demo_scene()).save(tmp_path / "picture.png")
+        visitor.upload(tmp_path / "picture.png")
+        visitor.until(lambda: visitor.all("#preview img"))
+        visitor.ask("Describe the image.")
+        visitor.until(lambda: len(visitor.value("answer")) > 20)
+        visitor.click("#stop")
+        said = visitor.until(lambda: (first := visitor.value("answer")) and time.sleep(1.5) is None and first == visitor.value("answer") and first)
+        assert 20 < len(said) < 1200, "512 tokens are longer, and nothing else ends this answer"
+        visitor.ask("Is it red?")  # the model is free again
+        visitor.until(lambda: visitor.value("answer") and visitor.value("answer")[: len(said)] != said)
+        assert "Traceback" not in log.read_text()
