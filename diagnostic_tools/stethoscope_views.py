@@ -254,9 +254,9 @@ def word_bars(analysis, rows, token, ceiling=None):
 # ---- panels ----
 
 
-def canvas(analysis, count):
+def canvas(analysis, count, longer_side=SHOWN):
     """The Canvas of an analysis for maps over `count` cells."""
-    return analysis.once(("canvas", count), lambda: Canvas(analysis.picture, analysis.place(count)))
+    return analysis.once(("canvas", count, longer_side), lambda: Canvas(analysis.picture, analysis.place(count), longer_side))
 
 
 def named(analysis, token):
@@ -363,7 +363,7 @@ def compare_panel(analysis, first, second, percent):
         values, share = found.picture[token, layer], float(analysis.contribution("max", "share")[token, layer])
         title = f"{named(analysis, token)}, layer {layer}"
         parts.append(
-            f"<div>{heading(title)}{over_picture(canvas(analysis, len(values)), values, ceiling, f'Relevancy of {title}', 'relevancy')}"
+            f"<div>{heading(title)}{over_picture(canvas(analysis, len(values), SHOWN // 2), values, ceiling, f'Relevancy of {title}', 'relevancy')}"
             f"{note(f'p = {analysis.probabilities[token]:.3f}, visual contribution {number(share)} (share of the maximum)')}"
             f"{heading('Prediction evolution')}{evolution_strip(analysis, token)}{word_bars(analysis, found.rows[token, layer], token, words)}</div>"
         )
