@@ -17,12 +17,12 @@ published weights and configs; that their preprocessing is CLIP's with `size` an
 import json
 from pathlib import Path
 
-from torch import nn
 from transformers import AutoConfig, ConvNextModel, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from cli import UsageError
-from models import Family, Parts, checked, generic, llava_original
+from models import Family, Parts, generic, llava_original
+from models.assembled import assembled, longer
 from models.llava import grid
 
 SELECTED = {-1: 0, -2: 1}  # mm_vision_select_layer: blocks of the last stage that are left out
@@ -105,8 +105,7 @@ def load_weights(folder, tower_folder, config):
     if table is not None:
         if config.original_tied:
             state["lm_head.weight"] = table
-        lacking = max(config.image_token_index + 1 - len(table), 0)
-        state["model.language_model.embed_tokens.weight"] = nn.functional.pad(table, (0, 0, 0, lacking)) if lacking else table
+        state["model.language_model.embed_tokens.weight"] = longer(table, config.image_token_index + 1)
     return state
 
 
@@ -132,10 +131,7 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
     config.vision_feature_layer, config.vision_feature_select_strategy = -1, "full"
     config.image_seq_length = shape[0] * shape[1] // stride**2
     state = load_weights(folder, tower_folder, config)
-    loaded = ConvLlava.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True)
-    model, unknown = checked(loaded), sorted(loaded[1]["unexpected_keys"])
-    if unknown:
-        raise ValueError(f"{len(unknown)} parameters have no place in this model, such as {', '.join(unknown[:3])}")
+    model = assembled(ConvLlava, config, state, dtype, device_map)
     settings = folder / "generation_config.json"
     own = json.loads(settings.read_text()) if settings.exists() else {}
     model.generation_config.eos_token_id = own.get("eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id))

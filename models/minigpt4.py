@@ -34,7 +34,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from cli import UsageError
 from grid import PatchGrid
-from models import Family, Parts, blip2, checked, generic, llava_original
+from models import Family, Parts, blip2, generic, llava_original
+from models.assembled import assembled, longer
 from models.llava import region
 
 GROUPED = 4  # patches of one token, without a Q-Former
@@ -186,8 +187,7 @@ def load_weights(path, raw, config):
     if table is not None:
         if config.original_tied:
             state["language_model.lm_head.weight"] = table
-        lacking = max(config.image_token_index + 1 - len(table), 0)
-        state["language_model.model.embed_tokens.weight"] = nn.functional.pad(table, (0, 0, 0, lacking)) if lacking else table
+        state["language_model.model.embed_tokens.weight"] = longer(table, config.image_token_index + 1)
     return state
 
 
@@ -208,10 +208,7 @@ def load(path, config, dtype, device_map=None, quantization_config=None, **_):
     tokenizer = llava_original.make_tokenizer(place(path, raw, "text_model"))
     config.image_token_index = tokenizer.convert_tokens_to_ids(llava_original.IMAGE)
     state = load_weights(path, raw, config)
-    loaded = MiniGpt4.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True)
-    model, unknown = checked(loaded), sorted(loaded[1]["unexpected_keys"])
-    if unknown:
-        raise ValueError(f"{len(unknown)} parameters have no place in this model, such as {', '.join(unknown[:3])}")
+    model = assembled(MiniGpt4, config, state, dtype, device_map)
     model.generation_config.eos_token_id = model.language_model.generation_config.eos_token_id = endings(tokenizer)
     images = BlipImageProcessorPil(size={"height": side, "width": side})
     return model, Processor(images, tokenizer, config.num_query_tokens if config.has_qformer else patches // GROUPED)

@@ -37,7 +37,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from cli import UsageError
 from grid import PatchGrid
 from groups import GROUPS
-from models import Family, Parts, QFormer, checked, generic, llava_original, minigpt4
+from models import Family, Parts, QFormer, generic, llava_original, minigpt4
+from models.assembled import assembled, longer
 from models.llava import region
 
 SIZES = {  # published; what config.json says replaces them
@@ -332,8 +333,8 @@ def load_weights(folder, config):
     tables = sine_tables(config.abstractor_config)
     computed = {f"visual_abstractor.layers.{i}.attention.{name}": tables[name] for i in range(config.abstractor_config.num_hidden_layers) for name in tables}
     table = state.get("language_model.embed_tokens.weight")
-    if table is not None and len(table) <= config.image_token_id:
-        state["language_model.embed_tokens.weight"] = nn.functional.pad(table, (0, 0, 0, config.image_token_id + 1 - len(table)))
+    if table is not None:
+        state["language_model.embed_tokens.weight"] = longer(table, config.image_token_id + 1)
     return computed | state
 
 
@@ -353,10 +354,7 @@ def load(path, config, dtype, device_map=None, quantization_config=None, **_):
     tokenizer = llava_original.make_tokenizer(folder)
     config.image_token_id = tokenizer.convert_tokens_to_ids(llava_original.IMAGE)
     state = load_weights(folder, config)
-    loaded = MplugOwl2.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True)
-    model, unknown = checked(loaded), sorted(loaded[1]["unexpected_keys"])
-    if unknown:
-        raise ValueError(f"{len(unknown)} parameters have no place in this model, such as {', '.join(unknown[:3])}")
+    model = assembled(MplugOwl2, config, state, dtype, device_map)
     settings = folder / "generation_config.json"
     own = json.loads(settings.read_text()) if settings.exists() else {}
     model.generation_config.eos_token_id = own.get("eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id))
