@@ -103,30 +103,32 @@ def offline(monkeypatch):
     monkeypatch.setattr("models.llava_original.snapshot_download", lambda name, **_: (_ for _ in ()).throw(OSError(f"no network for {name}")))
 
 
+def make_source(folder, variant):
+    """A model with random weights, its Hugging Face folder and its sentencepiece file."""
+    extra = EXTRAS[variant]
+    folder.mkdir(parents=True)
+    tiny.make_tokenizer(folder)
+    tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=True)
+    tokenizer.add_bos_token = True
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    config = tiny.make_config(tokenizer, **extra)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = (NormedLlava if extra else LlavaForConditionalGeneration)(config).eval()
+    for name, p in model.named_parameters():
+        if p.ndim == 1 and ("vision_tower" in name or "projector" in name):
+            p.data = p.data + 0.1 * torch.randn_like(p)  # gains and biases that are not 1 and 0
+    model.model.vision_tower.embeddings.patch_embedding.weight.data *= 20  # a patch's own pixels are to count most in its token
+    sharpen(model, model.model.language_model.layers).save_pretrained(folder)
+    tiny.make_processor(tokenizer).save_pretrained(folder)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return SimpleNamespace(variant=variant, model=model, folder=folder, spm=folder / "tokenizer.model", pieces=pieces)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """{variant: model with random weights, its Hugging Face folder and its sentencepiece file}"""
-    made = {}
-    for variant, extra in EXTRAS.items():
-        folder = tmp_path_factory.mktemp(variant) / "hf"
-        folder.mkdir()
-        tiny.make_tokenizer(folder)
-        tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=True)
-        tokenizer.add_bos_token = True
-        tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
-        config = tiny.make_config(tokenizer, **extra)
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        torch.manual_seed(0)
-        model = (NormedLlava if extra else LlavaForConditionalGeneration)(config).eval()
-        for name, p in model.named_parameters():
-            if p.ndim == 1 and ("vision_tower" in name or "projector" in name):
-                p.data = p.data + 0.1 * torch.randn_like(p)  # gains and biases that are not 1 and 0
-        model.model.vision_tower.embeddings.patch_embedding.weight.data *= 20  # a patch's own pixels are to count most in its token
-        sharpen(model, model.model.language_model.layers).save_pretrained(folder)
-        tiny.make_processor(tokenizer).save_pretrained(folder)
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        made[variant] = SimpleNamespace(variant=variant, model=model, folder=folder, spm=folder / "tokenizer.model", pieces=pieces)
-    return made
+    """{variant: what make_source() gives}"""
+    return {variant: make_source(tmp_path_factory.mktemp(variant) / "hf", variant) for variant in EXTRAS}
 
 
 @pytest.fixture(scope="module")
