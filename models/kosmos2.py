@@ -4,24 +4,39 @@ Layout of the prompt: <s>, <image>, 64 places of the queries, </image>, then the
 places with ids of ordinary words and a mask tells them; Processor below puts one id there, that of </chunk>, a tag which no prompt holds, so that an id tells.
 "<grounding>" at the text's beginning (--prompt_template "<grounding> Question: {question} Answer:") asks for boxes: native_box() gives their pixels.
 
-A vision token is a query that read the whole picture in one layer of attention over the projected ViT positions (CLS and patches) and the queries
-themselves, so it has no box: "grid" is not had. The decoder has sinusoidal positions, counted from pad_token_id + 1 and added to its inputs: no "rotary".
+A vision token is a query that read the whole picture in one layer of attention, one softmax over the projected ViT positions (CLS and patches) and the
+queries themselves. So it has no box ("grid" is not had), and what leads from it back to the picture is in Parts.qformer and patches(). The decoder has sinusoidal positions, counted from pad_token_id + 1 and added to its inputs: no "rotary".
 Inputs are scaled by sqrt(d) inside the decoder, vision tokens as well. Its masks are additive. Earlier positions do not depend on later ones.
 
-transformers' forward takes the queries as image_embeds with their mask, and a picture at every step; Kosmos2 below takes what the others here take.
+transformers' forward takes the queries as image_embeds with their mask, and a picture at every step; Kosmos2 below takes what the others here take. Its
+queries come before the patches among the keys of the resampler, where transformers has them behind: keys have no order.
 Checked on a small random model with a processor made in the tests: ids against transformers' own processor, logits and greedy answers against transformers' own
 class, boxes against its arithmetic and against the patches. Not checked, for want of the files: published weights and their tokenizer."""
 
 import torch
 from transformers import Kosmos2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection
 
 from groups import GROUPS
-from models import Family, Parts, checked, generic
+from models import Family, Parts, QFormer, checked, generic
+from models.blip2 import patches
+
+
+class Resampler(Kosmos2ImageToTextProjection):
+    """Features (B, S, d_v) of the tower -> (vision tokens (B, q, d), weights (B, H, q, q + S) with eager attention, else None)."""
+
+    def forward(self, features):
+        queries = self.latent_query.expand(len(features), -1, -1)
+        return self.x_attn(queries, encoder_hidden_states=torch.cat([queries, self.dense(features)], 1))
 
 
 class Kosmos2(Kosmos2ForConditionalGeneration):
     """transformers' class with get_image_features, and a forward over token ids or embeddings that needs no picture."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.image_to_text_projection = Resampler(config)
 
     def get_image_features(self, pixel_values, return_dict=True):
         states = self.vision_model(pixel_values=pixel_values).last_hidden_state
@@ -78,8 +93,10 @@ def load(path, config, dtype, device_map=None, trust_remote_code=False, quantiza
 
 
 def parts(model):
-    decoder = model.text_model.model
-    return Parts(decoder, list(decoder.layers), decoder.layer_norm, model.text_model.lm_head, model.vision_model, model.image_to_text_projection)
+    decoder, tower, resampler = model.text_model.model, model.vision_model, model.image_to_text_projection
+    connection = QFormer(queries=len(resampler.latent_query), self_attention=[resampler.x_attn], cross_attention=[resampler.x_attn], cls=True)
+    blocks = list(tower.model.encoder.layers)
+    return Parts(decoder, list(decoder.layers), decoder.layer_norm, model.text_model.lm_head, tower, resampler, connection, blocks)
 
 
 def native_box(first, last, size, side=32):
@@ -111,5 +128,5 @@ def inputs(vlm, batch):
 
 FAMILY = Family(
     name="kosmos2", model_types=("kosmos-2",), architectures=("Kosmos2ForConditionalGeneration", "Kosmos2"), load=load, parts=parts,
-    prompt=prompt, positions=positions, inputs=inputs, markup=("<image>", "</image>"), has=frozenset({"decoder-only", "causal"}),
+    patches=patches, prompt=prompt, positions=positions, inputs=inputs, markup=("<image>", "</image>"), has=frozenset({"decoder-only", "causal"}),
 )  # fmt: skip

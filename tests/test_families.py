@@ -293,6 +293,37 @@ def test_a_bright_square_lies_where_the_grid_says(vlm, seed):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bright_square_changes_the_patches_under_it(vlm, seed):
+    """Where vision tokens are made from patches by queries: what enters the tower's first block changes at the patches whose boxes the square touches."""
+    if vlm.family.patches is None or vlm.parts.qformer is None:
+        pytest.skip("vision tokens have boxes themselves, or none is known")
+    rng = random.Random(seed)
+    picture = random_picture(rng)
+    x0, y0 = rng.randint(0, picture.width - 20), rng.randint(0, picture.height - 20)
+    bright = picture.copy()
+    bright.paste((255, 255, 255), (x0, y0, x0 + 20, y0 + 20))
+    entered = []
+    hook = vlm.parts.vision_blocks[0].register_forward_pre_hook(lambda _, args, options: entered.append((args or (options["hidden_states"],))[0]), with_kwargs=True)
+    for shown in (picture, bright):
+        batch = vlm.encode([Sample("0", None, "Hi?")], [shown])
+        vlm.vision(batch)
+    hook.remove()
+    patches, (plain, changed) = vlm.family.patches(vlm, picture.size, batch.image_rows[0]), entered
+    change = (changed - plain)[0].float().norm(dim=-1).numpy()
+    assert not vlm.parts.qformer.cls or change[0] < 1e-4 * change.max(), "CLS comes first and is the same for all pictures"
+    change = change[1 if vlm.parts.qformer.cls else 0 :]
+    assert len(change) == len(patches.boxes)
+    mask = np.zeros((picture.height, picture.width), bool)
+    mask[y0 : y0 + 20, x0 : x0 + 20] = True
+    wide = np.zeros_like(mask)  # resizing mixes a patch with its neighbours' edges
+    wide[max(0, y0 - 8) : y0 + 28, max(0, x0 - 8) : x0 + 28] = True
+    cover, near = patches.coverage(mask), patches.coverage(wide) > 0
+    assert change[~near].max(initial=0) < 0.02 * change.max()
+    assert cover.max() == 0 or np.corrcoef(change, cover)[0, 1] > 0.9
+
+
+@torch.inference_mode()
 def test_tokens_without_a_box_do_not_depend_on_the_picture(vlm):
     """Newline and end tokens: the same vector whatever is shown, so NaN boxes hide no part of the picture."""
     if vlm.family.grid is None:

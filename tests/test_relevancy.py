@@ -4,6 +4,7 @@ import attribution
 import gradients
 import numpy as np
 import pytest
+import random_models.kosmos2
 import random_models.llava_next
 import random_models.molmo
 import random_models.mplug_owl2
@@ -11,6 +12,7 @@ import random_models.nvila
 import relevancy as rules
 import torch
 from gradients import trace
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection
 
 import common
 from capturing import extended, generate, more_inputs
@@ -214,6 +216,20 @@ def test_relevancy_goes_through_queries_that_read_each_other_and_the_patches_by_
     *_, (_, gradient) = run.descend([0])
     only = torch.nn.functional.one_hot(torch.tensor([q]), q + 1).float()[None]
     assert attribution.onto_patches(run, only, gradient)[0].abs().max() == 0
+
+
+def test_relevancy_goes_through_kosmos2s_resampler(tmp_path, pictures):
+    """One layer of queries that read CLS, patches and each other: against transformers' own module, where the queries' keys come last."""
+    run = traced(common.load_model(random_models.kosmos2.MODELS["kosmos2"](tmp_path / "model"), self_check=False), pictures[1])
+    found, q, resampler = attribution.relevancy(run, [0, 2]), run.vlm.parts.qformer.queries, run.vlm.parts.connector
+    assert run.joint and found.cells.shape[-1] == 16
+    resampler.__class__ = Kosmos2ImageToTextProjection
+    for i, (average, target) in enumerate(zip(plain(run, [0, 2])[0], [0, 2], strict=True)):
+        image, r_ii = from_vision(run, average, target), through(average, "tower")[0]
+        cells, reading = torch.from_numpy(found.cells[i, -1]), average["cross", 0]
+        assert close(torch.from_numpy(found.image[i, -1]), image)
+        assert close(cells, (image @ reading[:, :-q] @ scaled(r_ii))[1:])
+        assert apart(cells, (image @ reading[:, q:] @ scaled(r_ii))[1:]), "queries taken for patches are told apart"
 
 
 @pytest.mark.parametrize("family, name", [("llava_next", "llava_next"), ("nvila", "nvila-lite"), ("nvila", "nvila-s2"), ("molmo", "molmo-d")])
