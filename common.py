@@ -7,6 +7,7 @@ prints every token of the prompt with its position and group and draws the grid 
 import hashlib
 import importlib.util
 import inspect
+import logging
 import os
 import pickle
 from dataclasses import dataclass, field, replace
@@ -118,7 +119,9 @@ def add_model_arguments(parser, path=True):
     parser.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, the checkpoint's on a GPU")
     parser.add_argument("--device_map", default=None, help="'auto' spreads the model over several GPUs")
-    parser.add_argument("--quantize_type", choices=["fp16", "4bit", "int8"], help="4bit, int8: weights quantised by bitsandbytes; fp16: --dtype float16")
+    parser.add_argument(
+        "--quantize_type", choices=["fp16", "4bit", "int8"], help="4bit, int8: linear layers of the decoder quantised by bitsandbytes; fp16: --dtype float16"
+    )
     parser.add_argument("--vision_tower_path", default=None, help="vision tower for checkpoints that do not hold it")
     parser.add_argument("--conv_mode", default=None, help="conversation template for LLaVA checkpoints whose config names none")
     parser.add_argument("--system_prompt", default=None, help="system prompt in place of the model's own")
@@ -156,12 +159,14 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: no GPU is visible here; use --device cpu")
-    quantized = quantization(quantize_type)
     dtype = (
         torch.float16
         if quantize_type == "fp16"
         else DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else getattr(config, "dtype", None) or torch.float16)
     )
+    quantized = quantization(quantize_type, dtype)
+    if quantized is not None and device_map is None:
+        device_map = {"": device}
     try:
         model, processor = family.load(
             str(path), config, dtype=dtype, device_map=device_map, vision_tower_path=vision_tower_path, conv_mode=conv_mode,
@@ -175,10 +180,12 @@ def load_model(
         )
         raise UsageError(f"{path} (type {config.model_type!r}) cannot be loaded: {' '.join(str(error).split())[:400]}{known}") from error
     model = model.eval().requires_grad_(False)
-    if device_map is None and quantized is None:
+    if device_map is None:
         model = model.to(device)
     options = {"system_prompt": system_prompt, "prompt_template": prompt_template, "image_aspect": image_aspect, "conv_mode": conv_mode}
     vlm = VLM(model, processor, family, str(path), options)
+    if quantized is not None:
+        check_quantized(vlm)
     if image_aspect == "pad":
         if not hasattr(processor.image_processor, "do_pad") or "square-pad" not in family.has:
             raise UsageError(f"{path}: --image_aspect pad works for LLaVA-type image processors only")
@@ -189,15 +196,27 @@ def load_model(
     return vlm
 
 
-def quantization(kind):
-    """transformers' quantization config for --quantize_type, None for fp16 and None. UsageError without bitsandbytes."""
+def quantization(kind, dtype):
+    """transformers' quantization config for --quantize_type, None for fp16 and None; products of 4-bit weights are made in dtype. Linear layers of the decoder
+    are quantised and nothing else: tower, connector and LM head stay as they are. UsageError without bitsandbytes."""
     if kind not in ("4bit", "int8"):
         return None
-    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        raise UsageError(f"--quantize_type {kind} needs a GPU and bitsandbytes (pip install bitsandbytes); --dtype float16 does without")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"--quantize_type {kind} needs bitsandbytes (pip install bitsandbytes); --dtype float16 does without")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at every int8 product that float32 becomes float16
+    kept = [r"(?!.*\b(language_model|text_model)\.).*", "lm_head"]
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
+
+
+def check_quantized(vlm):
+    """UsageError where no linear layer of the decoder was quantised."""
+    of = lambda model: [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+    if not of(vlm.parts.decoder):
+        raise UsageError(f"{vlm.path}: --quantize_type 4bit and int8 find no linear layer in {type(vlm.parts.decoder).__name__}; --dtype float16 does without")
+    for layer in of(vlm.model):
+        layer.support_avx512bf16_for_cpu = False  # that kernel has no gradient, and packs the weights for good at the first pass
 
 
 def read_config(path, trust_remote_code=False):

@@ -166,7 +166,7 @@ def make_process(args, vlm, annotations):
             arrays |= found | {"boxes": places.boxes}
             record["methods"] = list(scores)
         elif "blur" in args.removal:
-            raise cli.UsageError(f"{vlm.path}: --removal blur needs to know where the vision tokens lie, and {vlm.family.name} does not tell")
+            raise cli.UsageError(f"{vlm.path}: --removal blur needs to know where the vision tokens lie (grid), and {vlm.family.name} does not tell")
         vision = len(run.vision)
         arrays["without_picture"] = perturbation.mean_replaced(run, targets, np.ones((1, vision), bool))[0]
         arrays["logprob"] = perturbation.mean_replaced(run, targets, np.zeros((1, vision), bool))[0]

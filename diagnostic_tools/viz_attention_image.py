@@ -71,7 +71,7 @@ def extract_attention_for_token(
     vlm.need("decoder-only", "grid")
     batch = vlm.encode([Sample("0", None, prompt_text)], [image], strip_system=strip_system_prompt)
     if batch.grids[0] is None:
-        raise UsageError(f"{vlm.path}: where the vision tokens of {vlm.family.name} lie in the picture is unknown, so their attention cannot be drawn on it")
+        raise UsageError(f"{vlm.path}: where the vision tokens of {vlm.family.name} lie in the picture (grid) is unknown, so their attention cannot be drawn")
     if strip_system_prompt and prompt_for(vlm, prompt_text)[1] is None:
         raise UsageError(f"{vlm.path}: --strip_system_prompt, but its prompt has no system prompt to leave out")
     with capture(vlm, [probe := VisionRows(batch, len(vlm.parts.layers))]):

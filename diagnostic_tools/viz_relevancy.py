@@ -44,7 +44,7 @@ class Maps:
     def __init__(self, run, id, folder, hide):
         self.record, arrays = run.record(id), run.arrays(id)
         if self.record["grid"] is None:
-            raise UsageError(f"{run.path}: where the vision tokens lie in the picture is unknown for this model, so nothing can be drawn on it")
+            raise UsageError(f"{run.path}: where the vision tokens lie in the picture (grid) is unknown for this model, so nothing can be drawn on it")
         self.rows, groups = arrays["rows"], self.record["groups"]
         self.vision = np.array([group == "vision" for group in groups])
         self.cells = arrays.get("cells", self.rows[..., self.vision]).copy()

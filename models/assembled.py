@@ -62,13 +62,14 @@ class Assembled(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states, attentions=found.attentions)
 
 
-def assembled(kind, config, state, dtype, device_map):
+def assembled(kind, config, state, dtype, device_map=None, quantization_config=None):
     """The model of class `kind` with the parameters of `state` {name: tensor}; ValueError for what is missing, of another shape, or has no place."""
     with torch.device("meta"):
         wanted = set(kind(config).state_dict())
     if unknown := sorted(set(state) - wanted):
         raise ValueError(f"{len(unknown)} parameters have no place in this model, such as {', '.join(unknown[:3])}")
-    return checked(kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True))
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    return checked(kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options))
 
 
 def longer(table, rows):

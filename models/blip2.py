@@ -10,7 +10,7 @@ attention or states over the prompt applies ("decoder-only" is not had, capture(
 An answer ends where the language model's own generation config says, as in transformers' generate(): BLIP-2's OPT ends at a line break.
 
 transformers' class gives no keys and values back and cannot go on without a picture; Blip2 below adds both. Checked on small random models with processors
-made in the tests. Not checked, for want of the files: the published weights and their tokenizers; int8 and 4-bit; several GPUs."""
+made in the tests. Not checked, for want of the files: the published weights and their tokenizers; several GPUs."""
 
 from dataclasses import replace
 

@@ -111,8 +111,6 @@ def load_weights(folder, tower_folder, config):
 
 def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False, quantization_config=None):
     """(ConvLlava, processor); ValueError for parameters that no file fills or that have no place."""
-    if quantization_config is not None:
-        raise UsageError(f"{path}: --quantize_type 4bit and int8 work for checkpoints in transformers' own layout; this one is in LLaVA's")
     folder, raw = Path(path) if Path(path).is_dir() else llava_original.fetch(path), config.original_layout
     if raw.get("mm_vision_select_layer", -1) not in SELECTED:
         raise ValueError(f"mm_vision_select_layer = {raw['mm_vision_select_layer']!r} is not known for ConvNeXt (only -1, -2)")
@@ -131,7 +129,7 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
     config.vision_feature_layer, config.vision_feature_select_strategy = -1, "full"
     config.image_seq_length = shape[0] * shape[1] // stride**2
     state = load_weights(folder, tower_folder, config)
-    model = assembled(ConvLlava, config, state, dtype, device_map)
+    model = assembled(ConvLlava, config, state, dtype, device_map, quantization_config)
     settings = folder / "generation_config.json"
     own = json.loads(settings.read_text()) if settings.exists() else {}
     model.generation_config.eos_token_id = own.get("eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id))

@@ -7,7 +7,7 @@ family has no "causal": what comes before a token is not independent of what com
 An answer ends at the tokenizer's EOS: the text config of Vicuna checkpoints has been published with another id (LAVIS issue 509).
 
 Checked on small random models with processors made in the tests. Not checked, for want of the files: the published weights and their tokenizers, one of
-which once made </s> its BOS (a BOS that the tokenizer does not name as such is counted as template); int8 and 4-bit; several GPUs."""
+which once made </s> its BOS (a BOS that the tokenizer does not name as such is counted as template); several GPUs."""
 
 from dataclasses import replace
 

@@ -5,8 +5,9 @@ places with ids of ordinary words and a mask tells them; Processor below puts on
 "<grounding>" at the text's beginning (--prompt_template "<grounding> Question: {question} Answer:") asks for boxes: native_box() gives their pixels.
 
 A vision token is a query that read the whole picture in one layer of attention, one softmax over the projected ViT positions (CLS and patches) and the
-queries themselves. So it has no box ("grid" is not had), and what leads from it back to the picture is in Parts.qformer and patches(). The decoder has sinusoidal positions, counted from pad_token_id + 1 and added to its inputs: no "rotary".
-Inputs are scaled by sqrt(d) inside the decoder, vision tokens as well. Its masks are additive. Earlier positions do not depend on later ones.
+queries themselves. So it has no box ("grid" is not had), and what leads from it back to the picture is in Parts.qformer and patches(). The decoder has
+sinusoidal positions, counted from pad_token_id + 1 and added to its inputs: no "rotary". Inputs are scaled by sqrt(d) inside the decoder, vision tokens as
+well. Its masks are additive. Earlier positions do not depend on later ones.
 
 transformers' forward takes the queries as image_embeds with their mask, and a picture at every step; Kosmos2 below takes what the others here take. Its
 queries come before the patches among the keys of the resampler, where transformers has them behind: keys have no order.

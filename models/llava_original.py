@@ -300,8 +300,6 @@ def chat_template(name, markup=False):
 
 
 def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False, quantization_config=None):
-    if quantization_config is not None:
-        raise UsageError(f"{path}: --quantize_type 4bit and int8 work for checkpoints in transformers' own layout; this one is in LLaVA's")
     folder = Path(path) if Path(path).is_dir() else fetch(path)
     raw = getattr(config, "original_layout", None)
     if raw is None:  # a hub id, whose config transformers read as its own
@@ -318,7 +316,8 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
     state = load_weights(folder, tower_folder, config)
     if not state:
         raise ValueError(f"{files[0]} holds no parameter")
-    model = checked(OriginalLlava.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True))
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    model = checked(OriginalLlava.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options))
     settings = folder / "generation_config.json"
     own = json.loads(settings.read_text()) if settings.exists() else {}
     model.generation_config.eos_token_id = own.get("eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id))

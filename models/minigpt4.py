@@ -19,7 +19,7 @@ made of patches 4t to 4t + 3 of the row-major 16 x 16, a box of 1 x 4 patches, w
 An answer ends at </s> and at "###", written "▁###" or "##", "#": its first token ends it, so "##" alone does too.
 
 Checked on small random models written in this layout, against a forward written out by hand from the files' keys. Not checked, for want of the files: the
-published weights, that `llama_proj` is all that the last file holds, and that Llama-2's file has no `ln_vision`; int8 and 4-bit; several GPUs."""
+published weights, that `llama_proj` is all that the last file holds, and that Llama-2's file has no `ln_vision`; several GPUs."""
 
 import pickle
 import re
@@ -32,7 +32,6 @@ from torch import nn
 from transformers import AutoConfig, Blip2Config, Blip2ForConditionalGeneration, LlavaProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from cli import UsageError
 from grid import PatchGrid
 from models import Family, Parts, blip2, generic, llava_original
 from models.assembled import assembled, longer
@@ -199,8 +198,6 @@ def endings(tokenizer):
 
 def load(path, config, dtype, device_map=None, quantization_config=None, **_):
     """(MiniGpt4, processor); ValueError for files that are missing, and for parameters that no file fills or that have no place."""
-    if quantization_config is not None:
-        raise UsageError(f"{path}: --quantize_type 4bit and int8 work for checkpoints in transformers' own layout; this one is in MiniGPT-4's")
     raw, side = config.original_layout, config.vision_config.image_size
     patches = (side // config.vision_config.patch_size) ** 2
     if not config.has_qformer and side // config.vision_config.patch_size % GROUPED:
@@ -208,7 +205,7 @@ def load(path, config, dtype, device_map=None, quantization_config=None, **_):
     tokenizer = llava_original.make_tokenizer(place(path, raw, "text_model"))
     config.image_token_index = tokenizer.convert_tokens_to_ids(llava_original.IMAGE)
     state = load_weights(path, raw, config)
-    model = assembled(MiniGpt4, config, state, dtype, device_map)
+    model = assembled(MiniGpt4, config, state, dtype, device_map, quantization_config)
     model.generation_config.eos_token_id = model.language_model.generation_config.eos_token_id = endings(tokenizer)
     images = BlipImageProcessorPil(size={"height": side, "width": side})
     return model, Processor(images, tokenizer, config.num_query_tokens if config.has_qformer else patches // GROUPED)

@@ -437,14 +437,12 @@ def make_tokenizer(folder, config):
 
 
 def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False, quantization_config=None):
-    if quantization_config is not None:
-        raise UsageError(f"{path}: --quantize_type 4bit and int8 work for checkpoints in transformers' own layout; this one is in Molmo's")
     if conv_mode is not None:
         raise UsageError(f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} is in Molmo's: give --prompt_template")
     folder = folder_of(path)
     tokenizer = make_tokenizer(folder, config)
     config.image_token_id = tokenizer.convert_tokens_to_ids(PATCH)
-    model = assembled(Molmo, config, load_weights(folder, config), dtype, device_map)
+    model = assembled(Molmo, config, load_weights(folder, config), dtype, device_map, quantization_config)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     return model, MolmoProcessor(tokenizer, MolmoImages(config))
 

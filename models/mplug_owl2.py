@@ -20,7 +20,7 @@ The decoder takes `modality` (B, T), 1 where the picture is; left out, it is rea
 another tower and decoder (Qwen) and is refused.
 
 Checked on small random models written in this layout, against a forward written out by hand from the files' keys. Not checked, for want of the files: the
-published weights and config; the fine-tuned relatives (q-align, one-align); int8 and 4-bit; several GPUs."""
+published weights and config; the fine-tuned relatives (q-align, one-align); several GPUs."""
 
 import json
 import re
@@ -34,7 +34,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward as eager_without_groups
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
-from cli import UsageError
 from grid import PatchGrid
 from groups import GROUPS
 from models import Family, Parts, QFormer, generic, llava_original, minigpt4
@@ -348,13 +347,11 @@ class Processor(minigpt4.Processor):
 
 def load(path, config, dtype, device_map=None, quantization_config=None, **_):
     """(MplugOwl2, processor); ValueError for parameters that no file fills or that have no place."""
-    if quantization_config is not None:
-        raise UsageError(f"{path}: --quantize_type 4bit and int8 work for checkpoints in transformers' own layout; this one is in mPLUG-Owl2's")
     folder, raw = Path(path) if Path(path).is_dir() else llava_original.fetch(path), config.original_layout
     tokenizer = llava_original.make_tokenizer(folder)
     config.image_token_id = tokenizer.convert_tokens_to_ids(llava_original.IMAGE)
     state = load_weights(folder, config)
-    model = assembled(MplugOwl2, config, state, dtype, device_map)
+    model = assembled(MplugOwl2, config, state, dtype, device_map, quantization_config)
     settings = folder / "generation_config.json"
     own = json.loads(settings.read_text()) if settings.exists() else {}
     model.generation_config.eos_token_id = own.get("eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id))

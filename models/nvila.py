@@ -325,8 +325,6 @@ def load_weights(folder, config):
 
 
 def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode=None, trust_remote_code=False, quantization_config=None):
-    if quantization_config is not None:
-        raise UsageError(f"{path}: --quantize_type 4bit and int8 work for checkpoints in transformers' own layout; this one is in NVILA's")
     if conv_mode is not None:
         raise UsageError(f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} is in NVILA's: give --prompt_template")
     folder = folder_of(path)
@@ -334,7 +332,7 @@ def load(path, config, dtype, device_map=None, vision_tower_path=None, conv_mode
     tokenizer.add_tokens([token for token in ADDED if token not in tokenizer.get_vocab()], special_tokens=True)
     tokenizer.chat_template = VILA if config.original_template == "qwen2" else tokenizer.chat_template or QWEN2
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    model = assembled(Nvila, config, load_weights(folder, config), dtype, device_map)
+    model = assembled(Nvila, config, load_weights(folder, config), dtype, device_map, quantization_config)
     ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")} - {None}
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = sorted(ends), tokenizer.pad_token_id
     images = SiglipImageProcessorPil.from_pretrained(folder / "vision_tower")

@@ -117,7 +117,7 @@ def tokens_of(args, vlm, batch, mask):
     """Indices of the object's vision tokens. ValueError where the model sees nothing of it."""
     grid = batch.grids[0]
     if grid is None:
-        raise UsageError(f"{vlm.path}: where the vision tokens of {vlm.family.name} lie in the picture is unknown, so an object's tokens are too")
+        raise UsageError(f"{vlm.path}: where the vision tokens of {vlm.family.name} lie in the picture (grid) is unknown, so an object's tokens are too")
     tokens = object_tokens(grid, mask, args.threshold)
     if not len(tokens):
         raise ValueError("the object lies outside what the model sees, or covers no token by more than --threshold")

@@ -247,7 +247,6 @@ def test_a_run_with_nothing_right_and_other_folders_are_refused(tmp_path):
         (curate, ["--clean_questions_file", "{empty}"], "has no question"),
         (attention, ["--clean_questions_file", "{other}"], "train2017"),
         (attention, ["--clean_questions_file", "{questions}", "--windows", "9-12"], "--windows 9-12"),
-        (attention, ["--clean_questions_file", "{questions}", "--quantize_type", "4bit"], "bitsandbytes"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(coco, tmp_path, script, flags, why):

@@ -262,7 +262,7 @@ def main(argv=None):
     args = parse_args(argv)
     instance = read_instance(args.input_dir, args.instance_idx)
     if not instance.grid.has_box.any():
-        raise UsageError(f"{instance.folder}: where the vision tokens of {instance.model} lie in the picture is unknown, so no map can be drawn")
+        raise UsageError(f"{instance.folder}: where the vision tokens of {instance.model} lie in the picture (grid) is unknown, so no map can be drawn")
     if args.vision_encoder_name:
         check_encoder(instance, args.vision_encoder_name)
     panels = panels_of(instance, args)

@@ -1,0 +1,98 @@
+"""--quantize_type 4bit and int8 on every family, by bitsandbytes on a CPU; skipped where it is not installed."""
+
+import attribution
+import pytest
+import torch
+from conftest import ROOT, in_process
+from gradients import trace
+from test_families import BUILDERS, NAMES
+
+import common
+from capturing import generate, prefill
+from cli import UsageError
+from samples import Sample
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+KINDS = ("4bit", "int8")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request, tmp_path_factory):
+    return BUILDERS[request.param](tmp_path_factory.mktemp("quantized") / request.param)
+
+
+def restored(layer):
+    """The weight of a quantised layer as numbers."""
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # moved at the first pass
+    return layer.weight.data.float() * scales[:, None] / 127
+
+
+def rounded_layers(model):
+    return {name: module for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes.")}
+
+
+def encoded(vlm, picture):
+    return vlm.encode([Sample("0", None, "What color is the circle?")], [picture])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_decoder_computes_with_rounded_weights_and_nothing_else_is_rounded(folder, kind, pictures):
+    """4 bits: the logits of the plain model with the rounded weights in it. int8 rounds what enters a layer too: each layer by itself."""
+    plain, vlm = common.load_model(folder, self_check=False), common.load_model(folder, quantize_type=kind)
+    layers, everywhere = rounded_layers(vlm.parts.decoder), rounded_layers(vlm.model)
+    linear = {name for name, module in plain.parts.decoder.named_modules() if type(module) is torch.nn.Linear}
+    assert set(layers) <= linear and all(name.endswith(("lm_head", ".wo")) for name in linear - set(layers))  # transformers leaves a T5's wo alone
+    assert len(everywhere) == len(layers) or "decoder-only" not in vlm.family.has  # a T5's encoder reads the prompt
+    seen = []
+    hooks = [layer.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output))) for layer in everywhere.values()]
+    found = prefill(vlm, encoded(vlm, pictures[1])).logits[0, -1].float()
+    for hook in hooks:
+        hook.remove()
+    assert len({id(module) for module, *_ in seen}) == len(everywhere)
+    before = prefill(plain, encoded(plain, pictures[1])).logits[0, -1].float()
+    for name, layer in everywhere.items():
+        plain.model.get_submodule(name).weight.copy_(restored(layer))
+    exact = prefill(plain, encoded(plain, pictures[1])).logits[0, -1].float()
+    size = exact.abs().max()
+    assert (found - before).abs().max() > 1e-3 * size, "rounding shows"
+    if kind == "4bit":
+        assert (found - exact).abs().max() < 1e-4 * size
+    for module, given, output in seen:
+        expected = torch.nn.functional.linear(given.float(), restored(module).float(), module.bias)
+        assert (output - expected).norm() < (1e-4 if kind == "4bit" else 0.03) * expected.norm()
+    assert len(generate(vlm, encoded(vlm, pictures[1]), 3).ids[0]) >= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_go_through_rounded_weights(tmp_path, kind, pictures):
+    from random_models import mplug_owl2
+
+    path = mplug_owl2.MODELS["mplug_owl2"](tmp_path / "model")
+    plain, vlm = common.load_model(path, self_check=False), common.load_model(path, quantize_type=kind)
+    for name, layer in rounded_layers(vlm.parts.decoder).items():
+        plain.parts.decoder.get_submodule(name).weight.data.copy_(restored(layer))
+    exact, found = (attribution.relevancy(trace(model, encoded(model, pictures[1]), [40, 41]), [0, 1]) for model in (plain, vlm))
+    for name in ("rows", "image", "cells"):
+        one, other = (torch.from_numpy(getattr(result, name)) for result in (exact, found))
+        assert one.abs().max() > 0
+        if kind == "4bit":
+            assert torch.allclose(one, other, atol=1e-4 * float(one.abs().max()))
+        else:
+            assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.95
+
+
+def test_a_script_runs_on_rounded_weights(folders, tmp_path):
+    make, norms = in_process(ROOT / "data" / "make_shapes.py"), in_process(ROOT / "diagnostic_tools" / "vlm_token_norms.py")
+    assert make("--num_images", "3", "--num_train", "0", "--num_workers", "1", "--out_dir", tmp_path / "set").returncode == 0
+    flags = ["--coco_root", tmp_path / "set", "--out_dir", tmp_path / "runs"]
+    done = norms("--model_path", folders["llava"], "--quantize_type", "int8", *flags)
+    assert done.returncode == 0 and "MatMul8bit" not in done.stderr, done.stderr
+
+
+def test_without_the_library_the_message_names_it(folders, monkeypatch):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install bitsandbytes"):
+        common.load_model(folders["llava"], quantize_type="4bit")
