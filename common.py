@@ -23,6 +23,7 @@ import cli
 from cli import UsageError
 from groups import GROUPS, PAD
 from models import find_family, generic, known_types, read_folder
+from rundirs import slug
 from selfcheck import check
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,7 +38,7 @@ class VLM:
     processor: object
     family: object
     path: str
-    options: dict = field(default_factory=dict)  # system_prompt, prompt_template, image_aspect as given
+    options: dict = field(default_factory=dict)  # system_prompt, prompt_template, image_aspect, quantize_type as given
 
     @cached_property
     def parts(self):
@@ -183,6 +184,7 @@ def load_model(
     if device_map is None:
         model = model.to(device)
     options = {"system_prompt": system_prompt, "prompt_template": prompt_template, "image_aspect": image_aspect, "conv_mode": conv_mode}
+    options |= {"quantize_type": quantize_type}
     vlm = VLM(model, processor, family, str(path), options)
     if quantized is not None:
         check_quantized(vlm)
@@ -257,6 +259,13 @@ def fingerprint(path):
                 stream.seek(max(0, file.stat().st_size - 65536))
                 digest.update(f"{name} {file.stat().st_size}".encode() + head + stream.read())
     return digest.hexdigest()[:16]
+
+
+def identity_of(vlm):
+    """What a run keeps of its model and goes on with only if it is the same: {model_name, fingerprint, dtype}; dtype says how weights are rounded too."""
+    kind = vlm.options.get("quantize_type")
+    dtype = str(vlm.dtype).removeprefix("torch.") + (f" {kind}" if kind in ("4bit", "int8") else "")
+    return {"model_name": slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": dtype}
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------------

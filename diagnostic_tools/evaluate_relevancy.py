@@ -29,7 +29,7 @@ import engine
 import rundirs
 from answers import token_spans
 from capturing import answer_ids, generate, need_embeddings
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from samples import load_image, read_coco, read_instances, read_questions
 from scripts.objects import object_mask, rng_for
 
@@ -184,7 +184,7 @@ def main(argv=None):
     vlm = load_from_args(args)
     vlm.need("decoder-only")
     need_embeddings(vlm)
-    identity = {"model_name": rundirs.slug(args.model_path), "fingerprint": fingerprint(args.model_path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": prompt_for(vlm, args.prompt_text)[0], "image_aspect": args.image_aspect, "annotations": Path(args.ann_file).name}
     identity["questions"] = args.question_file and Path(args.question_file).name
     names = "max_new_tokens use_answers methods removal shares targets_per_image blur_radius tolerance seed"

@@ -28,7 +28,7 @@ import engine
 import rundirs
 from capturing import generate, need_embeddings
 from cli import UsageError
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from data.questions import article
 from samples import Sample, load_image, read_coco, read_instances
 
@@ -154,7 +154,7 @@ def make_process(args, vlm, names):
 def measured(args, vlm, part):
     """(counts of the engine, run) of the items of fit or test."""
     items, names = read_items(args)
-    identity = {"model_name": rundirs.slug(args.model_path), "fingerprint": fingerprint(args.model_path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": prompt_for(vlm, args.prompt_text)[0], "ann_file": Path(args.ann_file).name, "image_aspect": args.image_aspect, "names": names}
     identity |= {name: getattr(args, name) for name in ("kinds", "questions_per_image", "corrupt", "max_new_tokens", "seed")}
     free = {"model_path": args.model_path, "image_folder": args.image_folder, "device": str(vlm.device)}

@@ -29,7 +29,7 @@ import stats
 from answers import is_right, read
 from capturing import entries, generate
 from cli import UsageError
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from samples import load_image, read_questions
 
 EXPERIMENT = "psi"
@@ -125,7 +125,7 @@ def run_model(args, path):
     vlm = load_from_args(args, path)
     vlm.need("decoder-only", "grid")
     names = ("num_permutations", "seed", "vision_scale", "max_new_tokens", "image_aspect")
-    identity = {"model_name": rundirs.slug(path), "fingerprint": fingerprint(path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "questions": "/".join(Path(args.questions).parts[-2:])}
     identity |= {name: getattr(args, name) for name in names}
     free = {"model_path": path, "questions_file": args.questions, "max_questions": args.max_questions, "batch_size": args.batch_size, "device": str(vlm.device)}

@@ -20,7 +20,7 @@ import cli
 import engine
 import rundirs
 from capturing import answer_ids, generate, need_embeddings
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from groups import GROUPS
 from lens import vocabulary
 from samples import Sample, list_pictures, load_image, read_questions
@@ -110,7 +110,7 @@ def main(argv=None):
     layers = sorted(set(args.layers)) if args.layers else list(range(depth))
     if not 0 <= layers[0] <= layers[-1] < depth:
         raise cli.UsageError(f"--layers {layers}: {args.model_path} has {depth} layers, counted from 0")
-    identity = {"model_name": rundirs.slug(args.model_path), "fingerprint": fingerprint(args.model_path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": prompt_for(vlm, args.prompt_text)[0], "layers": layers, "image_aspect": args.image_aspect}
     identity |= {name: getattr(args, name) for name in ("max_new_tokens", "no_tower", "use_answers")}
     identity["questions"] = args.question_file and args.question_file.rsplit("/", 1)[-1]

@@ -26,7 +26,7 @@ import engine
 import rundirs
 from capturing import GroupMass, HiddenNorms, RopeShift, answer_ids, capture, entries, extended, generate
 from cli import UsageError
-from common import GROUPS, add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import GROUPS, add_model_arguments, identity_of, load_from_args, prompt_for
 from samples import load_image, read_coco
 
 EXPERIMENT = rundirs.COCO
@@ -79,7 +79,7 @@ def settings_of(args, vlm, strip):
     names = ("prompt_text", "max_new_tokens", "do_sample", "temperature", "seed", "delta_steps", "restrict_to_past", "vision_scale", "pos_only")
     names += ("probe_hidden_norms", "hidden_norm_kind", "save_hidden_grid", "save_hidden_plots", "paper_compat")
     tail = {name: Path(getattr(args, name)).name for name in ("image_dir", "ann_file")}
-    model = {"model_name": rundirs.slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    model = identity_of(vlm)
     prompt = prompt_for(vlm, args.prompt_text, strip)[0]
     answers = {"answers": Path(args.answers).name} if args.answers else {}
     aspect = {"image_aspect": args.image_aspect} | ({"no_rope": True} if args.no_rope else {})

@@ -23,7 +23,7 @@ from stethoscope_views import Canvas, ceiling_of, cells_of, named, relevancy_map
 
 import plots
 import rundirs
-from common import fingerprint
+from common import identity_of
 
 EXPERIMENT = "relevancy"
 COLUMNS = 20  # tokens in one figure
@@ -54,7 +54,7 @@ def export(analysis, shown, model_name, out_root):
     """Write a new run directory. Returns (its path, the ZIP of it in a folder for temporary files)."""
     vlm, how = analysis.model.vlm, analysis.decoding
     depth = analysis.model.depth
-    identity = {"model_name": rundirs.slug(model_name), "fingerprint": fingerprint(model_name), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": analysis.batch.prompts[0], "layers": list(range(depth)), "decoding": vars(how), "made_by": "demo_meta.py"}
     name = f"app-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     run = rundirs.open_run(

@@ -32,7 +32,7 @@ import common
 import engine
 import rundirs
 from cli import UsageError
-from common import add_model_arguments, fingerprint, load_from_args
+from common import add_model_arguments, fingerprint, identity_of, load_from_args
 from samples import Sample, list_pictures, load_image
 from scripts.targets import BLOCK, model_of
 
@@ -181,7 +181,7 @@ def main(argv=None):
     blocks = list_blocks(args.image_dir)
     names = [name for block in blocks for name in block.names]
     vlm = load(args)
-    identity = {"model_name": rundirs.slug(args.model_path), "fingerprint": fingerprint(args.model_path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"vision_tower": args.vision_tower_path and fingerprint(args.vision_tower_path), "image_aspect": args.image_aspect, "block": BLOCK}
     identity |= {"pictures": len(names), "list_digest": sha256("\n".join(names).encode()).hexdigest()[:16]}
     free = {"model_path": args.model_path, "image_dir": args.image_dir, "batch_size": args.batch_size, "device": str(vlm.device), "keep_acts": args.keep_acts}

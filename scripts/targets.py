@@ -7,7 +7,7 @@ import cli
 import rundirs
 import samples
 from cli import UsageError
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from samples import Sample, load_image
 from scripts.objects import find_target, object_mask, object_tokens
 
@@ -127,7 +127,7 @@ def tokens_of(args, vlm, batch, mask):
 def open_run(args, experiment, vlm, names, more=None, free=None):
     """The run directory; names: flags that the numbers depend on besides the common ones."""
     names = (*names, "datatype", "min_area", "max_area", "max_annotations", "threshold", "seed", "paper_compat", "image_aspect")
-    settings = {"model_name": rundirs.slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    settings = identity_of(vlm)
     settings |= {"prompt": prompt_for(vlm, "QUESTION")[0], "data": Path(args.coco_root).name} | {name: getattr(args, name) for name in names} | (more or {})
     free = {"model_path": args.model_path, "coco_root": args.coco_root, "max_images": args.max_images, "per_pass": args.per_pass, "device": str(vlm.device)}
     return rundirs.open_run(rundirs.run_path(args.out_root, args.model_path, experiment, args.run_name), experiment, settings, free, args.overwrite)

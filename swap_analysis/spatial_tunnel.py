@@ -24,7 +24,7 @@ import rundirs
 import stats
 from capturing import answer_ids, embeddings, first_positions, padded_after, prefill, shared_start
 from cli import UsageError
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from data.tunnel import ANGLES, SIZES, WORDINGS
 from samples import Sample, load_image
 
@@ -215,7 +215,7 @@ def main(argv=None):
     vlm.need("decoder-only")
     prompt = prompt_for(vlm, "QUESTION")[0]
     words = yes_no_ids(vlm, prompt)
-    identity = {"model_name": rundirs.slug(args.model_path), "fingerprint": fingerprint(args.model_path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": prompt, "image_aspect": args.image_aspect, "data": made, "answer_ids": words}
     free = {"model_path": args.model_path, "data_dir": args.data_dir, "batch_size": args.batch_size, "device": str(vlm.device)}
     run = rundirs.open_run(rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name), EXPERIMENT, identity, free, args.overwrite)

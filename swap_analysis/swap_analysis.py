@@ -30,7 +30,7 @@ import cli
 import engine
 import rundirs
 from cli import UsageError
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 
 EXPERIMENT = "swap_analysis"
 STAGES = ("pairs", "states", "metrics", "plots")
@@ -159,7 +159,7 @@ def extract(args, scale, path):
     layers = args.layers or list(range(len(vlm.parts.layers)))
     if not set(layers) <= set(range(len(vlm.parts.layers))):
         raise UsageError(f"--layers {layers}: {path} has {len(vlm.parts.layers)} layers, counted from 0")
-    identity = {"model_name": rundirs.slug(path), "fingerprint": fingerprint(path), "dtype": str(vlm.dtype).removeprefix("torch."), "scale": scale}
+    identity = identity_of(vlm) | {"scale": scale}
     identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "data": args.data_path.rsplit("/", 1)[-1], "layers": layers, "total_layers": len(vlm.parts.layers)}
     identity |= {
         "pairs": len(found),

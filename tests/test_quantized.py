@@ -84,12 +84,16 @@ def test_gradients_go_through_rounded_weights(tmp_path, kind, pictures):
             assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.95
 
 
-def test_a_script_runs_on_rounded_weights(folders, tmp_path):
-    make, norms = in_process(ROOT / "data" / "make_shapes.py"), in_process(ROOT / "diagnostic_tools" / "vlm_token_norms.py")
+def test_a_script_runs_on_rounded_weights_and_does_not_go_on_with_others(folders, tmp_path):
+    make, coco = in_process(ROOT / "data" / "make_shapes.py"), in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py")
     assert make("--num_images", "3", "--num_train", "0", "--num_workers", "1", "--out_dir", tmp_path / "set").returncode == 0
-    flags = ["--coco_root", tmp_path / "set", "--out_dir", tmp_path / "runs"]
-    done = norms("--model_path", folders["llava"], "--quantize_type", "int8", *flags)
+    where = ["--image_dir", tmp_path / "set" / "val2017", "--ann_file", tmp_path / "set" / "annotations" / "captions_val2017.json", "--out_root", tmp_path]
+    flags = ["--model_path", folders["llava"], *where, "--max_images", 2, "--max_new_tokens", 2]
+    done = coco(*flags, "--quantize_type", "int8")
     assert done.returncode == 0 and "MatMul8bit" not in done.stderr, done.stderr
+    for other in ([], ["--quantize_type", "4bit"]):
+        again = coco(*flags, *other, "--max_images", 3)
+        assert again.returncode == 2 and "dtype" in again.stderr and "float32 int8" in again.stderr, again.stderr
 
 
 def test_without_the_library_the_message_names_it(folders, monkeypatch):

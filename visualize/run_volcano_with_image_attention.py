@@ -27,7 +27,7 @@ import plots
 import rundirs
 from answers import is_right, token_spans
 from cli import UsageError
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from samples import Sample, load_image, read_mmhal
 from visualize.conversation import Asker, converse
 from visualize.downloads import picture_of
@@ -224,7 +224,7 @@ def main(argv=None):
         raise UsageError(f"--hidden-top-k {args.hidden_top_k}: {args.model_path} has {len(vlm.parts.layers)} layers")
     names = ("sample", "temperature", "seed", "engineered_prompt", "max_iterations", "order", "max_new_tokens", "hidden_top_k", "paper_compat", "image_aspect")
     names += ("output_visualization_tensors", "full_tensors")
-    identity = {"model_name": rundirs.slug(args.model_path), "fingerprint": fingerprint(args.model_path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": prompt_for(vlm, "QUESTION")[0], "input": Path(args.input).name, "answers": args.answers and Path(args.answers).name}
     identity |= {name: getattr(args, name) for name in names}
     free = {"model_path": args.model_path, "input_file": args.input, "batch_size": args.batch_size, "device": str(vlm.device)}

@@ -19,7 +19,7 @@ import cli
 import engine
 import rundirs
 from capturing import HiddenStates, capture, prefill
-from common import add_model_arguments, fingerprint, load_from_args, prompt_for
+from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from grid import PatchGrid
 from groups import GROUPS
 from lens import Lens, vocabulary
@@ -108,7 +108,7 @@ def main(argv=None):
     vlm = load_from_args(args)
     vlm.need("decoder-only")
     model = rundirs.slug(args.model_path)
-    identity = {"model_name": model, "fingerprint": fingerprint(args.model_path), "dtype": str(vlm.dtype).removeprefix("torch.")}
+    identity = identity_of(vlm)
     identity |= {"prompt": prompt_for(vlm, args.prompt_text)[0], "top_k": args.top_k, "image_aspect": args.image_aspect}
     free = {"model_path": args.model_path, "image_folder": args.image_folder, "device": str(vlm.device), "batch_size": args.batch_size}
     run = rundirs.open_run(rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name), EXPERIMENT, identity, free, args.overwrite)
