@@ -482,24 +482,55 @@ def _takes(model, name):
     return name in inspect.signature(model.forward).parameters
 
 
-def need_embeddings(vlm):
-    """UsageError for a family whose decoder gets more of the picture than its input embeddings: embeddings() cannot say what it reads."""
-    if vlm.family.deepstack:
-        why = f"{vlm.family.name} adds the picture in its decoder's first layers too (deepstack)"
-        raise UsageError(f"{vlm.path}: this measure needs a decoder that reads the picture in its input embeddings alone, and {why}")
-
-
 def entries(vlm, features):
     """Where the decoder gets the picture, as lists (P, d) per sample that may be changed in place: its input and, with deepstack, its first layers."""
     return [features.pooler_output, *(features.deepstack_features if vlm.family.deepstack else ())]
 
 
+def entered(vlm, features):
+    """What the decoder gets for each vision token of a batch, (N, d); with deepstack (N, (1 + K) d): behind the input what is added to the outputs of the
+    first K layers."""
+    return torch.cat([torch.cat(list(tokens)) for tokens in entries(vlm, features)], -1)
+
+
 def embeddings(vlm, batch, features=None):
     """What the decoder reads: token embeddings with the image features in their places, (B, T, d). UsageError where that is not all that it gets."""
-    need_embeddings(vlm)
-    features = vlm.vision(batch) if features is None else features
-    embeds = vlm.model.get_input_embeddings()(batch.input_ids)
-    return embeds.masked_scatter((batch.groups == VISION)[..., None], torch.cat(features.pooler_output).to(embeds))
+    if vlm.family.deepstack:
+        raise UsageError(f"{vlm.path}: {vlm.family.name} adds the picture in its decoder's first layers too (deepstack), so embeddings alone do not show it")
+    with entering(vlm, batch, entered(vlm, vlm.vision(batch) if features is None else features)) as embeds:
+        return embeds
+
+
+@contextlib.contextmanager
+def entering(vlm, batch, rows):
+    """The decoder's inputs (B, T, d) with rows (N, d) or (N, (1 + K) d), see entered(), for the vision tokens of the batch. With deepstack they hold within
+    the context only, see deepened()."""
+    embeds, seen = vlm.model.get_input_embeddings()(batch.input_ids), batch.groups == VISION
+    width = embeds.shape[-1]
+    with deepened(vlm, seen, rows[:, width:]):
+        yield embeds.masked_scatter(seen[..., None], rows[:, :width].to(embeds))
+
+
+@contextlib.contextmanager
+def deepened(vlm, seen, rows):
+    """Within the context rows (N, K d) are added to the outputs of the first K layers at the N places of seen (B, T), in passes over (B, T) positions."""
+
+    def add(module, args, output, own):
+        states = output[0] if isinstance(output, tuple) else output
+        if states.shape[:2] != seen.shape:  # a later step
+            return None
+        here = seen.to(states.device)[..., None]
+        states = states + torch.zeros_like(states).masked_scatter(here, own.to(states))
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    width = vlm.model.get_input_embeddings().weight.shape[1]
+    parts = rows.split(width, -1) if rows.shape[1] else ()
+    hooks = [vlm.parts.layers[layer].register_forward_hook(lambda *all, own=own: add(*all, own)) for layer, own in enumerate(parts)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def more_inputs(vlm, batch, start=0):

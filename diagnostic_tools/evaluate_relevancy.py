@@ -28,7 +28,7 @@ import cli
 import engine
 import rundirs
 from answers import token_spans
-from capturing import answer_ids, generate, need_embeddings
+from capturing import answer_ids, generate
 from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from samples import load_image, read_coco, read_instances, read_questions
 from scripts.objects import object_mask, rng_for
@@ -183,7 +183,6 @@ def main(argv=None):
     samples, annotations = read_samples(args), read_instances(args.ann_file)
     vlm = load_from_args(args)
     vlm.need("decoder-only")
-    need_embeddings(vlm)
     identity = identity_of(vlm)
     identity |= {"prompt": prompt_for(vlm, args.prompt_text)[0], "image_aspect": args.image_aspect, "annotations": Path(args.ann_file).name}
     identity["questions"] = args.question_file and Path(args.question_file).name

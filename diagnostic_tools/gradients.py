@@ -13,14 +13,13 @@ the rows of the next lower layer need it. Section 5.2 of our study of the stetho
 
 import contextlib
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from relevancy import head_mean
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from capturing import embeddings, extended, kernel, more_inputs
+from capturing import entered, entering, extended, kernel, more_inputs
 
 NAME = "vlm_gradients"
 ROWS = 128  # of a map that are held at once for one head
@@ -216,9 +215,10 @@ class Trace:
     """One pass over a prompt and its answer. prompt: the batch of the prompt alone, batch: with the answer; rows (T,): positions that produced the answer's
     tokens; ids (T,); logits (T, V) float32; vision (P,) positions.
 
-    layers, tower: blocks as they ran; sources (P, k): see models.Family, one position each where the family does not name them; features (P, d) a leaf;
-    pooled: the same with the tower's graph; logit: the sum of the chosen logits, with its graph; queries: [(self-attention, cross-attention or None), ...]
-    of a Q-Former's layers, (1, H, n, n) and (1, H, q, S) with their graph, or one map (1, H, q, q + S) twice where they are joint; else empty."""
+    layers, tower: blocks as they ran; sources (P, k): see models.Family, one position each where the family does not name them; features (P, d) a leaf, with
+    deepstack (P, (1 + K) d), see capturing.entered; pooled (P, d): the input's part with the tower's graph; logit: the sum of the chosen logits, with its
+    graph; queries: [(self-attention, cross-attention or None), ...] of a Q-Former's layers, (1, H, n, n) and (1, H, q, S) with their graph, or one map
+    (1, H, q, q + S) twice where they are joint; else empty."""
 
     vlm: object
     prompt: object
@@ -240,13 +240,18 @@ class Trace:
         return self.batch.input_ids.shape[1]
 
     @property
+    def tokens(self):
+        """(P, d) vision tokens as the decoder's input has them."""
+        return self.features.detach()[:, : self.pooled.shape[1]]
+
+    @property
     def joint(self):
         """Whether queries read each other and the patches by one map."""
         return any(own is cross for own, cross in self.queries)
 
     def descend(self, targets, maps=True):
-        """Yield (layer, Ā (C, N, N) or None) from the last layer down for the tokens `targets` (indices into ids); at the end (None, gradients (C, P, d) of
-        the vision tokens)."""
+        """Yield (layer, Ā (C, N, N) or None) from the last layer down for the tokens `targets` (indices into ids); at the end (None, gradients of the
+        vision tokens, (C, P, d) as `features`)."""
         top = self.layers[-1].output
         (rising,) = torch.autograd.grad(self.logit, top, retain_graph=True)
         cotangents = top.new_zeros(len(targets), *top.shape[1:])
@@ -313,8 +318,8 @@ def _query_attention(former):
 
 
 def trace(vlm, batch, ids, tower=True, features=None):
-    """Run one sample's prompt (a batch of one) and answer ids once. tower: keep the vision tower's blocks too, where the family names them. features (P, d):
-    vision tokens in place of the picture's."""
+    """Run one sample's prompt (a batch of one) and answer ids once. tower: keep the vision tower's blocks too, where the family names them. features: vision
+    tokens in place of the picture's, as Trace.features."""
     if len(batch.samples) != 1 or not ids:
         raise ValueError(f"one prompt and an answer are wanted, got {len(batch.samples)} prompts and {len(ids)} tokens")
     vlm.need("decoder-only")
@@ -323,15 +328,14 @@ def trace(vlm, batch, ids, tower=True, features=None):
     with torch.enable_grad():
         seen, queries, former = [], [], vlm.parts.qformer
         if features is not None:
-            pooled = features
+            found = features
         elif tower and vlm.parts.vision_blocks:
             with recording(vlm.parts.tower, vlm.parts.vision_blocks) as seen, _query_attention(former) if former else contextlib.nullcontext([]) as queries:
-                pooled = torch.cat(vlm.vision(batch).pooler_output)
+                found = entered(vlm, vlm.vision(batch))
         else:
-            pooled = torch.cat(vlm.vision(batch).pooler_output)
-        features = pooled.detach().requires_grad_()
-        embeds = embeddings(vlm, whole, SimpleNamespace(pooler_output=[features]))
-        with recording(vlm.parts.decoder, vlm.parts.layers) as layers:
+            found = entered(vlm, vlm.vision(batch))
+        features, pooled = found.detach().requires_grad_(), found[:, : vlm.model.get_input_embeddings().weight.shape[1]]
+        with recording(vlm.parts.decoder, vlm.parts.layers) as layers, entering(vlm, whole, features) as embeds:
             logits = vlm.model(inputs_embeds=embeds, logits_to_keep=len(ids) + 1, **options).logits[0, :-1].float()
         chosen = torch.tensor(list(ids), device=logits.device)
         logit = logits.gather(1, chosen[:, None]).sum()

@@ -26,7 +26,7 @@ from warning_signals import EXPERIMENT, SIGNALS, find_calibration, measure, name
 import cli
 import engine
 import rundirs
-from capturing import generate, need_embeddings
+from capturing import generate
 from cli import UsageError
 from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from data.questions import article
@@ -228,7 +228,6 @@ def main(argv=None):
     args = parse_args(argv)
     vlm = load_from_args(args)
     vlm.need("decoder-only")
-    need_embeddings(vlm)
     if args.command == "fit":
         counts, run = measured(args, vlm, "fit")
         found = calibrate(run) | {"names": run.meta["settings"]["names"]}

@@ -10,14 +10,12 @@ energy on arrays, and three ways to take parts of the picture away from a model.
 Curves: Transformer-MM-Explainability (arXiv 2103.15679), section 4.3 of our study; pointing: arXiv 1608.00507; energy: arXiv 1910.01279. P vision tokens;
 U parts that are removed: vision tokens, or boxes of the picture where it is blurred."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 from attention_map import find_word
 from PIL import Image, ImageFilter
 
-from capturing import embeddings, more_inputs
+from capturing import VISION, deepened, entered, entering, more_inputs
 
 MEASURES = {  # of log-probabilities (..., K) at the shares s_0 = 0 ... s_K-1
     "ratio": lambda curve: np.exp(curve - curve[..., :1]),  # p(s) / p(0): 1 where nothing is removed
@@ -146,25 +144,29 @@ def mean_replaced(run, targets, gone, per_pass=8):
     for where, some in _chunks(gone, per_pass):
         filled = torch.where(torch.from_numpy(some).to(features.device)[..., None], features.mean(0), features)
         whole = run.batch.repeat(len(some))
-        embeds = embeddings(run.vlm, whole, SimpleNamespace(pooler_output=list(filled)))
-        found[where] = logprobs(run, targets, embeds, whole.position_ids, more_inputs(run.vlm, whole))
+        with entering(run.vlm, whole, filled.flatten(0, 1)) as embeds:
+            found[where] = logprobs(run, targets, embeds, whole.position_ids, more_inputs(run.vlm, whole))
     return found
 
 
 @torch.inference_mode()
 def dropped(run, targets, gone, per_pass=8):
     """Log-probabilities (n, T) with some vision tokens left out of the sequence; the others keep their positions. gone (n, P) bool."""
-    embeds = embeddings(run.vlm, run.batch, SimpleNamespace(pooler_output=[run.features.detach()]))[0]
+    features = run.features.detach()
+    with entering(run.vlm, run.batch, features) as whole:
+        embeds = whole[0]
     found, counts = np.empty((len(gone), len(targets))), gone.sum(1)
     for count in np.unique(counts):  # sequences of one length need no padding
         same = np.flatnonzero(counts == count)
         for where, some in _chunks(gone[same], per_pass):
             stay = torch.ones(len(some), run.length, dtype=torch.bool, device=embeds.device)
-            stay[:, run.vision] = torch.from_numpy(~some).to(embeds.device)
+            stay[:, run.vision] = left = torch.from_numpy(~some).to(embeds.device)
             kept = stay.nonzero()[:, 1].view(len(some), -1)
             positions = run.batch.position_ids[..., 0, :][..., kept]
             more = {name: value[0, kept] for name, value in more_inputs(run.vlm, run.batch).items()}
-            found[same[where]] = logprobs(run, targets, embeds[kept], positions, more)
+            deep = features[:, embeds.shape[1] :].expand(len(some), -1, -1)[left]
+            with deepened(run.vlm, run.batch.groups[0, kept] == VISION, deep):
+                found[same[where]] = logprobs(run, targets, embeds[kept], positions, more)
     return found
 
 
@@ -187,5 +189,6 @@ def blurred(run, targets, gone, picture, grid, radius, per_pass=8):
     for where, some in _chunks(gone, per_pass):
         batch = run.vlm.encode([sample] * len(some), blur_boxes(picture, grid, some, radius))
         whole = run.batch.repeat(len(some))
-        found[where] = logprobs(run, targets, embeddings(run.vlm, whole, run.vlm.vision(batch)), whole.position_ids, more_inputs(run.vlm, whole))
+        with entering(run.vlm, whole, entered(run.vlm, run.vlm.vision(batch))) as embeds:
+            found[where] = logprobs(run, targets, embeds, whole.position_ids, more_inputs(run.vlm, whole))
     return found

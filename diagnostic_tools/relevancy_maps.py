@@ -19,7 +19,7 @@ from gradients import trace
 import cli
 import engine
 import rundirs
-from capturing import answer_ids, generate, need_embeddings
+from capturing import answer_ids, generate
 from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from groups import GROUPS
 from lens import vocabulary
@@ -73,7 +73,7 @@ def make_process(args, vlm, layers):
         found = attribution.relevancy(run, targets, layers, budget=args.memory * 2**20)
         arrays = {"rows": found.rows} | ({"cells": found.cells} if found.cells is not None else {})
         arrays["raw_attention"] = attribution.raw_attention(run, targets, layers)[..., run.vision.cpu().numpy()]
-        arrays["vision_norms"] = run.features.detach().float().norm(dim=-1).cpu().numpy()
+        arrays["vision_norms"] = run.tokens.float().norm(dim=-1).cpu().numpy()
         codes = run.batch.groups[0].cpu()
         text = torch.isin(codes, torch.tensor(TEXT))
         shares = rules.share(torch.from_numpy(found.image), torch.from_numpy(found.rows)[..., text])
@@ -105,7 +105,6 @@ def main(argv=None):
     samples = read_samples(args)
     vlm = load_from_args(args)
     vlm.need("decoder-only")
-    need_embeddings(vlm)
     depth = len(vlm.parts.layers)
     layers = sorted(set(args.layers)) if args.layers else list(range(depth))
     if not 0 <= layers[0] <= layers[-1] < depth:

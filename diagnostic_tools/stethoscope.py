@@ -258,7 +258,7 @@ class Analysis:
                 raise UsageError(f"relevancy of {count} tokens would take {size / 2**20:.0f} MiB, {ROWS_BUDGET / 2**20:.0f} are allowed: generate fewer tokens")
             with self.model.lock:
                 run = gathered(trace(self.model.vlm, self.batch, self.ids))
-            self._parts["norms"] = run.features.detach().float().norm(dim=-1).cpu().numpy()
+            self._parts["norms"] = run.tokens.float().norm(dim=-1).cpu().numpy()
             self._work = run, []
             return 0.0
         run, parts = self._work
@@ -345,9 +345,7 @@ class Analysis:
         vlm, lines = self.model.vlm, []
         if self.batch.grids[0] is None:
             lines.append(f"{vlm.family.name}: where the vision tokens lie in the picture is unknown, so their attention is not drawn on it.")
-        if vlm.family.deepstack:
-            lines.append(f"{vlm.family.name}: the decoder's first layers get the picture too (deepstack), so relevancy and raw attention are not shown.")
-        elif not vlm.parts.vision_blocks:
+        if not vlm.parts.vision_blocks:
             lines.append(f"{vlm.family.name}: relevancy stops at the vision tokens, for the tower's attention is not known.")
         return lines
 

@@ -35,7 +35,7 @@ class Family:
     read_text: Callable = None  # (vlm, prompt) -> more image inputs of one sample, {name: (1, m) ids or mask}, for connectors that read the prompt
     positions: Callable = None  # (vlm, input_ids, attention_mask, image inputs) -> (positions as the model takes them, next position (B,))
     inputs: Callable = None  # (vlm, batch) -> more inputs of the model's forward over a prompt, {name: (B, T)}: token types, a mask of the picture's positions
-    deepstack: bool = False  # the picture's features are added to the decoder's first layers too, so its input embeddings are not all that it gets
+    deepstack: bool = False  # features.deepstack_features are added to the outputs of the decoder's first layers, so its inputs are not all that it gets
     rotary: Callable = None  # (vlm) -> Rotary, or None: no rotary positions
     default_system: Callable = None  # (vlm) -> system prompt where the user gives none, or None
     prompt: Callable = None  # (vlm, question, system) -> text, for processors without a chat template

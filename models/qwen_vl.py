@@ -6,8 +6,7 @@ spatial_merge_size x spatial_merge_size patches, nothing is cropped or padded; e
 another order of patches.
 
 Qwen3-VL adds features of the tower's middle to the vision tokens of its first decoder layers (deepstack): the picture is not in the input embeddings
-alone. So it is measured and asked like the others, but what changes the decoder's inputs, ablation and relevancy, refuses, and prompts about a picture
-share no keys and values.
+alone, see capturing.entered. What replaces a vision token leaves nothing of it there either; prompts about a picture share no keys and values.
 
 Checked on small random models with processors made in the tests: the contract. Not checked, for want of the files: the published weights; videos are
 not read."""

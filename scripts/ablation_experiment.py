@@ -16,7 +16,7 @@ from PIL import Image
 
 import cli
 import engine
-from capturing import answer_ids, need_embeddings
+from capturing import answer_ids
 from samples import Sample
 from scripts.criteria import mentions, mentions_published, says_yes, says_yes_published
 from scripts.interventions import add_ablation_arguments, asking, condition_sets, integrated_gradients, prepare, replacement, replacement_of, run
@@ -75,7 +75,7 @@ def make_process(args, vlm, mean):
 
         plain = []
         for name, prompt in prompts.items():
-            found = asking(limit[name])(vlm, prompt.batch, embeds=prompt.embeds)
+            found = asking(limit[name])(vlm, prompt.batch, features=prompt.features)
             plain.append((found.ids[0], found.logprobs[0], found.first[0]))
         record["conditions"] = {"none": all_results(plain) | {"tokens": 0}}
         record["caption"] = record["conditions"]["none"]["generative"]["text"]
@@ -87,7 +87,7 @@ def make_process(args, vlm, mean):
             record["eligible"] = not record["under_noise"]["correct"]
         if not record["eligible"]:
             return record, {}
-        vision = first.embeds[0, first.vision]
+        vision = torch.cat(features.pooler_output)
         values = replacement(kind, mean, vision, args.seed, item.id)
         scores = None
         if args.gradient_steps:
@@ -137,7 +137,6 @@ def published_name(name):
 def main(argv=None):
     args = parse_args(argv)
     items, vlm = read_targets(args), load_vlm(args)
-    need_embeddings(vlm)
     kind, mean, provenance = replacement_of(args, vlm)
     names = ("sizes", "draws", "gradient_steps", "max_new_tokens", "no_noise_filter")
     run_dir = open_run(args, EXPERIMENT, vlm, names, {"replacement": kind, "mean_provenance": provenance})

@@ -14,7 +14,7 @@ import torch
 
 import cli
 import engine
-from capturing import answer_ids, extended, need_embeddings
+from capturing import answer_ids, extended
 from scripts.criteria import mentions, prefix_published
 from scripts.interventions import add_ablation_arguments, asking, condition_sets, integrated_gradients, naming, prepare, replacement, replacement_of, run
 from scripts.targets import add_arguments, load, load_vlm, open_run, read_curated_targets, tokens_of, write_results
@@ -43,7 +43,6 @@ def make_process(args, vlm, kind, mean):
         name = answer_ids(vlm, plain.prompts[0] + " " + START, item.answer)[:-1]
         tokens = tokens_of(args, vlm, batch, mask)
         prompt = prepare(vlm, batch, vlm.vision(batch))
-        embeds = prompt.embeds
         record = {"image_id": item.sample.extra["image_id"], "file_name": item.image.name, "category": item.category, "annotation": item.annotation.get("id")}
         record |= {"question": item.sample.question, "answer": item.answer, "prompt": f"{plain.prompts[0]} {START}"}
         record |= {"object_tokens": len(tokens), "vision_tokens": len(prompt.vision)}
@@ -58,12 +57,12 @@ def make_process(args, vlm, kind, mean):
             return facts | {"logprob_first_token": first[name[0]].item(), "logprob_name": logprobs.sum().item()}
 
         what = [asking(args.max_new_tokens), naming(name)]
-        found = [ask(vlm, batch, embeds=embeds) for ask in what]
+        found = [ask(vlm, batch, features=prompt.features) for ask in what]
         record["conditions"] = {"none": {"vqa": result(*((part.ids[0], part.logprobs[0], part.first[0]) for part in found)), "tokens": 0}}
         record["caption"], record["eligible"] = record["conditions"]["none"]["vqa"]["text"], record["conditions"]["none"]["vqa"]["correct"]
         if not record["eligible"]:
             return record, {}
-        vision = embeds[0, prompt.vision]
+        vision = torch.cat(prompt.features.pooler_output)
         values, scores = replacement(kind, mean, vision, args.seed, item.id), None
         if args.gradient_steps:
             baseline = values if kind != "noise" else torch.zeros_like(vision)
@@ -107,7 +106,6 @@ def published_name(name):
 def main(argv=None):
     args = parse_args(argv)
     items, vlm = read_curated_targets(args), load_vlm(args)
-    need_embeddings(vlm)
     kind, mean, provenance = replacement_of(args, vlm)
     more = {"replacement": kind, "mean_provenance": provenance, "questions": args.clean_questions_file.rsplit("/", 1)[-1], "start": START}
     run_dir = open_run(args, EXPERIMENT, vlm, ("sizes", "draws", "gradient_steps", "max_new_tokens"), more)

@@ -90,7 +90,7 @@ def make_process(args, vlm):
                 if cache is None:
                     for key in some:
                         with edit(vlm, blocks=[blocks[key]]):
-                            logits[key] = generate(vlm, prompt.batch, 1, features=prompt.features, embeds=prompt.embeds).first[0]
+                            logits[key] = generate(vlm, prompt.batch, 1, features=prompt.features).first[0]
                     continue
                 states = branches(vlm, prompt.batch, cache, prompt.embeds, start, [[blocks[key]] for key in some])
                 logits |= dict(zip(some, lens.logits(states[:, -1], normed=True)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from capturing import embeddings, first_positions, generate, prefill
+from capturing import entered, entering, first_positions, generate, prefill
 from cli import UsageError
 from scripts.objects import buffered, random_blob, random_tokens, register_tokens, rng_for
 
@@ -99,17 +99,23 @@ def replacement(kind, mean, features, seed, item_id):
     return features.float().mean(0).addcmul(torch.from_numpy(noise).to(features.device), features.float().std(0)).to(features)
 
 
+def beside(values, rows):
+    """values (P, d) for the decoder's input with nothing for what is added in its first layers, as wide as rows (..., d) or (..., (1 + K) d)."""
+    return torch.nn.functional.pad(values, (0, rows.shape[-1] - values.shape[-1]))
+
+
 # --- running ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Prompt:
-    """One prompt of one picture, ready to be continued: its batch (one row), image features, embeddings (1, T, d), None where these do not hold all of the
-    picture (deepstack), keys and values, positions of its vision tokens."""
+    """One prompt of one picture, ready to be continued: its batch (one row), image features and what the decoder gets of them (P, d) or (P, (1 + K) d), see
+    capturing.entered, the decoder's inputs (1, T, d), keys and values, positions of its vision tokens."""
 
     batch: object
     features: object
-    embeds: torch.Tensor | None
+    rows: torch.Tensor
+    embeds: torch.Tensor
     cache: object
     vision: torch.Tensor
     logits: torch.Tensor  # (V,) float32, of the token after the prompt
@@ -118,21 +124,22 @@ class Prompt:
 @torch.no_grad()
 def prepare(vlm, batch, features, shared=None):
     """A Prompt; shared: another Prompt whose tokens up to the end of the picture are the same, so that they are not computed again."""
-    vision, embeds = batch.vision_positions(0), None if vlm.family.deepstack else embeddings(vlm, batch, features)
-    cache = None
+    vision, rows, cache = batch.vision_positions(0), entered(vlm, features), None
     if shared is not None:
         same = int(vision[-1]) + 1
         if torch.equal(batch.input_ids[:, :same], shared.batch.input_ids[:, :same]):
             cache = first_positions(vlm, shared.cache, same)
-    output = prefill(vlm, batch, features, cache, embeds)
-    return Prompt(batch, features, embeds, output.past_key_values, vision, output.logits[0, -1].float())
+    with entering(vlm, batch, rows) as embeds:
+        output = prefill(vlm, batch, cache=cache, embeds=embeds)
+    return Prompt(batch, features, rows, embeds, output.past_key_values, vision, output.logits[0, -1].float())
 
 
 def run(vlm, prompts, sets, values, per_pass, what):
     """Results of every condition: {condition: [result of each prompt]}.
 
     prompts: Prompts of one picture that share everything up to the end of the picture, in the order of `what`: for each a function
-    (vlm, batch, **options for generate) -> Generation. sets {condition: token indices}; values (P, d). Conditions are ordered by their first token and
+    (vlm, batch, **options for generate) -> Generation. sets {condition: token indices}; values (P, d) of the decoder's input; with deepstack a replaced
+    token, like one of text, has nothing added in the first layers. Conditions are ordered by their first token and
     run `per_pass` at a time; what comes before the first of them is not computed again, and the picture's part serves all prompts."""
     lead, results = prompts[0], {}
     order = sorted(sets, key=lambda name: -int(sets[name].min()))
@@ -141,11 +148,12 @@ def run(vlm, prompts, sets, values, per_pass, what):
         start = int(lead.vision[min(int(sets[name].min()) for name in names)])
         cache, rounds = first_positions(vlm, lead.cache, start, len(names)), []
         for prompt, ask in zip(prompts, what, strict=True):
-            embeds = prompt.embeds.repeat(len(names), 1, 1)
+            rows, batch = prompt.rows.repeat(len(names), 1, 1), prompt.batch.repeat(len(names))
             for row, name in enumerate(names):
-                index = torch.from_numpy(sets[name]).to(prompt.vision.device)
-                embeds[row, prompt.vision[index]] = values[index.to(values.device)].to(embeds)
-            found = ask(vlm, prompt.batch.repeat(len(names)), embeds=embeds, cache=cache)
+                index = torch.from_numpy(sets[name]).to(rows.device)
+                rows[row, index] = beside(values, rows)[index].to(rows)
+            with entering(vlm, batch, rows.flatten(0, 1)) as embeds:
+                found = ask(vlm, batch, embeds=embeds, cache=cache)
             rounds.append(found)
             cache = first_positions(vlm, found.cache, int(lead.vision[-1]) + 1)
         for row, name in enumerate(names):
@@ -173,17 +181,16 @@ def integrated_gradients(vlm, prompt, baseline, target, steps=50, per_pass=4, pa
     Midpoints of `steps` equal parts; paper_compat: both ends included, as published (whose target was the BOS id and whose span was one token too
     long; that is not reproduced). Sundararajan, Taly and Yan 2017, eq. 3; arXiv 2410.07149, section 2.7 of our study. Parameters are frozen, so no
     gradient of theirs is made."""
-    vision, whole = prompt.vision, prompt.embeds
-    start = int(vision[0])
-    low, high = baseline.to(whole), whole[0, vision]
+    start, high = int(prompt.vision[0]), prompt.rows
+    low = beside(baseline, high).to(high)
     alphas = torch.linspace(0, 1, steps) if paper_compat else (torch.arange(steps) + 0.5) / steps
 
     def logit_at(points):
         """Logits of the target with the picture at low + alpha (high - low), (n,), and the points that carry the gradient."""
         batch = prompt.batch.repeat(len(points))
-        here = (low + points.to(whole)[:, None, None] * (high - low)).requires_grad_(torch.is_grad_enabled())
-        embeds = whole.repeat(len(points), 1, 1).index_copy(1, vision, here)
-        output = prefill(vlm, batch, cache=first_positions(vlm, prompt.cache, start, len(points)), embeds=embeds)
+        here = (low + points.to(high)[:, None, None] * (high - low)).requires_grad_(torch.is_grad_enabled())
+        with entering(vlm, batch, here.flatten(0, 1)) as embeds:
+            output = prefill(vlm, batch, cache=first_positions(vlm, prompt.cache, start, len(points)), embeds=embeds)
         return output.logits[:, -1, target].float(), here
 
     total = torch.zeros(high.shape, dtype=torch.float32, device=high.device)

@@ -228,12 +228,15 @@ def blip_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """{name: folder} of the random models: LLaVA with as many key as query heads, with grouped queries, and Qwen2.5-VL."""
+    """{name: folder} of the random models: LLaVA with as many key as query heads, with grouped queries, Qwen2.5-VL, and Qwen3-VL with deepstack."""
+    from random_models import qwen_vl  # which takes from here
+
     root = tmp_path_factory.mktemp("models")
     return {
         "llava": build_llava(root / "llava"),
         "llava-gqa": build_llava(root / "llava-gqa", num_key_value_heads=2),
         "qwen": build_qwen(root / "qwen"),
+        "qwen3": qwen_vl.MODELS["qwen3_vl"](root / "qwen3"),
     }
 
 

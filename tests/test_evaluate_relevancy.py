@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import perturbation
@@ -17,7 +16,7 @@ from gradients import trace
 from PIL import Image, ImageFilter
 
 from answers import token_spans
-from capturing import embeddings, generate
+from capturing import VISION, generate
 from data import make_shapes
 from grid import PatchGrid
 from samples import Sample, read_instances
@@ -158,7 +157,7 @@ def test_the_centre_prior_falls_with_the_distance():
 # --- removal against slow forward passes --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["llava-gqa", "qwen"])
+@pytest.fixture(scope="module", params=["llava-gqa", "qwen", "qwen3"])
 def run(request, load, pictures):
     vlm = load(request.param)
     batch = vlm.encode([Sample("0", None, "What color is the circle?")], [pictures[1]])
@@ -174,17 +173,31 @@ def gone(run):
 TARGETS = [1, 4]
 
 
-def slow(run, embeds, positions, mask=None):
-    """(T,) by the model's own forward pass over one sequence, all logits kept."""
+def slow(run, read, positions, mask=None):
+    """(T,) by the model's own forward pass over one sequence, all logits kept; deepstack by the decoder's own arguments."""
+    embeds, seen, deep = read
     mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
+    deepstack = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep} if deep else {}
     with torch.no_grad():
-        logits = run.vlm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits[0].float()
+        decoder = run.vlm.parts.decoder
+        states = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **deepstack).last_hidden_state
+        logits = run.vlm.parts.lm_head(states)[0].float()
     start = embeds.shape[1] - len(run.ids) - 1
     return np.array([logits[start + t].log_softmax(-1)[run.ids[t]].item() for t in TARGETS])
 
 
 def inputs(run, features):
-    return embeddings(run.vlm, run.batch, SimpleNamespace(pooler_output=[features]))
+    """(decoder inputs (1, N, d), where the vision tokens are (1, N), [what its first layers add to them (P, d), ...])."""
+    seen, embeds = run.batch.groups == VISION, run.vlm.model.get_input_embeddings()(run.batch.input_ids)
+    first, *deep = features.split(embeds.shape[-1], -1)
+    return embeds.masked_scatter(seen[..., None], first), seen, deep
+
+
+def without(run, read, keep):
+    """The same of some positions only."""
+    embeds, seen, deep = read
+    stay = torch.tensor([position in keep for position in run.vision.tolist()], dtype=torch.bool)
+    return embeds[:, keep], seen[:, keep], [part[stay] for part in deep]
 
 
 def test_mean_replacement_is_the_forward_pass_with_those_tokens_replaced(run, gone):
@@ -202,15 +215,15 @@ def test_mean_replacement_is_the_forward_pass_with_those_tokens_replaced(run, go
 
 
 def test_dropping_is_the_forward_pass_over_the_shorter_sequence_at_the_old_positions(run, gone):
-    embeds, vision = inputs(run, run.features.detach()), run.vision.tolist()
+    read, vision = inputs(run, run.features.detach()), run.vision.tolist()
     found, moved = perturbation.dropped(run, TARGETS, np.concatenate([gone, gone[2:3, ::-1]]), per_pass=2)[: len(gone)], []
     for some, own in zip(gone, found, strict=True):
         out = {vision[part] for part in np.flatnonzero(some)}
         keep = [i for i in range(run.length) if i not in out]
-        assert np.allclose(own, slow(run, embeds[:, keep], run.batch.position_ids[..., keep]), atol=1e-4)
+        assert np.allclose(own, slow(run, without(run, read, keep), run.batch.position_ids[..., keep]), atol=1e-4)
         mask = torch.tensor([[int(i not in out) for i in range(run.length)]])
-        assert np.allclose(own, slow(run, embeds, run.batch.position_ids, mask), atol=1e-4)  # what cannot be read is not there
-        moved.append(slow(run, embeds[:, keep], run.batch.position_ids[..., : len(keep)]))
+        assert np.allclose(own, slow(run, read, run.batch.position_ids, mask), atol=1e-4)  # what cannot be read is not there
+        moved.append(slow(run, without(run, read, keep), run.batch.position_ids[..., : len(keep)]))
     assert np.abs(found - np.array(moved))[1:].max() > 1e-3  # the places that the others kept matter
     assert np.allclose(found[0], perturbation.mean_replaced(run, TARGETS, gone[:1])[0], atol=1e-4)
 

@@ -188,6 +188,35 @@ def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batc
             assert torch.allclose(first, wanted.first[0], atol=1e-4) and torch.allclose(logprobs, wanted.logprobs[0], atol=1e-4, equal_nan=True)
 
 
+def test_with_deepstack_a_replaced_token_is_gone_from_the_first_layers_too(load, batch_of):
+    """Against transformers' own forward pass, which gets the changed features as a picture's; and integrated gradients are complete over all of them."""
+    vlm = load("qwen3")
+    batch = batch_of(vlm, (0,))
+    with torch.no_grad():
+        prompt = prepare(vlm, batch, vlm.vision(batch))
+        second = prepare(vlm, extended(batch, [60, 61], "template"), prompt.features, prompt)
+        assert torch.allclose(prompt.logits, prefill(vlm, batch).logits[0, -1].float(), atol=1e-4)
+    count = len(prompt.vision)
+    values = torch.randn(count, prompt.embeds.shape[-1], generator=torch.Generator().manual_seed(1))
+    sets = {"one": np.array([count - 1]), "two": np.array([2, 7]), "all": np.arange(count)}
+    found = run(vlm, [prompt, second], sets, values, 2, [asking(4), naming([70, 71])])
+    for name, index in sets.items():
+        for part, this, options in ((found[name][0], prompt, {}), (found[name][1], second, {"answers": [[70, 71]]})):
+            changed, kept = vlm.vision(batch), vlm.vision(batch)
+            changed.pooler_output[0][index] = values[index]
+            kept.pooler_output[0][index] = values[index]
+            for layer in changed.deepstack_features:
+                layer[0][index] = 0
+            wanted, other = (generate(vlm, this.batch, 4, features=features, **options) for features in (changed, kept))
+            ids, logprobs, first = part
+            assert ids == wanted.ids[0]
+            assert torch.allclose(first, wanted.first[0], atol=1e-4) and torch.allclose(logprobs, wanted.logprobs[0], atol=1e-4, equal_nan=True)
+            assert not torch.allclose(first, other.first[0], atol=1e-3), "what the first layers add counts"
+    baseline = prompt.embeds[0, prompt.vision].mean(0).expand(count, -1)
+    scores, error = integrated_gradients(vlm, prompt, baseline, int(prompt.logits.argmax()), steps=600, per_pass=60)
+    assert scores.shape == (count,) and error < 0.01
+
+
 def test_prefixes_are_shared_by_causal_families_only(load, batch_of):
     vlm = load("llava")
     batch = batch_of(vlm, (0,))

@@ -22,7 +22,7 @@ from selfcheck import noise_picture
 QUESTION = "What color is the circle?"
 
 
-@pytest.fixture(scope="module", params=["llava-gqa", "qwen"])
+@pytest.fixture(scope="module", params=["llava-gqa", "qwen", "qwen3"])
 def run(request, load, pictures):
     vlm = load(request.param)
     batch = vlm.encode([Sample("0", None, QUESTION)], [pictures[1]])
@@ -44,7 +44,7 @@ def eager(run, targets):
         rows = run.prompt.image_rows[0]
         pixels = rows["pixel_values"].clone().requires_grad_()
         inputs = run.prompt.image_inputs | {"pixel_values": pixels}
-        options = {"mm_token_type_ids": (run.batch.input_ids == vlm.model.config.image_token_id).int()} if vlm.family.name.startswith("qwen2") else {}
+        options = {"mm_token_type_ids": (run.batch.input_ids == vlm.model.config.image_token_id).int()} if vlm.family.name.startswith("qwen") else {}
         logits = vlm.model(
             input_ids=run.batch.input_ids, attention_mask=run.batch.attention_mask, position_ids=run.batch.position_ids, use_cache=False, **inputs, **options
         ).logits

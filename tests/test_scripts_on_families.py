@@ -13,7 +13,7 @@ from PIL import Image
 
 import common
 import rundirs
-from capturing import Block, ImageAttention, LastStates, capture, edit, embeddings, extended, generate, prefill
+from capturing import Block, ImageAttention, LastStates, capture, edit, entries, extended, generate, prefill
 from data import make_shapes
 from groups import GROUPS
 from samples import Sample, load_image
@@ -228,18 +228,8 @@ def test_a_measure_of_places_says_that_there_are_none(run, shapes, tmp_path):
         refused(run(name, "mplug_owl2", *flags), tmp_path, "needs grid", "mplug_owl2")
 
 
-def test_a_measure_of_input_embeddings_says_that_they_are_not_all(run, shapes, tmp_path):
-    annotations = ("--ann_file", shapes / "annotations" / "instances_val2017.json")
-    zeros, questions = ("--coco_root", shapes, "--replacement", "zeros"), ("--clean_questions_file", shapes / "clean_questions.json")
-    for name, flags in {
-        "ablation": zeros, "vqa": (*zeros, *questions), "relevancy": ("--image_folder", shapes / "val2017"),
-        "evaluate": ("--image_folder", shapes / "val2017", *annotations), "hallucination": ("fit", "--image_folder", shapes / "val2017", *annotations),
-    }.items():  # fmt: skip
-        refused(run(name, "qwen3_vl", *flags), tmp_path, "deepstack", "qwen3_vl")
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["internvl-qwen2", "idefics3", "nvila-lite", "paligemma", "aya-vision"])
+@pytest.mark.parametrize("name", ["internvl-qwen2", "idefics3", "nvila-lite", "paligemma", "aya-vision", "qwen3_vl"])
 def test_ablated_tokens_are_gone_as_in_a_plain_pass(run, models, shapes, tmp_path, name, monkeypatch):
     monkeypatch.setattr(script["ablation"].module, "mentions", lambda *_: True)  # a random model names nothing
     flags = ("--replacement", "zeros", "--sizes", 3, "--draws", 1, "--gradient_steps", 2, "--max_new_tokens", 2, "--no_noise_filter", "--max_images", 2)
@@ -249,14 +239,15 @@ def test_ablated_tokens_are_gone_as_in_a_plain_pass(run, models, shapes, tmp_pat
         what = record["category"]
         question = f"Is there {script['ablation'].module.article(what)} in this image?"
         batch = one(vlm, picture_of(shapes, record["image_id"]), question)
-        positions, plain = batch.vision_positions(0), embeddings(vlm, batch)
+        positions = batch.vision_positions(0)
         assert record["vision_tokens"] == len(positions) == record["conditions"]["all"]["tokens"]
         yes = script["ablation"].module.answer_ids(vlm, batch.prompts[0], "Yes")[0]
         seen = []
         for condition in ("none", "patch_0", "random_3", "all"):
-            embeds = plain.clone()
-            embeds[0, positions[arrays[f"tokens_{condition}"]] if condition != "none" else []] = 0
-            seen.append(prefill(vlm, batch, embeds=embeds).logits[0, -1].float().log_softmax(-1)[yes].item())
+            features = vlm.vision(batch)
+            for tokens in entries(vlm, features):
+                tokens[0][arrays[f"tokens_{condition}"] if condition != "none" else []] = 0
+            seen.append(prefill(vlm, batch, features).logits[0, -1].float().log_softmax(-1)[yes].item())
             assert record["conditions"][condition]["polling"]["logprob_yes"] == pytest.approx(seen[-1], abs=2e-4), condition
         assert abs(seen[0] - seen[-1]) > 4e-3, "without the picture the answer differs"
 
@@ -338,9 +329,8 @@ def test_the_page_shows_what_the_model_tells(models, shapes):
     assert np.allclose(area[list(chosen)], area.min()), "a click takes the tile's cell, not the thumbnail's"
     assert tiles.missing() == [] and np.isfinite(tiles.relevancy().picture).all()
     deep = asked("qwen3_vl")
-    assert "deepstack" in deep.missing()[0] and deep.evolution().chosen[:, -1] == pytest.approx(deep.probabilities, abs=1e-4)
-    with pytest.raises(common.UsageError, match="deepstack"):
-        deep.relevancy()
+    assert "stops at the vision tokens" in deep.missing()[0] and deep.evolution().chosen[:, -1] == pytest.approx(deep.probabilities, abs=1e-4)
+    assert deep.relevancy().picture.max() > 0
     queries = asked("mplug_owl2")
     queries.patches = {30}  # of the tower's 36 patches; the picture is 7 tokens
     assert views.selected(queries, "relevancy") == [30] and views.selected(queries, "attention") == []
