@@ -15,21 +15,17 @@ Extra memory: a variant's peak minus the floor's, on a CPU each in a process of 
 
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import io
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+import measuring
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from published_procedure import diagnose
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -179,82 +175,28 @@ VARIANTS = {"floor": floor, "ours": ours, "published": published}
 
 def seconds_of(case, variant):
     """Wall time per picture."""
-    _, work = VARIANTS[variant](case)
-    wait = torch.cuda.synchronize if case.vlm.device.type == "cuda" else lambda: None
-    gc.collect()
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return (time.perf_counter() - start) / len(case.samples)
+    return measuring.seconds_of(VARIANTS[variant](case)[1]) / len(case.samples)
 
 
 def peak_of(case, variant):
     """Peak memory of one run in MiB above what was held before, after one run of the floor; None where it cannot be read."""
-    floor(case)[1]()
-    _, work = VARIANTS[variant](case)
-    gc.collect()
+    return measuring.peak_of(VARIANTS[variant](case)[1], floor(case)[1])
+
+
+def peaks(args, case, prompt):
+    """{variant: MiB}."""
     if case.vlm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # getrusage's ru_maxrss would hold the parent's and the loading's peak
-    if not (status.exists() and os.access(reset, os.W_OK)):
-        return None
-    held = lambda field: int(status.read_text().split(f"{field}:")[1].split()[0]) / 2**10
-    reset.write_text("5")  # the peak starts again from what is held now
-    before = held("VmRSS")
-    work()
-    return held("VmHWM") - before
-
-
-def peaks_in_processes(args, prompt, batch):
-    """{variant: MiB}, each in a process of its own, whose allocator gives freed blocks back at once, so that the peak is what was in use."""
-    flags = f"--size {args.size} --prompt {prompt} --batch {batch} --new_tokens {args.new_tokens} --threads {args.threads} --memory_of"
-    command = [sys.executable, __file__, *flags.split()]
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    started = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True, env=environment) for name in VARIANTS}
-    found = {name: process.communicate()[0] for name, process in started.items()}
-    if any(process.returncode for process in started.values()):
-        raise RuntimeError("the peak memory could not be measured, see above")
-    return {name: json.loads(text) for name, text in found.items()}
+        return {name: peak_of(case, name) for name in VARIANTS}
+    flags = f"--size {args.size} --prompt {prompt} --batch {len(case.samples)} --new_tokens {args.new_tokens} --threads {args.threads}"
+    return measuring.in_processes(VARIANTS, __file__, flags.split())
 
 
 def measure(args, case, prompt):
     """One row per variant."""
-    for name in VARIANTS:
-        seconds_of(case, name)
-    rounds = [{name: seconds_of(case, name) for name in list(VARIANTS)[:: -1 if i % 2 else 1]} for i in range(args.repeats)]
-    on_gpu = case.vlm.device.type == "cuda"
-    peaks = {name: peak_of(case, name) for name in VARIANTS} if on_gpu else peaks_in_processes(args, prompt, len(case.samples))
+    rounds = measuring.alternating({name: partial(seconds_of, case, name) for name in VARIANTS}, args.repeats)
     batch = case.vlm.encode(case.samples[:1], [load_image(case.samples[0].image)])
     shared = {"prompt_tokens": batch.lengths[0], "vision_tokens": len(batch.vision_positions(0)), "batch": len(case.samples)}
-    rows = []
-    for name in VARIANTS:
-        ratios = {"x_floor": [each[name] / each["floor"] for each in rounds], "published_to_this": [each["published"] / each[name] for each in rounds]}
-        row = shared | {"variant": name, "seconds": [each[name] for each in rounds], "peak_mib": peaks[name]}
-        row |= {"extra_mib": None if peaks[name] is None else peaks[name] - peaks["floor"], "median_seconds": float(np.median(row["seconds"]))}
-        rows.append(row | {what: float(np.median(values)) for what, values in ratios.items()})
-    return rows
-
-
-def table(rows):
-    lines = ["| prompt (vision) | batch | variant | s per image: median (min-max) | x floor | published / this | extra MiB |", "|" + "---|" * 7]
-    for row in rows:
-        spread = f"{row['median_seconds']:.3f} ({min(row['seconds']):.3f}-{max(row['seconds']):.3f})"
-        extra = "not measured" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}"
-        where = f"{row['prompt_tokens']} ({row['vision_tokens']}) | {row['batch']} | {row['variant']}"
-        lines.append(f"| {where} | {spread} | {row['x_floor']:.2f} | {row['published_to_this']:.2f} | {extra} |")
-    return "\n".join(lines)
-
-
-def machine():
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = info.split("model name")[1].split("\n")[0].strip("\t :") if "model name" in info else platform.processor()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions, "date": time.strftime("%Y-%m-%d %H:%M")}
+    return [shared | row for row in measuring.summary(rounds, peaks(args, case, prompt))]
 
 
 def parse_args(argv=None):
@@ -262,12 +204,8 @@ def parse_args(argv=None):
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--prompt", type=int, nargs="+", default=[620, 1750], help="about how many prompt tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="pictures in a batch; the published procedure takes them one by one")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not counted")
     parser.add_argument("--new_tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--quick", action="store_true", help="a very small shape, prompt and batch; figures without meaning")
-    parser.add_argument("--out", default=None, help="JSON file with everything")
-    parser.add_argument("--memory_of", choices=list(VARIANTS), default=None, help="print only this variant's peak in MiB (the benchmark calls itself so)")
+    measuring.add_arguments(parser, VARIANTS)
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.prompt, args.batch, args.repeats, args.new_tokens = "quick", [121], [2], 1, 4
@@ -278,11 +216,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.size == "7b" and device == "cpu":
-        raise cli.UsageError("--size 7b needs a GPU, and none is visible here; use --size small")
-    torch.set_num_threads(args.threads)
-    dtype, rows, checked = torch.bfloat16 if args.size == "7b" else torch.float32, [], {}
+    device, dtype = measuring.prepare(args)
+    rows, checked = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for prompt, size in ((prompt, size) for prompt in args.prompt for size in args.batch):
             folder = Path(tempfile.mkdtemp(dir=scratch))
@@ -294,13 +229,10 @@ def main(argv=None):
             case.vlm.model.to(dtype)
             rows += measure(args, case, prompt)
     report = {"size": args.size, "decoder": dict(zip(SHAPE, SIZES[args.size][0])), "dtype": str(dtype).removeprefix("torch."), "new_tokens": args.new_tokens}
-    report |= {"repeats": args.repeats, "machine": machine(), "tolerance": TOLERANCE, "equal_outputs": checked, "rows": rows}
-    print(*(f"{name}: {report[name]}" for name in ("size", "decoder", "dtype", "new_tokens", "repeats", "machine")), sep="\n")
+    report |= {"repeats": args.repeats, "machine": measuring.machine(), "tolerance": TOLERANCE, "equal_outputs": checked, "rows": rows}
     worst, what = max((gap, what) for found in checked.values() for what, gap in found.items())
-    print(f"equal outputs: all captions, and {len(next(iter(checked.values())))} quantities within {worst:.1g} (the worst: {what})\n\n{table(rows)}")
-    if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    equal = f"equal outputs: all captions, and {len(next(iter(checked.values())))} quantities within {worst:.1g} (the worst: {what})\n"
+    return measuring.finish(report, [equal, measuring.table(rows, "image", ("prompt_tokens", "vision_tokens", "batch"))], args.out)
 
 
 if __name__ == "__main__":

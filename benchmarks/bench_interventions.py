@@ -13,14 +13,14 @@ After llava-interp (arXiv 2410.07149), our study's sections 2.8, 2.9 and 3. Outp
 knockout, ids of every ablation's answers. Then the variants alternate in one process, in reverse order every other round; ratios are medians of the ratios
 within a round."""
 
-import json
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+import measuring
 import numpy as np
 import torch
-from bench_diagnostics import Case, build, machine, make_samples
+from bench_diagnostics import Case, build, make_samples
 
 import cli
 from capturing import branches, first_positions
@@ -186,25 +186,8 @@ def check(case, blocks, arguments):
 
 def measure(case, what, variants, arguments, repeats):
     """Rows of one experiment."""
-
-    def seconds(function):
-        wait = torch.cuda.synchronize if case.vlm.device.type == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
-        function(case, *arguments)
-        wait()
-        return time.perf_counter() - start
-
-    for function in variants.values():
-        seconds(function)
-    rounds = [{name: seconds(variants[name]) for name in list(variants)[:: -1 if i % 2 else 1]} for i in range(repeats)]
-    rows = []
-    for name in variants:
-        times = [each[name] for each in rounds]
-        row = {"experiment": what, "variant": name, "seconds": times, "median_seconds": float(np.median(times))}
-        row["x_floor"] = float(np.median([each[name] / each["floor"] for each in rounds]))
-        rows.append(row | {"published_to_this": float(np.median([each["published"] / each[name] for each in rounds]))})
-    return rows
+    rounds = measuring.rounds_of({name: partial(function, case, *arguments) for name, function in variants.items()}, repeats)
+    return [{"experiment": what} | row for row in measuring.summary(rounds)]
 
 
 def parse_args(argv=None):
@@ -212,10 +195,7 @@ def parse_args(argv=None):
     parser.add_argument("--size", choices=["small", "7b"], default="small")
     parser.add_argument("--prompt", type=int, default=620, help="about how many prompt tokens")
     parser.add_argument("--new_tokens", type=int, default=32, help="of a description; a yes/no answer has at most 10")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not counted")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--quick", action="store_true", help="a very small shape; figures without meaning")
-    parser.add_argument("--out", default=None, help="JSON file with everything")
+    measuring.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.prompt, args.repeats, args.new_tokens = "quick", 121, 1, 4
@@ -224,28 +204,18 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.size == "7b" and device == "cpu":
-        raise cli.UsageError("--size 7b needs a GPU, and none is visible here; use --size small")
-    torch.set_num_threads(args.threads)
+    device, dtype = measuring.prepare(args)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         case = Case(build(args.size, args.prompt, device, folder), make_samples(folder, 1), args.new_tokens, folder)
         blocks, *arguments = plan(case, args.new_tokens)
         worst = check(case, blocks, arguments)
-        case.vlm.model.to(torch.bfloat16 if args.size == "7b" else torch.float32)
+        case.vlm.model.to(dtype)
         rows = measure(case, f"{len(blocks)} knockouts", KNOCKOUTS, [blocks], args.repeats)
         rows += measure(case, f"{CONDITIONS} ablations", ABLATIONS, arguments, args.repeats)
-    report = {"size": args.size, "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats, "machine": machine(), "rows": rows}
-    print(*(f"{name}: {report[name]}" for name in ("size", "prompt", "new_tokens", "repeats", "machine")), sep="\n")
-    print(f"equal outputs: knockouts within {worst:.1e} of the logits' range, all ablated answers\n")
-    print("| experiment | variant | s per picture: median (min-max) | x floor | published / this |\n|---|---|---|---|---|")
-    for row in rows:
-        spread = f"{row['median_seconds']:.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
-        print(f"| {row['experiment']} | {row['variant']} | {spread} | {row['x_floor']:.2f} | {row['published_to_this']:.2f} |")
-    if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    report = {"size": args.size, "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats, "machine": measuring.machine(), "rows": rows}
+    equal = f"equal outputs: knockouts within {worst:.1e} of the logits' range, all ablated answers\n"
+    return measuring.finish(report, [equal, measuring.table(rows, "picture", ("experiment",))], args.out)
 
 
 if __name__ == "__main__":

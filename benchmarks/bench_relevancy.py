@@ -21,7 +21,7 @@ from pathlib import Path
 import measuring
 import numpy as np
 import torch
-from bench_diagnostics import build, machine, make_samples, script
+from bench_diagnostics import build, make_samples, script
 
 import cli
 from capturing import extended
@@ -121,11 +121,7 @@ def parse_args(argv=None):
     parser.add_argument("--prompt", type=int, default=620, help="about how many tokens the prompt has")
     parser.add_argument("--new_tokens", type=int, default=30, help="tokens of the answer")
     parser.add_argument("--memory", type=int, default=attribution.BUDGET // 2**20, help="MiB of one layer's maps that ours holds at once")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not counted")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--quick", action="store_true", help="a very small shape; figures without meaning")
-    parser.add_argument("--out", default=None, help="JSON file with everything")
-    parser.add_argument("--memory_of", choices=list(VARIANTS), default=None, help="print only this variant's peak in MiB (the benchmark calls itself so)")
+    measuring.add_arguments(parser, VARIANTS)
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.prompt, args.repeats, args.new_tokens = "quick", 121, 1, 4
@@ -134,10 +130,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.size == "7b" and device == "cpu":
-        raise cli.UsageError("--size 7b needs a GPU, and none is visible here; use --size small")
-    torch.set_num_threads(args.threads)
+    device, dtype = measuring.prepare(args)
     with tempfile.TemporaryDirectory() as folder:
         vlm, (sample, *_) = build(args.size, args.prompt, device, Path(folder)), make_samples(Path(folder), 1)
         batch = vlm.encode([sample], [load_image(sample.image)])
@@ -148,18 +141,15 @@ def main(argv=None):
             print(json.dumps(measuring.peak_of(work[args.memory_of], work["floor"])))
             return 0
         worst = check(case)
-        vlm.model.to(torch.bfloat16 if args.size == "7b" else torch.float32)
+        vlm.model.to(dtype)
         rounds = measuring.rounds_of(work, args.repeats)
         names = ("size", "prompt", "new_tokens", "memory", "threads")
-        memory = measuring.peaks(work, "floor", __file__, [part for name in names for part in (f"--{name}", str(getattr(args, name)))])
-    rows = measuring.summary(rounds, memory, "floor", "published")
-    report = {name: getattr(args, name) for name in (*names, "repeats")} | {"prompt_tokens": batch.input_ids.shape[1], "machine": machine(), "rows": rows}
-    print(*(f"{name}: {value}" for name, value in report.items() if name != "rows"), sep="\n")
-    print(f"equal outputs: image relevancy of all tokens and layers within {worst:.1e} of a token's largest value\n")
-    print(measuring.table(rows, "answer"))
-    if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+        memory = measuring.peaks(work, "floor", __file__, [part for name in names for part in (f"--{name}", getattr(args, name))])
+    rows = measuring.summary(rounds, memory)
+    report = {name: getattr(args, name) for name in (*names, "repeats")}
+    report |= {"prompt_tokens": batch.input_ids.shape[1], "machine": measuring.machine(), "rows": rows}
+    equal = f"equal outputs: image relevancy of all tokens and layers within {worst:.1e} of a token's largest value\n"
+    return measuring.finish(report, [equal, measuring.table(rows, "answer")], args.out)
 
 
 if __name__ == "__main__":

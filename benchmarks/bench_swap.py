@@ -22,21 +22,18 @@ Extra memory: a variant's peak minus the floor's, on a CPU each in a process of 
 
 import base64
 import contextlib
-import gc
 import io
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import measuring
 import numpy as np
 import torch
-from bench_diagnostics import SHAPE, SIZES, build, machine, make_samples, script
+from bench_diagnostics import SHAPE, SIZES, build, make_samples, script
 from PIL import Image
 
 import cli
@@ -216,70 +213,35 @@ def check(case, answer):
 
 def seconds_of(case, name, quad):
     """(wall time, CPU time of this process or None beside a GPU) per pair."""
-    on_gpu = case.vlm.device.type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    gc.collect()
-    wait()
-    start, busy = time.perf_counter(), time.process_time()
-    VARIANTS[name](case, quad)
-    wait()
+    wall, busy = measuring.times_of(lambda: VARIANTS[name](case, quad))
     count = min(len(case.items), PUBLISHED_PAIRS) if name == "published" else len(case.items)
-    return (time.perf_counter() - start) / count, None if on_gpu else (time.process_time() - busy) / count
-
-
-def peak_of(case, name, quad):
-    """MiB above what was held before, after one run of the floor; None where it cannot be read."""
-    VARIANTS["floor"](case, quad)
-    gc.collect()
-    if case.vlm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        VARIANTS[name](case, quad)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not (status.exists() and os.access(reset, os.W_OK)):
-        return None
-    held = lambda field: int(status.read_text().split(f"{field}:")[1].split()[0]) / 2**10
-    reset.write_text("5")
-    before = held("VmRSS")
-    VARIANTS[name](case, quad)
-    return held("VmHWM") - before
+    return wall / count, None if case.vlm.device.type == "cuda" else busy / count
 
 
 def peaks_of(case, name):
     """{work: MiB} of answers that go on, the longer ones."""
     case.answer_by("goes on")
-    return {work: peak_of(case, name, work == WORK[1]) for work in WORK}
+    return {work: measuring.peak_of(partial(VARIANTS[name], case, work == WORK[1]), partial(VARIANTS["floor"], case, work == WORK[1])) for work in WORK}
 
 
 def peaks(args, case, batch):
-    """{variant: {work: MiB}}; on a CPU each variant in a process whose allocator gives freed blocks back at once."""
+    """{variant: {work: MiB}}."""
     if case.vlm.device.type == "cuda":
         return {name: peaks_of(case, name) for name in VARIANTS}
-    command = [sys.executable, __file__, *f"--size {args.size} --prompt {args.prompt} --batch {batch} --threads {args.threads} --memory_of".split()]
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    found = {name: subprocess.run([*command, name], stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout for name in VARIANTS}
-    return {name: json.loads(text) for name, text in found.items()}
+    return measuring.in_processes(VARIANTS, __file__, f"--size {args.size} --prompt {args.prompt} --batch {batch} --threads {args.threads}".split())
 
 
 def measure(args, case, shared, memory):
     """One row per kind of work and variant. memory {variant: {work: MiB}}."""
     rows = []
     for work in WORK:
-        quad = work == WORK[1]
-        for name in VARIANTS:
-            seconds_of(case, name, quad)
-        rounds = [{name: seconds_of(case, name, quad) for name in list(VARIANTS)[:: -1 if i % 2 else 1]} for i in range(args.repeats)]
-        for name in VARIANTS:
-            row = shared | {"work": work, "variant": name, "peak_mib": memory[name][work]}
-            row["extra_mib"] = None if row["peak_mib"] is None else row["peak_mib"] - memory["floor"][work]
-            for k, what in enumerate(("seconds", "cpu_seconds")):
-                measured = rounds[0][name][k] is not None
-                times = [each[name][k] for each in rounds] if measured else None
-                row |= {what: times, f"median_{what}": float(np.median(times)) if measured else None}
-                for ratio, over, under in (("to_floor", name, "floor"), ("published_to_this", "published", name)):
-                    row[f"{what}_{ratio}"] = float(np.median([each[over][k] / each[under][k] for each in rounds])) if measured else None
-            rows.append(row)
+        rounds = measuring.alternating({name: partial(seconds_of, case, name, work == WORK[1]) for name in VARIANTS}, args.repeats)
+        wall, busy = ([{name: pair[k] for name, pair in each.items()} for each in rounds] for k in (0, 1))
+        found = measuring.summary(wall, {name: memory[name][work] for name in VARIANTS})
+        cpu = [None] * len(found) if None in busy[0].values() else measuring.summary(busy)
+        for row, own in zip(found, cpu, strict=True):
+            extra = {f"cpu_{key}": own and own[key] for key in ("seconds", "median_seconds", "x_floor", "published_to_this")}
+            rows.append(shared | {"work": work} | row | extra)
     return rows
 
 
@@ -288,11 +250,7 @@ def parse_args(argv=None):
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--prompt", type=int, default=620, help="about how many tokens the prompt of a short question has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="pairs in a batch; the published extraction takes one query at a time")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not counted")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--quick", action="store_true", help="a very small shape; figures without meaning")
-    parser.add_argument("--out", default=None, help="JSON file with everything")
-    parser.add_argument("--memory_of", choices=list(VARIANTS), default=None, help="print only this variant's peak in MiB (the benchmark calls itself so)")
+    measuring.add_arguments(parser, VARIANTS)
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.prompt, args.repeats, args.batch = "quick", 121, 1, [2]
@@ -301,11 +259,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.size == "7b" and device == "cpu":
-        raise cli.UsageError("--size 7b needs a GPU, and none is visible here; use --size small")
-    torch.set_num_threads(args.threads)
-    dtype, rows, worst = torch.bfloat16 if args.size == "7b" else torch.float32, [], 0.0
+    device, dtype = measuring.prepare(args)
+    rows, worst = [], 0.0
     with tempfile.TemporaryDirectory() as scratch:
         for batch in args.batch:
             folder = Path(tempfile.mkdtemp(dir=scratch))
@@ -322,20 +277,11 @@ def main(argv=None):
                 case.answer_by(answer)
                 rows += measure(args, case, {"batch": batch, "answer": answer}, memory)
     report = {"size": args.size, "decoder": dict(zip(SHAPE, SIZES[args.size][0])), "dtype": str(dtype).removeprefix("torch."), "prompt_tokens": length}
-    report |= {"repeats": args.repeats, "machine": machine(), "tolerance": TOLERANCE, "worst": worst, "rows": rows}
-    print(*(f"{name}: {report[name]}" for name in ("size", "decoder", "dtype", "prompt_tokens", "repeats", "machine")), sep="\n")
-    print(f"equal outputs: all read answers, states of all layers within {worst:.1e} of a layer's largest\n")
-    print("| batch | answer | work | variant | s per pair: median (min-max) | x floor | published / this | CPU s | published / this, CPU | extra MiB |")
-    print("|---" * 10 + "|")
-    for row in rows:
-        told = lambda key, digits, row=row: "not measured" if row[key] is None else f"{row[key]:.{digits}f}"
-        spread = f"{row['median_seconds']:.3f} ({min(row['seconds']):.3f}-{max(row['seconds']):.3f})"
-        parts = [str(row[key]) for key in ("batch", "answer", "work", "variant")] + [spread, told("seconds_to_floor", 2), told("seconds_published_to_this", 2)]
-        parts += [told("median_cpu_seconds", 3), told("cpu_seconds_published_to_this", 2), told("extra_mib", 1)]
-        print(f"| {' | '.join(parts)} |")
-    if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    report |= {"repeats": args.repeats, "machine": measuring.machine(), "tolerance": TOLERANCE, "worst": worst, "rows": rows}
+    equal = f"equal outputs: all read answers, states of all layers within {worst:.1e} of a layer's largest\n"
+    columns = {"cpu_median_seconds": "CPU s", "cpu_published_to_this": "published / this, CPU"}
+    shown = [row | {name: "not measured" if row[key] is None else f"{row[key]:.3f}" for key, name in columns.items()} for row in rows]
+    return measuring.finish(report, [equal, measuring.table(shown, "pair", ("batch", "answer", "work", *columns.values()))], args.out)
 
 
 if __name__ == "__main__":

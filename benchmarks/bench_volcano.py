@@ -13,18 +13,15 @@ After Volcano (arXiv 2311.07362), our study's sections 2.2 and 4.1. First, in fl
 variants alternate in one process; extra memory is a variant's peak minus the floor's, on a CPU each in a process of its own."""
 
 import argparse
-import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+import measuring
 import numpy as np
 import torch
-from bench_diagnostics import Case, build, machine, make_samples
+from bench_diagnostics import Case, build, make_samples
 
 import cli
 from capturing import embeddings
@@ -126,58 +123,13 @@ def check(case):
 # --- measuring ----------------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(case, name):
-    wait = torch.cuda.synchronize if case.vlm.device.type == "cuda" else lambda: None
-    gc.collect()
-    wait()
-    start = time.perf_counter()
-    VARIANTS[name](case)
-    wait()
-    return (time.perf_counter() - start) / len(case.samples)
-
-
-def peak_of(case, name):
-    """MiB above what was held before, after one run of the floor; None where it cannot be read."""
-    VARIANTS["floor"](case)
-    gc.collect()
-    if case.vlm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        VARIANTS[name](case)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not (status.exists() and os.access(reset, os.W_OK)):
-        return None
-    held = lambda field: int(status.read_text().split(f"{field}:")[1].split()[0]) / 2**10
-    reset.write_text("5")
-    before = held("VmRSS")
-    VARIANTS[name](case)
-    return held("VmHWM") - before
-
-
-def peaks(args, case, batch):
-    if case.vlm.device.type == "cuda":
-        return {name: peak_of(case, name) for name in VARIANTS}
-    flags = f"--size {args.size} --prompt {args.prompt} --batch {batch} --new_tokens {args.new_tokens} --threads {args.threads} --memory_of"
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    found = {}
-    for name in VARIANTS:
-        done = subprocess.run([sys.executable, __file__, *flags.split(), name], stdout=subprocess.PIPE, text=True, env=environment, check=True)
-        found[name] = json.loads(done.stdout)
-    return found
-
-
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--size", choices=["quick", "small", "7b"], default="small")
     parser.add_argument("--prompt", type=int, default=620, help="about how many tokens the question's prompt has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="instances in a batch; the published capture takes them one by one")
     parser.add_argument("--new_tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not counted")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--quick", action="store_true", help="a very small shape; figures without meaning")
-    parser.add_argument("--out", default=None, help="JSON file with everything")
-    parser.add_argument("--memory_of", choices=list(VARIANTS), default=None, help="print only this variant's peak in MiB (the benchmark calls itself so)")
+    measuring.add_arguments(parser, VARIANTS)
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.prompt, args.repeats, args.new_tokens, args.batch = "quick", 121, 1, 4, [2]
@@ -186,41 +138,25 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.size == "7b" and device == "cpu":
-        raise cli.UsageError("--size 7b needs a GPU, and none is visible here; use --size small")
-    torch.set_num_threads(args.threads)
+    device, dtype = measuring.prepare(args)
     rows, worst = [], 0.0
     with tempfile.TemporaryDirectory() as scratch:
         for batch in args.batch:
             folder = Path(tempfile.mkdtemp(dir=scratch))
             case = Case(build(args.size, args.prompt, device, folder), make_samples(folder, batch), args.new_tokens, folder)
+            work = {name: partial(function, case) for name, function in VARIANTS.items()}
             if args.memory_of:
-                print(json.dumps(peak_of(case, args.memory_of)))
+                print(json.dumps(measuring.peak_of(work[args.memory_of], work["floor"])))
                 return 0
             worst = max(worst, check(case))
-            case.vlm.model.to(torch.bfloat16 if args.size == "7b" else torch.float32)
-            for name in VARIANTS:
-                seconds_of(case, name)
-            rounds = [{name: seconds_of(case, name) for name in list(VARIANTS)[:: -1 if i % 2 else 1]} for i in range(args.repeats)]
-            memory = peaks(args, case, batch)
-            for name in VARIANTS:
-                times = [each[name] for each in rounds]
-                row = {"batch": batch, "variant": name, "seconds": times, "median_seconds": float(np.median(times)), "peak_mib": memory[name]}
-                row["extra_mib"] = None if memory[name] is None else memory[name] - memory["floor"]
-                row["x_floor"] = float(np.median([each[name] / each["floor"] for each in rounds]))
-                rows.append(row | {"published_to_this": float(np.median([each["published"] / each[name] for each in rounds]))})
-    report = {"size": args.size, "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats, "machine": machine(), "rows": rows}
-    print(*(f"{name}: {report[name]}" for name in ("size", "prompt", "new_tokens", "repeats", "machine")), sep="\n")
-    print(f"equal outputs: all answers, pooled attention within {worst:.1e}\n")
-    print("| batch | variant | s per instance: median (min-max) | x floor | published / this | extra MiB |\n|---|---|---|---|---|---|")
-    for row in rows:
-        spread = f"{row['median_seconds']:.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
-        extra = "not measured" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}"
-        print(f"| {row['batch']} | {row['variant']} | {spread} | {row['x_floor']:.2f} | {row['published_to_this']:.2f} | {extra} |")
-    if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+            case.vlm.model.to(dtype)
+            rounds = measuring.rounds_of(work, args.repeats)
+            flags = f"--size {args.size} --prompt {args.prompt} --batch {batch} --new_tokens {args.new_tokens} --threads {args.threads}"
+            memory = measuring.peaks(work, "floor", __file__, flags.split())
+            rows += [{"batch": batch} | row for row in measuring.summary(rounds, memory, count=batch)]
+    report = {"size": args.size, "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats, "machine": measuring.machine(), "rows": rows}
+    equal = f"equal outputs: all answers, pooled attention within {worst:.1e}\n"
+    return measuring.finish(report, [equal, measuring.table(rows, "instance", ("batch",))], args.out)
 
 
 if __name__ == "__main__":
