@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -34,6 +36,19 @@ GROUP_COLORS = {
 }  # fmt: skip
 MODEL_COLORS = {"normWmean": VERMILION, "multilayerNorm": GREEN, "tiny-llava": BLUE, "llava-v1.5-7b": BLUE}  # by the end of the model's name
 EVEN_COLOR = "#555555"  # reference lines: chance, zero
+BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"  # drawn for a line break
+
+
+def visible(text):
+    """Text on one line: line breaks as arrows; other control characters, and those that turn the direction of what follows, as boxes."""
+    shown = {c: "\N{WHITE SQUARE}" for c in text if unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c)[:2] in ("LR", "RL", "PD", "FS")}
+    return "".join((shown | dict.fromkeys("\n\u2028\u2029", BREAK)).get(c, c) for c in text)
+
+
+def drawable(text):
+    """visible(text) with a box for each character that the figures' font lacks."""
+    font = get_font(findfont(FontProperties()))
+    return "".join(c if font.get_char_index(ord(c)) else "\N{WHITE SQUARE}" for c in visible(text))
 
 
 def _preferred_color(label):

@@ -4,7 +4,6 @@ import textwrap
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
@@ -107,9 +106,8 @@ def _plain_picture(axis, picture):
 
 
 def _drawable(text):
-    """Text without formulas, and with a box for each character that the figures' font lacks."""
-    font = get_font(findfont(FontProperties()))
-    return "".join(c if c.isascii() and c.isprintable() or font.get_char_index(ord(c)) else "\N{WHITE SQUARE}" for c in text).replace("$", r"\$")
+    """Text without formulas, as the figures' font can draw it."""
+    return plots.drawable(text).replace("$", r"\$")
 
 
 def _wrapped(text, centre=0, width=58, lines=4):

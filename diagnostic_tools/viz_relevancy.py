@@ -88,7 +88,7 @@ def where(layers, layer):
 
 
 def shown(text):
-    return text.replace("\n", "\u21b5").replace("$", r"\$").strip() or repr(text)
+    return plots.drawable(text).replace("$", r"\$").strip() or repr(text)
 
 
 def _bar(fig, heat, axes):
@@ -113,7 +113,7 @@ def draw_tokens(maps, id, args, path):
     _bar(fig, heat, axes)
     more = f", first {count} of {len(record['tokens'])} tokens" if count < len(record["tokens"]) else ""
     hidden = f", {maps.hidden} sinks hidden" if args.sinks == "hide" else ""
-    fig.suptitle(f"{record['question'][:90]}\nlayer {record['layers'][k]}{more}{hidden}", fontsize=9.5)
+    fig.suptitle(f"{shown(record['question'][:90])}\nlayer {record['layers'][k]}{more}{hidden}", fontsize=9.5)
     return plots.save(fig, path.parent / f"{id}_tokens", settings(args, record, k))
 
 
@@ -141,7 +141,7 @@ def draw_token(maps, id, args, path):
         ax.grid(axis="x", visible=False)
     bars[0].set_ylabel("relevancy")
     share = record["visual_share"][token][k]
-    fig.suptitle(f"{record['question'][:90]} -> token {token}: {shown(record['tokens'][token])} (p = {record['probabilities'][token]:.2f}, "
+    fig.suptitle(f"{shown(record['question'][:90])} -> token {token}: {shown(record['tokens'][token])} (p = {record['probabilities'][token]:.2f}, "
                  f"visual share {'none' if share is None else format(share, '.2f')})", fontsize=9.5)  # fmt: skip
     return plots.save(fig, path.parent / f"{id}_token{token}", settings(args, record, k))
 

@@ -96,3 +96,10 @@ def test_figures_of_all_tokens_and_of_one(run, shapes):
     for more, why in ((("--layer", 3), "holds layers 2, 5"), (("--image_key", id, "--token", 99), "counted from 0"), (("--image_key", "none"), "--image_key")):
         done = figures(*flags, *more)
         assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_text_that_the_figures_font_cannot_draw_is_boxes():
+    import viz_relevancy
+
+    for text, wanted in {"\x1b": "□", "红 a": "□ a", "\n": "↵", "$x$": r"\$x\$", " ": "' '", "‮x": "□x"}.items():
+        assert viz_relevancy.shown(text) == wanted

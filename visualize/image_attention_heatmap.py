@@ -28,9 +28,10 @@ import cli
 import plots
 from cli import UsageError
 from grid import PatchGrid
+from plots import drawable, visible
 from samples import load_image
 from visualize.maps import coverage, normalized_entropy, top_l_mean
-from visualize.tensors import STAGES, drawable, find_span, numbers, read_instance, token_maps, visible
+from visualize.tensors import STAGES, find_span, numbers, read_instance, token_maps
 
 SHOWN = 1024  # pixels of the longer side of a picture in a figure
 ALPHA = 0.75  # opacity of a map over the grey picture

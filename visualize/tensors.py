@@ -5,12 +5,10 @@ K largest over layers) and tokens.json. Volcano (arXiv 2311.07362), sections 1.2
 
 import json
 import re
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.font_manager import FontProperties, findfont, get_font
 
 import rundirs
 from cli import UsageError
@@ -20,7 +18,6 @@ from visualize.maps import counted, pool_heads
 SCHEMA = 1
 STAGES = {"initial": "initial response", "feedback": "feedback", "revision": "revision"}
 STEPS_AT_ONCE = 64  # bounds the memory of pooling a long text
-BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"  # drawn for a line break
 AGAIN = "delete its folder and run run_volcano_with_image_attention.py --output-visualization-tensors again"
 
 
@@ -266,15 +263,3 @@ def numbers(tokens):
     """Indices as '3-5 8'."""
     breaks = [i for i in range(len(tokens)) if i == 0 or tokens[i] != tokens[i - 1] + 1] + [len(tokens)]
     return " ".join(f"{tokens[a]}-{tokens[b - 1]}" if b - a > 1 else f"{tokens[a]}" for a, b in zip(breaks, breaks[1:]))
-
-
-def visible(text):
-    """Text on one line: line breaks as arrows; other control characters, and those that turn the direction of what follows, as boxes."""
-    shown = {c: "\N{WHITE SQUARE}" for c in text if unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c)[:2] in ("LR", "RL", "PD", "FS")}
-    return "".join((shown | dict.fromkeys("\n\u2028\u2029", BREAK)).get(c, c) for c in text)
-
-
-def drawable(text):
-    """visible(text) with a box for each character that the figures' font lacks."""
-    font = get_font(findfont(FontProperties()))
-    return "".join(c if font.get_char_index(ord(c)) else "\N{WHITE SQUARE}" for c in visible(text))

@@ -26,7 +26,8 @@ from matplotlib.patches import Rectangle
 
 import cli
 import plots
-from visualize.tensors import BREAK, STAGES, drawable, find_spans, join_target, read_instance, strongest_spans, token_maps, token_weights, visible
+from plots import BREAK, drawable, visible
+from visualize.tensors import STAGES, find_spans, join_target, read_instance, strongest_spans, token_maps, token_weights
 
 PAGES = {"initial": "q2i", "feedback": "f2i", "revision": "r2i"}
 COLORS = plots.plt.get_cmap("BuGn")
