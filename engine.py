@@ -15,9 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+import cli
 from cli import UsageError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA; the CPU allocator on Linux; on Windows
+
+
+def add_run_arguments(parser, part="batch", then=""):
+    """Flags of the scripts that fill a run directory. part: what --shard counts; then: what has to follow."""
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
+    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help=f"i/n: only every n-th {part}, from the i-th{then}")
+    parser.add_argument("--out_root", default="runs", help="folder of all run directories")
+    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
+    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
 
 
 def run_items(run, items, load, process, batch_size=1, shard=(0, 1), num_workers=0, progress="images"):

@@ -194,6 +194,11 @@ def list_pictures(folder):
     return files
 
 
+def with_picture(item):
+    """(item, the picture at item.image), for engine.run_items."""
+    return item, load_image(item.image)
+
+
 def load_image(path):
     """A picture as an upright PIL image in mode RGB, any size and shape up to PIXEL_LIMIT pixels; of several frames the first.
 

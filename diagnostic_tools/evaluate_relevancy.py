@@ -30,7 +30,7 @@ import rundirs
 from answers import token_spans
 from capturing import answer_ids, generate
 from common import add_model_arguments, identity_of, load_from_args, prompt_for
-from samples import load_image, read_coco, read_instances, read_questions
+from samples import read_coco, read_instances, read_questions, with_picture
 from scripts.objects import object_mask, rng_for
 
 EXPERIMENT = "evaluate_relevancy"
@@ -55,11 +55,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the random map, of ties and of the targets drawn")
     parser.add_argument("--per_pass", type=int, default=8, help="removals that run together")
     parser.add_argument("--num_images", type=int, default=None, help="only the first so many")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th picture, from the i-th")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
+    engine.add_run_arguments(parser, "picture")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     args.methods, args.removal = list(dict.fromkeys(args.methods)), list(dict.fromkeys(args.removal))
@@ -190,11 +186,7 @@ def main(argv=None):
     identity |= {name: getattr(args, name) for name in names.split()}
     free = {"model_path": args.model_path, "image_folder": args.image_folder, "device": str(vlm.device), "per_pass": args.per_pass}
     run = rundirs.open_run(rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name), EXPERIMENT, identity, free, args.overwrite)
-
-    def load(sample):
-        return sample, load_image(sample.image)
-
-    counts = engine.run_items(run, samples, load, make_process(args, vlm, annotations), 1, args.shard, args.num_workers)
+    counts = engine.run_items(run, samples, with_picture, make_process(args, vlm, annotations), 1, args.shard, args.num_workers)
     run.finish()
     print(f"{run.path}: tables and figures by python diagnostic_tools/relevancy_evaluation_plot.py --run_dirs {run.path}")
     return engine.exit_code(counts, run)

@@ -30,7 +30,7 @@ from capturing import generate
 from cli import UsageError
 from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from data.questions import article
-from samples import Sample, load_image, read_coco, read_instances
+from samples import Sample, load_image, read_coco, read_instances, with_picture
 
 CORRUPTIONS = ("none", "noise", "blur", "covered")
 BASELINE = "log_probability"
@@ -63,11 +63,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--num_images", type=int, default=None, help="only the first so many")
     parser.add_argument("--seed", type=int, default=0, help="of corruptions and questions")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th item, from the i-th")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
+    engine.add_run_arguments(parser, "item")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if args.command == "score" and not args.image:
@@ -159,8 +155,7 @@ def measured(args, vlm, part):
     identity |= {name: getattr(args, name) for name in ("kinds", "questions_per_image", "corrupt", "max_new_tokens", "seed")}
     free = {"model_path": args.model_path, "image_folder": args.image_folder, "device": str(vlm.device)}
     run = rundirs.open_run(path_of(args, part), EXPERIMENT, identity, free, args.overwrite)
-    load = lambda item: (item, load_image(item.image))  # noqa: E731
-    counts = engine.run_items(run, items, load, make_process(args, vlm, names), 1, args.shard, args.num_workers, progress="prompts")
+    counts = engine.run_items(run, items, with_picture, make_process(args, vlm, names), 1, args.shard, args.num_workers, progress="prompts")
     run.finish()
     return counts, run
 

@@ -23,7 +23,7 @@ from capturing import answer_ids, generate
 from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from groups import GROUPS
 from lens import vocabulary
-from samples import Sample, list_pictures, load_image, read_questions
+from samples import Sample, list_pictures, read_questions, with_picture
 
 EXPERIMENT = "relevancy"
 TEXT = tuple(GROUPS.index(name) for name in ("user", "generated"))
@@ -40,11 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--no_tower", action="store_true", help="stop at the vision tokens")
     parser.add_argument("--memory", type=int, default=128, help="MiB of one layer's maps that are held at once")
     parser.add_argument("--num_images", type=int, default=None, help="only the first so many")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th picture, from the i-th")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
+    engine.add_run_arguments(parser, "picture")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if min(args.max_new_tokens, args.memory, args.num_images if args.num_images is not None else 1) < 1:
@@ -115,11 +111,7 @@ def main(argv=None):
     identity["questions"] = args.question_file and args.question_file.rsplit("/", 1)[-1]
     free = {"model_path": args.model_path, "image_folder": args.image_folder, "device": str(vlm.device), "memory": args.memory}
     run = rundirs.open_run(rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name), EXPERIMENT, identity, free, args.overwrite)
-
-    def load(sample):
-        return sample, load_image(sample.image)
-
-    counts = engine.run_items(run, samples, load, make_process(args, vlm, layers), 1, args.shard, args.num_workers)
+    counts = engine.run_items(run, samples, with_picture, make_process(args, vlm, layers), 1, args.shard, args.num_workers)
     run.finish()
     print(f"{run.path}: figures by python diagnostic_tools/viz_relevancy.py --run_dir {run.path} --image_folder {args.image_folder}")
     return engine.exit_code(counts, run)

@@ -27,7 +27,7 @@ import rundirs
 from capturing import GroupMass, HiddenNorms, RopeShift, answer_ids, capture, entries, extended, generate
 from cli import UsageError
 from common import GROUPS, add_model_arguments, identity_of, load_from_args, prompt_for
-from samples import load_image, read_coco
+from samples import read_coco, with_picture
 
 EXPERIMENT = rundirs.COCO
 
@@ -37,8 +37,6 @@ def parse_args(argv=None):
     parser.add_argument("--model_path", action="append", required=True, help="folder or hub id; may be given several times")
     parser.add_argument("--image_dir", required=True)
     parser.add_argument("--ann_file", required=True, help="COCO json; gives image ids and file names")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
     parser.add_argument("--strip_system_prompt", action="store_true", help="leave the system prompt out")
     parser.add_argument("--prompt_text", default="Describe the image.")
     parser.add_argument("--max_new_tokens", type=int, default=64)
@@ -52,7 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--restrict_to_past", action="store_true", help="RoPE probe: leave out the query's own key")
     parser.add_argument("--vision_scale", type=float, default=1.0, help="scale the vision embeddings (dose-response)")
     parser.add_argument("--max_images", type=int, default=None)
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
+    engine.add_run_arguments(parser)
     parser.add_argument("--pos_only", action="store_true", help="only the RoPE probe")
     parser.add_argument("--no_rope", action="store_true", help="all but the RoPE probe, for models without rotary positions")
     parser.add_argument("--probe_hidden_norms", action="store_true")
@@ -61,8 +59,6 @@ def parse_args(argv=None):
     parser.add_argument("--save_hidden_plots", action="store_true", help="figures of each image in per_image/<id>_artifacts/")
     parser.add_argument("--paper_compat", action="store_true", help="the published definitions where they differ, see README")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th batch, from the i-th")
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
     if (args.save_hidden_grid or args.save_hidden_plots) and not args.probe_hidden_norms:
@@ -205,7 +201,7 @@ def run_model(args, path):
     run = rundirs.open_run(where, EXPERIMENT, settings_of(args, vlm, args.strip_system_prompt), free, args.overwrite)
     print(f"{run.path}: {len(samples)} images, {vlm.family.name} on {vlm.device}, {str(vlm.dtype).removeprefix('torch.')}")
     process = make_process(args, vlm, args.strip_system_prompt, answers, run)
-    counts = engine.run_items(run, samples, lambda sample: (sample, load_image(sample.image)), process, args.batch_size, args.shard, args.num_workers)
+    counts = engine.run_items(run, samples, with_picture, process, args.batch_size, args.shard, args.num_workers)
     run.finish()
     return counts, run
 

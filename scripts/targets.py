@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
+import engine
 import rundirs
 import samples
 from cli import UsageError
@@ -57,11 +57,7 @@ def add_arguments(parser, experiment):
     parser.add_argument("--per_pass", type=int, default=8, help="conditions of a picture that run together")
     parser.add_argument("--seed", type=int, default=0, help="of random tokens and noise")
     parser.add_argument("--paper_compat", action="store_true", help="the published criteria and definitions, see README")
-    parser.add_argument("--out_root", default="runs", help=f"the run directory is <out_root>/{experiment}/<model>[__<run_name>]")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th picture, from the i-th")
+    engine.add_run_arguments(parser, "picture")
     add_model_arguments(parser, path=False)
 
 

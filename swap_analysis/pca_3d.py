@@ -14,16 +14,8 @@ import saved
 import cli
 
 
-def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    parser.add_argument("--results_dir", default="results", help="the --output_dir of swap_analysis.py: one folder a model")
-    parser.add_argument("--model", help="folder name of one model; None: every model")
-    parser.add_argument("--scales", nargs="+", help="scales to draw; None: all that were saved")
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_args(argv)
+    args = saved.parse_args(__doc__, argv)
     for folder in saved.models(args.results_dir, args.model):
         for scale in saved.find_scales(folder, args.scales, "npz/vectors"):
             figures_pca.draw_pca(folder, scale, kinds=("pca_3d",))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cli
 from cli import UsageError
 
 GROUPS = {"horizontal": ("left", "right"), "vertical": ("above", "under"), "distance": ("far", "close")}  # the canonical category first
@@ -20,6 +21,15 @@ FAMILIES = {  # the two consistency families: folder under plots/ -> (JSON file,
     "sign_corrected_consistency": ("sign_corrected_consistency", "sign_corrected", "Axis coherence (sign-corrected)", "mean pairwise cosine of deltas"),
     "within_cat_consistency": ("within_cat_consistency", "within_cat", "Within-category consistency", "mean pairwise cosine of deltas"),
 }
+
+
+def parse_args(doc, argv=None):
+    """Flags of the scripts that draw what is saved."""
+    parser = cli.parser(doc)
+    parser.add_argument("--results_dir", default="results", help="the --output_dir of swap_analysis.py: one folder a model")
+    parser.add_argument("--model", help="folder name of one model; None: every model")
+    parser.add_argument("--scales", nargs="+", help="scales to draw; None: all that were saved")
+    return parser.parse_args(argv)
 
 
 def models(results_dir, model=None):

@@ -26,7 +26,7 @@ from capturing import answer_ids, embeddings, first_positions, padded_after, pre
 from cli import UsageError
 from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from data.tunnel import ANGLES, SIZES, WORDINGS
-from samples import Sample, load_image
+from samples import Sample, with_picture
 
 EXPERIMENT = "spatial_tunnel"
 SPLITS = ("consistent", "counter", "ambiguous")
@@ -49,11 +49,7 @@ def parse_args(argv=None):
     parser.add_argument("--data_dir", default="data/shapes-tunnel", help="a set of data/make_shapes.py --scene tunnel")
     parser.add_argument("--max_images", type=int, default=None, help="only the first so many pictures, the grid of angles before the sweep; None: all")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures in a batch, four prompts each")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th batch, from the i-th")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again")
+    engine.add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.batch_size < 1 or (args.max_images is not None and args.max_images < 1):
         parser.error("--batch_size and --max_images count from 1")
@@ -220,11 +216,7 @@ def main(argv=None):
     free = {"model_path": args.model_path, "data_dir": args.data_dir, "batch_size": args.batch_size, "device": str(vlm.device)}
     run = rundirs.open_run(rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name), EXPERIMENT, identity, free, args.overwrite)
     print(f"{run.path}: {len(items)} pictures, {vlm.family.name} on {vlm.device}")
-
-    def load(item):
-        return item, load_image(item.image)
-
-    counts = engine.run_items(run, items, load, make_process(vlm, words), args.batch_size, args.shard, args.num_workers)
+    counts = engine.run_items(run, items, with_picture, make_process(vlm, words), args.batch_size, args.shard, args.num_workers)
     run.finish()
     summary = summarize(run.records())
     rundirs.write_json(run.path / "analysis" / "summary.json", summary)

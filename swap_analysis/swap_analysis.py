@@ -90,11 +90,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=8, help="of an answer")
     parser.add_argument("--seed", type=int, default=42, help="of the draws of pairs and references")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs in a batch")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th batch of the states, from the i-th")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="compute the states again")
+    engine.add_run_arguments(parser, "batch of the states")
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.max_samples_per_category < 0:

@@ -66,11 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--allow_private", action="store_true", help="download from private and loopback addresses too")
     parser.add_argument("--download_dir", default="data/mmhal/downloads", help="where downloaded pictures are kept")
     parser.add_argument("--batch_size", type=int, default=4, help="instances in a batch")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that load pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th batch, from the i-th")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
+    engine.add_run_arguments(parser)
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
     for name in ("max_iterations", "max_new_tokens", "hidden_top_k", "batch_size"):

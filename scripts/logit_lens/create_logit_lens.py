@@ -23,7 +23,7 @@ from common import add_model_arguments, identity_of, load_from_args, prompt_for
 from grid import PatchGrid
 from groups import GROUPS
 from lens import Lens, vocabulary
-from samples import Sample, list_pictures, load_image
+from samples import Sample, list_pictures, load_image, with_picture
 
 EXPERIMENT = "logit_lens"
 
@@ -37,11 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--prompt_text", default="Describe the image.", help="question")
     parser.add_argument("--top_k", type=int, default=5, help="tokens per position and layer")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: only every n-th batch, from the i-th")
-    parser.add_argument("--out_root", default="runs")
-    parser.add_argument("--run_name", default=None, help="a further part of the run directory's name")
-    parser.add_argument("--overwrite", "--no_resume", action="store_true", help="start again instead of going on")
+    engine.add_run_arguments(parser)
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
     if args.top_k < 1 or args.batch_size < 1 or (args.num_images if args.num_images is not None else 1) < 1:
@@ -112,9 +108,7 @@ def main(argv=None):
     identity |= {"prompt": prompt_for(vlm, args.prompt_text)[0], "top_k": args.top_k, "image_aspect": args.image_aspect}
     free = {"model_path": args.model_path, "image_folder": args.image_folder, "device": str(vlm.device), "batch_size": args.batch_size}
     run = rundirs.open_run(rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name), EXPERIMENT, identity, free, args.overwrite)
-    counts = engine.run_items(
-        run, samples, lambda sample: (sample, load_image(sample.image)), make_process(args, vlm), args.batch_size, args.shard, args.num_workers
-    )
+    counts = engine.run_items(run, samples, with_picture, make_process(args, vlm), args.batch_size, args.shard, args.num_workers)
     run.finish()
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.dumps({name: identity[name] for name in ("dtype", "top_k", "image_aspect")})
