@@ -15,7 +15,7 @@ from gradients import trace
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection
 
 import common
-from capturing import extended, generate, more_inputs
+from capturing import embeddings, extended, generate, more_inputs
 from samples import Sample
 from selfcheck import noise_picture
 
@@ -133,7 +133,7 @@ def plain(run, targets):
         vlm.model.requires_grad_(True)
         whole, features = run.batch, vlm.vision(run.prompt)
         options = {"attention_mask": whole.attention_mask, "position_ids": whole.position_ids, "use_cache": False} | more_inputs(vlm, whole)
-        logits = vlm.model(inputs_embeds=gradients.embeddings(vlm, whole, features), **options).logits
+        logits = vlm.model(inputs_embeds=embeddings(vlm, whole, features), **options).logits
         found = []
         for target in targets:
             maps = torch.autograd.grad(logits[0, run.rows[target], run.ids[target]], list(seen.values()), retain_graph=True, allow_unused=True)
