@@ -1,27 +1,39 @@
-"""Which signals tell hallucinated object words from grounded ones, and can the probability be believed? Drawn from the report of hallucination_warning.py test.
+"""Which signals tell hallucinated object words from grounded ones, and can the probability be
+believed? Drawn from the report of hallucination_warning.py test.
 
-    python diagnostic_tools/viz_hallucination.py --run_dir runs/hallucination_warning/tiny-llava__test
+    python diagnostic_tools/viz_hallucination.py \\
+        --run_dir runs/hallucination_warning/tiny-llava__test
 
-Left: AUROC of each signal and of all together on words that were not fitted on, 95 % interval over pictures; dotted: plain token probability. A signal whose
-difference to it has an interval above 0 is marked. Right: predicted against observed share of hallucinated words, bins of equal count."""
+Left: AUROC of each signal and of all together on words that were not fitted on, 95 % interval over
+pictures; dotted: plain token probability. A signal whose difference to it has an interval above 0
+is marked. Right: predicted against observed share of hallucinated words, bins of equal count.
+"""
 
 import json
 
-import cli
-import plots
-import rundirs
-from cli import UsageError
+from vlmdiag import cli
+from vlmdiag.cli import UsageError
+from vlmdiag.figures import plots
+from vlmdiag.runs import rundirs
 
 EXPERIMENT = "hallucination_warning"
 BASELINE = "log_probability"
-LABELS = {"log_probability": "token probability", "llr": "log-likelihood ratio", "visual_share": "visual share", "relevancy_mass": "relevancy mass",
-          "lens": "logit lens", "all": "all together"}  # fmt: skip
+LABELS = {
+    "log_probability": "token probability",
+    "llr": "log-likelihood ratio",
+    "visual_share": "visual share",
+    "relevancy_mass": "relevancy mass",
+    "lens": "logit lens",
+    "all": "all together",
+}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--run_dir", required=True, help="run of hallucination_warning.py test")
-    parser.add_argument("--kind", default="captions", choices=["captions", "pope"], help="which object words")
+    parser.add_argument(
+        "--kind", default="captions", choices=["captions", "pope"], help="which object words"
+    )
     return parser.parse_args(argv)
 
 
@@ -42,12 +54,21 @@ def draw(found, kind, title, path):
             height=0.65,
         )
         gain = row["over_baseline"]
-        said = "" if name == BASELINE else f"{gain['value']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})" + (" *" if better else "")
+        said = (
+            ""
+            if name == BASELINE
+            else f"{gain['value']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})"
+            + (" *" if better else "")
+        )
         bars.text(1.02, place, said, va="center", fontsize=8)
     bars.axvline(part["signals"][BASELINE]["auroc"]["value"], color=plots.EVEN_COLOR, linestyle=":")
     bars.axvline(0.5, color=plots.EVEN_COLOR, linewidth=0.8)
     bars.set_yticks(range(len(names)), [LABELS[name] for name in reversed(names)])
-    bars.set(xlim=(0, 1), xlabel="AUROC (0.5: chance)", title="hallucinated or not; right: over token probability")
+    bars.set(
+        xlim=(0, 1),
+        xlabel="AUROC (0.5: chance)",
+        title="hallucinated or not; right: over token probability",
+    )
     bars.grid(axis="y", visible=False)
     rows = part["reliability"]
     curve.plot([0, 1], [0, 1], color=plots.EVEN_COLOR, linestyle=":", label="calibrated")
@@ -59,10 +80,19 @@ def draw(found, kind, title, path):
         label=plots.with_n("all together", [row["n"] for row in rows]),
     )
     curve.set(
-        xlim=(0, 1), ylim=(0, 1), xlabel="predicted", ylabel="observed share", title=f"calibration, ECE {part['signals']['all']['ece']:.3f}", aspect="equal"
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel="predicted",
+        ylabel="observed share",
+        title=f"calibration, ECE {part['signals']['all']['ece']:.3f}",
+        aspect="equal",
     )
     curve.legend(loc="upper left")
-    fig.suptitle(f"{title}, {kind}: {part['n_hallucinated']} of {part['n_words']} object words hallucinated in {part['n_images']} pictures", fontsize=10)
+    fig.suptitle(
+        f"{title}, {kind}: {part['n_hallucinated']} of {part['n_words']} object words hallucinated"
+        f" in {part['n_images']} pictures",
+        fontsize=10,
+    )
     return plots.save(fig, path, {"run": title, "kind": kind})
 
 
@@ -74,9 +104,15 @@ def main(argv=None):
         found = json.loads(path.read_bytes())
         part = found[args.kind]
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} has no {args.kind} words ({type(error).__name__}); run hallucination_warning.py test first") from error
+        raise UsageError(
+            f"{path} has no {args.kind} words ({type(error).__name__}); run"
+            " hallucination_warning.py test first"
+        ) from error
     if part["too_few"]:
-        raise UsageError(f"{path}: {part['n_hallucinated']} of {part['n_words']} words of {args.kind} are hallucinated; both kinds are needed")
+        raise UsageError(
+            f"{path}: {part['n_hallucinated']} of {part['n_words']} words of {args.kind} are"
+            " hallucinated; both kinds are needed"
+        )
     draw(found, args.kind, run.label, run.path / "analysis" / f"hallucination_{args.kind}")
     return 0
 

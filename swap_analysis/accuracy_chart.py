@@ -1,16 +1,16 @@
-"""How often is the answer right in the original order, in the swapped order and in both, and what does more data change?
+"""How often is the answer right in the original order, in the swapped order and in both, and what
+does more data change?
 
     acc_both = share of pairs with both answers right; a model that always says the same word has 0
 
     python swap_analysis/accuracy_chart.py --results_dir results --model tiny
 
-Reads json/pred_stats_{scale}.json; writes plots/accuracy/accuracy_group_bars and accuracy_trajectory as PNG and PDF, with intervals where the file has them.
-arXiv 2605.30161; our study's sections 2 and 3."""
+Reads json/pred_stats_{scale}.json; writes plots/accuracy/accuracy_group_bars and
+accuracy_trajectory as PNG and PDF, with intervals where the file has them. arXiv 2605.30161; our
+study's sections 2 and 3."""
 
-import figures_scales
-import saved
-
-import cli
+from vlmdiag import cli
+from vlmdiag.swap import figures_scales, saved
 
 
 def main(argv=None):

@@ -1,17 +1,19 @@
-"""In which directions do the states and their swap deltas spread? Redraws the 2-D PCA figures with the shared palette.
+"""In which directions do the states and their swap deltas spread? Redraws the 2-D PCA figures with
+the shared palette.
 
-    delta = state(swapped question) - state(original question), last prompt token, at each saved layer
+    delta = state(swapped question) - state(original question), last prompt token, at each saved
+    layer
 
     python swap_analysis/pca_2d_recolor.py --results_dir results --model tiny
 
-Reads npz/vectors_{scale}.npz and json/category_validity_{scale}.json; writes plots/{all,both_correct,all_with_validity}/pca/pca_{scale}_L{n} as PNG and PDF, by
-full SVD, each component turned so that left, above or far points to its positive side. arXiv 2605.30161; our study's sections 2 and 3.4. On the tiny model
-the two categories of a group lie on opposite sides of zero."""
+Reads npz/vectors_{scale}.npz and json/category_validity_{scale}.json; writes
+plots/{all,both_correct,all_with_validity}/pca/pca_{scale}_L{n} as PNG and PDF, by full SVD, each
+component turned so that left, above or far points to its positive side. arXiv 2605.30161; our
+study's sections 2 and 3.4. On the tiny model the two categories of a group lie on opposite sides of
+zero."""
 
-import figures_pca
-import saved
-
-import cli
+from vlmdiag import cli
+from vlmdiag.swap import figures_pca, saved
 
 
 def main(argv=None):

@@ -1,17 +1,18 @@
-"""Do the three spatial axes point in different directions? Draws the first three principal components of the swap deltas.
+"""Do the three spatial axes point in different directions? Draws the first three principal
+components of the swap deltas.
 
-    delta = state(swapped question) - state(original question), last prompt token, at each saved layer
+    delta = state(swapped question) - state(original question), last prompt token, at each saved
+    layer
 
     python swap_analysis/pca_3d.py --results_dir results --model tiny
 
-Reads npz/vectors_{scale}.npz and json/category_validity_{scale}.json; writes plots/{all,both_correct,all_with_validity}/pca_3d/pca_{scale}_L{n} as PNG and PDF.
-A diamond is a category's mean, a line joins the two of a group: lines at right angles are independent axes, one line along another is an entangled pair.
-arXiv 2605.30161; our study's sections 2 and 3.4."""
+Reads npz/vectors_{scale}.npz and json/category_validity_{scale}.json; writes
+plots/{all,both_correct,all_with_validity}/pca_3d/pca_{scale}_L{n} as PNG and PDF. A diamond is a
+category's mean, a line joins the two of a group: lines at right angles are independent axes, one
+line along another is an entangled pair. arXiv 2605.30161; our study's sections 2 and 3.4."""
 
-import figures_pca
-import saved
-
-import cli
+from vlmdiag import cli
+from vlmdiag.swap import figures_pca, saved
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
-"""Small random models in real folders, built from configs. Attention of random weights is nearly uniform and hides errors, so q and k are scaled up."""
+"""Small random models in real folders, built from configs. Attention of random weights is nearly
+uniform and hides errors, so q and k are scaled up."""
 
-import importlib.util
+import importlib
 import json
 import random
 import re
@@ -32,54 +33,60 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import cli
 import common
-from data.scenes import floor_scene, render
-from samples import Sample
+from vlmdiag import cli
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.scenes import tiny_llava as tiny
+from vlmdiag.scenes.scene import floor_scene, render
 
 ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("tiny", ROOT / "checkpoints" / "tiny.py")
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
 
-torch.set_num_threads(1)  # tiny models: more threads cost more than they bring, and several test processes share the cores
+torch.set_num_threads(
+    1
+)  # tiny models: more threads cost more than they bring, and several test processes share the cores
+
+
+def command_module(path):
+    """A command of the checkout as a module."""
+    return importlib.import_module(".".join(Path(path).relative_to(ROOT).with_suffix("").parts))
 
 
 def in_process(path):
-    """command(*arguments) -> CompletedProcess of a script run in this process, with warnings as errors and the exit code of its command line."""
+    """command(*arguments) -> CompletedProcess of a script run in this process, with warnings as
+    errors and the exit code of its command line."""
     import contextlib
-    import importlib
     import io
     import subprocess
-    import sys
     import warnings
 
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # as the interpreter does for a script
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
+    module = command_module(path)
 
     def command(*arguments):
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("error")
             try:
                 cli.run(lambda: module.main([str(a) for a in arguments]))
             except SystemExit as end:
                 code = end.code
-        return subprocess.CompletedProcess([str(path), *map(str, arguments)], code, out.getvalue(), err.getvalue())
+        return subprocess.CompletedProcess(
+            [str(path), *map(str, arguments)], code, out.getvalue(), err.getvalue()
+        )
 
     command.module = module
     return command
 
 
 QWEN_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system'"
+    " %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{"
+    " message['role'] }}\n{% for part in message['content'] %}{% if part['type'] == 'image'"
+    " %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor"
+    " %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -90,7 +97,11 @@ def sharpen(model, layers):
     decoder.set_attn_implementation("eager")
     for _ in range(40):
         with torch.no_grad():
-            maps = torch.stack(decoder(inputs_embeds=model.get_input_embeddings()(ids), output_attentions=True).attentions)[:, 0, :, 30:]
+            maps = torch.stack(
+                decoder(
+                    inputs_embeds=model.get_input_embeddings()(ids), output_attentions=True
+                ).attentions
+            )[:, 0, :, 30:]
         entropy = -(maps * maps.clamp_min(1e-20).log()).sum(-1) / torch.arange(31, 61).log()
         if entropy.median() < 0.5:
             break
@@ -119,7 +130,9 @@ def build_llava(folder, **text):
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     for name, p in model.model.vision_tower.named_parameters():
-        p.data *= 0.3 if "out_proj" in name else 3  # different patches are to get different features, each mostly from its own pixels
+        p.data *= (
+            0.3 if "out_proj" in name else 3
+        )  # different patches are to get different features, each mostly from its own pixels
     sharpen(model, model.model.language_model.layers).save_pretrained(folder)
     tiny.make_processor(tokenizer).save_pretrained(folder)
     return folder
@@ -129,33 +142,64 @@ def build_qwen(folder):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny.make_tokenizer(folder)
     tokenizer.add_bos_token = False
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    special = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": "<|im_end|>"})
     tokenizer.chat_template = QWEN_TEMPLATE
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}, "eos_token_id": ids["<|im_end|>"], "bos_token_id": None,
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 2],
+            },
+            "eos_token_id": ids["<|im_end|>"],
+            "bos_token_id": None,
         },
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "window_size": 56,
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 56,
             "fullatt_block_indexes": [1],
         },
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config)
     for p in model.model.visual.parameters():
         p.data *= 3
     sharpen(model, model.model.language_model.layers).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48).save_pretrained(
+        folder
+    )
     return folder
 
 
 def blip_tokenizer(text):
-    """A small tokenizer as the language model `text` has it: OPT's byte-level BPE, Llama's of tiny-llava, T5's unigram."""
+    """A small tokenizer as the language model `text` has it: OPT's byte-level BPE, Llama's of
+    tiny-llava, T5's unigram."""
     if text == "llama":
         return AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "tiny-llava")
     words = [word for question in (*QUESTIONS, "Question: Answer:") for word in question.split()]
@@ -163,50 +207,147 @@ def blip_tokenizer(text):
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         own = tokenizers.Tokenizer(tokenizers.models.BPE())
         own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
         own.train_from_iterator([*QUESTIONS, *words, "Question: Answer:"] * 3, trainer)
         model = json.loads(own.to_str())["model"]
         merges = [tuple(pair) for pair in model["merges"]]
-        return GPT2Tokenizer(model["vocab"], merges, unk_token="</s>", bos_token="</s>", eos_token="</s>", pad_token="<pad>", add_bos_token=True)
+        return GPT2Tokenizer(
+            model["vocab"],
+            merges,
+            unk_token="</s>",
+            bos_token="</s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            add_bos_token=True,
+        )
     # not trained: the trainer gives another vocabulary each time
-    pieces = dict.fromkeys(["▁", *"".join(words), *string.ascii_letters, *string.digits, *".,:?/|[]>", *("▁" + word.strip("?.,") for word in words)])
-    return T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0 - 3.0 * (len(piece) == 1)) for piece in pieces)], extra_ids=10)
+    pieces = dict.fromkeys(
+        [
+            "▁",
+            *"".join(words),
+            *string.ascii_letters,
+            *string.digits,
+            *".,:?/|[]>",
+            *("▁" + word.strip("?.,") for word in words),
+        ]
+    )
+    return T5Tokenizer(
+        [
+            ("<pad>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", 0.0),
+            *((piece, -2.0 - 3.0 * (len(piece) == 1)) for piece in pieces),
+        ],
+        extra_ids=10,
+    )
 
 
 def build_blip(folder, instruct, text):
-    """A random BLIP-2 or InstructBLIP with 6 queries, 4 x 4 patches, 4 Q-Former layers. OPT ends its answers at id 3, no EOS of
-    its tokenizer; the Llama config names its BOS as EOS, as Vicuna checkpoints do."""
+    """A random BLIP-2 or InstructBLIP with 6 queries, 4 x 4 patches, 4 Q-Former layers. OPT ends
+    its answers at id 3, no EOS of its tokenizer; the Llama config names its BOS as EOS, as Vicuna
+    checkpoints do."""
     tokenizer, queries = blip_tokenizer(text), 6
     images = BlipImageProcessorPil(size={"height": 56, "width": 56})
     letters = [*string.ascii_lowercase, *string.digits, *"?.,:<>|/[]"]
-    words = sorted({word for question in QUESTIONS for word in re.findall("[a-z]+", question.lower())})
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*letters, *(f"##{letter}" for letter in letters), *words])]
+    words = sorted(
+        {word for question in QUESTIONS for word in re.findall("[a-z]+", question.lower())}
+    )
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *dict.fromkeys([*letters, *(f"##{letter}" for letter in letters), *words]),
+    ]
     bert = BertTokenizer({piece: i for i, piece in enumerate(pieces)})
-    processor = InstructBlipProcessor(images, tokenizer, bert, queries) if instruct else Blip2Processor(images, tokenizer, queries)
+    processor = (
+        InstructBlipProcessor(images, tokenizer, bert, queries)
+        if instruct
+        else Blip2Processor(images, tokenizer, queries)
+    )
     processor.save_pretrained(folder)
-    size = {"vocab_size": max(len(tokenizer), 520), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": {"opt": 3, "llama": 1, "t5": 1}[text]}
+    size = {
+        "vocab_size": max(len(tokenizer), 520),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": {"opt": 3, "llama": 1, "t5": 1}[text],
+    }
     language = {
         "opt": lambda: OPTConfig(
-            hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4, bos_token_id=2, init_std=0.1, **size
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            bos_token_id=2,
+            init_std=0.1,
+            **size,
         ),
         "llama": lambda: LlamaConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, **size
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,
+            **size,
         ),
-        "t5": lambda: T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=3, num_decoder_layers=2, num_heads=4, decoder_start_token_id=0, **size),
+        "t5": lambda: T5Config(
+            d_model=64,
+            d_kv=16,
+            d_ff=96,
+            num_layers=3,
+            num_decoder_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            **size,
+        ),
     }
     config = (InstructBlipConfig if instruct else Blip2Config)(
-        vision_config={"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "initializer_range": 0.1},
-        qformer_config={"vocab_size": len(bert), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.1},
-        text_config=language[text](), num_query_tokens=queries, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), initializer_range=0.1,
-    )  # fmt: skip
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "initializer_range": 0.1,
+        },
+        qformer_config={
+            "vocab_size": len(bert),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "initializer_range": 0.1,
+        },
+        text_config=language[text](),
+        num_query_tokens=queries,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        initializer_range=0.1,
+    )
     torch.manual_seed(0)
-    model = (InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration)(config)
+    model = (InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration)(
+        config
+    )
     model.query_tokens.data.normal_()
     for name, p in model.named_parameters():
-        p.data *= 3 if "query.weight" in name or "key.weight" in name or "vision_model.embeddings" in name else 1
-        p.data *= 5 if ".block." in name and p.ndim == 2 and "relative" not in name else 1  # a random T5 says one token over and over
+        p.data *= (
+            3
+            if "query.weight" in name or "key.weight" in name or "vision_model.embeddings" in name
+            else 1
+        )
+        p.data *= (
+            5 if ".block." in name and p.ndim == 2 and "relative" not in name else 1
+        )  # a random T5 says one token over and over
     if text != "t5":
-        decoder = model.language_model.model.decoder if text == "opt" else model.language_model.model
+        decoder = (
+            model.language_model.model.decoder if text == "opt" else model.language_model.model
+        )
         sharpen(model.language_model, decoder.layers)
     model.save_pretrained(folder)
     return folder
@@ -214,7 +355,8 @@ def build_blip(folder, instruct, text):
 
 @pytest.fixture(scope="session")
 def blip_folders(tmp_path_factory):
-    """get(name) -> folder of a random model: blip2-opt, blip2-t5, instructblip-llama, instructblip-t5; built once a session."""
+    """get(name) -> folder of a random model: blip2-opt, blip2-t5, instructblip-llama,
+    instructblip-t5; built once a session."""
     root, built = tmp_path_factory.mktemp("blips"), {}
 
     def get(name):
@@ -228,8 +370,9 @@ def blip_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """{name: folder} of the random models: LLaVA with as many key as query heads, with grouped queries, Qwen2.5-VL, and Qwen3-VL with deepstack."""
-    from random_models import qwen_vl  # which takes from here
+    """{name: folder} of the random models: LLaVA with as many key as query heads, with grouped
+    queries, Qwen2.5-VL, and Qwen3-VL with deepstack."""
+    from tests.random_models import qwen_vl  # which takes from here
 
     root = tmp_path_factory.mktemp("models")
     return {
@@ -268,9 +411,14 @@ QUESTIONS = [
 
 @pytest.fixture(scope="session")
 def batch_of(pictures):
-    """batch_of(vlm, rows) -> Batch of the demo questions, of different lengths so that rows are padded."""
+    """batch_of(vlm, rows) -> Batch of the demo questions, of different lengths so that rows are
+    padded."""
 
     def make(vlm, rows=(0, 1, 2), **options):
-        return vlm.encode([Sample(str(i), None, QUESTIONS[i]) for i in rows], [pictures[i] for i in rows], **options)
+        return vlm.encode(
+            [Sample(str(i), None, QUESTIONS[i]) for i in rows],
+            [pictures[i] for i in rows],
+            **options,
+        )
 
     return make

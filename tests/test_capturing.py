@@ -1,11 +1,14 @@
-"""Every captured quantity against a slow, obvious computation on eager attention maps; decoding against transformers' generate()."""
+"""Every captured quantity against a slow, obvious computation on eager attention maps; decoding
+against transformers' generate()."""
 
 import numpy as np
 import pytest
 import torch
 
-from capturing import GroupMass, HiddenNorms, Probe, RopeShift, VisionRows, capture, generate
-from common import GROUPS, PAD
+from vlmdiag.groups import GROUPS, PAD
+from vlmdiag.model.attention import capture
+from vlmdiag.model.decoding import generate
+from vlmdiag.model.probes import GroupMass, HiddenNorms, Probe, RopeShift, VisionRows
 
 NAMES = ["llava", "llava-gqa", "qwen"]
 STEPS = 5
@@ -17,22 +20,41 @@ def features_of(vlm, batch):
 
 
 def eager(vlm, batch, ids):
-    """Attention maps (L, B, H, T + n, T + n) and hidden states of one plain pass over prompt and generated ids; before the final norm."""
+    """Attention maps (L, B, H, T + n, T + n) and hidden states of one plain pass over prompt and
+    generated ids; before the final norm."""
     size, n = len(ids), len(ids[0])
     tokens = torch.cat([batch.input_ids, torch.tensor(ids)], 1)
     mask = torch.cat([batch.attention_mask, torch.ones(size, n, dtype=torch.long)], 1)
     more = batch.next_position[:, None] + torch.arange(n)
-    positions = torch.cat([batch.position_ids, more if batch.position_ids.ndim == 2 else more[None].expand(3, -1, -1)], -1)
+    positions = torch.cat(
+        [
+            batch.position_ids,
+            more if batch.position_ids.ndim == 2 else more[None].expand(3, -1, -1),
+        ],
+        -1,
+    )
     states = []
-    hooks = [layer.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)) for layer in vlm.parts.layers]
+    hooks = [
+        layer.register_forward_hook(
+            lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in vlm.parts.layers
+    ]
     hooks.append(
-        vlm.parts.layers[0].register_forward_pre_hook(lambda m, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        vlm.parts.layers[0].register_forward_pre_hook(
+            lambda m, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
     )
     vlm.parts.decoder.set_attn_implementation("eager")
     try:
         with torch.no_grad():
             out = vlm.model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, mm_encoder_outputs={"image": features_of(vlm, batch)}, output_attentions=True
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                mm_encoder_outputs={"image": features_of(vlm, batch)},
+                output_attentions=True,
             )
     finally:
         vlm.parts.decoder.set_attn_implementation("sdpa")
@@ -81,10 +103,14 @@ def test_group_masses_of_every_step_are_those_of_the_eager_maps(load, batch_of, 
     # mutants of the oracle must be told apart
     wrong = slow_masses(maps, batch, 1)
     assert not torch.allclose(probe.mass[0], wrong, atol=1e-3), "the step is not told apart"
-    assert not torch.allclose(probe.mass[1].roll(1, 0), wrong, atol=1e-3), "the layer is not told apart"
+    assert not torch.allclose(probe.mass[1].roll(1, 0), wrong, atol=1e-3), (
+        "the layer is not told apart"
+    )
     shifted = batch.groups.roll(1, 1)
     moved = type("Moved", (), {"groups": shifted})
-    assert not torch.allclose(probe.mass[1], slow_masses(maps, moved, 1), atol=1e-3), "a span shifted by one is not told apart"
+    assert not torch.allclose(probe.mass[1], slow_masses(maps, moved, 1), atol=1e-3), (
+        "a span shifted by one is not told apart"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +125,9 @@ def test_hidden_norms_are_those_of_the_residual_stream_before_the_final_norm(loa
     real = batch.attention_mask.bool()[:, None].expand_as(expected)
     assert probe.norms.shape == (3, len(vlm.parts.layers) + 1, total)
     assert torch.allclose(probe.norms[real], expected[real], rtol=1e-5, atol=1e-5)
-    assert torch.allclose(rms.norms[real] * states[0].shape[-1] ** 0.5, expected[real], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        rms.norms[real] * states[0].shape[-1] ** 0.5, expected[real], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,12 +143,15 @@ def test_vision_rows_are_the_mean_map_without_bos(load, batch_of, name):
         row = maps[:, :, :, total - 1 + step].mean(2)
         bos = torch.nn.functional.pad(batch.groups == GROUPS.index("bos"), (0, STEPS))
         row = row.masked_fill(bos, 0)
-        row = (row / row.sum(-1, keepdim=True)).mean(0)[:, :total] * (batch.groups == GROUPS.index("vision"))
+        row = (row / row.sum(-1, keepdim=True)).mean(0)[:, :total] * (
+            batch.groups == GROUPS.index("vision")
+        )
         assert torch.allclose(probe.rows[step], row, atol=1e-5)
 
 
 def moved_rope(vlm, batch, delta, restrict):
-    """RoPE probe by brute force: queries and keys before rotation, turned by the model's own rotary module with the vision tokens moved by delta."""
+    """RoPE probe by brute force: queries and keys before rotation, turned by the model's own rotary
+    module with the vision tokens moved by delta."""
     grabbed = {}
 
     def grab(layer, kind):
@@ -128,7 +159,10 @@ def moved_rope(vlm, batch, delta, restrict):
 
     hooks = []
     for i, layer in enumerate(vlm.parts.layers):
-        hooks += [layer.self_attn.q_proj.register_forward_hook(grab(i, "q")), layer.self_attn.k_proj.register_forward_hook(grab(i, "k"))]
+        hooks += [
+            layer.self_attn.q_proj.register_forward_hook(grab(i, "q")),
+            layer.self_attn.k_proj.register_forward_hook(grab(i, "k")),
+        ]
     with torch.no_grad():
         vlm.model(
             input_ids=batch.input_ids,
@@ -163,14 +197,18 @@ def moved_rope(vlm, batch, delta, restrict):
             rows.append(scores.masked_fill(~allowed[:, None], float("-inf")))
         before, after = (r.softmax(-1) for r in rows)
         alpha = (before * vision[:, None]).sum(-1)
-        change = ((rows[1] - rows[0]).nan_to_num() * before * vision[:, None]).sum(-1) / alpha / delta
+        change = (
+            ((rows[1] - rows[0]).nan_to_num() * before * vision[:, None]).sum(-1) / alpha / delta
+        )
         out.append((alpha, change, (after * vision[:, None]).sum(-1) - alpha))
     return [torch.stack(parts) for parts in zip(*out, strict=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("restrict", [True, False])
-def test_the_closed_form_of_the_rope_probe_is_the_models_own_rotation_at_shifted_positions(load, batch_of, name, restrict):
+def test_the_closed_form_of_the_rope_probe_is_the_models_own_rotation_at_shifted_positions(
+    load, batch_of, name, restrict
+):
     vlm = load(name)
     batch = batch_of(vlm)
     deltas = [1.0, -2.0, 0.01, 8.0]
@@ -182,12 +220,16 @@ def test_the_closed_form_of_the_rope_probe_is_the_models_own_rotation_at_shifted
         assert torch.allclose(probe["delta_alphaV"][i], change, atol=1e-5)
         assert torch.allclose(probe["delta_gv"][i], gv, atol=2e-5 / min(1, abs(delta)), rtol=1e-4)
     assert torch.allclose(probe["share_prod_notV"], alpha * (1 - alpha), atol=1e-5)
-    slope = (moved_rope(vlm, batch, 0.05, restrict)[1] + moved_rope(vlm, batch, -0.05, restrict)[1]) / 2  # central difference
+    slope = (
+        moved_rope(vlm, batch, 0.05, restrict)[1] + moved_rope(vlm, batch, -0.05, restrict)[1]
+    ) / 2  # central difference
     assert torch.allclose(probe["delta_gv_derivative"], slope, atol=1e-3, rtol=1e-2)
     small = RopeShift(batch, vlm.rotary, [1e-3], restrict)
     captured(vlm, batch, [small], steps=1)
     first_order = probe["share_prod_notV"] * probe["delta_gv_derivative"] * 1e-3
-    assert torch.allclose(small["delta_alphaV"][0], first_order, rtol=0.05, atol=3e-6), "delta_alphaV -> alphaV (1 - alphaV) g delta"
+    assert torch.allclose(small["delta_alphaV"][0], first_order, rtol=0.05, atol=3e-6), (
+        "delta_alphaV -> alphaV (1 - alphaV) g delta"
+    )
 
 
 def test_a_shift_of_zero_moves_nothing(load, batch_of):
@@ -243,7 +285,11 @@ def test_a_capture_leaves_no_trace(load, batch_of):
 
     def state():
         modules = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules()]
-        return modules, vlm.parts.decoder.config._attn_implementation, [p.requires_grad for p in vlm.model.parameters()]
+        return (
+            modules,
+            vlm.parts.decoder.config._attn_implementation,
+            [p.requires_grad for p in vlm.model.parameters()],
+        )
 
     before = state()
     with pytest.raises(ZeroDivisionError):
@@ -256,7 +302,10 @@ def test_a_capture_leaves_no_trace(load, batch_of):
 def test_sampling_depends_on_seed_item_and_step_only(load, batch_of):
     vlm = load("llava")
     together = generate(vlm, batch_of(vlm), 6, do_sample=True, temperature=5.0, seed=3).ids
-    alone = [generate(vlm, batch_of(vlm, (i,)), 6, do_sample=True, temperature=5.0, seed=3).ids[0] for i in range(3)]
+    alone = [
+        generate(vlm, batch_of(vlm, (i,)), 6, do_sample=True, temperature=5.0, seed=3).ids[0]
+        for i in range(3)
+    ]
     assert together == alone
     assert generate(vlm, batch_of(vlm), 6, do_sample=True, temperature=5.0, seed=4).ids != together
 
@@ -268,6 +317,8 @@ def test_logprobs_of_a_given_answer_are_those_of_a_plain_pass(load, batch_of):
     found = captured(vlm, batch, [], answers=ids)
     _, _, logits = eager(vlm, batch, ids)
     total = batch.groups.shape[1]
-    expected = logits[:, total - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(ids)[..., None])[..., 0]
+    expected = (
+        logits[:, total - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(ids)[..., None])[..., 0]
+    )
     assert torch.allclose(found.logprobs, expected, atol=1e-4)
     assert found.ids == ids and np.all(found.steps.numpy() == STEPS)

@@ -1,4 +1,5 @@
-"""ConvLLaVA against a forward pass written out from the published files' keys, and what its loader takes, finds and refuses."""
+"""ConvLLaVA against a forward pass written out from the published files' keys, and what its loader
+takes, finds and refuses."""
 
 import json
 import shutil
@@ -6,17 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 from PIL import Image
-from random_models.convllava import SIDE, TEXT, TOWER, build
 from safetensors.torch import load_file, save_file
 
 import common
-import models
-from capturing import prefill
-from cli import UsageError
-from models import convllava
-from samples import Sample
+from tests.conftest import tiny
+from tests.random_models.convllava import SIDE, TEXT, TOWER, build
+from vlmdiag import families as models
+from vlmdiag.cli import UsageError
+from vlmdiag.families import convllava
+from vlmdiag.model import loading
+from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.samples import Sample
 
 QUESTION = "Is there a red circle in the image?"
 
@@ -41,7 +43,9 @@ def vlm(folder):
 
 @pytest.fixture(scope="module")
 def picture():
-    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 150, 3), dtype=np.uint8)).resize((300, 180))
+    return Image.fromarray(
+        np.random.default_rng(1).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+    ).resize((300, 180))
 
 
 def changed(folder, to, **keys):
@@ -52,13 +56,16 @@ def changed(folder, to, **keys):
     return to
 
 
-# --- the plain forward: dictionaries of weights, loops over heads and taps --------------------------------------------------------
+# --- the plain forward: dictionaries of weights, loops over heads and taps ------------------------
 
 
 def layer_norm(x, w, name, eps=1e-6):
     """Over the last dimension."""
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return (
+        centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w[f"{name}.weight"]
+        + w[f"{name}.bias"]
+    )
 
 
 def linear(x, w, name):
@@ -70,9 +77,12 @@ def gelu(x):
 
 
 def strided(x, w, name, size):
-    """A convolution whose stride is its size: (rows, columns, c) -> (rows / size, columns / size, d)."""
+    """A convolution whose stride is its size: (rows, columns, c) -> (rows / size, columns / size,
+    d)."""
     rows, columns, _ = x.shape
-    blocks = x.reshape(rows // size, size, columns // size, size, -1).permute(0, 2, 4, 1, 3).flatten(2)
+    blocks = (
+        x.reshape(rows // size, size, columns // size, size, -1).permute(0, 2, 4, 1, 3).flatten(2)
+    )
     return blocks @ w[f"{name}.weight"].flatten(1).T + w[f"{name}.bias"]
 
 
@@ -80,13 +90,19 @@ def depthwise(x, w, name):
     """7 x 7 around each place, every channel alone. x (rows, columns, c)."""
     kernel, (rows, columns, _) = w[f"{name}.weight"][:, 0], x.shape
     padded = torch.nn.functional.pad(x, (0, 0, 3, 3, 3, 3))
-    taps = [padded[i : i + rows, j : j + columns] * kernel[:, i, j] for i in range(7) for j in range(7)]
+    taps = [
+        padded[i : i + rows, j : j + columns] * kernel[:, i, j] for i in range(7) for j in range(7)
+    ]
     return sum(taps) + w[f"{name}.bias"]
 
 
 def plain_tower(w, pixels, depths, eps=1e-6):
     """(3, S, S) -> (rows, columns, d) of the last stage."""
-    x = layer_norm(strided(pixels.permute(1, 2, 0), w, "embeddings.patch_embeddings", 4), w, "embeddings.layernorm")
+    x = layer_norm(
+        strided(pixels.permute(1, 2, 0), w, "embeddings.patch_embeddings", 4),
+        w,
+        "embeddings.layernorm",
+    )
     for stage, depth in enumerate(depths):
         if stage:
             down = f"encoder.stages.{stage}.downsampling_layer"
@@ -94,7 +110,9 @@ def plain_tower(w, pixels, depths, eps=1e-6):
         for block in range(depth):
             name = f"encoder.stages.{stage}.layers.{block}"
             y = layer_norm(depthwise(x, w, f"{name}.dwconv"), w, f"{name}.layernorm", eps)
-            x = x + w[f"{name}.layer_scale_parameter"] * linear(gelu(linear(y, w, f"{name}.pwconv1")), w, f"{name}.pwconv2")
+            x = x + w[f"{name}.layer_scale_parameter"] * linear(
+                gelu(linear(y, w, f"{name}.pwconv1")), w, f"{name}.pwconv2"
+            )
     return x
 
 
@@ -119,11 +137,16 @@ def turned(x, theta=10000.0):
 
 
 def causal_attention(q, k, v, heads):
-    """(T, d) each -> (T, d): one head after the other, every row over itself and what is before it."""
+    """(T, d) each -> (T, d): one head after the other, every row over itself and what is before
+    it."""
     out = []
-    for q_h, k_h, v_h in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
+    for q_h, k_h, v_h in zip(
+        q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True
+    ):
         scores = turned(q_h) @ turned(k_h).T / q_h.shape[-1] ** 0.5
-        out.append(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, float("-inf")).softmax(-1) @ v_h)
+        out.append(
+            scores.masked_fill(torch.ones_like(scores).triu(1) > 0, float("-inf")).softmax(-1) @ v_h
+        )
     return torch.cat(out, -1)
 
 
@@ -136,44 +159,75 @@ def plain_llama(w, x, layers, heads, eps):
         x = x + linear(causal_attention(q, k, v, heads), w, f"{name}.self_attn.o_proj")
         y = rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], eps)
         gate = linear(y, w, f"{name}.mlp.gate_proj")
-        x = x + linear(gate * gate.sigmoid() * linear(y, w, f"{name}.mlp.up_proj"), w, f"{name}.mlp.down_proj")
+        x = x + linear(
+            gate * gate.sigmoid() * linear(y, w, f"{name}.mlp.up_proj"), w, f"{name}.mlp.down_proj"
+        )
     return rms_norm(x, w["model.norm.weight"], eps) @ w["lm_head.weight"].T
 
 
 def put_in(table, ids, features, image_id):
-    """Embeddings of a prompt (T, d): rows of the table, and the features in order where the picture is."""
+    """Embeddings of a prompt (T, d): rows of the table, and the features in order where the picture
+    is."""
     rows = iter(features)
-    return torch.stack([next(rows) if token == image_id else table[token] for token in ids.tolist()])
+    return torch.stack(
+        [next(rows) if token == image_id else table[token] for token in ids.tolist()]
+    )
 
 
 def test_features_and_logits_are_those_of_the_plain_forward(folder, vlm, picture):
-    main, tower = load_file(folder / "model.safetensors"), torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True)
+    main, tower = (
+        load_file(folder / "model.safetensors"),
+        torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True),
+    )
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     pixels = batch.image_inputs["pixel_values"][0]
     with torch.no_grad():
         found, logits = vlm.vision(batch).pooler_output[0], prefill(vlm, batch).logits[0, -1]
     features = plain_features(main, tower, pixels)
-    embeds = put_in(main["model.embed_tokens.weight"], batch.input_ids[0], features, vlm.image_token_id)
-    wanted = plain_llama(main, embeds, TEXT["num_hidden_layers"], TEXT["num_attention_heads"], TEXT["rms_norm_eps"])[-1]
-    assert found.shape == ((SIDE // 64) ** 2, 64) and torch.allclose(found, features, atol=1e-4) and torch.allclose(logits, wanted, atol=1e-4)
+    embeds = put_in(
+        main["model.embed_tokens.weight"], batch.input_ids[0], features, vlm.image_token_id
+    )
+    wanted = plain_llama(
+        main, embeds, TEXT["num_hidden_layers"], TEXT["num_attention_heads"], TEXT["rms_norm_eps"]
+    )[-1]
+    assert (
+        found.shape == ((SIDE // 64) ** 2, 64)
+        and torch.allclose(found, features, atol=1e-4)
+        and torch.allclose(logits, wanted, atol=1e-4)
+    )
     assert logits.std() > 0.1 and features.std(0).mean() > 0.1
     for wrong in ({"row_major": False}, {"normed": True}, {"depths": [1, 1, 2, 1, 1]}):
-        assert not torch.allclose(found, plain_features(main, tower, pixels, **wrong), atol=1e-2), wrong
+        assert not torch.allclose(found, plain_features(main, tower, pixels, **wrong), atol=1e-2), (
+            wrong
+        )
 
 
 def test_pixels_are_those_of_a_picture_padded_with_the_mean_colour(vlm, picture):
     square = Image.new("RGB", (300, 300), tuple(int(mean * 255) for mean in tiny.MEAN))
     square.paste(picture, (0, 60))
-    wanted = (np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255 - tiny.MEAN) / tiny.STD
+    wanted = (
+        np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255 - tiny.MEAN
+    ) / tiny.STD
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
-    np.testing.assert_allclose(batch.image_inputs["pixel_values"][0].permute(1, 2, 0).numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        batch.image_inputs["pixel_values"][0].permute(1, 2, 0).numpy(), wanted, atol=1e-5
+    )
     grid = batch.grids[0]
-    assert grid.shape == (12, 12) and grid.boxes[0].tolist() == [0, -60, 25, -35] and grid.boxes[-1].tolist() == [275, 215, 300, 240]
+    assert (
+        grid.shape == (12, 12)
+        and grid.boxes[0].tolist() == [0, -60, 25, -35]
+        and grid.boxes[-1].tolist() == [275, 215, 300, 240]
+    )
 
 
 def test_select_layer_minus_two_leaves_out_the_last_block(folder, tmp_path, picture):
-    vlm = common.load_model(changed(folder, tmp_path / "two", mm_vision_select_layer=-2), self_check=False)
-    main, tower = load_file(folder / "model.safetensors"), torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True)
+    vlm = common.load_model(
+        changed(folder, tmp_path / "two", mm_vision_select_layer=-2), self_check=False
+    )
+    main, tower = (
+        load_file(folder / "model.safetensors"),
+        torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True),
+    )
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     with torch.no_grad():
         found = vlm.vision(batch).pooler_output[0]
@@ -183,10 +237,16 @@ def test_select_layer_minus_two_leaves_out_the_last_block(folder, tmp_path, pict
         common.load_model(changed(folder, tmp_path / "three", mm_vision_select_layer=-3))
 
 
-def test_the_configs_resolution_replaces_that_of_the_towers_preprocessing(folder, tmp_path, picture):
+def test_the_configs_resolution_replaces_that_of_the_towers_preprocessing(
+    folder, tmp_path, picture
+):
     vlm = common.load_model(changed(folder, tmp_path / "model", mm_vision_resolution=320))
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
-    assert batch.image_inputs["pixel_values"].shape[-2:] == (320, 320) and batch.grids[0].shape == (5, 5) and len(batch.vision_positions(0)) == 25
+    assert (
+        batch.image_inputs["pixel_values"].shape[-2:] == (320, 320)
+        and batch.grids[0].shape == (5, 5)
+        and len(batch.vision_positions(0)) == 25
+    )
     with pytest.raises(UsageError, match="330 x 330 pixels are not whole cells of 64 x 64"):
         common.load_model(changed(folder, tmp_path / "odd", mm_vision_resolution=330))
 
@@ -196,72 +256,131 @@ def test_a_tower_within_the_checkpoint_has_its_weights_from_there(folder, tmp_pa
     tower = torch.load(copy / "vision_tower" / "pytorch_model.bin", weights_only=True)
     inside = {f"model.vision_tower.vision_tower.{name}": value for name, value in tower.items()}
     save_file(load_file(copy / "model.safetensors") | inside, copy / "model.safetensors")
-    torch.save({name: value * 0 for name, value in tower.items()}, copy / "vision_tower" / "pytorch_model.bin")
+    torch.save(
+        {name: value * 0 for name, value in tower.items()},
+        copy / "vision_tower" / "pytorch_model.bin",
+    )
     features = []
     for each in (vlm, common.load_model(copy, self_check=False)):
         with torch.no_grad():
-            features.append(each.vision(each.encode([Sample("0", None, QUESTION)], [picture])).pooler_output[0])
+            features.append(
+                each.vision(each.encode([Sample("0", None, QUESTION)], [picture])).pooler_output[0]
+            )
     assert torch.equal(*features)
 
 
 def test_only_llava_configs_with_a_convnext_tower_are_taken(folder, tmp_path):
     named = {"model_type": "llava_llama", "mm_vision_tower": "ConvLLaVA/ConvLLaVA-ConvNeXt-1536"}
-    assert models.find_family(named).name == models.find_family(named | {"model_type": "llava"}).name == "convllava"
-    assert models.find_family(named | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}).name == "llava_original"
-    assert models.find_family(named | {"mm_vision_tower": "my-convnext/clip"}).name == "llava_original", "a parent's name says nothing"
-    assert models.find_family(named | {"mm_vision_tower": str(folder / "vision_tower")}).name == "convllava", "by the config in that folder"
-    assert models.find_family({"model_type": "llava", "vision_config": {"model_type": "convnext"}}).name == "llava"
+    assert (
+        models.find_family(named).name
+        == models.find_family(named | {"model_type": "llava"}).name
+        == "convllava"
+    )
+    assert (
+        models.find_family(named | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}).name
+        == "llava_original"
+    )
+    assert (
+        models.find_family(named | {"mm_vision_tower": "my-convnext/clip"}).name == "llava_original"
+    ), "a parent's name says nothing"
+    assert (
+        models.find_family(named | {"mm_vision_tower": str(folder / "vision_tower")}).name
+        == "convllava"
+    ), "by the config in that folder"
+    assert (
+        models.find_family(
+            {"model_type": "llava", "vision_config": {"model_type": "convnext"}}
+        ).name
+        == "llava"
+    )
     clip = tmp_path / "convnext-in-name-only"
     clip.mkdir()
     (clip / "config.json").write_text(json.dumps({"model_type": "clip_vision_model"}))
     assert models.find_family(named | {"mm_vision_tower": str(clip)}).name == "llava_original"
-    with pytest.raises(UsageError, match="a ConvNeXt vision tower was wanted, this is of type 'clip_vision_model'"):
+    with pytest.raises(
+        UsageError, match="a ConvNeXt vision tower was wanted, this is of type 'clip_vision_model'"
+    ):
         common.load_model(folder, vision_tower_path=str(clip))
 
 
 @pytest.mark.parametrize("where", ["flag", "path", "beside"])
 def test_a_tower_in_a_folder_of_its_own_is_found(folder, tmp_path, where):
     tower = tmp_path / ("ConvLLaVA-ConvNeXt-tiny" if where == "beside" else "other")
-    copy = changed(folder, tmp_path / "model", **({"mm_vision_tower": str(tower)} if where == "path" else {}))
+    copy = changed(
+        folder, tmp_path / "model", **({"mm_vision_tower": str(tower)} if where == "path" else {})
+    )
     shutil.move(copy / "vision_tower", tower)
-    assert common.load_model(copy, vision_tower_path=str(tower) if where == "flag" else None, self_check=False).family.name == "convllava"
+    assert (
+        common.load_model(
+            copy, vision_tower_path=str(tower) if where == "flag" else None, self_check=False
+        ).family.name
+        == "convllava"
+    )
 
 
 def test_the_tower_that_training_wrote_comes_before_the_one_that_it_began_with(folder, tmp_path):
-    began, copy = tmp_path / "began", changed(folder, tmp_path / "model", mm_vision_tower=str(tmp_path / "began"))
+    began, copy = (
+        tmp_path / "began",
+        changed(folder, tmp_path / "model", mm_vision_tower=str(tmp_path / "began")),
+    )
     shutil.copytree(copy / "vision_tower", began)
     tower = torch.load(began / "pytorch_model.bin", weights_only=True)
     torch.save({name: value * 0 for name, value in tower.items()}, began / "pytorch_model.bin")
     taken = common.load_model(copy, self_check=False).model.model.vision_tower
-    assert torch.equal(taken.embeddings.patch_embeddings.weight, tower["embeddings.patch_embeddings.weight"])
-    flagged = common.load_model(copy, self_check=False, vision_tower_path=str(began)).model.model.vision_tower
+    assert torch.equal(
+        taken.embeddings.patch_embeddings.weight, tower["embeddings.patch_embeddings.weight"]
+    )
+    flagged = common.load_model(
+        copy, self_check=False, vision_tower_path=str(began)
+    ).model.model.vision_tower
     assert flagged.embeddings.patch_embeddings.weight.abs().max() == 0
 
 
 def test_what_is_missing_is_said_in_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("models.llava_original.snapshot_download", lambda name, **_: (_ for _ in ()).throw(OSError(f"no network for {name}")))
+    monkeypatch.setattr(
+        "models.llava_original.snapshot_download",
+        lambda name, **_: (_ for _ in ()).throw(OSError(f"no network for {name}")),
+    )
     copy = changed(folder, tmp_path / "model")
     tower = torch.load(copy / "vision_tower" / "pytorch_model.bin", weights_only=True)
     for message, state in (
-        ("1 parameters are in no file, such as model.vision_tower.encoder.stages.4.layers.1.dwconv.bias", {k: v for k, v in tower.items() if k != "encoder.stages.4.layers.1.dwconv.bias"}),
-        ("1 parameters have no place in this model, such as model.vision_tower.encoder.stages.5.bias", tower | {"encoder.stages.5.bias": torch.ones(1)}),
-    ):  # fmt: skip
+        (
+            (
+                "1 parameters are in no file, such as"
+                " model.vision_tower.encoder.stages.4.layers.1.dwconv.bias"
+            ),
+            {k: v for k, v in tower.items() if k != "encoder.stages.4.layers.1.dwconv.bias"},
+        ),
+        (
+            (
+                "1 parameters have no place in this model, such as"
+                " model.vision_tower.encoder.stages.5.bias"
+            ),
+            tower | {"encoder.stages.5.bias": torch.ones(1)},
+        ),
+    ):
         torch.save(state, copy / "vision_tower" / "pytorch_model.bin")
         with pytest.raises(UsageError, match=message):
             common.load_model(copy)
     shutil.rmtree(copy / "vision_tower")
     with pytest.raises(
-        UsageError, match=r"'ConvLLaVA/ConvLLaVA-ConvNeXt-tiny' was not found at .*vision_tower, .*the hub \(OSError\); give --vision_tower_path"
+        UsageError,
+        match=(
+            r"'ConvLLaVA/ConvLLaVA-ConvNeXt-tiny' was not found at .*vision_tower, .*the hub"
+            r" \(OSError\); give --vision_tower_path"
+        ),
     ):
         common.load_model(copy)
 
 
 def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(folder, vlm, picture):
-    config, family = common.read_config(folder)
+    config, family = loading.read_config(folder)
     config.text_config.num_hidden_layers = 0
     model, _ = convllava.load(str(folder), config, dtype=torch.float32)
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     with torch.no_grad():
-        found = model.get_image_features(batch.image_inputs["pixel_values"], return_dict=True).pooler_output[0]
+        found = model.get_image_features(
+            batch.image_inputs["pixel_values"], return_dict=True
+        ).pooler_output[0]
         assert torch.equal(found, vlm.vision(batch).pooler_output[0])
     assert family.name == "convllava" and len(model.model.language_model.layers) == 0

@@ -1,4 +1,5 @@
-"""The stethoscope: its parts agree with slow, plain computations, its limits hold, and the page works in a real browser for two people at once.
+"""The stethoscope: its parts agree with slow, plain computations, its limits hold, and the page
+works in a real browser for two people at once.
 
 The browser is Debian's Chromium; without it these tests fail."""
 
@@ -19,30 +20,29 @@ import zipfile
 from pathlib import Path
 from random import Random
 
-import attribution
-import gradients
 import numpy as np
 import pytest
-import relevancy as rules
-import stethoscope
-import stethoscope_views as views
 import torch
-from conftest import in_process
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from stethoscope import Analysis, Decoding, Model, Session
-from stethoscope_export import Shown, export
-from viz_attention_image import demo_scene
 
 import common
-import rundirs
-from capturing import extended, generate
-from cli import UsageError
-from data.scenes import floor_scene, render
-from samples import Sample
+from diagnostic_tools.viz_attention_image import demo_scene
+from tests.conftest import in_process
+from vlmdiag.cli import UsageError
+from vlmdiag.model.decoding import extended, generate
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.relevancy import gradients, rules
+from vlmdiag.relevancy import methods as attribution
+from vlmdiag.runs import rundirs
+from vlmdiag.scenes.scene import floor_scene, render
+from vlmdiag.stethoscope import analysis as stethoscope
+from vlmdiag.stethoscope import views
+from vlmdiag.stethoscope.analysis import Analysis, Decoding, Model, Session
+from vlmdiag.stethoscope.export import Shown, export
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "checkpoints" / "tiny-llava"
@@ -58,7 +58,7 @@ def model():
 
 def random_model(file):
     """{name: builder} of a family's random models."""
-    return importlib.import_module(f"random_models.{file}").MODELS
+    return importlib.import_module(f"tests.random_models.{file}").MODELS
 
 
 def asked(model, picture, question=QUESTION, decoding=None):
@@ -78,36 +78,65 @@ def run(analysis):
     return gradients.trace(analysis.model.vlm, analysis.batch, analysis.ids)
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def test_the_warning_is_the_calibration_of_the_measured_signals(analysis, monkeypatch):
     assert stethoscope.hallucination_warning(analysis).startswith("not calibrated")
     fitted = {"mean": [0] * 5, "std": [1] * 5, "weights": [-1, 0, 0, 0, 0], "bias": 0.5}
-    monkeypatch.setattr(analysis.model, "calibration", {"names": ["green square", "red cross"], "kinds": {"captions": {"models": {"all": fitted}}}})
+    monkeypatch.setattr(
+        analysis.model,
+        "calibration",
+        {
+            "names": ["green square", "red cross"],
+            "kinds": {"captions": {"models": {"all": fitted}}},
+        },
+    )
     text = stethoscope.hallucination_warning(analysis)
     start = analysis.text.index("green square")
-    named = [t for t, (a, b) in enumerate(analysis.spans) if a < start + len("green square") and b > start]
+    named = [
+        t
+        for t, (a, b) in enumerate(analysis.spans)
+        if a < start + len("green square") and b > start
+    ]
     risk = 1 / (1 + np.exp(-(0.5 - np.log(analysis.probabilities[named]).mean())))
     assert f"green square {risk:.0%}" in text and "red cross" not in text
 
 
 def test_probabilities_are_those_of_the_generated_tokens_sampled_ones_too(model, analysis):
     for decoding in (Decoding(max_new_tokens=24), Decoding(True, 5.0, 1.0, 12, 3)):
-        some = analysis if not decoding.do_sample else asked(model, analysis.picture, QUESTION, decoding)
+        some = (
+            analysis
+            if not decoding.do_sample
+            else asked(model, analysis.picture, QUESTION, decoding)
+        )
         vlm = model.vlm
         batch = vlm.encode([Sample("0", None, QUESTION)], [analysis.picture])
-        found = generate(vlm, batch, decoding.max_new_tokens, decoding.do_sample, decoding.temperature, decoding.top_p, decoding.seed)
+        found = generate(
+            vlm,
+            batch,
+            decoding.max_new_tokens,
+            decoding.do_sample,
+            decoding.temperature,
+            decoding.top_p,
+            decoding.seed,
+        )
         assert some.ids == found.ids[0] and len(some.tokens) == len(some.ids)
         assert np.allclose(some.probabilities, found.logprobs[0].exp(), atol=1e-6)
         greedy = some.evolution().ids[:, -1, 0].tolist()
-        assert (greedy == some.ids) == (not decoding.do_sample)  # at temperature 5 not every token is the likeliest one, which is where a maximum is wrong
+        assert (
+            (greedy == some.ids) == (not decoding.do_sample)
+        )  # at temperature 5 not every token is the likeliest one, which is where a maximum is wrong
 
 
 def test_the_answer_is_streamed_and_ends_when_nobody_listens(model, analysis):
     again = Analysis(model, analysis.picture, QUESTION, Decoding(max_new_tokens=24))
     pieces = list(again.answer())
-    assert len(pieces) == len(again.ids) and all(b.startswith(a) for a, b in zip(pieces, pieces[1:])) and pieces[-1].strip() == again.text.strip()
+    assert (
+        len(pieces) == len(again.ids)
+        and all(b.startswith(a) for a, b in zip(pieces, pieces[1:]))
+        and pieces[-1].strip() == again.text.strip()
+    )
     assert list(again.answer()) == [again.text]  # kept
     left = Analysis(model, analysis.picture, QUESTION, Decoding(max_new_tokens=24))
     stream = left.answer()
@@ -120,44 +149,81 @@ def test_the_answer_is_streamed_and_ends_when_nobody_listens(model, analysis):
 def test_evolution_ends_in_the_models_own_distribution(analysis, run):
     lens, probs = analysis.evolution(), run.logits.softmax(-1)
     count, depth = len(analysis.ids), analysis.model.depth
-    assert lens.ids.shape == (count, depth + 1, stethoscope.TOP) and np.allclose(lens.probs[:, -1], probs.topk(stethoscope.TOP).values, atol=1e-5)
+    assert lens.ids.shape == (count, depth + 1, stethoscope.TOP) and np.allclose(
+        lens.probs[:, -1], probs.topk(stethoscope.TOP).values, atol=1e-5
+    )
     assert np.allclose(lens.chosen[:, -1], analysis.probabilities, atol=1e-5)
-    assert lens.rank[:, -1].tolist() == [int((probs[t] > probs[t, i]).sum()) + 1 for t, i in enumerate(analysis.ids)]
+    assert lens.rank[:, -1].tolist() == [
+        int((probs[t] > probs[t, i]).sum()) + 1 for t, i in enumerate(analysis.ids)
+    ]
     vlm = analysis.model.vlm
     vlm.model.set_attn_implementation("eager")
     try:
         whole = extended(analysis.batch, analysis.ids)
         states = vlm.model(
-            input_ids=whole.input_ids, attention_mask=whole.attention_mask, pixel_values=whole.image_inputs["pixel_values"], output_hidden_states=True
+            input_ids=whole.input_ids,
+            attention_mask=whole.attention_mask,
+            pixel_values=whole.image_inputs["pixel_values"],
+            output_hidden_states=True,
         )
         maps = vlm.model(
-            input_ids=whole.input_ids, attention_mask=whole.attention_mask, pixel_values=whole.image_inputs["pixel_values"], output_attentions=True
+            input_ids=whole.input_ids,
+            attention_mask=whole.attention_mask,
+            pixel_values=whole.image_inputs["pixel_values"],
+            output_attentions=True,
         )
     finally:
         vlm.model.set_attn_implementation("sdpa")
     for index in (0, 3):  # the final norm once, on every state
-        wanted = vlm.parts.lm_head(vlm.parts.norm(states.hidden_states[index][0, analysis.producing])).softmax(-1).detach()
+        wanted = (
+            vlm.parts.lm_head(vlm.parts.norm(states.hidden_states[index][0, analysis.producing]))
+            .softmax(-1)
+            .detach()
+        )
         assert np.allclose(lens.probs[:, index], wanted.topk(stethoscope.TOP).values, atol=1e-5)
-        without = vlm.parts.lm_head(states.hidden_states[index][0, analysis.producing]).softmax(-1).detach()
-        assert not np.allclose(lens.probs[:, index], without.topk(stethoscope.TOP).values, atol=1e-3)
+        without = (
+            vlm.parts.lm_head(states.hidden_states[index][0, analysis.producing])
+            .softmax(-1)
+            .detach()
+        )
+        assert not np.allclose(
+            lens.probs[:, index], without.topk(stethoscope.TOP).values, atol=1e-3
+        )
     assert set(lens.ids.ravel().tolist()) <= set(lens.words)
     for layer in (0, depth - 1):
-        wanted = maps.attentions[layer][0][:, analysis.producing][..., analysis.vision].transpose(0, 1).detach()
+        wanted = (
+            maps.attentions[layer][0][:, analysis.producing][..., analysis.vision]
+            .transpose(0, 1)
+            .detach()
+        )
         assert np.allclose(analysis.attention(layer), wanted, atol=1e-5)
         assert not np.allclose(
-            analysis.attention(layer), maps.attentions[layer][0][:, analysis.producing + 1][..., analysis.vision].transpose(0, 1).detach(), atol=1e-3
+            analysis.attention(layer),
+            maps.attentions[layer][0][:, analysis.producing + 1][..., analysis.vision]
+            .transpose(0, 1)
+            .detach(),
+            atol=1e-3,
         )
 
 
-def test_relevancy_in_chunks_is_that_of_all_tokens_together_and_says_how_far_it_is(model, analysis, run, monkeypatch):
+def test_relevancy_in_chunks_is_that_of_all_tokens_together_and_says_how_far_it_is(
+    model, analysis, run, monkeypatch
+):
     monkeypatch.setattr(stethoscope, "CHUNK", 3)
     some = asked(model, analysis.picture)
     shares = list(some.relevancy_steps())
-    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == 1 and len(shares) == 1 + -(-len(some.ids) // 3)
+    assert (
+        shares[0] == 0
+        and shares == sorted(shares)
+        and shares[-1] == 1
+        and len(shares) == 1 + -(-len(some.ids) // 3)
+    )
     assert list(some.relevancy_steps()) == []  # kept
     whole = attribution.relevancy(run, range(len(some.ids)))
     for name in ("rows", "image", "cells"):
-        assert np.allclose(getattr(some.relevancy(), name), getattr(whole, name), rtol=1e-3, atol=1e-7)
+        assert np.allclose(
+            getattr(some.relevancy(), name), getattr(whole, name), rtol=1e-3, atol=1e-7
+        )
 
 
 def test_one_who_leaves_does_not_spoil_the_computation_of_another(model, analysis, monkeypatch):
@@ -166,7 +232,9 @@ def test_one_who_leaves_does_not_spoil_the_computation_of_another(model, analysi
     leaving, staying = some.relevancy_steps(), some.relevancy_steps()
     next(leaving), next(staying), next(leaving)
     leaving.close()
-    assert list(staying)[-1] == 1 and np.allclose(some.relevancy().rows, analysis.relevancy().rows, rtol=1e-3, atol=1e-7)
+    assert list(staying)[-1] == 1 and np.allclose(
+        some.relevancy().rows, analysis.relevancy().rows, rtol=1e-3, atol=1e-7
+    )
 
 
 def test_visual_contribution_counts_the_text_that_a_token_sees(analysis):
@@ -174,22 +242,50 @@ def test_visual_contribution_counts_the_text_that_a_token_sees(analysis):
     for t in (0, 5):
         rows = found.rows[t]
         seen = [i for i in range(analysis.producing[t] + 1) if groups[i] in ("user", "generated")]
-        assert np.allclose(analysis.contribution("sum", "ratio")[t], found.image[t].sum(-1) / rows[:, seen].sum(-1), rtol=1e-4)
-        assert np.allclose(analysis.contribution("mean", "ratio")[t], found.image[t].mean(-1) / rows[:, seen].mean(-1), rtol=1e-4)
+        assert np.allclose(
+            analysis.contribution("sum", "ratio")[t],
+            found.image[t].sum(-1) / rows[:, seen].sum(-1),
+            rtol=1e-4,
+        )
+        assert np.allclose(
+            analysis.contribution("mean", "ratio")[t],
+            found.image[t].mean(-1) / rows[:, seen].mean(-1),
+            rtol=1e-4,
+        )
         top, text = found.image[t].max(-1), rows[:, seen].max(-1)
         assert np.allclose(analysis.contribution("max", "share")[t], top / (top + text), rtol=1e-4)
     all_text = torch.from_numpy(found.rows[..., np.isin(groups, ("user", "generated"))])
-    assert np.allclose(analysis.contribution("max"), rules.share(torch.from_numpy(found.image), all_text), rtol=1e-4)  # zeros after a token change no maximum
-    assert not np.allclose(analysis.contribution("mean", "ratio"), rules.ratio_of(torch.from_numpy(found.image), all_text, "mean"), rtol=1e-2)  # but a mean
+    assert np.allclose(
+        analysis.contribution("max"),
+        rules.share(torch.from_numpy(found.image), all_text),
+        rtol=1e-4,
+    )  # zeros after a token change no maximum
+    assert not np.allclose(
+        analysis.contribution("mean", "ratio"),
+        rules.ratio_of(torch.from_numpy(found.image), all_text, "mean"),
+        rtol=1e-2,
+    )  # but a mean
 
 
 def test_words_that_looked_at_patches_are_those_whose_rows_did(analysis):
     chosen, layer = {40, 41, 52}, 3
     maps = analysis.attention(layer)
-    assert np.allclose(analysis.looked_at(chosen, "attention", layer), [sum(maps[t, :, p].mean() for p in chosen) for t in range(len(maps))], atol=1e-6)
-    assert np.allclose(analysis.looked_at(chosen, "attention", layer, 2), [sum(maps[t, 2, p] for p in chosen) for t in range(len(maps))], atol=1e-6)
+    assert np.allclose(
+        analysis.looked_at(chosen, "attention", layer),
+        [sum(maps[t, :, p].mean() for p in chosen) for t in range(len(maps))],
+        atol=1e-6,
+    )
+    assert np.allclose(
+        analysis.looked_at(chosen, "attention", layer, 2),
+        [sum(maps[t, 2, p] for p in chosen) for t in range(len(maps))],
+        atol=1e-6,
+    )
     cells = analysis.relevancy().cells[:, layer]
-    assert np.allclose(analysis.looked_at(chosen, "relevancy", layer), [sum(c[p] for p in chosen) / c.sum() for c in cells], rtol=1e-4)
+    assert np.allclose(
+        analysis.looked_at(chosen, "relevancy", layer),
+        [sum(c[p] for p in chosen) / c.sum() for c in cells],
+        rtol=1e-4,
+    )
     picture = analysis.place(len(analysis.vision))
     thing = next(thing for thing in demo_scene().things if thing.color == "green")
     centre = np.array([thing.x, thing.y]) / analysis.picture.size
@@ -198,7 +294,9 @@ def test_words_that_looked_at_patches_are_those_whose_rows_did(analysis):
     assert x0 <= thing.x < x1 and y0 <= thing.y < y1
     around = {cell + dx + dy * picture.shape[1] for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
     looked = analysis.looked_at(around, "relevancy")
-    assert analysis.tokens[int(looked.argmax())].strip() == "green"  # the colour word came from the object of that colour
+    assert (
+        analysis.tokens[int(looked.argmax())].strip() == "green"
+    )  # the colour word came from the object of that colour
     assert analysis.looked_at(range(len(cells[0])), "relevancy") == pytest.approx(1)
 
 
@@ -206,7 +304,10 @@ def test_raw_attention_stays_within_its_memory(model, analysis, monkeypatch):
     some = asked(model, analysis.picture)
     monkeypatch.setattr(stethoscope, "ATTENTION_BUDGET", 2 * analysis.attention(0).nbytes)
     for layer in (0, 3, 5, 3):
-        assert np.allclose(some.attention(layer), analysis.attention(layer), atol=1e-6) and len(some._attention) <= 2
+        assert (
+            np.allclose(some.attention(layer), analysis.attention(layer), atol=1e-6)
+            and len(some._attention) <= 2
+        )
     monkeypatch.setattr(stethoscope, "ROWS_BUDGET", 1000)
     with pytest.raises(UsageError, match="generate fewer tokens"):
         some.relevancy()
@@ -216,51 +317,96 @@ def test_models_without_tower_maps_or_a_grid_show_the_rest(load, blip_folders, p
     qwen = asked(Model(load("qwen")), pictures[1], decoding=Decoding(max_new_tokens=3))
     assert qwen.relevancy().cells is None and "tower" in qwen.missing()[0]
     assert "data:image" in views.relevancy_panel(qwen, 1, 2, 100, True)[0]
-    blip = asked(Model(common.load_model(blip_folders("instructblip-llama"), self_check=False)), pictures[1], decoding=Decoding(max_new_tokens=3))
+    blip = asked(
+        Model(common.load_model(blip_folders("instructblip-llama"), self_check=False)),
+        pictures[1],
+        decoding=Decoding(max_new_tokens=3),
+    )
     assert (
         "unknown" in blip.missing()[0]
         and "unknown" in views.attention_panel(blip, 0, 0, None, 100)
         and "head 0" in views.attention_panel(blip, 0, 0, None, 100)
     )
     overlay, words = views.relevancy_panel(blip, 1, 2, 100, False)
-    assert "data:image" in overlay and "Q-Former" in overlay and "Relevancy to Previous Answer" in words
+    assert (
+        "data:image" in overlay
+        and "Q-Former" in overlay
+        and "Relevancy to Previous Answer" in words
+    )
     assert "Choose relevancy" in views.patch_panel(blip, "attention", 0, None)[1]
     blip.patches = {3}
-    assert "data:image" in views.patch_panel(blip, "relevancy", 0, None)[0] and "data:image" in views.compare_panel(blip, (0, 1), (1, 2), 100)
+    assert "data:image" in views.patch_panel(blip, "relevancy", 0, None)[
+        0
+    ] and "data:image" in views.compare_panel(blip, (0, 1), (1, 2), 100)
     with pytest.raises(UsageError, match="decoder-only"):
         Model(common.load_model(blip_folders("blip2-t5"), self_check=False))
 
 
-@pytest.mark.parametrize("name", ["llava_next", "blip2-opt", "instructblip-llama", "minigpt4", "convllava", "mplug_owl2"])
+@pytest.mark.parametrize(
+    "name", ["llava_next", "blip2-opt", "instructblip-llama", "minigpt4", "convllava", "mplug_owl2"]
+)
 def test_the_models_of_the_published_table_are_shown(tmp_path, pictures, name):
-    """Every panel's numbers for each family that LVLM-Stethoscope names, done or to do, and one with tiles."""
-    builders = {key: build for file in ("llava_next", "blip2", "minigpt4", "convllava", "mplug_owl2") for key, build in random_model(file).items()}
-    shown = asked(Model(common.load_model(builders[name](tmp_path / name), self_check=False)), pictures[1], "Is it red?", Decoding(max_new_tokens=4))
+    """Every panel's numbers for each family that LVLM-Stethoscope names, done or to do, and one
+    with tiles."""
+    builders = {
+        key: build
+        for file in ("llava_next", "blip2", "minigpt4", "convllava", "mplug_owl2")
+        for key, build in random_model(file).items()
+    }
+    shown = asked(
+        Model(common.load_model(builders[name](tmp_path / name), self_check=False)),
+        pictures[1],
+        "Is it red?",
+        Decoding(max_new_tokens=4),
+    )
     found, depth = shown.relevancy(), shown.model.depth
     count = len(shown.ids)
-    assert found.picture.shape[:2] == (count, depth) and found.picture.min() >= 0 and found.picture.max() > 0
+    assert (
+        found.picture.shape[:2] == (count, depth)
+        and found.picture.min() >= 0
+        and found.picture.max() > 0
+    )
     assert shown.contribution("max", "share").shape == (count, depth)
     place = shown.place(found.picture.shape[-1])
-    assert place is not None and np.isfinite(place.paint(found.picture[0, -1], smooth=False)).any(), "the map lies on the picture"
-    assert (shown.place(len(found.image[0, 0])) is None) == ("grid" not in shown.model.vlm.family.has)
+    assert (
+        place is not None and np.isfinite(place.paint(found.picture[0, -1], smooth=False)).any()
+    ), "the map lies on the picture"
+    assert (shown.place(len(found.image[0, 0])) is None) == (
+        "grid" not in shown.model.vlm.family.has
+    )
     assert shown.looked_at({0, 1}, "relevancy").shape == (count,)
 
 
 def test_a_part_that_computes_elsewhere_gives_the_same_answer(analysis):
-    vlm = common.load_model(TINY, dtype="bfloat16", self_check=False)  # no second device here: another floating type stands for it
+    vlm = common.load_model(
+        TINY, dtype="bfloat16", self_check=False
+    )  # no second device here: another floating type stands for it
     plain = asked(Model(vlm), analysis.picture)
     assert not stethoscope.part_on_cpu(vlm)
-    stethoscope.compute_on([vlm.parts.tower, vlm.parts.connector, None], torch.device("cpu"), torch.float32, vlm.device, vlm.dtype)
-    assert {p.dtype for p in vlm.parts.tower.parameters()} == {torch.float32} and {p.dtype for p in vlm.parts.layers[0].parameters()} == {torch.bfloat16}
+    stethoscope.compute_on(
+        [vlm.parts.tower, vlm.parts.connector, None],
+        torch.device("cpu"),
+        torch.float32,
+        vlm.device,
+        vlm.dtype,
+    )
+    assert {p.dtype for p in vlm.parts.tower.parameters()} == {torch.float32} and {
+        p.dtype for p in vlm.parts.layers[0].parameters()
+    } == {torch.bfloat16}
     some = asked(Model(vlm), analysis.picture)
-    assert some.ids == plain.ids == analysis.ids and some.relevancy().cells.shape == analysis.relevancy().cells.shape
+    assert (
+        some.ids == plain.ids == analysis.ids
+        and some.relevancy().cells.shape == analysis.relevancy().cells.shape
+    )
     assert np.corrcoef(some.relevancy().cells[4, -1], analysis.relevancy().cells[4, -1])[0, 1] > 0.9
 
 
-# --- limits and sessions ----------------------------------------------------------------------------------------------------
+# --- limits and sessions --------------------------------------------------------------------------
 
 
-def test_what_is_too_large_or_no_picture_is_refused_in_one_line(model, analysis, tmp_path, monkeypatch):
+def test_what_is_too_large_or_no_picture_is_refused_in_one_line(
+    model, analysis, tmp_path, monkeypatch
+):
     (tmp_path / "no.png").write_text("no picture")
     (tmp_path / "ok.png").write_bytes(b"")
     for name in ("no.png", "ok.png"):
@@ -284,11 +430,20 @@ def test_what_is_too_large_or_no_picture_is_refused_in_one_line(model, analysis,
 
 def test_a_session_keeps_a_few_analyses_and_finds_the_same_question_again(model, analysis):
     session, other = Session(), Session()
-    some = [session.analysis(model, analysis.picture, f"Question {i}?", Decoding()) for i in range(stethoscope.KEPT)]
+    some = [
+        session.analysis(model, analysis.picture, f"Question {i}?", Decoding())
+        for i in range(stethoscope.KEPT)
+    ]
     assert session.analysis(model, analysis.picture.copy(), "Question 0?", Decoding()) is some[0]
     assert other.analysis(model, analysis.picture, "Question 0?", Decoding()) is not some[0]
-    assert session.analysis(model, analysis.picture, "Question 0?", Decoding(seed=1, do_sample=True)) is not some[0]
-    assert len(session.kept) == stethoscope.KEPT and session.analysis(model, analysis.picture, "Question 1?", Decoding()) is not some[1]  # the oldest went
+    assert (
+        session.analysis(model, analysis.picture, "Question 0?", Decoding(seed=1, do_sample=True))
+        is not some[0]
+    )
+    assert (
+        len(session.kept) == stethoscope.KEPT
+        and session.analysis(model, analysis.picture, "Question 1?", Decoding()) is not some[1]
+    )  # the oldest went
 
 
 def test_people_at_once_get_their_own_answers(model, pictures):
@@ -297,7 +452,12 @@ def test_people_at_once_get_their_own_answers(model, pictures):
 
     def work(i):
         some = asked(model, pictures[i])
-        got[i] = some.ids, some.evolution().chosen[:, -1], some.relevancy().rows.shape, some.attention(2).sum(-1).max()
+        got[i] = (
+            some.ids,
+            some.evolution().chosen[:, -1],
+            some.relevancy().rows.shape,
+            some.attention(2).sum(-1).max(),
+        )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(pictures))]
     [thread.start() for thread in threads]
@@ -307,7 +467,7 @@ def test_people_at_once_get_their_own_answers(model, pictures):
     assert model.vlm.parts.decoder.config._attn_implementation == "sdpa"
 
 
-# --- views and export -------------------------------------------------------------------------------------------------------
+# --- views and export -----------------------------------------------------------------------------
 
 
 def test_text_from_outside_is_text_in_the_page(model, analysis):
@@ -316,57 +476,122 @@ def test_text_from_outside_is_text_in_the_page(model, analysis):
     some.evolution().words.update(dict.fromkeys(some.evolution().words, HOSTILE))
     some.text, some.spans, some.patches = HOSTILE, [(0, len(HOSTILE))] * len(some.ids), {1}
     pages = [
-        views.probability_panel(some, 0), views.contribution_panel(some, 0, 1, "sum", "ratio", 50), views.evolution_panel(some, 0),
-        *views.relevancy_panel(some, 1, 1, 100, True), views.attention_panel(some, 0, 0, 1, 100), *views.patch_panel(some, "attention", 0, None),
+        views.probability_panel(some, 0),
+        views.contribution_panel(some, 0, 1, "sum", "ratio", 50),
+        views.evolution_panel(some, 0),
+        *views.relevancy_panel(some, 1, 1, 100, True),
+        views.attention_panel(some, 0, 0, 1, 100),
+        *views.patch_panel(some, "attention", 0, None),
         views.compare_panel(some, (0, 0), (1, 1), 100),
-    ]  # fmt: skip
+    ]
     for page in pages:
         tags = set(re.findall(r"<\s*/?([a-zA-Z0-9]+)", page))
         assert tags <= set("div p h4 small bdi i span table tr td img progress".split()), tags
-        assert all(src.startswith("data:image/jpeg;base64,") for src in re.findall(r'src="([^"]*)"', page)) and 'onerror="' not in page
-    assert views.shown("\n") == "↵" and views.shown("  ") == "␣␣" and views.shown("") == "∅" and "\u202e" not in views.shown(HOSTILE)
+        assert (
+            all(
+                src.startswith("data:image/jpeg;base64,")
+                for src in re.findall(r'src="([^"]*)"', page)
+            )
+            and 'onerror="' not in page
+        )
+    assert (
+        views.shown("\n") == "↵"
+        and views.shown("  ") == "␣␣"
+        and views.shown("") == "∅"
+        and "\u202e" not in views.shown(HOSTILE)
+    )
 
 
 def test_the_top_candidates_of_every_layer_stand_in_its_title(analysis):
     page, lens = views.evolution_panel(analysis, 4), analysis.evolution()
     titles = re.findall(r'class="cell" style="[^"]*" title="([^"]*)"', page)
-    assert len(titles) == analysis.model.depth + 1 and titles[0].startswith("embeddings") and titles[-1].splitlines()[1].startswith("1. green")
-    assert all(len(title.splitlines()) == 1 + stethoscope.TOP for title in titles) and f"{lens.probs[4, -1, 0]:.4f}" in titles[-1]
+    assert (
+        len(titles) == analysis.model.depth + 1
+        and titles[0].startswith("embeddings")
+        and titles[-1].splitlines()[1].startswith("1. green")
+    )
+    assert (
+        all(len(title.splitlines()) == 1 + stethoscope.TOP for title in titles)
+        and f"{lens.probs[4, -1, 0]:.4f}" in titles[-1]
+    )
 
 
 def test_an_export_is_a_run_that_viz_relevancy_reads(analysis, tmp_path):
     analysis.patches = {40, 41}
-    found, archive = export(analysis, Shown(token=4, cmp_token=8, att_head=1), str(TINY), tmp_path / "runs")
+    found, archive = export(
+        analysis, Shown(token=4, cmp_token=8, att_head=1), str(TINY), tmp_path / "runs"
+    )
     run = rundirs.read_run(found, "relevancy")
     assert run.ids() == ["picture"] and run.record("picture")["caption"] == analysis.text.strip()
-    assert np.allclose(run.arrays("picture")["rows"], analysis.relevancy().rows) and run.arrays("picture")["raw_attention"].shape == (len(analysis.ids), 6, 144)
+    assert np.allclose(run.arrays("picture")["rows"], analysis.relevancy().rows) and run.arrays(
+        "picture"
+    )["raw_attention"].shape == (len(analysis.ids), 6, 144)
     shown = json.loads((found / "analysis" / "picture_shown.json").read_text())
-    assert shown["alternatives"][4][0][0].strip() == "green" and len(shown["evolution"]["top"][4]) == 7 and shown["patches"]["selected"] == [40, 41]
-    names = {f"{panel}" for panel in ("probabilities", "contribution", "evolution", "relevancy", "attention", "patches", "compare")}
-    assert {path.stem.removeprefix("picture_") for path in (found / "analysis").glob("*.png")} == names
+    assert (
+        shown["alternatives"][4][0][0].strip() == "green"
+        and len(shown["evolution"]["top"][4]) == 7
+        and shown["patches"]["selected"] == [40, 41]
+    )
+    names = {
+        f"{panel}"
+        for panel in (
+            "probabilities",
+            "contribution",
+            "evolution",
+            "relevancy",
+            "attention",
+            "patches",
+            "compare",
+        )
+    }
+    assert {
+        path.stem.removeprefix("picture_") for path in (found / "analysis").glob("*.png")
+    } == names
     with zipfile.ZipFile(archive) as bundle:
-        assert {f"{found.name}/meta.json", f"{found.name}/per_image/picture.npz", f"{found.name}/pictures/picture.png"} <= set(bundle.namelist())
-    done = in_process(ROOT / "diagnostic_tools" / "viz_relevancy.py")("--run_dir", found, "--image_folder", found / "pictures", "--token", 4)
+        assert {
+            f"{found.name}/meta.json",
+            f"{found.name}/per_image/picture.npz",
+            f"{found.name}/pictures/picture.png",
+        } <= set(bundle.namelist())
+    done = in_process(ROOT / "diagnostic_tools" / "viz_relevancy.py")(
+        "--run_dir", found, "--image_folder", found / "pictures", "--token", 4
+    )
     assert done.returncode == 0, done.stderr
     assert (found / "analysis" / "picture_token4.png").exists()
-    assert export(analysis, Shown(), str(TINY), tmp_path / "runs")[0] != found  # never somebody else's folder
+    assert (
+        export(analysis, Shown(), str(TINY), tmp_path / "runs")[0] != found
+    )  # never somebody else's folder
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--num-beams 2", "only 1"), ("--cfg-path a.yaml", "--model-name"), ("--options a=b", "--model-name"), ("--host 0.0.0.0", "--auth"),
-    ("--host 192.168.1.2", "--auth"), ("--auth me", "user:password"), ("--max-length 0", "1 to"), ("--temperature 0", "between"),
-    ("--load-8bit --load_4bit", "exclude"), ("--model-name nowhere/at/all", "no such folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--num-beams 2", "only 1"),
+        ("--cfg-path a.yaml", "--model-name"),
+        ("--options a=b", "--model-name"),
+        ("--host 0.0.0.0", "--auth"),
+        ("--host 192.168.1.2", "--auth"),
+        ("--auth me", "user:password"),
+        ("--max-length 0", "1 to"),
+        ("--temperature 0", "between"),
+        ("--load-8bit --load_4bit", "exclude"),
+        ("--model-name nowhere/at/all", "no such folder"),
+    ],
+)
 def test_wrong_flags_end_in_one_line(flags, message, capsys):
     command = in_process(ROOT / "diagnostic_tools" / "demo_meta.py")
     done = command(*flags.split())
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (
+        done.returncode == 2
+        and message in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    ), done.stderr
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -376,12 +601,28 @@ def serving(root, *flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Gradio's own: event loops left to the garbage collector, what pandas 3 deprecates
-    own = ["ignore::ResourceWarning", "ignore:'future.no_silent_downcasting' is deprecated", "ignore:::gradio.queueing"]
+    own = [
+        "ignore::ResourceWarning",
+        "ignore:'future.no_silent_downcasting' is deprecated",
+        "ignore:::gradio.queueing",
+    ]
     ignored = [part for rule in own for part in ("-W", rule)]
-    command = [sys.executable, "-W", "error", *ignored, str(ROOT / "diagnostic_tools" / "demo_meta.py"), "--port", str(port), "--out_root", str(root / "runs")]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        *ignored,
+        str(ROOT / "diagnostic_tools" / "demo_meta.py"),
+        "--port",
+        str(port),
+        "--out_root",
+        str(root / "runs"),
+    ]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(root / "uploads"), "TMPDIR": str(root)}
     with open(root / "log", "w+") as log:
-        process = subprocess.Popen([*command, *map(str, flags)], stdout=log, stderr=log, env=environment, cwd=root)
+        process = subprocess.Popen(
+            [*command, *map(str, flags)], stdout=log, stderr=log, env=environment, cwd=root
+        )
         try:
             end = time.monotonic() + 200
             while "open http" not in (root / "log").read_text():
@@ -402,15 +643,18 @@ def page(tmp_path_factory):
 @pytest.fixture
 def browse(tmp_path_factory):
     """browse() -> a new Chromium."""
-    assert Path(CHROMIUM).exists() and Path(DRIVER).exists(), "these tests need a browser: apt-get install chromium chromium-driver"
+    assert Path(CHROMIUM).exists() and Path(DRIVER).exists(), (
+        "these tests need a browser: apt-get install chromium chromium-driver"
+    )
     opened = []
 
     def make():
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for flag in (
-            "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync "
-            "--disable-dev-shm-usage --window-size=1500,1200"
+            "--headless=new --no-sandbox --disable-gpu --no-first-run"
+            " --disable-background-networking --disable-component-update --disable-sync"
+            " --disable-dev-shm-usage --window-size=1500,1200"
         ).split():
             options.add_argument(flag)
         options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
@@ -436,23 +680,37 @@ class Visitor:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
 
     def until(self, holds, seconds=100):
-        return WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=(Exception,)).until(lambda _: holds())
+        return WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=(Exception,)).until(
+            lambda _: holds()
+        )
 
     def click(self, css, index=0):
         self.driver.execute_script("arguments[0].click()", self.all(css)[index])
 
     def text(self, id):
-        return self.driver.execute_script("return document.getElementById(arguments[0])?.innerText ?? ''", id)
+        return self.driver.execute_script(
+            "return document.getElementById(arguments[0])?.innerText ?? ''", id
+        )
 
     def html(self, id):
         """What the panel draws, without Gradio's own signs of progress."""
-        return self.driver.execute_script("return [...document.querySelectorAll('#' + arguments[0] + ' .st')].map(e => e.outerHTML).join()", id)
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll('#' + arguments[0] + ' .st')].map(e =>"
+            " e.outerHTML).join()",
+            id,
+        )
 
     def value(self, id):
-        return self.driver.execute_script("return document.querySelector('#' + arguments[0] + ' textarea, #' + arguments[0] + ' input')?.value ?? ''", id)
+        return self.driver.execute_script(
+            "return document.querySelector('#' + arguments[0] + ' textarea, #' + arguments[0] + '"
+            " input')?.value ?? ''",
+            id,
+        )
 
     def upload(self, path):
-        for clear in self.all("#upload button[aria-label='Clear'], #upload button[aria-label='Remove this file']"):
+        for clear in self.all(
+            "#upload button[aria-label='Clear'], #upload button[aria-label='Remove this file']"
+        ):
             self.driver.execute_script("arguments[0].click()", clear)
         self.until(lambda: self.all("#upload input[type=file]"))[0].send_keys(str(path))
 
@@ -473,7 +731,10 @@ class Visitor:
 
     def message(self):
         """The message that the page shows, which is closed then."""
-        read = "return [...document.querySelectorAll('.toast-body')].map(toast => toast.textContent).join(' ').trim()"
+        read = (
+            "return [...document.querySelectorAll('.toast-body')].map(toast =>"
+            " toast.textContent).join(' ').trim()"
+        )
         found = self.until(lambda: self.driver.execute_script(read))
         for close in self.all(".toast-close"):
             self.driver.execute_script("arguments[0].click()", close)
@@ -482,9 +743,11 @@ class Visitor:
 
 
 SLIDERS = {
-    "Visual Contribution": ("contribution", ["vc_layer", "vc_ceiling"]), "Relevancy Analysis": ("rel_picture", ["rel_layer", "rel_ceiling"]),
-    "Raw Attention": ("attention", ["att_layer", "att_head", "att_ceiling"]), "Compare": ("compare", ["cmp_layer", "cmp_other", "cmp_ceiling"]),
-}  # fmt: skip
+    "Visual Contribution": ("contribution", ["vc_layer", "vc_ceiling"]),
+    "Relevancy Analysis": ("rel_picture", ["rel_layer", "rel_ceiling"]),
+    "Raw Attention": ("attention", ["att_layer", "att_head", "att_ceiling"]),
+    "Compare": ("compare", ["cmp_layer", "cmp_other", "cmp_ceiling"]),
+}
 
 
 def test_the_page_from_upload_to_export(page, browse, tmp_path):
@@ -509,36 +772,63 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
     one.ask(QUESTION), two.ask(QUESTION)  # at once
     for visitor in (one, two):
         visitor.until(lambda v=visitor: v.all("#probability .cell"))
-    assert "green square" in one.value("answer") and "green square" not in two.value("answer") and one.value("warning").startswith("not calibrated")
-    assert len(one.all("#tokens label")) == 16 and "Alternatives to token 0" in one.text("probability")
+    assert (
+        "green square" in one.value("answer")
+        and "green square" not in two.value("answer")
+        and one.value("warning").startswith("not calibrated")
+    )
+    assert len(one.all("#tokens label")) == 16 and "Alternatives to token 0" in one.text(
+        "probability"
+    )
 
     one.click("#tokens input[type=radio]", 4)
     one.until(lambda: "token 4: green" in one.text("probability"))
     one.tab("Prediction Evolution in LLM")
     one.until(lambda: "token 4: green" in one.text("evolution"))
-    assert len(one.all("#evolution .cell")) == 7 and "1. green" in one.all("#evolution .cell")[-1].get_attribute("title")
+    assert len(one.all("#evolution .cell")) == 7 and "1. green" in one.all("#evolution .cell")[
+        -1
+    ].get_attribute("title")
     for name, (id, sliders) in SLIDERS.items():
         one.tab(name)
         one.until(lambda id=id: one.all(f"#{id} .cells, #{id} img"))
         for slider in sliders:
             before = one.html(id)
             one.move(slider, Keys.ARROW_RIGHT if slider == "att_head" else Keys.ARROW_LEFT)
-            one.until(lambda id=id, before=before: one.html(id) != before and one.all(f"#{id} .cells, #{id} img"))
-    assert "layer 4, head 0" in one.text("attention") and "token 4: green, layer 4" in one.text("compare")
+            one.until(
+                lambda id=id, before=before: (
+                    one.html(id) != before and one.all(f"#{id} .cells, #{id} img")
+                )
+            )
+    assert "layer 4, head 0" in one.text("attention") and "token 4: green, layer 4" in one.text(
+        "compare"
+    )
 
     one.tab("Patch Selector")
     image = one.until(lambda: one.all("#pat_picture img"))[0]
     thing = next(thing for thing in demo_scene().things if thing.color == "green")
     for dx in (0, 30):
-        one.driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", image)
-        at = [(place / side - 0.5) * size for place, side, size in zip((thing.x + dx, thing.y), first.size, (image.rect["width"], image.rect["height"]))]
-        ActionChains(one.driver).move_to_element_with_offset(image, round(at[0]), round(at[1])).click().perform()
-        image = one.until(lambda dx=dx: one.all(f"#pat_picture img[alt*='{1 if dx == 0 else 2} selected']"))[0]
+        one.driver.execute_script(
+            "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", image
+        )
+        at = [
+            (place / side - 0.5) * size
+            for place, side, size in zip(
+                (thing.x + dx, thing.y), first.size, (image.rect["width"], image.rect["height"])
+            )
+        ]
+        ActionChains(one.driver).move_to_element_with_offset(
+            image, round(at[0]), round(at[1])
+        ).click().perform()
+        image = one.until(
+            lambda dx=dx: one.all(f"#pat_picture img[alt*='{1 if dx == 0 else 2} selected']")
+        )[0]
     for slider in ("pat_layer", "pat_head"):
         before = one.html("pat_words")
         one.move(slider, Keys.ARROW_RIGHT if slider == "pat_head" else Keys.ARROW_LEFT)
         one.until(lambda before=before: one.html("pat_words") != before)
-    assert one.all("#pat_words .answer span") and "2 patches, layer 4, head 0" in one.text("pat_words")
+    assert one.all("#pat_words .answer span") and "2 patches, layer 4, head 0" in one.text(
+        "pat_words"
+    )
 
     one.tab("Export")
     one.until(lambda: one.all("#export_all"))
@@ -547,7 +837,11 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
     found = Path(one.value("where"))
     found = found if found.is_absolute() else log.parent / found
     shown = json.loads((found / "analysis" / "picture_shown.json").read_text())
-    assert shown["settings"]["token"] == 4 and len(shown["patches"]["selected"]) == 2 and rundirs.read_run(found, "relevancy").ids() == ["picture"]
+    assert (
+        shown["settings"]["token"] == 4
+        and len(shown["patches"]["selected"]) == 2
+        and rundirs.read_run(found, "relevancy").ids() == ["picture"]
+    )
     link = one.until(lambda: one.all("#exported a[download]"))[0].get_attribute("href")
     with urllib.request.urlopen(link) as archive:
         assert f"{found.name}/meta.json" in zipfile.ZipFile(io.BytesIO(archive.read())).namelist()
@@ -557,23 +851,38 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
     two.until(lambda: two.all("#pat_picture img[alt*='0 selected']"))
     assert "green square" not in two.value("answer")
     two.upload(tmp_path / "first.png")  # a new picture: what belonged to the old one is gone
-    two.until(lambda: not two.all("#tokens label") and "Choose a picture" in two.text("pat_picture"))
+    two.until(
+        lambda: not two.all("#tokens label") and "Choose a picture" in two.text("pat_picture")
+    )
 
     for visitor in (one, two):
         assert not visitor.driver.execute_script("return window.pwned")
-        outside = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(arguments[0]) && !n.startsWith('data:') && !n.startsWith('blob:'))"
+        outside = (
+            "return performance.getEntriesByType('resource').map(e => e.name).filter(n =>"
+            " !n.startsWith(arguments[0]) && !n.startsWith('data:') && !n.startsWith('blob:'))"
+        )
         assert visitor.driver.execute_script(outside, address) == []  # works without a network
     assert "Traceback" not in log.read_text()
 
 
 def test_a_password_is_asked_for_and_stop_ends_an_answer(tmp_path, folders, browse):
     """A random model hardly ever ends an answer by itself."""
-    with serving(tmp_path, "--auth", "me:a-long-password", "--model-name", folders["llava"], "--max-length", 512) as (address, _, log):
+    with serving(
+        tmp_path,
+        "--auth",
+        "me:a-long-password",
+        "--model-name",
+        folders["llava"],
+        "--max-length",
+        512,
+    ) as (address, _, log):
         driver = browse()
         driver.get(address)
         fields = lambda: driver.find_elements(By.CSS_SELECTOR, "input[type=password]")
         WebDriverWait(driver, 60).until(lambda _: fields())
-        assert not driver.find_elements(By.CSS_SELECTOR, "#question textarea"), "nothing is shown before the password"
+        assert not driver.find_elements(By.CSS_SELECTOR, "#question textarea"), (
+            "nothing is shown before the password"
+        )
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(address + "config")
         for password in ("wrong", "a-long-password"):
@@ -594,8 +903,19 @@ def test_a_password_is_asked_for_and_stop_ends_an_answer(tmp_path, folders, brow
         visitor.ask("Describe the image.")
         visitor.until(lambda: len(visitor.value("answer")) > 20)
         visitor.click("#stop")
-        said = visitor.until(lambda: (first := visitor.value("answer")) and time.sleep(1.5) is None and first == visitor.value("answer") and first)
-        assert 20 < len(said) < 4000, "512 tokens are 5,783 characters, and nothing else ends this answer"
+        said = visitor.until(
+            lambda: (
+                (first := visitor.value("answer"))
+                and time.sleep(1.5) is None
+                and first == visitor.value("answer")
+                and first
+            )
+        )
+        assert 20 < len(said) < 4000, (
+            "512 tokens are 5,783 characters, and nothing else ends this answer"
+        )
         visitor.ask("Is it red?")  # the model is free again
-        visitor.until(lambda: visitor.value("answer") and visitor.value("answer")[: len(said)] != said)
+        visitor.until(
+            lambda: visitor.value("answer") and visitor.value("answer")[: len(said)] != said
+        )
         assert "Traceback" not in log.read_text()

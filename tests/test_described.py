@@ -1,32 +1,57 @@
-"""What is particular to the families that transformers has and models/ describes: masks, scales, tiles, native boxes, against transformers' own classes."""
+"""What is particular to the families that transformers has and models/ describes: masks, scales,
+tiles, native boxes, against transformers' own classes."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUESTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from random_models import aya_vision, deepseek_vl, gemma3, internvl, janus, kosmos2, molmo2, ovis2, paligemma
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.kosmos2.processing_kosmos2 import patch_index_to_coordinate
 from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 
 import common
-from capturing import HiddenStates, capture, embeddings, more_inputs, prefill
-from common import GROUPS
-from lens import Lens
-from models import kosmos2 as kosmos2_family
-from models import molmo2 as molmo2_family
-from models import ovis2 as ovis2_family
-from samples import Sample
-from selfcheck import noise_picture
+from tests.conftest import QUESTIONS
+from tests.random_models import (
+    aya_vision,
+    deepseek_vl,
+    gemma3,
+    internvl,
+    janus,
+    kosmos2,
+    molmo2,
+    ovis2,
+    paligemma,
+)
+from vlmdiag.families import kosmos2 as kosmos2_family
+from vlmdiag.families import molmo2 as molmo2_family
+from vlmdiag.families import ovis2 as ovis2_family
+from vlmdiag.groups import GROUPS
+from vlmdiag.model.attention import capture
+from vlmdiag.model.lens import Lens
+from vlmdiag.model.probes import HiddenStates
+from vlmdiag.model.selfcheck import noise_picture
+from vlmdiag.model.vision import embeddings, more_inputs, prefill
+from vlmdiag.pictures.samples import Sample
 
 BUILDERS = {}
-for _module in (aya_vision, deepseek_vl, gemma3, internvl, janus, kosmos2, molmo2, ovis2, paligemma):
+for _module in (
+    aya_vision,
+    deepseek_vl,
+    gemma3,
+    internvl,
+    janus,
+    kosmos2,
+    molmo2,
+    ovis2,
+    paligemma,
+):
     BUILDERS |= _module.MODELS
 NAMES = sorted(BUILDERS)
-OWN = [name for name in NAMES if not name.startswith(("internvl", "molmo2"))]  # these two have processors that need torchvision
+OWN = [
+    name for name in NAMES if not name.startswith(("internvl", "molmo2"))
+]  # these two have processors that need torchvision
 SIZES = [(168, 126), (60, 130), (200, 90)]
 
 
@@ -54,7 +79,10 @@ def test_the_model_reads_what_transformers_own_processor_makes(families, name):
     own.use_default_system_prompt = False  # of Janus: its own template writes one
     for question, size in zip(QUESTIONS, SIZES, strict=True):
         batch = one(vlm, question, picture := noise_picture(size))
-        text, options = batch.prompts[0], {"add_special_tokens": not batch.prompts[0].startswith(bos)}
+        text, options = (
+            batch.prompts[0],
+            {"add_special_tokens": not batch.prompts[0].startswith(bos)},
+        )
         if name.startswith("paligemma"):
             text = text.removesuffix("\n")  # it adds BOS and line break to the bare question
         if name == "kosmos2":
@@ -62,22 +90,40 @@ def test_the_model_reads_what_transformers_own_processor_makes(families, name):
         theirs = own(images=picture, text=text, return_tensors="pt", **options)
         ids = theirs["input_ids"].clone()
         if name == "kosmos2":
-            assert torch.equal(theirs["image_embeds_position_mask"], (batch.input_ids == vlm.image_token_id).long())
+            assert torch.equal(
+                theirs["image_embeds_position_mask"], (batch.input_ids == vlm.image_token_id).long()
+            )
             ids[theirs["image_embeds_position_mask"] == 1] = vlm.image_token_id
-        assert torch.equal(batch.input_ids, ids) and torch.equal(batch.image_inputs["pixel_values"], theirs["pixel_values"])
+        assert torch.equal(batch.input_ids, ids) and torch.equal(
+            batch.image_inputs["pixel_values"], theirs["pixel_values"]
+        )
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_transformers_own_class_which_derives_masks_and_positions_itself(families, name):
+def test_logits_are_those_of_transformers_own_class_which_derives_masks_and_positions_itself(
+    families, name
+):
     vlm = families(name)
     model = AutoModelForImageTextToText.from_pretrained(vlm.path).eval()
     for question, size in zip(QUESTIONS, SIZES, strict=True):
         batch = one(vlm, question, noise_picture(size))
-        theirs = model(**batch.image_inputs, input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more_inputs(vlm, batch)).logits[:, -1]
-        theirs = theirs * 0.25 if name == "aya-vision" else theirs  # the text model's logit_scale, which that class leaves out
+        theirs = model(
+            **batch.image_inputs,
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            **more_inputs(vlm, batch),
+        ).logits[:, -1]
+        theirs = (
+            theirs * 0.25 if name == "aya-vision" else theirs
+        )  # the text model's logit_scale, which that class leaves out
         assert torch.allclose(prefill(vlm, batch).logits[:, -1], theirs, atol=1e-5, rtol=1e-4)
-        assert torch.allclose(prefill(vlm, batch, embeds=embeddings(vlm, batch)).logits[:, -1], theirs, atol=1e-5, rtol=1e-4)
+        assert torch.allclose(
+            prefill(vlm, batch, embeds=embeddings(vlm, batch)).logits[:, -1],
+            theirs,
+            atol=1e-5,
+            rtol=1e-4,
+        )
 
 
 @torch.inference_mode()
@@ -93,15 +139,28 @@ def test_norm_head_scale_and_cap_give_the_models_logits(families, name):
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("name", "picture_ahead", "question_ahead"),
-    [("paligemma", True, True), ("paligemma2", True, True), ("gemma3", True, False), ("gemma3-window", True, False), ("molmo2", True, False),
-     ("internvl-qwen2", False, False), ("aya-vision", False, False), ("kosmos2", False, False)],
-)  # fmt: skip
-def test_what_the_first_vision_token_sees_of_what_follows(families, name, picture_ahead, question_ahead):
-    """Of the last vision token, and of the question's last word. What is not ahead changes no earlier position: "causal"."""
+    [
+        ("paligemma", True, True),
+        ("paligemma2", True, True),
+        ("gemma3", True, False),
+        ("gemma3-window", True, False),
+        ("molmo2", True, False),
+        ("internvl-qwen2", False, False),
+        ("aya-vision", False, False),
+        ("kosmos2", False, False),
+    ],
+)
+def test_what_the_first_vision_token_sees_of_what_follows(
+    families, name, picture_ahead, question_ahead
+):
+    """Of the last vision token, and of the question's last word. What is not ahead changes no
+    earlier position: "causal"."""
     vlm = families(name)
     batch = one(vlm)
     places = batch.vision_positions(0)
-    window = 36 if name == "gemma3-window" else len(places)  # 40 positions, of which 36 are the picture
+    window = (
+        36 if name == "gemma3-window" else len(places)
+    )  # 40 positions, of which 36 are the picture
     embeds = embeddings(vlm, batch)
 
     def first_state(changed):
@@ -115,7 +174,10 @@ def test_what_the_first_vision_token_sees_of_what_follows(families, name, pictur
         return (first_state(changed) - first_state(embeds)).abs().max() > 1e-5
 
     question = (batch.groups[0] == GROUPS.index("user")).nonzero()[-1, 0]
-    assert bool(with_other(places[window - 1])) == picture_ahead and bool(with_other(question)) == question_ahead
+    assert (
+        bool(with_other(places[window - 1])) == picture_ahead
+        and bool(with_other(question)) == question_ahead
+    )
     assert ("causal" in vlm.family.has) == (not picture_ahead)
 
 
@@ -127,18 +189,32 @@ def test_rotary_positions_are_had_where_all_layers_turn_alike_and_by_halves(fami
 def test_tiles_lie_side_by_side_and_the_whole_picture_is_last_or_first(families):
     boxes = one(families("internvl-qwen2"), picture=noise_picture((168, 84))).grids[0].boxes
     assert len(boxes) == 27 and [boxes[i].tolist() for i in (0, 1, 3, 9, 18)] == [
-        [0, 0, 28, 28], [28, 0, 56, 28], [0, 28, 28, 56], [84, 0, 112, 28], [0, 0, 56, 28],
-    ]  # fmt: skip
+        [0, 0, 28, 28],
+        [28, 0, 56, 28],
+        [0, 28, 28, 56],
+        [84, 0, 112, 28],
+        [0, 0, 56, 28],
+    ]
     boxes = one(families("ovis2"), picture=noise_picture((252, 84))).grids[0].boxes
     processor = families("ovis2").processor.image_processor
-    assert ovis2_family.tile_counts(processor, (252, 84)) == (1, 3) and len(boxes) == 36, "transformers takes rows for columns"
-    assert [boxes[i].tolist() for i in (0, 9, 18)] == [[0, 0, 84, 28], [0, 0, 84, 28 / 3], [0, 28, 84, 28 + 28 / 3]]
+    assert ovis2_family.tile_counts(processor, (252, 84)) == (1, 3) and len(boxes) == 36, (
+        "transformers takes rows for columns"
+    )
+    assert [boxes[i].tolist() for i in (0, 9, 18)] == [
+        [0, 0, 84, 28],
+        [0, 0, 84, 28 / 3],
+        [0, 28, 84, 28 + 28 / 3],
+    ]
 
 
 def test_a_padded_square_reaches_past_the_picture(families):
     for name in ("deepseek-vl", "janus"):
         grid = one(families(name), picture=noise_picture((200, 100))).grids[0]
-        assert grid.shape == (12, 12) and grid.boxes[0, :2].tolist() == [0, -50] and grid.boxes[-1, 2:].tolist() == [200, 150]
+        assert (
+            grid.shape == (12, 12)
+            and grid.boxes[0, :2].tolist() == [0, -50]
+            and grid.boxes[-1, 2:].tolist() == [200, 150]
+        )
 
 
 @pytest.mark.parametrize("size", [(60, 50), (200, 90), (70, 300), (500, 480)])
@@ -150,21 +226,49 @@ def test_the_image_processor_of_molmo2_does_transformers_steps(families, size):
         make = Molmo2ImageProcessor._image_batch_to_patches_and_grids
 
         def resize(self, image, size, resample, antialias):
-            return torch.nn.functional.interpolate(image, (size.height, size.width), mode="bilinear", align_corners=False, antialias=antialias)
+            return torch.nn.functional.interpolate(
+                image,
+                (size.height, size.width),
+                mode="bilinear",
+                align_corners=False,
+                antialias=antialias,
+            )
 
         def rescale_and_normalize(self, image, do_rescale, factor, do_normalize, mean, std):
-            return (image * factor - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+            return (image * factor - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(
+                -1, 1, 1
+            )
 
-    for settings_ in ({"size": {"height": 70, "width": 70}, "overlap_margins": [1, 1]}, {"size": {"height": 98, "width": 98}, "overlap_margins": [2, 1]}, {}):
+    for settings_ in (
+        {"size": {"height": 70, "width": 70}, "overlap_margins": [1, 1]},
+        {"size": {"height": 98, "width": 98}, "overlap_margins": [2, 1]},
+        {},
+    ):
         ours = molmo2_family.ImageProcessor(**settings_)
         picture = noise_picture(size)
         found = ours(picture, return_tensors="pt")
         image = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None]
         grids, patches, pooling = Steps().make(
-            image, ours.max_crops, ours.overlap_margins, ours.size["height"], ours.resample, True, 1 / 255, True, ours.image_mean, ours.image_std, 14, 2, 2
+            image,
+            ours.max_crops,
+            ours.overlap_margins,
+            ours.size["height"],
+            ours.resample,
+            True,
+            1 / 255,
+            True,
+            ours.image_mean,
+            ours.image_std,
+            14,
+            2,
+            2,
         )
-        assert torch.equal(found["image_grids"], grids) and torch.equal(found["image_token_pooling"], pooling[0])
-        assert found["image_num_crops"].tolist() == [patches.shape[1]] and torch.allclose(found["pixel_values"], patches[0], atol=1e-5)
+        assert torch.equal(found["image_grids"], grids) and torch.equal(
+            found["image_token_pooling"], pooling[0]
+        )
+        assert found["image_num_crops"].tolist() == [patches.shape[1]] and torch.allclose(
+            found["pixel_values"], patches[0], atol=1e-5
+        )
 
 
 def test_the_placeholder_of_molmo2_is_in_its_features(families):
@@ -172,24 +276,45 @@ def test_the_placeholder_of_molmo2_is_in_its_features(families):
     batch, token = one(vlm), vlm.image_token_id
     own = AutoModelForImageTextToText.from_pretrained(vlm.path).eval()
     with torch.no_grad():
-        wanted = torch.cat(own.get_image_features(**{k: v for k, v in batch.image_inputs.items() if k != "image_num_crops"}).pooler_output)
-        assert torch.allclose(vlm.vision(batch).pooler_output[0], wanted + own.get_input_embeddings().weight[token], atol=1e-5)
-    assert vlm.model.get_input_embeddings().weight[token].abs().max() == 0 < own.get_input_embeddings().weight[token].abs().max()
+        wanted = torch.cat(
+            own.get_image_features(
+                **{k: v for k, v in batch.image_inputs.items() if k != "image_num_crops"}
+            ).pooler_output
+        )
+        assert torch.allclose(
+            vlm.vision(batch).pooler_output[0],
+            wanted + own.get_input_embeddings().weight[token],
+            atol=1e-5,
+        )
+    assert (
+        vlm.model.get_input_embeddings().weight[token].abs().max()
+        == 0
+        < own.get_input_embeddings().weight[token].abs().max()
+    )
 
 
 def test_the_places_of_kosmos2_cannot_be_typed(families):
     vlm = families("kosmos2")
     batch = one(vlm, "Is </chunk> red?")
     assert int((batch.input_ids == vlm.image_token_id).sum()) == len(batch.vision_positions(0)) == 6
-    assert vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index("user")]).strip() == "Is </chunk> red?"
+    assert (
+        vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index("user")]).strip()
+        == "Is </chunk> red?"
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(first=st.integers(0, 1023), last=st.integers(0, 1023), size=st.tuples(st.integers(1, 900), st.integers(1, 900)))
+@given(
+    first=st.integers(0, 1023),
+    last=st.integers(0, 1023),
+    size=st.tuples(st.integers(1, 900), st.integers(1, 900)),
+)
 def test_native_boxes_are_what_kosmos2s_processor_makes_of_them(first, last, size):
     theirs = patch_index_to_coordinate(first, last, 32)
     ours = kosmos2_family.native_box(first, last, size)
-    assert np.allclose(ours, [theirs[0] * size[0], theirs[1] * size[1], theirs[2] * size[0], theirs[3] * size[1]])
+    assert np.allclose(
+        ours, [theirs[0] * size[0], theirs[1] * size[1], theirs[2] * size[0], theirs[3] * size[1]]
+    )
 
 
 @torch.inference_mode()
@@ -197,11 +322,17 @@ def test_native_boxes_are_what_kosmos2s_processor_makes_of_them(first, last, siz
 def test_a_native_index_lies_where_the_towers_patches_see_it(families, index):
     vlm, size = families("kosmos2"), (320, 160)
     kept, picture = [], Image.new("RGB", size, (90, 120, 60))
-    hook = vlm.model.vision_model.model.embeddings.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    hook = vlm.model.vision_model.model.embeddings.register_forward_hook(
+        lambda module, args, out: kept.append(out[0])
+    )
     changed = picture.copy()
-    changed.paste((255, 0, 0), tuple(round(v) for v in kosmos2_family.native_box(index, index, size)))
+    changed.paste(
+        (255, 0, 0), tuple(round(v) for v in kosmos2_family.native_box(index, index, size))
+    )
     for shown in (picture, changed):
         vlm.vision(one(vlm, picture=shown))
     hook.remove()
     change = (kept[1] - kept[0]).norm(dim=-1)[1:]  # behind CLS
-    assert int(change.argmax()) == (index // 32 // 8) * 4 + index % 32 // 8, "4 x 4 patches of 8 x 8 native cells"
+    assert int(change.argmax()) == (index // 32 // 8) * 4 + index % 32 // 8, (
+        "4 x 4 patches of 8 x 8 native cells"
+    )

@@ -1,4 +1,5 @@
-"""Token groups come from ids and offsets of the real prompt: any question, special strings included, any picture size."""
+"""Token groups come from ids and offsets of the real prompt: any question, special strings
+included, any picture size."""
 
 import pytest
 import torch
@@ -7,23 +8,48 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import common
-from cli import UsageError
-from common import GROUPS, PAD, prompt_for
-from samples import Sample
+from vlmdiag.cli import UsageError
+from vlmdiag.groups import GROUPS, PAD
+from vlmdiag.model.prompts import prompt_for
+from vlmdiag.pictures.samples import Sample
 
 NAMES = ["llava", "qwen"]
-SPECIAL = ["<image>", "</s>", "<s>", "USER:", "ASSISTANT:", "<|image_pad|>", "<|im_end|>", "<pad>", "\n", "  ", "é", "✓", "\ue014"]
+SPECIAL = [
+    "<image>",
+    "</s>",
+    "<s>",
+    "USER:",
+    "ASSISTANT:",
+    "<|image_pad|>",
+    "<|im_end|>",
+    "<pad>",
+    "\n",
+    "  ",
+    "é",
+    "✓",
+    "\ue014",
+]
 questions = (
-    st.lists(st.one_of(st.sampled_from(SPECIAL), st.text(alphabet="abc ?.<>|/\n0é", max_size=8)), min_size=1, max_size=6).map(" ".join).filter(str.strip)
+    st.lists(
+        st.one_of(st.sampled_from(SPECIAL), st.text(alphabet="abc ?.<>|/\n0é", max_size=8)),
+        min_size=1,
+        max_size=6,
+    )
+    .map(" ".join)
+    .filter(str.strip)
 )
 
 
 def one(vlm, question, size=(60, 50), **options):
-    return vlm.encode([Sample("0", None, question)], [Image.new("RGB", size, (90, 120, 60))], **options)
+    return vlm.encode(
+        [Sample("0", None, question)], [Image.new("RGB", size, (90, 120, 60))], **options
+    )
 
 
 def text_of(vlm, batch, group):
-    return vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index(group)], skip_special_tokens=False)
+    return vlm.tokenizer.decode(
+        batch.input_ids[0][batch.groups[0] == GROUPS.index(group)], skip_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,20 +59,31 @@ def test_the_question_and_nothing_else_is_the_user_group(load, name, question):
     vlm = load(name)
     plain, batch = one(vlm, "Hi?"), one(vlm, question)
     for group in ("bos", "system", "vision", "image_markup"):
-        assert torch.equal(batch.input_ids[0][batch.groups[0] == GROUPS.index(group)], plain.input_ids[0][plain.groups[0] == GROUPS.index(group)]), group
+        assert torch.equal(
+            batch.input_ids[0][batch.groups[0] == GROUPS.index(group)],
+            plain.input_ids[0][plain.groups[0] == GROUPS.index(group)],
+        ), group
     user = batch.input_ids[0][batch.groups[0] == GROUPS.index("user")].tolist()
-    assert not set(user) & set(vlm.tokenizer.all_special_ids), "special strings typed in a question stay text"
+    assert not set(user) & set(vlm.tokenizer.all_special_ids), (
+        "special strings typed in a question stay text"
+    )
     assert "".join(text_of(vlm, batch, "user").split()) == "".join(question.split())
     assert (batch.groups != PAD).all()
     spans = batch.spans(0)
-    assert sorted(i for parts in spans.values() for start, end in parts for i in range(start, end)) == list(range(batch.lengths[0]))
+    assert sorted(
+        i for parts in spans.values() for start, end in parts for i in range(start, end)
+    ) == list(range(batch.lengths[0]))
 
 
 def test_the_groups_of_a_known_prompt(load):
     vlm = load("llava")
     batch = one(vlm, "Is there a red circle?")
-    assert batch.prompts[0].endswith("USER: <image>\nIs there a red circle? ASSISTANT:") and batch.prompts[0].startswith("A chat between a curious human")
-    assert text_of(vlm, batch, "system").startswith("A chat between") and text_of(vlm, batch, "system").endswith("questions.")
+    assert batch.prompts[0].endswith(
+        "USER: <image>\nIs there a red circle? ASSISTANT:"
+    ) and batch.prompts[0].startswith("A chat between a curious human")
+    assert text_of(vlm, batch, "system").startswith("A chat between") and text_of(
+        vlm, batch, "system"
+    ).endswith("questions.")
     assert text_of(vlm, batch, "user") == "Is there a red circle?"
     assert text_of(vlm, batch, "template").split() == ["USER:", "ASSISTANT:"]
     assert int((batch.groups == GROUPS.index("vision")).sum()) == vlm.model.config.image_seq_length
@@ -67,7 +104,10 @@ def test_stripping_leaves_no_system_token(load, name):
     vlm = load(name)
     batch = one(vlm, "Hi?", strip_system=True)
     assert "system" not in batch.spans(0)
-    assert prompt_for(vlm, "Hi?", strip_system=True)[1] is None and prompt_for(vlm, "Hi?")[1] is not None
+    assert (
+        prompt_for(vlm, "Hi?", strip_system=True)[1] is None
+        and prompt_for(vlm, "Hi?")[1] is not None
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,9 +126,18 @@ def test_padding_is_on_the_left_and_in_no_group(load, batch_of, name):
 
 
 def test_a_prompt_of_ones_own(folders):
-    vlm = common.load_model(folders["llava"], prompt_template="{system}|{image}|{question}|END", system_prompt="Be brief.", self_check=False)
+    vlm = common.load_model(
+        folders["llava"],
+        prompt_template="{system}|{image}|{question}|END",
+        system_prompt="Be brief.",
+        self_check=False,
+    )
     text, system, question = prompt_for(vlm, "Why?")
-    assert text == "Be brief.|<image>|Why?|END" and text[slice(*system)] == "Be brief." and text[slice(*question)] == "Why?"
+    assert (
+        text == "Be brief.|<image>|Why?|END"
+        and text[slice(*system)] == "Be brief."
+        and text[slice(*question)] == "Why?"
+    )
     batch = one(vlm, "Why?")
     assert "".join(text_of(vlm, batch, "user").split()) == "Why?"
     other = common.load_model(folders["llava"], prompt_template="{image}", self_check=False)

@@ -1,4 +1,5 @@
-"""The engine: killed, sharded and resumed runs give the same bytes; every kind of failure costs as little as it can."""
+"""The engine: killed, sharded and resumed runs give the same bytes; every kind of failure costs as
+little as it can."""
 
 import contextlib
 import json
@@ -21,10 +22,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rundirs
-from cli import UsageError
-from engine import exit_code, run_items
-from rundirs import open_run, read_run
+from vlmdiag.cli import UsageError
+from vlmdiag.runs import rundirs
+from vlmdiag.runs.engine import exit_code, run_items
+from vlmdiag.runs.rundirs import open_run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +40,13 @@ def load(item):
 
 def process(numbers):
     """Results that depend on the whole batch, so that a batch cut differently gives other bytes."""
-    return [({"image_id": n, "caption": f"{n} of {numbers}"}, {"a": np.arange(n + 3) / (1 + sum(numbers)), "b": np.float32(n)}) for n in numbers]
+    return [
+        (
+            {"image_id": n, "caption": f"{n} of {numbers}"},
+            {"a": np.arange(n + 3) / (1 + sum(numbers)), "b": np.float32(n)},
+        )
+        for n in numbers
+    ]
 
 
 def new(folder):
@@ -74,7 +81,11 @@ class Killed(BaseException):
     n=st.integers(1, 9),
     batch_size=st.integers(1, 4),
     workers=st.sampled_from([0, 2]),
-    kills=st.lists(st.tuples(st.sampled_from(["replace", "fsync", "process"]), st.integers(1, 12)), min_size=1, max_size=3),
+    kills=st.lists(
+        st.tuples(st.sampled_from(["replace", "fsync", "process"]), st.integers(1, 12)),
+        min_size=1,
+        max_size=3,
+    ),
 )
 def test_a_run_killed_at_any_point_resumes_to_the_same_bytes(n, batch_size, workers, kills):
     with tempfile.TemporaryDirectory() as folder:
@@ -94,10 +105,20 @@ def test_a_run_killed_at_any_point_resumes_to_the_same_bytes(n, batch_size, work
                 for name, function in real.items():
                     patched.setattr(os, name, dying(name, function))
                 with contextlib.suppress(Killed):
-                    run_items(new(folder), items(n), load, dying("process", process), batch_size, num_workers=workers)
+                    run_items(
+                        new(folder),
+                        items(n),
+                        load,
+                        dying("process", process),
+                        batch_size,
+                        num_workers=workers,
+                    )
             for path in Path(folder, "per_image").glob("*.json"):  # what is marked done is whole
                 json.loads(path.read_text())
-                assert path.with_suffix(".npz").read_bytes() == reference(n, batch_size)[path.stem + ".npz"]
+                assert (
+                    path.with_suffix(".npz").read_bytes()
+                    == reference(n, batch_size)[path.stem + ".npz"]
+                )
         run = new(folder)
         counts = run_items(run, items(n), load, process, batch_size, num_workers=workers)
         assert counts["done"] + counts["skipped"] == n and counts["failed"] == 0
@@ -105,7 +126,8 @@ def test_a_run_killed_at_any_point_resumes_to_the_same_bytes(n, batch_size, work
 
 
 def kill_and_resume(folder):
-    """Fork a run, kill it after a short while, three times a folder; then finish it. Returns how many were killed while they ran."""
+    """Fork a run, kill it after a short while, three times a folder; then finish it. Returns how
+    many were killed while they ran."""
 
     def slow(numbers):
         time.sleep(0.005)
@@ -131,9 +153,19 @@ def kill_and_resume(folder):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_killed_by_the_system_resumes_to_the_same_bytes(tmp_path):
     """In a process of its own: forking one that has run threads may leave locks held."""
-    code = "import pathlib, sys, test_engine; print('killed', test_engine.kill_and_resume(pathlib.Path(sys.argv[1])))"
-    command, path = [sys.executable, "-c", code, str(tmp_path)], os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": path})
+    code = (
+        "import pathlib, sys; from tests import test_engine; print('killed',"
+        " test_engine.kill_and_resume(pathlib.Path(sys.argv[1])))"
+    )
+    command, path = [sys.executable, "-c", code, str(tmp_path)], str(ROOT)
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 6
 
@@ -143,12 +175,19 @@ def test_shards_give_the_same_bytes_as_one_process(tmp_path, order):
     run, parts = new(tmp_path), []
     for index in order:
         parts.append(run_items(new(tmp_path), items(20), load, process, 3, shard=(index, 3)))
-    assert contents(run) == reference(20, 3) and [part["done"] for part in parts] == [{0: 8, 1: 6, 2: 6}[index] for index in order]
+    assert contents(run) == reference(20, 3) and [part["done"] for part in parts] == [
+        {0: 8, 1: 6, 2: 6}[index] for index in order
+    ]
     assert run_items(run, items(20), load, process, 3) == {"done": 0, "skipped": 20, "failed": 0}
 
 
 def test_shards_at_the_same_time_share_a_run(tmp_path):
-    threads = [threading.Thread(target=run_items, args=(new(tmp_path), items(20), load, process, 3, (i, 4))) for i in range(4)]
+    threads = [
+        threading.Thread(
+            target=run_items, args=(new(tmp_path), items(20), load, process, 3, (i, 4))
+        )
+        for i in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -169,9 +208,19 @@ def test_a_batch_with_a_missing_item_is_computed_whole_and_only_that_item_writte
     (tmp_path / "per_image/004.json").unlink()
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "per_image").iterdir()}
     seen = []
-    counts = run_items(run, items(9), load, lambda numbers: seen.append(numbers) or process(numbers), 3)
-    assert seen == [[3, 4, 5]] and counts == {"done": 1, "skipped": 8, "failed": 0} and contents(run) == reference(9, 3)
-    changed = {path.name for path in (tmp_path / "per_image").iterdir() if stamps.get(path.name) != path.stat().st_mtime_ns}
+    counts = run_items(
+        run, items(9), load, lambda numbers: seen.append(numbers) or process(numbers), 3
+    )
+    assert (
+        seen == [[3, 4, 5]]
+        and counts == {"done": 1, "skipped": 8, "failed": 0}
+        and contents(run) == reference(9, 3)
+    )
+    changed = {
+        path.name
+        for path in (tmp_path / "per_image").iterdir()
+        if stamps.get(path.name) != path.stat().st_mtime_ns
+    }
     assert changed == {"004.json", "004.npz"}
 
 
@@ -207,11 +256,21 @@ def test_a_picture_that_does_not_load_fails_alone(tmp_path, capsys):
         run = new(tmp_path / str(workers))
         counts = run_items(run, items(9), picky, process, 3, num_workers=workers)
         assert counts == {"done": 8, "skipped": 0, "failed": 1} and exit_code(counts, run) == 3
-        assert "1 of 9 items failed" in (said := capsys.readouterr().out) and str(run.path / "failures") in said
+        assert (
+            "1 of 9 items failed" in (said := capsys.readouterr().out)
+            and str(run.path / "failures") in said
+        )
         failure = run.failed()["004"]
-        assert failure["message"] == "4.jpg: truncated" and failure["facts"] == {"stage": "load", "image": "4.jpg"}
+        assert failure["message"] == "4.jpg: truncated" and failure["facts"] == {
+            "stage": "load",
+            "image": "4.jpg",
+        }
         counts = run_items(run, items(9), load, process, 3)  # tried again by the next call
-        assert counts == {"done": 1, "skipped": 8, "failed": 0} and run.failed() == {} and exit_code(counts) == 0
+        assert (
+            counts == {"done": 1, "skipped": 8, "failed": 0}
+            and run.failed() == {}
+            and exit_code(counts) == 0
+        )
 
 
 def test_an_item_that_breaks_its_batch_fails_alone_and_is_tried_once_per_call(tmp_path):
@@ -226,7 +285,11 @@ def test_an_item_that_breaks_its_batch_fails_alone_and_is_tried_once_per_call(tm
     run = new(tmp_path)
     for call in (1, 2):
         counts = run_items(run, items(9), load, breaks, 3)
-        assert counts["failed"] == 1 and run.failed()["004"]["type"] == "KeyError" and run.failed()["004"]["facts"]["stage"] == "process"
+        assert (
+            counts["failed"] == 1
+            and run.failed()["004"]["type"] == "KeyError"
+            and run.failed()["004"]["facts"]["stage"] == "process"
+        )
         assert tried[4] == 2 * call  # with its batch, then alone
     assert run.ids() == [item.id for item in items(9) if item.n != 4]
     assert tried[0] == 1 and tried[3] == 3  # done items are not computed alone again
@@ -294,7 +357,10 @@ def test_out_of_memory_at_batch_one_is_that_items_failure(tmp_path):
         return process(numbers)
 
     run = new(tmp_path)
-    assert run_items(run, items(4), load, hungry, 4) == {"done": 3, "skipped": 0, "failed": 1} and run.failed()["002"]["type"] == "OutOfMemoryError"
+    assert (
+        run_items(run, items(4), load, hungry, 4) == {"done": 3, "skipped": 0, "failed": 1}
+        and run.failed()["002"]["type"] == "OutOfMemoryError"
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -307,7 +373,9 @@ def test_out_of_memory_at_batch_one_is_that_items_failure(tmp_path):
         KeyboardInterrupt(),
     ],
 )
-def test_what_no_retry_can_mend_ends_the_run_with_everything_before_it_written(tmp_path, error, batch_size):
+def test_what_no_retry_can_mend_ends_the_run_with_everything_before_it_written(
+    tmp_path, error, batch_size
+):
     def third(numbers):
         if 6 in numbers:
             raise error
@@ -341,8 +409,17 @@ def test_a_full_disk_stops_the_run_soon_and_what_is_written_stays(tmp_path, monk
 
     monkeypatch.setattr(rundirs, "_write", full)
     with pytest.raises(UsageError, match="the disk is full"):
-        run_items(run, items(60), load, lambda numbers: computed.append(numbers) or time.sleep(0.002) or process(numbers))
-    assert len(computed) < 30 and run.ids()[:5] == [item.id for item in items(5)] and not run.is_done("005")
+        run_items(
+            run,
+            items(60),
+            load,
+            lambda numbers: computed.append(numbers) or time.sleep(0.002) or process(numbers),
+        )
+    assert (
+        len(computed) < 30
+        and run.ids()[:5] == [item.id for item in items(5)]
+        and not run.is_done("005")
+    )
     monkeypatch.setattr(rundirs, "_write", write)
     run_items(run, items(60), load, process)
     assert contents(run) == reference(60, 1)
@@ -383,5 +460,7 @@ def test_one_closing_line_says_what_happened(tmp_path, capsys):
     run_items(run, items(3), load, process)
     run_items(run, items(5), load, process, progress="pictures")
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("images: 3 computed, 0 done before, 0 failed") and second.startswith("pictures: 2 computed, 3 done before")
+    assert first.startswith("images: 3 computed, 0 done before, 0 failed") and second.startswith(
+        "pictures: 2 computed, 3 done before"
+    )
     assert read_run(tmp_path, "demo").ids() == run.ids()

@@ -1,4 +1,5 @@
-"""The contract that every family in models/ keeps, on small random models built from their configs (tests/random_models/).
+"""The contract that every family in models/ keeps, on small random models built from their configs
+(tests/random_models/).
 
 python tests/test_families.py     # writes what the models have into models/README.md"""
 
@@ -10,21 +11,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import random_models
 import torch
-from conftest import ROOT, in_process
 from PIL import Image
 
 import common
-import models
-from capturing import VISION, GroupMass, Probe, capture, generate, more_inputs, prefill
-from common import GROUPS, PAD
 from data import make_shapes
-from samples import Sample
+from tests import random_models
+from tests.conftest import ROOT, in_process
+from vlmdiag import families as models
+from vlmdiag.cli import UsageError
+from vlmdiag.groups import GROUPS, PAD, VISION
+from vlmdiag.model.attention import capture
+from vlmdiag.model.decoding import generate
+from vlmdiag.model.probes import GroupMass, Probe
+from vlmdiag.model.vision import more_inputs, prefill
+from vlmdiag.pictures.samples import Sample
 
 BUILDERS, FIRST = {}, set()  # all models, and one of each file
 for _found in pkgutil.iter_modules(random_models.__path__):
-    _models = importlib.import_module(f"random_models.{_found.name}").MODELS
+    _models = importlib.import_module(f"tests.random_models.{_found.name}").MODELS
     BUILDERS |= _models
     FIRST.add(next(iter(_models)))
 NAMES = sorted(BUILDERS)
@@ -37,9 +42,28 @@ CAPABILITIES = ("decoder-only", "causal", "rotary", "grid")
 def row(name, vlm):
     """A line of the table: what a loaded model is and has."""
     parts, mark = vlm.parts, {True: "yes", False: "-"}
-    onto = "-" if "decoder-only" not in vlm.family.has else "its Q-Former and tower" if parts.qformer else "its tower" if parts.vision_blocks else "-"
-    file = next(file for file in models.FAMILIES if importlib.import_module(f"models.{file}").FAMILY.load is vlm.family.load)
-    cells = [name, f"`{file}.py`", *(mark[capability in vlm.family.has] for capability in CAPABILITIES), onto]
+    onto = (
+        "-"
+        if "decoder-only" not in vlm.family.has
+        else (
+            "its Q-Former and tower"
+            if parts.qformer
+            else "its tower"
+            if parts.vision_blocks
+            else "-"
+        )
+    )
+    file = next(
+        file
+        for file in models.FAMILIES
+        if importlib.import_module(f"vlmdiag.families.{file}").FAMILY.load is vlm.family.load
+    )
+    cells = [
+        name,
+        f"`{file}.py`",
+        *(mark[capability in vlm.family.has] for capability in CAPABILITIES),
+        onto,
+    ]
     return "| " + " | ".join(cells) + " |\n"
 
 
@@ -47,7 +71,7 @@ def checks():
     """What each family's file says was checked and was not, as lines of a list."""
     lines = []
     for family in models.FAMILIES:
-        text = " ".join(importlib.import_module(f"models.{family}").__doc__.split())
+        text = " ".join(importlib.import_module(f"vlmdiag.families.{family}").__doc__.split())
         at = text.find("Checked on")
         assert at >= 0, f"models/{family}.py does not say what was checked"
         lines.append(f"- `{family}.py`: {text[at:]}\n")
@@ -56,7 +80,8 @@ def checks():
 
 @pytest.fixture(scope="module", params=NAMES)
 def vlm(request, tmp_path_factory):
-    """A family's random model, loaded with the self-check. One at a time: the tests of a model follow each other."""
+    """A family's random model, loaded with the self-check. One at a time: the tests of a model
+    follow each other."""
     folder = BUILDERS[request.param](tmp_path_factory.mktemp("families") / request.param)
     return common.load_model(folder)
 
@@ -74,19 +99,30 @@ def test_every_family_has_a_random_model():
 
 def test_the_family_is_its_files(vlm):
     assert vlm.family.name != "generic"
-    assert len(vlm.parts.layers) >= 2 and vlm.parts.lm_head is not None and vlm.parts.tower is not None and vlm.parts.connector is not None
+    assert (
+        len(vlm.parts.layers) >= 2
+        and vlm.parts.lm_head is not None
+        and vlm.parts.tower is not None
+        and vlm.parts.connector is not None
+    )
     known = {"decoder-only", "causal", "rotary", "grid", "square-pad"}
     assert vlm.family.has <= known
     assert ("grid" in vlm.family.has) == (vlm.family.grid is not None)
 
 
 def test_the_readme_has_its_line(vlm, request):
-    assert row(request.node.callspec.params["vlm"], vlm) in README.read_text(), "run python tests/test_families.py"
+    assert row(request.node.callspec.params["vlm"], vlm) in README.read_text(), (
+        "run python tests/test_families.py"
+    )
 
 
 def test_the_readme_lists_the_families_there_are():
     text = README.read_text()
-    listed = [line.split(" | ")[0].removeprefix("| ") for line in text[text.index(BEGIN) : text.index(END)].splitlines() if line.startswith("| ")]
+    listed = [
+        line.split(" | ")[0].removeprefix("| ")
+        for line in text[text.index(BEGIN) : text.index(END)].splitlines()
+        if line.startswith("| ")
+    ]
     assert listed[1:] == NAMES and checks() in text, "run python tests/test_families.py"
 
 
@@ -106,12 +142,15 @@ class Kept(Probe):
 
 def forced(vlm, batch):
     """The same ids for every row, so that one plain pass is the oracle."""
-    return torch.randint(20, 300, (len(batch.samples), STEPS), generator=torch.Generator().manual_seed(1)).tolist()
+    return torch.randint(
+        20, 300, (len(batch.samples), STEPS), generator=torch.Generator().manual_seed(1)
+    ).tolist()
 
 
 def eager(vlm, batch, ids):
-    """Attention maps (B, H, T, T) of each layer in one plain pass over prompt and answer, and its logits (B, T, V)."""
-    from capturing import extended
+    """Attention maps (B, H, T, T) of each layer in one plain pass over prompt and answer, and its
+    logits (B, T, V)."""
+    from vlmdiag.model.decoding import extended
 
     size = len(batch.samples)
     whole = extended(batch, ids[0])
@@ -120,7 +159,11 @@ def eager(vlm, batch, ids):
 
     def keep(layer):
         def hook(module, args, output):
-            found = [part for part in (output if isinstance(output, tuple) else ()) if torch.is_tensor(part) and part.ndim == 4]
+            found = [
+                part
+                for part in (output if isinstance(output, tuple) else ())
+                if torch.is_tensor(part) and part.ndim == 4
+            ]
             if found and found[-1].shape[-1] == whole.input_ids.shape[1]:
                 maps[layer] = found[-1]
 
@@ -130,16 +173,25 @@ def eager(vlm, batch, ids):
         hooks += [
             module.register_forward_hook(keep(layer))
             for module in block.modules()
-            if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower()
+            if "attn" in type(module).__name__.lower()
+            or "attention" in type(module).__name__.lower()
         ]
     decoder, before = vlm.parts.decoder, vlm.parts.decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:
         features = vlm.vision(batch)
         if getattr(features, "was_tensor", False):
-            features = SimpleNamespace(**dict(features) | {"pooler_output": torch.cat(features.pooler_output)})
-        options = {"attention_mask": whole.attention_mask, "position_ids": whole.position_ids, "use_cache": False} | more_inputs(vlm, whole)
-        output = vlm.model(input_ids=whole.input_ids, mm_encoder_outputs={"image": features}, **options)
+            features = SimpleNamespace(
+                **dict(features) | {"pooler_output": torch.cat(features.pooler_output)}
+            )
+        options = {
+            "attention_mask": whole.attention_mask,
+            "position_ids": whole.position_ids,
+            "use_cache": False,
+        } | more_inputs(vlm, whole)
+        output = vlm.model(
+            input_ids=whole.input_ids, mm_encoder_outputs={"image": features}, **options
+        )
     finally:
         decoder.set_attn_implementation(before)
         for hook in hooks:
@@ -164,13 +216,22 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
             assert row.shape == own.shape and torch.allclose(row, own, atol=1e-5), (step, layer)
             assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
             mass = masses.mass[step][layer, :, :, VISION]
-            assert torch.allclose(mass, (own[..., :total] * (batch.groups == VISION)[:, None]).sum(-1), atol=1e-5)
+            assert torch.allclose(
+                mass, (own[..., :total] * (batch.groups == VISION)[:, None]).sum(-1), atol=1e-5
+            )
             sharp.append(float(own.amax(-1).mean()) * (total + step))
     assert max(sharp) > 3, "attention is flat, so a wrong row would look right"
-    expected = logits[:, total - 1 : -1].float().log_softmax(-1).gather(-1, torch.tensor(ids)[..., None])[..., 0]
+    expected = (
+        logits[:, total - 1 : -1]
+        .float()
+        .log_softmax(-1)
+        .gather(-1, torch.tensor(ids)[..., None])[..., 0]
+    )
     assert torch.allclose(found.logprobs, expected, atol=1e-4)
     wrong = maps[0][:, :, total - 2, : total - 1]
-    assert not torch.allclose(probe.rows[0][0][..., : total - 1], wrong, atol=1e-3), "a row above is told apart"
+    assert not torch.allclose(probe.rows[0][0][..., : total - 1], wrong, atol=1e-3), (
+        "a row above is told apart"
+    )
 
 
 @torch.inference_mode()
@@ -181,10 +242,15 @@ def test_a_batch_computes_what_single_prompts_do(vlm, batch_of):
     size = together.abs().amax()
     for row, length in enumerate(batch.lengths):
         pad, alone = batch.groups.shape[1] - length, batch_of(vlm, (row,))
-        assert batch.attention_mask[row].tolist() == [0] * pad + [1] * length and (batch.groups[row, :pad] == PAD).all()
+        assert (
+            batch.attention_mask[row].tolist() == [0] * pad + [1] * length
+            and (batch.groups[row, :pad] == PAD).all()
+        )
         assert torch.equal(alone.input_ids[0], batch.input_ids[row, pad:])
         assert (prefill(vlm, alone).logits[0, -1].float() - together[row]).abs().max() < 1e-4 * size
-        assert torch.allclose(vlm.vision(alone).pooler_output[0], features[row], atol=1e-4, rtol=1e-4)
+        assert torch.allclose(
+            vlm.vision(alone).pooler_output[0], features[row], atol=1e-4, rtol=1e-4
+        )
     single = batch_of(vlm, (0,))
     other = batch_of(vlm, (1,))
     if torch.equal(single.input_ids, other.input_ids):
@@ -197,9 +263,17 @@ def test_decoding_is_transformers_generate(vlm, batch_of):
     own = generate(vlm, batch_of(vlm), 6)
     for row, ids in enumerate(own.ids):
         alone = batch_of(vlm, (row,))
-        inputs = {key: value.to(vlm.dtype) if value.is_floating_point() else value for key, value in alone.image_inputs.items()}
-        inputs |= {"input_ids": alone.input_ids, "attention_mask": alone.attention_mask} | more_inputs(vlm, alone)
-        if hasattr(vlm.model, "get_rope_index") or hasattr(getattr(vlm.model, "model", None), "get_rope_index"):
+        inputs = {
+            key: value.to(vlm.dtype) if value.is_floating_point() else value
+            for key, value in alone.image_inputs.items()
+        }
+        inputs |= {
+            "input_ids": alone.input_ids,
+            "attention_mask": alone.attention_mask,
+        } | more_inputs(vlm, alone)
+        if hasattr(vlm.model, "get_rope_index") or hasattr(
+            getattr(vlm.model, "model", None), "get_rope_index"
+        ):
             inputs["mm_token_type_ids"] = (alone.input_ids == vlm.image_token_id).int()
         theirs = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist()
         if theirs[: alone.lengths[0]] == alone.input_ids[0].tolist():
@@ -213,7 +287,8 @@ def test_decoding_is_transformers_generate(vlm, batch_of):
 @torch.inference_mode()
 def test_cached_keys_and_values_give_what_the_whole_prompt_gives(vlm, batch_of):
     decoder_only(vlm)
-    from capturing import embeddings, first_positions
+    from vlmdiag.model.prefix import first_positions
+    from vlmdiag.model.vision import embeddings
 
     batch = batch_of(vlm, (1,)).repeat(2)
     whole = prefill(vlm, batch)
@@ -221,23 +296,31 @@ def test_cached_keys_and_values_give_what_the_whole_prompt_gives(vlm, batch_of):
     cache = first_positions(vlm, whole.past_key_values, start)
     assert (cache is None) >= ("causal" not in vlm.family.has)
     if vlm.family.deepstack:
-        with pytest.raises(common.UsageError, match="deepstack"):
+        with pytest.raises(UsageError, match="deepstack"):
             embeddings(vlm, batch)
     elif cache is not None:
         rest = prefill(vlm, batch, cache=cache, embeds=embeddings(vlm, batch))
-        assert torch.allclose(rest.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3)
+        assert torch.allclose(
+            rest.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3
+        )
         first = prefill(vlm, batch, embeds=embeddings(vlm, batch))
-        assert torch.allclose(first.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3)
+        assert torch.allclose(
+            first.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3
+        )
 
 
-@pytest.mark.parametrize("question", ["Is it <image> </s> red?", " a  b ", "USER: <|im_end|> x", "é 漢 ?"])
+@pytest.mark.parametrize(
+    "question", ["Is it <image> </s> red?", " a  b ", "USER: <|im_end|> x", "é 漢 ?"]
+)
 def test_the_question_is_the_user_group_and_nothing_else_is(vlm, question):
     picture = Image.new("RGB", (60, 50), (90, 30, 200))
     batch, plain = (vlm.encode([Sample("0", None, text)], [picture]) for text in (question, "Hi?"))
     assert (batch.groups != PAD).all()
     for group in ("vision", "image_markup", "system", "bos"):
         code = GROUPS.index(group)
-        assert torch.equal(batch.input_ids[batch.groups == code], plain.input_ids[plain.groups == code]), group
+        assert torch.equal(
+            batch.input_ids[batch.groups == code], plain.input_ids[plain.groups == code]
+        ), group
     user = batch.input_ids[batch.groups == GROUPS.index("user")].tolist()
     special = set(vlm.tokenizer.all_special_ids) - {vlm.tokenizer.unk_token_id}
     assert user and not set(user) & special, "special strings that are typed stay text"
@@ -245,16 +328,23 @@ def test_the_question_is_the_user_group_and_nothing_else_is(vlm, question):
 
 def random_picture(rng):
     width, height = rng.choice(
-        [(rng.randint(40, 90), rng.randint(40, 90)), (rng.randint(90, 260), rng.randint(60, 120)), (rng.randint(60, 120), rng.randint(90, 260))]
+        [
+            (rng.randint(40, 90), rng.randint(40, 90)),
+            (rng.randint(90, 260), rng.randint(60, 120)),
+            (rng.randint(60, 120), rng.randint(90, 260)),
+        ]
     )
-    noise = np.random.default_rng(rng.randint(0, 9**9)).integers(0, 60, (height, width, 3), dtype=np.uint8)
+    noise = np.random.default_rng(rng.randint(0, 9**9)).integers(
+        0, 60, (height, width, 3), dtype=np.uint8
+    )
     return Image.fromarray(noise)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("seed", range(4))
 def test_a_bright_square_lies_where_the_grid_says(vlm, seed):
-    """Tokens whose boxes a bright square covers change most, those far from it least; and the map of the changes peaks on the square."""
+    """Tokens whose boxes a bright square covers change most, those far from it least; and the map
+    of the changes peaks on the square."""
     grid_of = vlm.family.grid
     if grid_of is None:
         pytest.skip("the family says that it has no grid")
@@ -264,17 +354,30 @@ def test_a_bright_square_lies_where_the_grid_says(vlm, seed):
     before = vlm.encode([sample], [picture])
     grid = before.grids[0]
     boxes = grid.boxes
-    inside = grid.has_box & (boxes[:, 0] > -1) & (boxes[:, 1] > -1) & (boxes[:, 2] < picture.width + 1) & (boxes[:, 3] < picture.height + 1)
+    inside = (
+        grid.has_box
+        & (boxes[:, 0] > -1)
+        & (boxes[:, 1] > -1)
+        & (boxes[:, 2] < picture.width + 1)
+        & (boxes[:, 3] < picture.height + 1)
+    )
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert inside.any() and (area[grid.has_box] > 0).all()
     smallest = np.flatnonzero(inside & (area < 1.5 * np.nanmin(area[inside])))
     cell = int(rng.choice(list(smallest)))
     x0, y0, x1, y1 = boxes[cell]
-    square = [max(0, int(np.floor(x0))), max(0, int(np.floor(y0))), min(picture.width, int(np.ceil(x1))), min(picture.height, int(np.ceil(y1)))]
+    square = [
+        max(0, int(np.floor(x0))),
+        max(0, int(np.floor(y0))),
+        min(picture.width, int(np.ceil(x1))),
+        min(picture.height, int(np.ceil(y1))),
+    ]
     bright = picture.copy()
     bright.paste((255, 255, 255), tuple(square))
     after = vlm.encode([sample], [bright])
-    assert np.array_equal(after.grids[0].boxes, boxes, equal_nan=True), "the grid depends on the picture's size only"
+    assert np.array_equal(after.grids[0].boxes, boxes, equal_nan=True), (
+        "the grid depends on the picture's size only"
+    )
     plain, changed = (vlm.vision(batch).pooler_output[0].float() for batch in (before, after))
     change = (changed - plain).norm(dim=-1).numpy()
     alike = grid.has_box & (area > area[cell] / 2) & (area < area[cell] * 2)
@@ -282,20 +385,29 @@ def test_a_bright_square_lies_where_the_grid_says(vlm, seed):
     mask = np.zeros((picture.height, picture.width), bool)
     mask[square[1] : square[3], square[0] : square[2]] = True
     cover = grid.coverage(mask)
-    assert cover[cell] > 0.9 and cover[best] > 0.4, f"token {best} changed most, the square is on {cell}"
+    assert cover[cell] > 0.9 and cover[best] > 0.4, (
+        f"token {best} changed most, the square is on {cell}"
+    )
     if (alike & (cover == 0)).any():
         far = change[alike & (cover == 0)]
         assert np.median(far) < 0.5 * change[cell]
-    painted = grid.paint(np.where(alike, change, np.nan)[: len(boxes)], smooth=False) if alike.all() else None
+    painted = (
+        grid.paint(np.where(alike, change, np.nan)[: len(boxes)], smooth=False)
+        if alike.all()
+        else None
+    )
     if painted is not None:
         y, x = np.unravel_index(np.nanargmax(painted), painted.shape)
-        assert square[0] - (x1 - x0) <= x <= square[2] + (x1 - x0) and square[1] - (y1 - y0) <= y <= square[3] + (y1 - y0)
+        assert square[0] - (x1 - x0) <= x <= square[2] + (x1 - x0) and square[1] - (
+            y1 - y0
+        ) <= y <= square[3] + (y1 - y0)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("seed", range(4))
 def test_a_bright_square_changes_the_patches_under_it(vlm, seed):
-    """Where vision tokens are made from patches by queries: what enters the tower's first block changes at the patches whose boxes the square touches."""
+    """Where vision tokens are made from patches by queries: what enters the tower's first block
+    changes at the patches whose boxes the square touches."""
     if vlm.family.patches is None or vlm.parts.qformer is None:
         pytest.skip("vision tokens have boxes themselves, or none is known")
     rng = random.Random(seed)
@@ -304,14 +416,19 @@ def test_a_bright_square_changes_the_patches_under_it(vlm, seed):
     bright = picture.copy()
     bright.paste((255, 255, 255), (x0, y0, x0 + 20, y0 + 20))
     entered = []
-    hook = vlm.parts.vision_blocks[0].register_forward_pre_hook(lambda _, args, options: entered.append((args or (options["hidden_states"],))[0]), with_kwargs=True)
+    hook = vlm.parts.vision_blocks[0].register_forward_pre_hook(
+        lambda _, args, options: entered.append((args or (options["hidden_states"],))[0]),
+        with_kwargs=True,
+    )
     for shown in (picture, bright):
         batch = vlm.encode([Sample("0", None, "Hi?")], [shown])
         vlm.vision(batch)
     hook.remove()
     patches, (plain, changed) = vlm.family.patches(vlm, picture.size, batch.image_rows[0]), entered
     change = (changed - plain)[0].float().norm(dim=-1).numpy()
-    assert not vlm.parts.qformer.cls or change[0] < 1e-4 * change.max(), "CLS comes first and is the same for all pictures"
+    assert not vlm.parts.qformer.cls or change[0] < 1e-4 * change.max(), (
+        "CLS comes first and is the same for all pictures"
+    )
     change = change[1 if vlm.parts.qformer.cls else 0 :]
     assert len(change) == len(patches.boxes)
     mask = np.zeros((picture.height, picture.width), bool)
@@ -325,11 +442,15 @@ def test_a_bright_square_changes_the_patches_under_it(vlm, seed):
 
 @torch.inference_mode()
 def test_tokens_without_a_box_do_not_depend_on_the_picture(vlm):
-    """Newline and end tokens: the same vector whatever is shown, so NaN boxes hide no part of the picture."""
+    """Newline and end tokens: the same vector whatever is shown, so NaN boxes hide no part of the
+    picture."""
     if vlm.family.grid is None:
         pytest.skip("the family says that it has no grid")
     sample = Sample("0", None, "Hi?")
-    batches = [vlm.encode([sample], [random_picture(random.Random(seed)).resize((150, 90))]) for seed in (5, 6)]
+    batches = [
+        vlm.encode([sample], [random_picture(random.Random(seed)).resize((150, 90))])
+        for seed in (5, 6)
+    ]
     box = batches[0].grids[0].has_box
     first, second = (vlm.vision(batch).pooler_output[0].float() for batch in batches)
     differs = (first - second).norm(dim=-1).numpy() > 1e-4 * float(first.norm(dim=-1).max())
@@ -338,28 +459,49 @@ def test_tokens_without_a_box_do_not_depend_on_the_picture(vlm):
 
 
 def test_vision_tokens_are_made_of_the_patches_that_the_family_names(vlm, pictures):
-    """The connector map by its gradient: a vision token depends on the tower's output at its sources, and nowhere else."""
+    """The connector map by its gradient: a vision token depends on the tower's output at its
+    sources, and nowhere else."""
     if not vlm.parts.vision_blocks or vlm.parts.qformer:
         pytest.skip("relevancy stops at the vision tokens, or goes on through a Q-Former")
-    from gradients import trace  # found by pytest's path only
+    from vlmdiag.relevancy.gradients import trace
 
     for picture in (pictures[1], random_picture(random.Random(1))):
         run = trace(vlm, vlm.encode([Sample("0", None, "Hi?")], [picture]), [20, 21])
         assert run.sources.shape[0] == len(run.features) == len(run.vision)
         whole = [block.output for block in run.tower]
         for token in range(0, len(run.features), max(1, len(run.features) // 25)):
-            given = torch.autograd.grad(run.pooled[token].sum(), whole, retain_graph=True, allow_unused=True)
+            given = torch.autograd.grad(
+                run.pooled[token].sum(), whole, retain_graph=True, allow_unused=True
+            )
             reached = [part.flatten(0, 1).norm(dim=-1) for part in given if part is not None]
             own = run.sources[token][run.sources[token] >= 0].tolist()
             assert reached or not own
             for part in reached:
-                assert (part > 1e-6 * part.max()).nonzero()[:, 0].tolist() == sorted(own) if own else part.max() == 0
+                assert (
+                    (part > 1e-6 * part.max()).nonzero()[:, 0].tolist() == sorted(own)
+                    if own
+                    else part.max() == 0
+                )
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed") / "set"
-    assert make_shapes.main(["--out_dir", str(folder), "--num_images", "3", "--num_train", "0", "--num_workers", "1"]) == 0
+    assert (
+        make_shapes.main(
+            [
+                "--out_dir",
+                str(folder),
+                "--num_images",
+                "3",
+                "--num_train",
+                "0",
+                "--num_workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -367,11 +509,26 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(vlm, shapes, tmp_path, r
     if request.node.callspec.params["vlm"] not in FIRST:
         pytest.skip("another model of this file is run")
     decoder_only(vlm)
-    where = ("--image_dir", shapes / "val2017", "--ann_file", shapes / "annotations" / "captions_val2017.json", "--out_root", tmp_path)
+    where = (
+        "--image_dir",
+        shapes / "val2017",
+        "--ann_file",
+        shapes / "annotations" / "captions_val2017.json",
+        "--out_root",
+        tmp_path,
+    )
     probes = ("--probe_hidden_norms", *(() if "rotary" in vlm.family.has else ("--no_rope",)))
     run = lambda: in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py")(
-        "--model_path", vlm.path, *where, *probes, "--max_new_tokens", 2, "--batch_size", 2, "--no_self_check"
-    )  # fmt: skip
+        "--model_path",
+        vlm.path,
+        *where,
+        *probes,
+        "--max_new_tokens",
+        2,
+        "--batch_size",
+        2,
+        "--no_self_check",
+    )
     assert (done := run()).returncode == 0, done.stderr
     (folder,) = tmp_path.glob("*__sp-?/per_image")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -390,6 +547,14 @@ if __name__ == "__main__":
         for name in NAMES:
             rows.append(row(name, common.load_model(BUILDERS[name](Path(scratch) / name))))
             print(rows[-1], end="", flush=True)
-    head = "| model | file | " + " | ".join(CAPABILITIES) + " | relevancy goes on into |\n" + "|---" * (len(CAPABILITIES) + 3) + "|\n"
+    head = (
+        "| model | file | "
+        + " | ".join(CAPABILITIES)
+        + " | relevancy goes on into |\n"
+        + "|---" * (len(CAPABILITIES) + 3)
+        + "|\n"
+    )
     before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + head + "".join(rows) + "\n" + checks() + END + rest.split(END)[1])
+    README.write_text(
+        before + BEGIN + head + "".join(rows) + "\n" + checks() + END + rest.split(END)[1]
+    )

@@ -1,26 +1,28 @@
-"""The hallucination warning: calibration and AUROC on planted data, signals against slow computations, the command line on a tiny model."""
+"""The hallucination warning: calibration and AUROC on planted data, signals against slow
+computations, the command line on a tiny model."""
 
 import json
 
-import calibration
-import hallucination_warning as warning
 import numpy as np
 import pytest
-import warning_signals as signals
-from conftest import ROOT, in_process
 from PIL import Image
 
-import rundirs
-from capturing import embeddings, extended, generate
 from data import make_shapes
-from samples import Sample
+from diagnostic_tools import hallucination_warning as warning
+from tests.conftest import ROOT, in_process
+from vlmdiag.model.decoding import extended, generate
+from vlmdiag.model.vision import embeddings
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.runs import rundirs
+from vlmdiag.stethoscope import calibration
+from vlmdiag.stethoscope import warning_signals as signals
 
 script = in_process(ROOT / "diagnostic_tools" / "hallucination_warning.py")
 figure = in_process(ROOT / "diagnostic_tools" / "viz_hallucination.py")
 TINY = ROOT / "checkpoints" / "tiny-llava"
 
 
-# --- calibration --------------------------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------
 
 
 def test_auroc_is_the_share_of_ordered_pairs():
@@ -28,10 +30,14 @@ def test_auroc_is_the_share_of_ordered_pairs():
     scores, labels = np.round(rng.normal(size=60), 1), rng.random(60) < 0.4  # rounded: ties
     slow = np.mean([(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]])
     assert calibration.auroc(scores, labels) == pytest.approx(slow)
-    assert calibration.auroc(-scores, labels) == pytest.approx(1 - slow) and np.isnan(calibration.auroc(scores, np.ones(60, bool)))
+    assert calibration.auroc(-scores, labels) == pytest.approx(1 - slow) and np.isnan(
+        calibration.auroc(scores, np.ones(60, bool))
+    )
     doubled = rng.integers(0, 3, 60)
     repeated = np.repeat(np.arange(60), doubled)
-    assert calibration.auroc(scores, labels, doubled) == pytest.approx(calibration.auroc(scores[repeated], labels[repeated]))
+    assert calibration.auroc(scores, labels, doubled) == pytest.approx(
+        calibration.auroc(scores[repeated], labels[repeated])
+    )
 
 
 def test_fit_recovers_planted_weights_and_is_calibrated():
@@ -43,7 +49,10 @@ def test_fit_recovers_planted_weights_and_is_calibrated():
     weights = np.array(model["weights"]) / np.array(model["std"])
     assert weights[:2] == pytest.approx([1.5, -0.2], abs=0.1)
     predicted = calibration.predict(model, inputs)
-    assert predicted == pytest.approx(risk, abs=0.08) and calibration.expected_calibration_error(predicted, labels) < 0.03
+    assert (
+        predicted == pytest.approx(risk, abs=0.08)
+        and calibration.expected_calibration_error(predicted, labels) < 0.03
+    )
     assert calibration.expected_calibration_error(np.clip(predicted + 0.3, 0, 1), labels) > 0.2
     assert sum(row["n"] for row in calibration.reliability(predicted, labels)) == 8000
     with pytest.raises(ValueError, match="both kinds"):
@@ -53,22 +62,27 @@ def test_fit_recovers_planted_weights_and_is_calibrated():
 def test_bootstraps_draw_whole_images():
     images = np.repeat([f"i{k}" for k in range(20)], 5)
     drawn = calibration.draws(images)
-    assert (drawn.reshape(-1, 20, 5) == drawn.reshape(-1, 20, 5)[:, :, :1]).all() and (drawn.sum(1) == 100).all()
+    assert (drawn.reshape(-1, 20, 5) == drawn.reshape(-1, 20, 5)[:, :, :1]).all() and (
+        drawn.sum(1) == 100
+    ).all()
     rng = np.random.default_rng(2)
     labels = rng.random(100) < 0.5
     good = labels + rng.normal(size=100)
-    better, equal = calibration.auroc_difference(good, rng.normal(size=100), labels, drawn), calibration.auroc_difference(good, good, labels, drawn)
+    better, equal = (
+        calibration.auroc_difference(good, rng.normal(size=100), labels, drawn),
+        calibration.auroc_difference(good, good, labels, drawn),
+    )
     assert better["low"] > 0 and (equal["value"], equal["low"], equal["high"]) == (0, 0, 0)
 
 
-# --- signals ------------------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 def test_object_names_are_whole_words_and_longer_ones_first():
     names = ["red circle", "circle", "hot dog", "dog"]
-    assert signals.named_objects("A Red circle, two dogs and a circle near hot dogs; dogma.", names) == [
-        ("red circle", 2, 12), ("dog", 18, 22), ("circle", 29, 35), ("hot dog", 41, 49),
-    ]  # fmt: skip
+    assert signals.named_objects(
+        "A Red circle, two dogs and a circle near hot dogs; dogma.", names
+    ) == [("red circle", 2, 12), ("dog", 18, 22), ("circle", 29, 35), ("hot dog", 41, 49)]
 
 
 def test_signals_are_what_their_definitions_say(load, pictures):
@@ -77,77 +91,171 @@ def test_signals_are_what_their_definitions_say(load, pictures):
     ids = generate(vlm, batch, 4).ids[0]
     (found,) = signals.measure(vlm, batch, ids, [[1, 2]])
     whole, features = extended(batch, ids), vlm.vision(batch)
-    rows = [batch.input_ids.shape[1], batch.input_ids.shape[1] + 1]  # the positions before tokens 1 and 2
+    rows = [
+        batch.input_ids.shape[1],
+        batch.input_ids.shape[1] + 1,
+    ]  # the positions before tokens 1 and 2
     logs = []
-    for pooled in (features.pooler_output, [part.mean(0, keepdim=True).expand_as(part) for part in features.pooler_output]):
+    for pooled in (
+        features.pooler_output,
+        [part.mean(0, keepdim=True).expand_as(part) for part in features.pooler_output],
+    ):
         features.pooler_output = pooled
         inputs = embeddings(vlm, whole, features)
-        logits = vlm.model(inputs_embeds=inputs, attention_mask=whole.attention_mask, position_ids=whole.position_ids, output_hidden_states=True)
+        logits = vlm.model(
+            inputs_embeds=inputs,
+            attention_mask=whole.attention_mask,
+            position_ids=whole.position_ids,
+            output_hidden_states=True,
+        )
         logs.append(logits.logits[0, rows].log_softmax(-1)[[0, 1], ids[1:3]].mean().item())
-    assert found["log_probability"] == pytest.approx(logs[0], abs=1e-4) and found["llr"] == pytest.approx(logs[0] - logs[1], abs=1e-4)
+    assert found["log_probability"] == pytest.approx(logs[0], abs=1e-4) and found[
+        "llr"
+    ] == pytest.approx(logs[0] - logs[1], abs=1e-4)
     clean = vlm.vision(batch)
     states = vlm.model(
-        inputs_embeds=embeddings(vlm, batch, clean), attention_mask=batch.attention_mask, position_ids=batch.position_ids, output_hidden_states=True
+        inputs_embeds=embeddings(vlm, batch, clean),
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        output_hidden_states=True,
     ).hidden_states[:-1]
-    seen = max(vlm.model.lm_head(vlm.parts.norm(state[0, batch.vision_positions(0)])).softmax(-1)[:, id].max().item() for state in states for id in ids[1:3])
-    assert found["lens"] == pytest.approx(seen, abs=1e-5) and 0 <= found["visual_share"] <= 1 and found["relevancy_mass"] > 0
+    seen = max(
+        vlm.model.lm_head(vlm.parts.norm(state[0, batch.vision_positions(0)]))
+        .softmax(-1)[:, id]
+        .max()
+        .item()
+        for state in states
+        for id in ids[1:3]
+    )
+    assert (
+        found["lens"] == pytest.approx(seen, abs=1e-5)
+        and 0 <= found["visual_share"] <= 1
+        and found["relevancy_mass"] > 0
+    )
 
 
 def test_corruptions_are_seeded_and_keep_the_size():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    )
     for kind in warning.CORRUPTIONS:
-        one, same, other = (np.asarray(warning.corrupted(picture, kind, seed)) for seed in ("a", "a", "b"))
+        one, same, other = (
+            np.asarray(warning.corrupted(picture, kind, seed)) for seed in ("a", "a", "b")
+        )
         assert one.shape == (40, 60, 3) and np.array_equal(one, same)
-        assert np.array_equal(one, np.asarray(picture)) == (kind == "none") and np.array_equal(one, other) == (kind in ("none", "blur"))
+        assert np.array_equal(one, np.asarray(picture)) == (kind == "none") and np.array_equal(
+            one, other
+        ) == (kind in ("none", "blur"))
 
 
-# --- command line -------------------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     root = tmp_path_factory.mktemp("hallucination")
     for seed in (11, 12):
-        flags = ["--out_dir", str(root / str(seed)), "--num_images", "14", "--num_train", "1", "--seed", str(seed), "--num_workers", "1"]
+        flags = [
+            "--out_dir",
+            str(root / str(seed)),
+            "--num_images",
+            "14",
+            "--num_train",
+            "1",
+            "--seed",
+            str(seed),
+            "--num_workers",
+            "1",
+        ]
         assert make_shapes.main(flags) == 0
     return root
 
 
 def flags(sets, seed, *more):
-    data = ("--image_folder", sets / f"{seed}/val2017", "--ann_file", sets / f"{seed}/annotations/instances_val2017.json")
-    return ("--model_path", TINY, *data, "--out_root", sets / "runs", "--no_self_check", "--corrupt", "noise", "covered", *more)
+    data = (
+        "--image_folder",
+        sets / f"{seed}/val2017",
+        "--ann_file",
+        sets / f"{seed}/annotations/instances_val2017.json",
+    )
+    return (
+        "--model_path",
+        TINY,
+        *data,
+        "--out_root",
+        sets / "runs",
+        "--no_self_check",
+        "--corrupt",
+        "noise",
+        "covered",
+        *more,
+    )
 
 
 def test_fit_test_and_score(sets):
     assert script("test", *flags(sets, 12)).returncode == 2  # nothing is calibrated yet
     picture = sets / "12/val2017/000000000001.jpg"
-    one = ("score", "--model_path", TINY, "--image", picture, "--out_root", sets / "runs", "--no_self_check")
+    one = (
+        "score",
+        "--model_path",
+        TINY,
+        "--image",
+        picture,
+        "--out_root",
+        sets / "runs",
+        "--no_self_check",
+    )
     assert "not calibrated" in script(*one).stdout
     done = script("fit", *flags(sets, 11))
     assert done.returncode == 0, done.stderr
-    run = rundirs.read_run(sets / "runs/hallucination_warning/tiny-llava__fit", "hallucination_warning")
+    run = rundirs.read_run(
+        sets / "runs/hallucination_warning/tiny-llava__fit", "hallucination_warning"
+    )
     records = run.records()
-    assert {record["kind"] for record in records} == {"captions", "pope"} and {record["corruption"] for record in records} == {"noise", "covered"}
+    assert {record["kind"] for record in records} == {"captions", "pope"} and {
+        record["corruption"] for record in records
+    } == {"noise", "covered"}
     for record in records:
         for word in record["words"]:
-            assert word["hallucinated"] == (word["word"] not in record["objects"]) and set(word["signals"]) == set(signals.SIGNALS)
+            assert word["hallucinated"] == (word["word"] not in record["objects"]) and set(
+                word["signals"]
+            ) == set(signals.SIGNALS)
         if record["kind"] == "pope":
             assert len(record["words"]) == record["caption"].lower().startswith("yes")
     found = json.loads((run.path / "analysis/calibration.json").read_text())
     for kind, part in found["kinds"].items():
-        assert part["n_words"] == sum(len(record["words"]) for record in records if record["kind"] == kind) and 0 < part["n_hallucinated"] < part["n_words"]
+        assert (
+            part["n_words"]
+            == sum(len(record["words"]) for record in records if record["kind"] == kind)
+            and 0 < part["n_hallucinated"] < part["n_words"]
+        )
     assert "captions" in found["kinds"]
     done = script("test", *flags(sets, 12))
     assert done.returncode == 0 and "log_probability: AUROC" in done.stdout, done.stderr
-    test = rundirs.read_run(sets / "runs/hallucination_warning/tiny-llava__test", "hallucination_warning")
+    test = rundirs.read_run(
+        sets / "runs/hallucination_warning/tiny-llava__test", "hallucination_warning"
+    )
     report = json.loads((test.path / "analysis/report.json").read_text())["captions"]
-    assert report["signals"]["log_probability"]["over_baseline"]["value"] == 0 and not report["signals"]["log_probability"]["beats_baseline"]
+    assert (
+        report["signals"]["log_probability"]["over_baseline"]["value"] == 0
+        and not report["signals"]["log_probability"]["beats_baseline"]
+    )
     values, labels, _, kinds = warning.table(test)
     mine = kinds == "captions"
-    assert report["signals"]["llr"]["auroc"]["value"] == pytest.approx(calibration.auroc(calibration.predict(found["kinds"]["captions"]["models"]["llr"], values[mine][:, [1]]), labels[mine]))
-    assert figure("--run_dir", test.path).returncode == 0 and (test.path / "analysis/hallucination_captions.png").exists()
+    assert report["signals"]["llr"]["auroc"]["value"] == pytest.approx(
+        calibration.auroc(
+            calibration.predict(found["kinds"]["captions"]["models"]["llr"], values[mine][:, [1]]),
+            labels[mine],
+        )
+    )
+    assert (
+        figure("--run_dir", test.path).returncode == 0
+        and (test.path / "analysis/hallucination_captions.png").exists()
+    )
     assert "P(hallucinated) = " in script(*one).stdout
-    broken = json.loads((run.path / "analysis/calibration.json").read_text()) | {"fingerprint": "other"}
+    broken = json.loads((run.path / "analysis/calibration.json").read_text()) | {
+        "fingerprint": "other"
+    }
     (sets / "other.json").write_text(json.dumps(broken))
     done = script(*one, "--calibration", sets / "other.json")
     assert done.returncode == 2 and "another model" in done.stderr

@@ -1,4 +1,5 @@
-"""The scripts of scripts/ by their command lines on small models and drawn pictures: files, resume, refusals, tables on planted results."""
+"""The scripts of scripts/ by their command lines on small models and drawn pictures: files, resume,
+refusals, tables on planted results."""
 
 import json
 import os
@@ -10,24 +11,59 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, in_process
 
-import rundirs
 from data import make_shapes
+from tests.conftest import ROOT, in_process
+from vlmdiag.runs import rundirs
 
 SCRIPTS = ROOT / "scripts"
 ablation, curate, attention, summary = (
-    in_process(SCRIPTS / f"{name}.py") for name in ("ablation_experiment", "ablation_experiment_curate", "attention_experiment_curate", "summarize_results")
+    in_process(SCRIPTS / f"{name}.py")
+    for name in (
+        "ablation_experiment",
+        "ablation_experiment_curate",
+        "attention_experiment_curate",
+        "summarize_results",
+    )
 )
-lens, accuracy = (in_process(SCRIPTS / "logit_lens" / f"{name}.py") for name in ("create_logit_lens", "lens_accuracy"))
+lens, accuracy = (
+    in_process(SCRIPTS / "logit_lens" / f"{name}.py")
+    for name in ("create_logit_lens", "lens_accuracy")
+)
 TINY = ROOT / "checkpoints" / "tiny-llava"
-ZEROS = ("--replacement", "zeros", "--no_self_check", "--gradient_steps", 3, "--sizes", 5, "--draws", 2)
+ZEROS = (
+    "--replacement",
+    "zeros",
+    "--no_self_check",
+    "--gradient_steps",
+    3,
+    "--sizes",
+    5,
+    "--draws",
+    2,
+)
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "set"
-    assert make_shapes.main(["--out_dir", str(folder), "--num_images", "14", "--num_train", "2", "--seed", "1", "--num_workers", "1"]) == 0
+    assert (
+        make_shapes.main(
+            [
+                "--out_dir",
+                str(folder),
+                "--num_images",
+                "14",
+                "--num_train",
+                "2",
+                "--seed",
+                "1",
+                "--num_workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -49,40 +85,97 @@ def test_ablation_measures_resumes_and_writes_the_published_form(coco, tmp_path)
     assert len(eligible) >= 3
     for id, record in eligible.items():
         plain, arrays = record["conditions"]["none"], run.arrays(id)
-        assert plain["generative"]["correct"] and not record["under_noise"]["correct"] and record["category"] in plain["generative"]["text"]
-        assert record["gradient_completeness_error"] >= 0 and record["conditions"]["all"]["tokens"] == record["vision_tokens"] == 144
-        assert record["conditions"]["patch_0"]["tokens"] == record["object_tokens"] == len(arrays["tokens_patch_0"])
-        assert not set(arrays["tokens_patch_1"]) & set(arrays["tokens_random_matched_1_0"]) and set(arrays["tokens_patch_0"]) < set(arrays["tokens_patch_1"])
-        assert {"register", "patch_2", "gradient_5", "random_5", "gradient_matched_1", "blob_matched_0_1"} <= set(record["conditions"]) | set(record["skipped"])
-    hurt = [record["conditions"]["patch_1"]["polling"]["logprob_yes"] - record["conditions"]["none"]["polling"]["logprob_yes"] for record in eligible.values()]
-    spared = [
-        record["conditions"]["random_matched_1_0"]["polling"]["logprob_yes"] - record["conditions"]["none"]["polling"]["logprob_yes"]
+        assert (
+            plain["generative"]["correct"]
+            and not record["under_noise"]["correct"]
+            and record["category"] in plain["generative"]["text"]
+        )
+        assert (
+            record["gradient_completeness_error"] >= 0
+            and record["conditions"]["all"]["tokens"] == record["vision_tokens"] == 144
+        )
+        assert (
+            record["conditions"]["patch_0"]["tokens"]
+            == record["object_tokens"]
+            == len(arrays["tokens_patch_0"])
+        )
+        assert not set(arrays["tokens_patch_1"]) & set(arrays["tokens_random_matched_1_0"]) and set(
+            arrays["tokens_patch_0"]
+        ) < set(arrays["tokens_patch_1"])
+        assert {
+            "register",
+            "patch_2",
+            "gradient_5",
+            "random_5",
+            "gradient_matched_1",
+            "blob_matched_0_1",
+        } <= set(record["conditions"]) | set(record["skipped"])
+    hurt = [
+        record["conditions"]["patch_1"]["polling"]["logprob_yes"]
+        - record["conditions"]["none"]["polling"]["logprob_yes"]
         for record in eligible.values()
     ]
-    assert np.mean(hurt) < np.mean(spared) - 1  # the trained model needs the object's tokens and not as many others
+    spared = [
+        record["conditions"]["random_matched_1_0"]["polling"]["logprob_yes"]
+        - record["conditions"]["none"]["polling"]["logprob_yes"]
+        for record in eligible.values()
+    ]
+    assert (
+        np.mean(hurt) < np.mean(spared) - 1
+    )  # the trained model needs the object's tokens and not as many others
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["cfg"] == {"zero_ablation": True} and len(content) == len(eligible) + 1
     first = content[str(next(iter(eligible.values()))["image_id"])]
-    assert set(first["no_ablation"]) == {"generative", "polling", "description"} and {"register_ablation", "patch_ablation_0", "image_ablation"} <= set(
-        first
-    ) | {"register_ablation"}
-    assert len(first["indices"]["image_ablation"]) == 144 and min(first["indices"]["image_ablation"]) > 0
+    assert set(first["no_ablation"]) == {"generative", "polling", "description"} and {
+        "register_ablation",
+        "patch_ablation_0",
+        "image_ablation",
+    } <= set(first) | {"register_ablation"}
+    assert (
+        len(first["indices"]["image_ablation"]) == 144
+        and min(first["indices"]["image_ablation"]) > 0
+    )
     for id in list(records)[::2]:  # an interrupted run
         (run.path / "per_image" / f"{id}.json").unlink()
     before = files(run.path)
     ok(ablation(*command, "--out_root", tmp_path / "a"))
     ok(ablation(*command, "--out_root", tmp_path / "b", "--shard", "0/2"))
     ok(ablation(*command, "--out_root", tmp_path / "b", "--shard", "1/2"))
-    assert files(run.path) == files(tmp_path / "b/ablation/tiny-llava") and before.items() <= files(run.path).items()
+    assert (
+        files(run.path) == files(tmp_path / "b/ablation/tiny-llava")
+        and before.items() <= files(run.path).items()
+    )
     refused = ablation(*command, "--out_root", tmp_path / "a", "--threshold", 0.5)
     assert refused.returncode == 2 and "threshold" in refused.stderr
 
 
 def test_questions_and_knockouts_on_the_trained_model(coco, tmp_path):
-    questions = ("--model_path", TINY, "--coco_root", coco, "--clean_questions_file", coco / "clean_questions.json", "--out_root", tmp_path, "--no_self_check")
+    questions = (
+        "--model_path",
+        TINY,
+        "--coco_root",
+        coco,
+        "--clean_questions_file",
+        coco / "clean_questions.json",
+        "--out_root",
+        tmp_path,
+        "--no_self_check",
+    )
     ok(
         curate(
-            *questions, "--replacement", "noise", "--gradient_steps", 0, "--sizes", 5, "--draws", 1, "--max_images", 5, "--results_file", tmp_path / "q.json"
+            *questions,
+            "--replacement",
+            "noise",
+            "--gradient_steps",
+            0,
+            "--sizes",
+            5,
+            "--draws",
+            1,
+            "--max_images",
+            5,
+            "--results_file",
+            tmp_path / "q.json",
         )
     )
     run = rundirs.read_run(tmp_path / "ablation_vqa/tiny-llava", "ablation_vqa")
@@ -90,46 +183,114 @@ def test_questions_and_knockouts_on_the_trained_model(coco, tmp_path):
     assert len(run.ids()) == 5 and len(right) >= 4
     for record in right:
         plain = record["conditions"]["none"]["vqa"]
-        assert record["prompt"].endswith("ASSISTANT: It is a") and plain["text"].startswith(record["answer"])
-        assert plain["generated_token"].strip() == record["answer"] and plain["generated_token_prob"] == pytest.approx(
-            np.exp(plain["logprob_first_token"]), abs=1e-5
+        assert record["prompt"].endswith("ASSISTANT: It is a") and plain["text"].startswith(
+            record["answer"]
         )
-        assert plain["logprob_name"] <= plain["logprob_first_token"] + 1e-6 and "gradient_5" not in record["conditions"]
-    assert set(json.loads((tmp_path / "q.json").read_text())[run.ids()[0]]) == {"baseline", "experiments"}
+        assert plain["generated_token"].strip() == record["answer"] and plain[
+            "generated_token_prob"
+        ] == pytest.approx(np.exp(plain["logprob_first_token"]), abs=1e-5)
+        assert (
+            plain["logprob_name"] <= plain["logprob_first_token"] + 1e-6
+            and "gradient_5" not in record["conditions"]
+        )
+    assert set(json.loads((tmp_path / "q.json").read_text())[run.ids()[0]]) == {
+        "baseline",
+        "experiments",
+    }
     ok(attention(*questions, "--max_images", 5, "--results_file", tmp_path / "k.json"))
     run = rundirs.read_run(tmp_path / "knockout/tiny-llava", "knockout")
     records = [record for record in run.records() if record["eligible"]]
     assert all(len(record["conditions"]) == 37 and not record["skipped"] for record in records)
-    drop = lambda key: np.mean([r["conditions"][key]["vqa"]["logprob_first_token"] - r["conditions"]["none"]["vqa"]["logprob_first_token"] for r in records])
+    drop = lambda key: np.mean(
+        [
+            r["conditions"][key]["vqa"]["logprob_first_token"]
+            - r["conditions"]["none"]["vqa"]["logprob_first_token"]
+            for r in records
+        ]
+    )
     assert drop("object+1:last_token:all") < -1 and abs(drop("image-last_row:last_row:all")) < 0.2
     published = json.loads((tmp_path / "k.json").read_text())[run.ids()[0]]["attn_block_results"]
-    assert len(published) == 36 and {"PATCH_TO_LAST_TOK_EARLY", "ALL_MINUS_PATCH_ALL_LAYERS", "PATCH_TO_LAST_ROW_MID_LATE"} <= set(published)
-    ok(attention(*questions, "--max_images", 2, "--run_name", "own", "--pairs", "question:last_token", "image:question", "--windows", "single", "0-3"))
+    assert len(published) == 36 and {
+        "PATCH_TO_LAST_TOK_EARLY",
+        "ALL_MINUS_PATCH_ALL_LAYERS",
+        "PATCH_TO_LAST_ROW_MID_LATE",
+    } <= set(published)
+    ok(
+        attention(
+            *questions,
+            "--max_images",
+            2,
+            "--run_name",
+            "own",
+            "--pairs",
+            "question:last_token",
+            "image:question",
+            "--windows",
+            "single",
+            "0-3",
+        )
+    )
     own = rundirs.read_run(tmp_path / "knockout/tiny-llava__own", "knockout")
     assert len(own.record(own.ids()[0])["conditions"]) == 1 + 2 * 7
 
 
 def test_knockouts_without_a_shared_prefix_are_the_same(coco, tmp_path, monkeypatch):
     """A family that is not known to be causal runs every knockout in full."""
-    questions = ("--model_path", TINY, "--coco_root", coco, "--clean_questions_file", coco / "clean_questions.json", "--no_self_check", "--max_images", 2)
+    questions = (
+        "--model_path",
+        TINY,
+        "--coco_root",
+        coco,
+        "--clean_questions_file",
+        coco / "clean_questions.json",
+        "--no_self_check",
+        "--max_images",
+        2,
+    )
     ok(attention(*questions, "--out_root", tmp_path / "a"))
     import dataclasses
 
-    from models import llava
+    from vlmdiag.families import llava
 
-    monkeypatch.setattr(llava, "FAMILY", dataclasses.replace(llava.FAMILY, has=llava.FAMILY.has - {"causal"}))
+    monkeypatch.setattr(
+        llava, "FAMILY", dataclasses.replace(llava.FAMILY, has=llava.FAMILY.has - {"causal"})
+    )
     ok(attention(*questions, "--out_root", tmp_path / "b"))
-    one, other = (rundirs.read_run(tmp_path / name / "knockout/tiny-llava", "knockout") for name in "ab")
+    one, other = (
+        rundirs.read_run(tmp_path / name / "knockout/tiny-llava", "knockout") for name in "ab"
+    )
     for id in one.ids():
         for key, found in one.record(id)["conditions"].items():
-            assert found["vqa"]["logprob_first_token"] == pytest.approx(other.record(id)["conditions"][key]["vqa"]["logprob_first_token"], abs=1e-4), key
+            assert found["vqa"]["logprob_first_token"] == pytest.approx(
+                other.record(id)["conditions"][key]["vqa"]["logprob_first_token"], abs=1e-4
+            ), key
 
 
 def test_every_family_runs_the_scripts(coco, folders, tmp_path):
     """Random Qwen2.5-VL and grouped queries: whatever they answer, the commands go through."""
     for name in ("qwen", "llava-gqa"):
-        common = ("--model_path", folders[name], "--coco_root", coco, "--out_root", tmp_path, "--no_self_check", "--max_images", 2)
-        ok(ablation(*common, *ZEROS[:2], "--no_noise_filter", "--max_new_tokens", 4, "--gradient_steps", 2))
+        common = (
+            "--model_path",
+            folders[name],
+            "--coco_root",
+            coco,
+            "--out_root",
+            tmp_path,
+            "--no_self_check",
+            "--max_images",
+            2,
+        )
+        ok(
+            ablation(
+                *common,
+                *ZEROS[:2],
+                "--no_noise_filter",
+                "--max_new_tokens",
+                4,
+                "--gradient_steps",
+                2,
+            )
+        )
         ok(accuracy(*common))
         ok(attention(*common, "--clean_questions_file", coco / "clean_questions.json"))
         ok(
@@ -167,31 +328,58 @@ def test_lens_pages_are_made_once_and_from_the_run(coco, tmp_path):
     assert len(pages) == 2
     run = rundirs.read_run(tmp_path / "logit_lens/tiny-llava", "logit_lens")
     record, arrays = run.record(run.ids()[0]), run.arrays(run.ids()[0])
-    assert arrays["ids"].shape == arrays["probs"].shape == (7, len(record["labels"]), 3) and (np.diff(arrays["probs"], axis=2) <= 0).all()
+    assert (
+        arrays["ids"].shape == arrays["probs"].shape == (7, len(record["labels"]), 3)
+        and (np.diff(arrays["probs"], axis=2) <= 0).all()
+    )
     assert record["groups"].count("vision") == len(arrays["boxes"]) == 144
     before = [page.read_bytes() for page in pages]
     pages[0].unlink()
-    assert "1 pages written" in ok(lens(*command)).stdout and [page.read_bytes() for page in pages] == before
+    assert (
+        "1 pages written" in ok(lens(*command)).stdout
+        and [page.read_bytes() for page in pages] == before
+    )
     assert lens(*command, "--prompt_text", "Other?").returncode == 2
-    assert lens("--image_folder", tmp_path / "nowhere", "--save_folder", tmp_path, "--model_path", TINY).returncode == 2
+    assert (
+        lens(
+            "--image_folder", tmp_path / "nowhere", "--save_folder", tmp_path, "--model_path", TINY
+        ).returncode
+        == 2
+    )
 
 
 def test_the_lens_reads_names_on_the_trained_models_object_patches(coco, tmp_path):
-    done = ok(accuracy("--model_path", TINY, "--coco_root", coco, "--out_root", tmp_path, "--no_self_check", "--threshold", 0.3))
+    done = ok(
+        accuracy(
+            "--model_path",
+            TINY,
+            "--coco_root",
+            coco,
+            "--out_root",
+            tmp_path,
+            "--no_self_check",
+            "--threshold",
+            0.3,
+        )
+    )
     assert "best layer cross fitted" in done.stdout
     folder = tmp_path / "lens_accuracy/tiny-llava/analysis"
     content = json.loads((folder / "lens_accuracy.json").read_text())
     own, shuffled = (np.array(content["by_layer"][name]["mean"]) for name in ("own", "shuffled"))
     assert own[-2] > 0.8 and own[-2] > shuffled[-2] + 0.3
     best = {name: part["mean"] for name, part in content["best_layer"].items()}
-    assert best["per_picture"] >= best["overall"] >= best["cross_fitted"] - 1e-9 and best["overall"] == pytest.approx(own.max())
-    assert {path.name for path in folder.iterdir()} == {f"lens_accuracy.{ending}" for ending in ("json", "csv", "png", "pdf")}
+    assert best["per_picture"] >= best["overall"] >= best["cross_fitted"] - 1e-9 and best[
+        "overall"
+    ] == pytest.approx(own.max())
+    assert {path.name for path in folder.iterdir()} == {
+        f"lens_accuracy.{ending}" for ending in ("json", "csv", "png", "pdf")
+    }
     again = {path.name: path.read_bytes() for path in folder.iterdir()}
     ok(accuracy("--model_path", TINY, "--out_root", tmp_path, "--analyze_only"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == again
 
 
-# --- tables on planted results ------------------------------------------------------------------------------------------------
+# --- tables on planted results --------------------------------------------------------------------
 
 
 def planted(folder, experiment, records, **settings):
@@ -207,33 +395,70 @@ def part(right, logprob=0.0, tokens=4):
 
 def test_tables_hold_the_planted_shares(tmp_path):
     records = [
-        {"conditions": {"none": part(n < 8), "patch_1": part(n >= 6, -2.0), "random_matched_1_0": part(True), "random_matched_1_1": part(n > 0)}}
+        {
+            "conditions": {
+                "none": part(n < 8),
+                "patch_1": part(n >= 6, -2.0),
+                "random_matched_1_0": part(True),
+                "random_matched_1_1": part(n > 0),
+            }
+        }
         for n in range(10)
     ]
     path = planted(tmp_path / "ablation_vqa/planted", "ablation_vqa", records)
-    knocked = [{"conditions": {"none": part(True), "object:last_token:all": part(n < 3, -1.0)}} for n in range(10)]
+    knocked = [
+        {"conditions": {"none": part(True), "object:last_token:all": part(n < 3, -1.0)}}
+        for n in range(10)
+    ]
     other = planted(tmp_path / "knockout/planted", "knockout", knocked, windows={"all": [0, 5]})
     ok(summary("--run_dir", path, other, "--out_dir", tmp_path / "out"))
     rows = [line.split(",") for line in (tmp_path / "out/table1.csv").read_text().splitlines()]
     found = {row[2]: dict(zip(rows[0], row)) for row in rows[1:]}
-    assert float(found["patch_1"]["destroyed"]) == 6 / 8 and int(found["patch_1"]["destroyed_n"]) == 8  # items wrong at first count nowhere
-    assert float(found["random_matched_1"]["destroyed"]) == 0.5 / 8 and float(found["patch_1"]["minus_random"]) == 6 / 8 - 0.5 / 8
-    assert float(found["patch_1"]["change_of_logprob"]) == -2 and found["random_matched_1"]["minus_random"] == ""
-    assert 0 < float(found["random_matched_1"]["destroyed_low"]) < 0.5 / 8 < float(found["random_matched_1"]["destroyed_high"]) < 0.5
-    header, row = [line.split(",") for line in (tmp_path / "out/table2.csv").read_text().splitlines()]
-    assert dict(zip(header, row))["relative_accuracy"] == "0.3" and row[1:4] == ["object", "last_token", "all"]
+    assert (
+        float(found["patch_1"]["destroyed"]) == 6 / 8 and int(found["patch_1"]["destroyed_n"]) == 8
+    )  # items wrong at first count nowhere
+    assert (
+        float(found["random_matched_1"]["destroyed"]) == 0.5 / 8
+        and float(found["patch_1"]["minus_random"]) == 6 / 8 - 0.5 / 8
+    )
+    assert (
+        float(found["patch_1"]["change_of_logprob"]) == -2
+        and found["random_matched_1"]["minus_random"] == ""
+    )
+    assert (
+        0
+        < float(found["random_matched_1"]["destroyed_low"])
+        < 0.5 / 8
+        < float(found["random_matched_1"]["destroyed_high"])
+        < 0.5
+    )
+    header, row = [
+        line.split(",") for line in (tmp_path / "out/table2.csv").read_text().splitlines()
+    ]
+    assert dict(zip(header, row))["relative_accuracy"] == "0.3" and row[1:4] == [
+        "object",
+        "last_token",
+        "all",
+    ]
     assert "0.300" in (tmp_path / "out/table2.md").read_text()
-    assert {f"{name}.{ending}" for name in ("ablation", "knockout") for ending in ("png", "pdf")} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert {
+        f"{name}.{ending}" for name in ("ablation", "knockout") for ending in ("png", "pdf")
+    } <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
 def test_a_run_with_nothing_right_and_other_folders_are_refused(tmp_path):
-    path = planted(tmp_path / "a", "ablation_vqa", [{"conditions": {"none": part(False)}, "eligible": False}])
-    for folder, why in ((path, "nothing can be destroyed"), (tmp_path / "none", "not a run directory")):
+    path = planted(
+        tmp_path / "a", "ablation_vqa", [{"conditions": {"none": part(False)}, "eligible": False}]
+    )
+    for folder, why in (
+        (path, "nothing can be destroyed"),
+        (tmp_path / "none", "not a run directory"),
+    ):
         done = summary("--run_dir", folder, "--out_dir", tmp_path / "out")
         assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
 
 
-# --- refusals and commands ----------------------------------------------------------------------------------------------------
+# --- refusals and commands ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,18 +471,29 @@ def test_a_run_with_nothing_right_and_other_folders_are_refused(tmp_path):
         (curate, ["--clean_questions_file", "{none}"], "no such file"),
         (curate, ["--clean_questions_file", "{empty}"], "has no question"),
         (attention, ["--clean_questions_file", "{other}"], "train2017"),
-        (attention, ["--clean_questions_file", "{questions}", "--windows", "9-12"], "--windows 9-12"),
+        (
+            attention,
+            ["--clean_questions_file", "{questions}", "--windows", "9-12"],
+            "--windows 9-12",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(coco, tmp_path, script, flags, why):
     (tmp_path / "empty.json").write_text('{"1": []}')
     (tmp_path / "other.json").write_text('{"123456": ["What is it?"]}')
-    names = {"none": tmp_path / "nowhere", "empty": tmp_path / "empty.json", "other": tmp_path / "other.json", "questions": coco / "clean_questions.json"}
+    names = {
+        "none": tmp_path / "nowhere",
+        "empty": tmp_path / "empty.json",
+        "other": tmp_path / "other.json",
+        "questions": coco / "clean_questions.json",
+    }
     flags = [flag.format(**names) for flag in flags]
     if "--coco_root" not in flags:
         flags += ["--coco_root", coco]
     done = script("--model_path", TINY, "--no_self_check", "--out_root", tmp_path, *flags)
-    assert done.returncode == 2 and re.search(why, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and re.search(why, done.stderr) and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def test_an_object_that_covers_no_token_and_a_damaged_picture_fail_alone(coco, tmp_path):
@@ -271,12 +507,28 @@ def test_an_object_that_covers_no_token_and_a_damaged_picture_fail_alone(coco, t
             annotation["segmentation"] = [[50, 50, 53, 50, 53, 54]]
     annotations.write_text(json.dumps(content))
     (copy / "val2017" / second["file_name"]).write_bytes(b"no picture")
-    flags = ("--min_area", 0, "--max_area", 1e9, "--max_annotations", 9, "--threshold", 0.5, "--max_images", 4)
-    done = accuracy("--model_path", TINY, "--coco_root", copy, "--out_root", tmp_path, "--no_self_check", *flags)
+    flags = (
+        "--min_area",
+        0,
+        "--max_area",
+        1e9,
+        "--max_annotations",
+        9,
+        "--threshold",
+        0.5,
+        "--max_images",
+        4,
+    )
+    done = accuracy(
+        "--model_path", TINY, "--coco_root", copy, "--out_root", tmp_path, "--no_self_check", *flags
+    )
     run = rundirs.read_run(tmp_path / "lens_accuracy/tiny-llava", "lens_accuracy")
     failed = run.failed()
     assert done.returncode == 3 and len(run.ids()) == 2 and len(failed) == 2
-    assert "covers no token" in failed[f"{first['id']:012d}"]["message"] and "not a readable picture" in failed[f"{second['id']:012d}"]["message"]
+    assert (
+        "covers no token" in failed[f"{first['id']:012d}"]["message"]
+        and "not a readable picture" in failed[f"{second['id']:012d}"]["message"]
+    )
 
 
 def test_the_shell_script_runs_from_anywhere(coco, tmp_path):
@@ -288,6 +540,14 @@ def test_the_shell_script_runs_from_anywhere(coco, tmp_path):
         "PYTHON": sys.executable,
         "MODEL": str(TINY),
     }
-    done = subprocess.run(["bash", SCRIPTS / "run_knockout.sh"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | variables)
+    done = subprocess.run(
+        ["bash", SCRIPTS / "run_knockout.sh"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/knockout.png").exists() and Path(tmp_path / "runs/knockout/tiny-llava/meta.json").exists()
+    assert (tmp_path / "out/knockout.png").exists() and Path(
+        tmp_path / "runs/knockout/tiny-llava/meta.json"
+    ).exists()

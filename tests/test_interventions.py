@@ -1,15 +1,28 @@
-"""Ablation, knockout and lens against slow, obvious computations: eager passes with explicit masks, unshared passes, the model's own logits."""
+"""Ablation, knockout and lens against slow, obvious computations: eager passes with explicit masks,
+unshared passes, the model's own logits."""
 
 import numpy as np
 import pytest
 import torch
 
-from capturing import Block, HiddenStates, branches, capture, edit, embeddings, extended, first_positions, generate, prefill
-from cli import UsageError
-from groups import GROUPS
-from lens import Lens, vocabulary
-from scripts import interventions, knockout
-from scripts.interventions import asking, condition_sets, integrated_gradients, naming, prepare, replacement, run
+from vlmdiag.cli import UsageError
+from vlmdiag.groups import GROUPS
+from vlmdiag.interp import interventions, knockout
+from vlmdiag.interp.interventions import (
+    asking,
+    condition_sets,
+    integrated_gradients,
+    naming,
+    prepare,
+    replacement,
+    run,
+)
+from vlmdiag.model.attention import Block, capture, edit
+from vlmdiag.model.decoding import extended, generate
+from vlmdiag.model.lens import Lens, vocabulary
+from vlmdiag.model.prefix import branches, first_positions
+from vlmdiag.model.probes import HiddenStates
+from vlmdiag.model.vision import embeddings, prefill
 
 NAMES = ["llava", "llava-gqa", "qwen"]
 
@@ -34,11 +47,16 @@ def block(length, queries, keys, layers=None):
 
 
 def examples(vlm, prompt):
-    """Ways to block: last token, last vision tokens, both, in all layers and in some; and nothing before the first of their queries."""
+    """Ways to block: last token, last vision tokens, both, in all layers and in some; and nothing
+    before the first of their queries."""
     length, vision = prompt.embeds.shape[1], prompt.vision
     some = frozenset({1, 2})
     half = vision[: len(vision) // 2]
-    ways = [[block(length, [length - 1], half, some)], [block(length, vision[-4:], vision[:-4], None)], [block(length, vision[-4:], half, some)]]
+    ways = [
+        [block(length, [length - 1], half, some)],
+        [block(length, vision[-4:], vision[:-4], None)],
+        [block(length, vision[-4:], half, some)],
+    ]
     ways += [
         [block(length, [length - 1], vision, None), block(length, [length - 2], vision[:5], some)],
         [block(length, [length - 1], range(1, length - 1), frozenset({0}))],
@@ -48,7 +66,8 @@ def examples(vlm, prompt):
 
 @torch.no_grad()
 def eager_states(vlm, prompt, blocks):
-    """Last hidden states (T, d) of an eager pass with an additive mask of its own in every layer."""
+    """Last hidden states (T, d) of an eager pass with an additive mask of its own in every
+    layer."""
     length, low = prompt.embeds.shape[1], torch.finfo(torch.float32).min
     causal = torch.zeros(length, length).masked_fill(torch.ones(length, length).triu(1).bool(), low)
 
@@ -62,17 +81,22 @@ def eager_states(vlm, prompt, blocks):
 
         return replace
 
-    hooks = [layer.register_forward_pre_hook(hook(index), with_kwargs=True) for index, layer in enumerate(vlm.parts.layers)]
+    hooks = [
+        layer.register_forward_pre_hook(hook(index), with_kwargs=True)
+        for index, layer in enumerate(vlm.parts.layers)
+    ]
     vlm.parts.decoder.set_attn_implementation("eager")
     try:
-        return vlm.parts.decoder(inputs_embeds=prompt.embeds, position_ids=prompt.batch.position_ids, use_cache=False).last_hidden_state[0]
+        return vlm.parts.decoder(
+            inputs_embeds=prompt.embeds, position_ids=prompt.batch.position_ids, use_cache=False
+        ).last_hidden_state[0]
     finally:
         vlm.parts.decoder.set_attn_implementation("sdpa")
         for one in hooks:
             one.remove()
 
 
-# --- knockout ---------------------------------------------------------------------------------------------------------------
+# --- knockout -------------------------------------------------------------------------------------
 
 
 def test_branches_are_eager_passes_with_an_explicit_mask(vlm, prompt):
@@ -83,8 +107,12 @@ def test_branches_are_eager_passes_with_an_explicit_mask(vlm, prompt):
     for found, blocks in zip(states, ways, strict=True):
         wanted = eager_states(vlm, prompt, blocks)[start:]
         assert torch.allclose(found, wanted, atol=2e-5 * wanted.abs().max())
-        assert (wanted - plain).abs().max() > 2e-4 * wanted.abs().max()  # the knockout does something
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, prompt.cache.layers, strict=True))  # the unblocked cache is left as it was
+        assert (
+            wanted - plain
+        ).abs().max() > 2e-4 * wanted.abs().max()  # the knockout does something
+    assert all(
+        torch.equal(a, layer.keys) for a, layer in zip(before, prompt.cache.layers, strict=True)
+    )  # the unblocked cache is left as it was
 
 
 def test_branches_equal_a_pass_under_edit_also_in_a_padded_batch(vlm, prompt, batch_of):
@@ -92,11 +120,20 @@ def test_branches_equal_a_pass_under_edit_also_in_a_padded_batch(vlm, prompt, ba
     lens, both = Lens(vlm), batch_of(vlm, (2, 0))
     pad = both.groups.shape[1] - prompt.embeds.shape[1]
     assert pad > 0
-    for states, blocks in zip(branches(vlm, prompt.batch, prompt.cache, prompt.embeds, start, ways), ways, strict=True):
+    for states, blocks in zip(
+        branches(vlm, prompt.batch, prompt.cache, prompt.embeds, start, ways), ways, strict=True
+    ):
         with torch.no_grad(), edit(vlm, blocks=blocks):
             alone = prefill(vlm, prompt.batch).logits[0, -1]
         moved = [
-            Block(*(torch.nn.functional.pad(rows, (pad, 0)).expand(2, -1) & torch.tensor([[False], [True]]) for rows in (one.queries, one.keys)), one.layers)
+            Block(
+                *(
+                    torch.nn.functional.pad(rows, (pad, 0)).expand(2, -1)
+                    & torch.tensor([[False], [True]])
+                    for rows in (one.queries, one.keys)
+                ),
+                one.layers,
+            )
             for one in blocks
         ]
         with torch.no_grad(), edit(vlm, blocks=moved):
@@ -107,12 +144,15 @@ def test_branches_equal_a_pass_under_edit_also_in_a_padded_batch(vlm, prompt, ba
 
 
 def test_what_is_blocked_cannot_be_seen(vlm, prompt):
-    """The embeddings of the hidden tokens may be anything: with every path to the last token cut, its state does not move."""
+    """The embeddings of the hidden tokens may be anything: with every path to the last token cut,
+    its state does not move."""
     length, vision = prompt.embeds.shape[1], prompt.vision
     after = torch.arange(int(vision[-1]) + 1, length)
     way = [block(length, after, vision)]
     changed = prompt.embeds.clone()
-    changed[0, vision] = torch.randn(changed[0, vision].shape, generator=torch.Generator().manual_seed(0))
+    changed[0, vision] = torch.randn(
+        changed[0, vision].shape, generator=torch.Generator().manual_seed(0)
+    )
     states = []
     for embeds in (prompt.embeds, changed):
         with torch.no_grad():
@@ -128,15 +168,34 @@ def test_a_query_without_keys_and_a_late_start_are_refused(load, batch_of):
         prompt = prepare(vlm, batch, vlm.vision(batch))
     length = prompt.embeds.shape[1]
     with pytest.raises(UsageError, match="without any key"):
-        branches(vlm, batch, prompt.cache, prompt.embeds, length - 1, [[block(length, [length - 1], range(length))]])
+        branches(
+            vlm,
+            batch,
+            prompt.cache,
+            prompt.embeds,
+            length - 1,
+            [[block(length, [length - 1], range(length))]],
+        )
     with pytest.raises(ValueError, match="before start"):
-        branches(vlm, batch, prompt.cache, prompt.embeds, length - 1, [[block(length, [length - 2], [0])]])
+        branches(
+            vlm,
+            batch,
+            prompt.cache,
+            prompt.embeds,
+            length - 1,
+            [[block(length, [length - 2], [0])]],
+        )
 
 
 def test_windows_are_scaled_from_32_layers():
     assert knockout.layer_windows(list(knockout.PAPER_WINDOWS), 32) == knockout.PAPER_WINDOWS
     six = knockout.layer_windows([*knockout.PAPER_WINDOWS, "2-3", "sliding:3:2"], 6)
-    assert six["all"] == (0, 5) and six["early"] == (0, 1) and six["late"] == (4, 5) and six["2-3"] == (2, 3)
+    assert (
+        six["all"] == (0, 5)
+        and six["early"] == (0, 1)
+        and six["late"] == (4, 5)
+        and six["2-3"] == (2, 3)
+    )
     assert {"0-2", "2-4"} <= set(six) and "1-3" not in six
     assert list(knockout.layer_windows(["single"], 3).values()) == [(0, 0), (1, 1), (2, 2)]
     for wrong in ("5-2", "0-6", "x", "sliding:9", "sliding:0", "a-b", "sliding:x"):
@@ -150,16 +209,29 @@ def test_the_groups_of_a_knockout_are_where_the_prompt_has_them(load, batch_of):
     vlm = load("llava")
     batch = extended(batch_of(vlm, (0,)), [50, 51], "template")
     groups, grid = batch.groups[0].numpy(), batch.grids[0]
-    found = knockout.positions_of(groups, grid, {0: np.array([3]), 1: np.array([2, 3, 4]), 2: np.array([1, 2, 3, 4, 5])})
+    found = knockout.positions_of(
+        groups, grid, {0: np.array([3]), 1: np.array([2, 3, 4]), 2: np.array([1, 2, 3, 4, 5])}
+    )
     vision = np.flatnonzero(groups == GROUPS.index("vision"))
-    assert found["object"].tolist() == [vision[3]] and found["last_token"].tolist() == [len(groups) - 1] and found["last_row"].tolist() == vision[-12:].tolist()
+    assert (
+        found["object"].tolist() == [vision[3]]
+        and found["last_token"].tolist() == [len(groups) - 1]
+        and found["last_row"].tolist() == vision[-12:].tolist()
+    )
     assert len(found["other"]) == 141 and not set(found["other"]) & set(found["object+1"])
-    assert len(found["image-last_row"]) == 132 and set(found["template"]) >= {len(groups) - 2, len(groups) - 1}
-    blocks = knockout.blocks_for(found, [("object", "last_token"), ("last_token", "object")], {"all": (0, 1)}, len(groups))
-    assert list(blocks) == [("object", "last_token", "all")]  # a later key is never seen, so there is nothing to cut
+    assert len(found["image-last_row"]) == 132 and set(found["template"]) >= {
+        len(groups) - 2,
+        len(groups) - 1,
+    }
+    blocks = knockout.blocks_for(
+        found, [("object", "last_token"), ("last_token", "object")], {"all": (0, 1)}, len(groups)
+    )
+    assert list(blocks) == [
+        ("object", "last_token", "all")
+    ]  # a later key is never seen, so there is nothing to cut
 
 
-# --- ablation ---------------------------------------------------------------------------------------------------------------
+# --- ablation -------------------------------------------------------------------------------------
 
 
 def test_no_edit_is_the_unedited_run_bit_for_bit(vlm, batch_of):
@@ -167,7 +239,11 @@ def test_no_edit_is_the_unedited_run_bit_for_bit(vlm, batch_of):
     plain = generate(vlm, batch, 4)
     with edit(vlm):
         edited = generate(vlm, batch, 4)
-    assert plain.ids == edited.ids and torch.equal(plain.first, edited.first) and torch.equal(plain.logprobs, edited.logprobs)
+    assert (
+        plain.ids == edited.ids
+        and torch.equal(plain.first, edited.first)
+        and torch.equal(plain.logprobs, edited.logprobs)
+    )
 
 
 def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batch_of):
@@ -177,19 +253,36 @@ def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batc
     with torch.no_grad():
         second = prepare(vlm, extended(other, [60, 61], "template"), vlm.vision(other), prompt)
     values = torch.randn(count, prompt.embeds.shape[-1], generator=torch.Generator().manual_seed(1))
-    sets = {"one": np.array([count - 1]), "two": np.array([2, 7]), "all": np.arange(count), "first": np.array([0]), "late": np.array([count - 3, count - 2])}
+    sets = {
+        "one": np.array([count - 1]),
+        "two": np.array([2, 7]),
+        "all": np.arange(count),
+        "first": np.array([0]),
+        "late": np.array([count - 3, count - 2]),
+    }
     found = run(vlm, [prompt, second], sets, values, 2, [asking(4), naming([70, 71])])
     for name, index in sets.items():
-        for part, this, options in ((found[name][0], prompt, {}), (found[name][1], second, {"answers": [[70, 71]]})):
-            with edit(vlm, embeddings=[(0, this.vision[torch.from_numpy(index)], values[torch.from_numpy(index)])]):
+        for part, this, options in (
+            (found[name][0], prompt, {}),
+            (found[name][1], second, {"answers": [[70, 71]]}),
+        ):
+            with edit(
+                vlm,
+                embeddings=[
+                    (0, this.vision[torch.from_numpy(index)], values[torch.from_numpy(index)])
+                ],
+            ):
                 wanted = generate(vlm, this.batch, 4, **options)
             ids, logprobs, first = part
             assert ids == wanted.ids[0]
-            assert torch.allclose(first, wanted.first[0], atol=1e-4) and torch.allclose(logprobs, wanted.logprobs[0], atol=1e-4, equal_nan=True)
+            assert torch.allclose(first, wanted.first[0], atol=1e-4) and torch.allclose(
+                logprobs, wanted.logprobs[0], atol=1e-4, equal_nan=True
+            )
 
 
 def test_with_deepstack_a_replaced_token_is_gone_from_the_first_layers_too(load, batch_of):
-    """Against transformers' own forward pass, which gets the changed features as a picture's; and integrated gradients are complete over all of them."""
+    """Against transformers' own forward pass, which gets the changed features as a picture's; and
+    integrated gradients are complete over all of them."""
     vlm = load("qwen3")
     batch = batch_of(vlm, (0,))
     with torch.no_grad():
@@ -201,19 +294,31 @@ def test_with_deepstack_a_replaced_token_is_gone_from_the_first_layers_too(load,
     sets = {"one": np.array([count - 1]), "two": np.array([2, 7]), "all": np.arange(count)}
     found = run(vlm, [prompt, second], sets, values, 2, [asking(4), naming([70, 71])])
     for name, index in sets.items():
-        for part, this, options in ((found[name][0], prompt, {}), (found[name][1], second, {"answers": [[70, 71]]})):
+        for part, this, options in (
+            (found[name][0], prompt, {}),
+            (found[name][1], second, {"answers": [[70, 71]]}),
+        ):
             changed, kept = vlm.vision(batch), vlm.vision(batch)
             changed.pooler_output[0][index] = values[index]
             kept.pooler_output[0][index] = values[index]
             for layer in changed.deepstack_features:
                 layer[0][index] = 0
-            wanted, other = (generate(vlm, this.batch, 4, features=features, **options) for features in (changed, kept))
+            wanted, other = (
+                generate(vlm, this.batch, 4, features=features, **options)
+                for features in (changed, kept)
+            )
             ids, logprobs, first = part
             assert ids == wanted.ids[0]
-            assert torch.allclose(first, wanted.first[0], atol=1e-4) and torch.allclose(logprobs, wanted.logprobs[0], atol=1e-4, equal_nan=True)
-            assert not torch.allclose(first, other.first[0], atol=1e-3), "what the first layers add counts"
+            assert torch.allclose(first, wanted.first[0], atol=1e-4) and torch.allclose(
+                logprobs, wanted.logprobs[0], atol=1e-4, equal_nan=True
+            )
+            assert not torch.allclose(first, other.first[0], atol=1e-3), (
+                "what the first layers add counts"
+            )
     baseline = prompt.embeds[0, prompt.vision].mean(0).expand(count, -1)
-    scores, error = integrated_gradients(vlm, prompt, baseline, int(prompt.logits.argmax()), steps=600, per_pass=60)
+    scores, error = integrated_gradients(
+        vlm, prompt, baseline, int(prompt.logits.argmax()), steps=600, per_pass=60
+    )
     assert scores.shape == (count,) and error < 0.01
 
 
@@ -223,7 +328,9 @@ def test_prefixes_are_shared_by_causal_families_only(load, batch_of):
     with torch.no_grad():
         cache = prefill(vlm, batch).past_key_values
     assert first_positions(vlm, cache, 7, 3).get_seq_length() == 7
-    generic = type(vlm)(vlm.model, vlm.processor, __import__("models.generic", fromlist=["FAMILY"]).FAMILY, vlm.path)
+    generic = type(vlm)(
+        vlm.model, vlm.processor, __import__("models.generic", fromlist=["FAMILY"]).FAMILY, vlm.path
+    )
     assert first_positions(generic, cache, 7, 3) is None
 
 
@@ -231,35 +338,60 @@ def test_conditions_keep_clear_of_the_object_and_match_its_size(load, batch_of):
     grid = batch_of(load("llava"), (0,)).grids[0]
     tokens, rng = np.array([65, 66, 77, 78]), np.random.default_rng(0)
     sets = condition_sets(grid, rng.random(144), rng.random(144), tokens, (5, 250), 2, 0, "7")
-    assert sets["patch_0"].tolist() == tokens.tolist() and len(sets["patch_1"]) == 16 and len(sets["patch_2"]) == 36
+    assert (
+        sets["patch_0"].tolist() == tokens.tolist()
+        and len(sets["patch_1"]) == 16
+        and len(sets["patch_2"]) == 36
+    )
     for b in (0, 1, 2):
         for name in (f"random_matched_{b}_0", f"random_matched_{b}_1", f"blob_matched_{b}_0"):
-            assert len(sets[name]) == len(sets[f"patch_{b}"]) == len(set(sets[name])) and not set(sets[name]) & set(sets[f"patch_{b}"])
+            assert len(sets[name]) == len(sets[f"patch_{b}"]) == len(set(sets[name])) and not set(
+                sets[name]
+            ) & set(sets[f"patch_{b}"])
     assert sets["random_matched_0_0"].tolist() != sets["random_matched_0_1"].tolist()
-    assert "144 vision tokens" in sets["gradient_250"] and isinstance(sets["random_250"], str) and len(sets["gradient_5"]) == 5 and len(sets["all"]) == 144
+    assert (
+        "144 vision tokens" in sets["gradient_250"]
+        and isinstance(sets["random_250"], str)
+        and len(sets["gradient_5"]) == 5
+        and len(sets["all"]) == 144
+    )
     again = condition_sets(grid, rng.random(144), None, tokens, (5,), 2, 0, "7")
     assert again["random_5"].tolist() == sets["random_5"].tolist() and "gradient_5" not in again
-    assert condition_sets(grid, rng.random(144), None, tokens, (5,), 2, 0, "8")["random_5"].tolist() != sets["random_5"].tolist()
+    assert (
+        condition_sets(grid, rng.random(144), None, tokens, (5,), 2, 0, "8")["random_5"].tolist()
+        != sets["random_5"].tolist()
+    )
 
 
 def test_replacements_and_mean_vectors(tmp_path):
     features = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mean = torch.arange(8.0)
-    assert torch.equal(replacement("mean", mean, features, 0, "1")[7], mean) and not replacement("zeros", None, features, 0, "1").any()
+    assert (
+        torch.equal(replacement("mean", mean, features, 0, "1")[7], mean)
+        and not replacement("zeros", None, features, 0, "1").any()
+    )
     noise = replacement("noise", None, features, 0, "1")
-    assert torch.equal(noise, replacement("noise", None, features, 0, "1")) and not torch.equal(noise, replacement("noise", None, features, 0, "2"))
-    assert (noise.mean(0) - features.mean(0)).abs().max() < 2 and (noise.std(0) / features.std(0)).log().abs().max() < 0.5
+    assert torch.equal(noise, replacement("noise", None, features, 0, "1")) and not torch.equal(
+        noise, replacement("noise", None, features, 0, "2")
+    )
+    assert (noise.mean(0) - features.mean(0)).abs().max() < 2 and (
+        noise.std(0) / features.std(0)
+    ).log().abs().max() < 0.5
     torch.save(mean, tmp_path / "mean.pt")
     assert interventions.load_mean(tmp_path / "mean.pt", 8)[1] is None
     (tmp_path / "mean.json").write_text('{"images": 3}')
     assert interventions.load_mean(tmp_path / "mean.pt", 8)[1] == {"images": 3}
     (tmp_path / "text.pt").write_text("no tensor")
-    for path, width, why in ((tmp_path / "mean.pt", 9, "shape"), (tmp_path / "gone.pt", 8, "cannot be read"), (tmp_path / "text.pt", 8, "cannot be read")):
+    for path, width, why in (
+        (tmp_path / "mean.pt", 9, "shape"),
+        (tmp_path / "gone.pt", 8, "cannot be read"),
+        (tmp_path / "text.pt", 8, "cannot be read"),
+    ):
         with pytest.raises(UsageError, match=why):
             interventions.load_mean(path, width)
 
 
-# --- integrated gradients -----------------------------------------------------------------------------------------------------
+# --- integrated gradients -------------------------------------------------------------------------
 
 
 def test_integrated_gradients_are_complete_and_find_the_planted_token(vlm, prompt):
@@ -271,11 +403,13 @@ def test_integrated_gradients_are_complete_and_find_the_planted_token(vlm, promp
     alike[:] = prompt.embeds[0, prompt.vision]
     alike[5] += 1
     scores, _ = integrated_gradients(vlm, prompt, alike, target, steps=4, per_pass=3)
-    assert scores.argmax() == 5 and np.delete(scores, 5).max() == 0  # only token 5 differs from its baseline
+    assert (
+        scores.argmax() == 5 and np.delete(scores, 5).max() == 0
+    )  # only token 5 differs from its baseline
     assert all(parameter.grad is None for parameter in vlm.model.parameters())
 
 
-# --- lens ---------------------------------------------------------------------------------------------------------------------
+# --- lens -----------------------------------------------------------------------------------------
 
 
 def test_the_last_layer_of_the_lens_is_the_models_own_distribution(vlm, batch_of):
@@ -286,7 +420,11 @@ def test_the_last_layer_of_the_lens_is_the_models_own_distribution(vlm, batch_of
     count = len(vlm.parts.layers)
     assert sorted(probe.states) == list(range(count + 1))
     with torch.no_grad():
-        whole = vlm.model(inputs_embeds=embeddings(vlm, batch, features), attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
+        whole = vlm.model(
+            inputs_embeds=embeddings(vlm, batch, features),
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+        ).logits
     assert torch.equal(lens.logits(probe.states[count]), whole)  # every position, exactly
     lens.check(probe.states[count][:, -1], logits[:, -1])
     ids, probs = lens.top_k(probe.states[count], 3)
@@ -294,25 +432,43 @@ def test_the_last_layer_of_the_lens_is_the_models_own_distribution(vlm, batch_of
     assert torch.equal(ids, wanted.indices) and torch.allclose(probs, wanted.values, atol=1e-6)
     with pytest.raises(UsageError, match="differs from the model's logits"):
         lens.check(probe.states[count - 1][:, -1], logits[:, -1])
-    assert torch.equal(probe.states[0][batch.groups != -1], embeddings(vlm, batch, features)[batch.groups != -1])
+    assert torch.equal(
+        probe.states[0][batch.groups != -1], embeddings(vlm, batch, features)[batch.groups != -1]
+    )
 
 
-@pytest.mark.parametrize("name, value", [("final_logit_softcapping", 0.5), ("logit_scale", 0.25), ("logits_scaling", 4.0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("final_logit_softcapping", 0.5), ("logit_scale", 0.25), ("logits_scaling", 4.0)],
+)
 def test_scales_and_softcaps_of_the_head_are_part_of_the_lens(load, name, value):
     vlm = load("llava")
-    states, text = torch.randn(3, vlm.parts.lm_head.weight.shape[1], generator=torch.Generator().manual_seed(0)), vlm.model.config.get_text_config()
+    states, text = (
+        torch.randn(
+            3, vlm.parts.lm_head.weight.shape[1], generator=torch.Generator().manual_seed(0)
+        ),
+        vlm.model.config.get_text_config(),
+    )
     plain = Lens(vlm).logits(states)
     setattr(text, name, value)
     try:
         found = Lens(vlm).logits(states)
     finally:
         delattr(text, name)
-    wanted = {"final_logit_softcapping": torch.tanh(plain / 0.5) * 0.5, "logit_scale": plain * 0.25, "logits_scaling": plain / 4}[name]
+    wanted = {
+        "final_logit_softcapping": torch.tanh(plain / 0.5) * 0.5,
+        "logit_scale": plain * 0.25,
+        "logits_scaling": plain / 4,
+    }[name]
     assert torch.allclose(found, wanted)
 
 
 def test_the_vocabulary_keeps_spaces_bytes_and_special_tokens(load):
     tokenizer = load("llava").tokenizer
     table = vocabulary(tokenizer, range(len(tokenizer)))
-    assert len(table) == len(tokenizer) and table[tokenizer.eos_token_id] == "</s>" and "<0x0A>" in table.values()
+    assert (
+        len(table) == len(tokenizer)
+        and table[tokenizer.eos_token_id] == "</s>"
+        and "<0x0A>" in table.values()
+    )
     assert table[tokenizer.encode("a circle")[-1]] == " circle"

@@ -1,4 +1,5 @@
-"""Weights from safetensors and pickles, whole and in shards: what is read, what is refused, and how much memory it takes."""
+"""Weights from safetensors and pickles, whole and in shards: what is read, what is refused, and how
+much memory it takes."""
 
 import importlib
 import json
@@ -10,13 +11,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import common
-from capturing import prefill
-from cli import UsageError
+from tests.conftest import ROOT, tiny
+from vlmdiag.cli import UsageError
+from vlmdiag.model.vision import prefill
 
 SHARD = 16  # MiB
 MEASURE = """
@@ -40,14 +41,23 @@ print(json.dumps([max(seen) - before, sum(p.numel() * p.element_size() for p in 
 
 
 def measured(path, small, dtype):
-    """(MiB that loading takes at its peak, mapped files apart, MiB of the weights) in a process of its own."""
+    """(MiB that loading takes at its peak, mapped files apart, MiB of the weights) in a process of
+    its own."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("the memory of a process cannot be read here")
     program = MEASURE.format(small=str(small), path=str(path), dtype=dtype)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     grown, weights = json.loads(done.stdout.splitlines()[-1])
-    assert grown > 0.9 * weights or dtype == "float32", "the peak is that of loading; weights that stay as they are stay in their file"
+    assert grown > 0.9 * weights or dtype == "float32", (
+        "the peak is that of loading; weights that stay as they are stay in their file"
+    )
     return grown, weights
 
 
@@ -59,12 +69,22 @@ def large(tmp_path_factory):
     tokenizer = tiny.make_tokenizer(folder)
     known = tiny.make_config(tokenizer)
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=640, intermediate_size=1728, num_hidden_layers=7, num_attention_heads=10, eos_token_id=2, bos_token_id=1
+        vocab_size=len(tokenizer),
+        hidden_size=640,
+        intermediate_size=1728,
+        num_hidden_layers=7,
+        num_attention_heads=10,
+        eos_token_id=2,
+        bos_token_id=1,
     )
     config = LlavaConfig(
-        vision_config=known.vision_config, text_config=text, image_token_index=known.image_token_index, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=known.image_seq_length,
-    )  # fmt: skip
+        vision_config=known.vision_config,
+        text_config=text,
+        image_token_index=known.image_token_index,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=known.image_seq_length,
+    )
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config).save_pretrained(folder, max_shard_size=SHARD * 2**20)
     tiny.make_processor(tokenizer).save_pretrained(folder)
@@ -90,11 +110,19 @@ def as_pickles(folder, out):
 def test_loading_takes_the_weights_and_one_shard(large, folders, tmp_path, layout, dtype):
     path = large if layout == "safetensors" else as_pickles(large, tmp_path / "bins")
     grown, weights = measured(path, folders["llava"], dtype)
-    assert sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".bin")) > 7 * SHARD * 2**20
+    assert (
+        sum(
+            file.stat().st_size
+            for file in path.iterdir()
+            if file.suffix in (".safetensors", ".bin")
+        )
+        > 7 * SHARD * 2**20
+    )
     assert grown < weights + SHARD, f"{grown:.0f} MiB for {weights:.0f} MiB of weights"
 
 
-WIDE = 60_000  # inside the MLPs of a decoder whose other parts are tiny: some 140 MB of weights in float32
+# inside the MLPs of a decoder whose other parts are tiny: some 140 MB of weights in float32
+WIDE = 60_000
 
 
 def wide(config):
@@ -107,7 +135,7 @@ def widened(monkeypatch, name):
         monkeypatch.setattr(tiny, "make_config", widened_config(tiny.make_config))
         return "llava_original"
     file = {"nvila-lite": "nvila", "molmo-d": "molmo"}.get(name, name)
-    module = importlib.import_module(f"random_models.{file}")
+    module = importlib.import_module(f"tests.random_models.{file}")
     if file == "molmo":
         monkeypatch.setattr(module, "HIDDEN", WIDE)
     elif file in ("nvila", "minigpt4"):
@@ -127,19 +155,32 @@ def widened_config(make):
     return made
 
 
-@pytest.mark.parametrize("name", ["llava_original-base", "convllava", "minigpt4", "mplug_owl2", "nvila-lite", "molmo-d"])
+@pytest.mark.parametrize(
+    "name", ["llava_original-base", "convllava", "minigpt4", "mplug_owl2", "nvila-lite", "molmo-d"]
+)
 def test_the_authors_layouts_take_no_more(tmp_path, folders, monkeypatch, name):
     """Their files are mapped, and tensors are converted one by one."""
-    path = importlib.import_module(f"random_models.{widened(monkeypatch, name)}").MODELS[name](tmp_path / name)
+    path = importlib.import_module(f"tests.random_models.{widened(monkeypatch, name)}").MODELS[
+        name
+    ](tmp_path / name)
     grown, weights = measured(path, folders["llava"], "bfloat16")
-    assert grown < weights + 0.15 * weights, f"{grown:.0f} MiB for {weights:.0f} MiB of weights"  # one tensor as it is converted
+    assert grown < weights + 0.15 * weights, (
+        f"{grown:.0f} MiB for {weights:.0f} MiB of weights"
+    )  # one tensor as it is converted
 
 
 def test_pickles_are_read_as_safetensors_are(folders, tmp_path, batch_of):
-    plain, pickled = (common.load_model(path, self_check=False) for path in (folders["llava"], as_pickles(folders["llava"], tmp_path / "bin")))
+    plain, pickled = (
+        common.load_model(path, self_check=False)
+        for path in (folders["llava"], as_pickles(folders["llava"], tmp_path / "bin"))
+    )
     assert (tmp_path / "bin" / "pytorch_model.bin").exists()
     with torch.no_grad():
-        assert torch.allclose(prefill(plain, batch_of(plain)).logits, prefill(pickled, batch_of(pickled)).logits, atol=1e-5)
+        assert torch.allclose(
+            prefill(plain, batch_of(plain)).logits,
+            prefill(pickled, batch_of(pickled)).logits,
+            atol=1e-5,
+        )
 
 
 class Runs:
@@ -169,13 +210,29 @@ def test_a_parameter_that_no_file_fills_is_named(folders, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(folders["llava"], folder)
     state = load_file(folder / "model.safetensors")
-    save_file({key: value for key, value in state.items() if not key.endswith("layers.2.mlp.up_proj.weight")}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {
+            key: value
+            for key, value in state.items()
+            if not key.endswith("layers.2.mlp.up_proj.weight")
+        },
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(UsageError, match=r"layers\.2\.mlp\.up_proj\.weight"):
         common.load_model(folder)
 
 
 def test_a_device_map_gives_the_same_model(folders, batch_of):
-    """Without GPUs everything stays on the CPU; the path through accelerate is the one that several GPUs take."""
-    plain, mapped = common.load_model(folders["llava"]), common.load_model(folders["llava"], device_map="auto")
+    """Without GPUs everything stays on the CPU; the path through accelerate is the one that several
+    GPUs take."""
+    plain, mapped = (
+        common.load_model(folders["llava"]),
+        common.load_model(folders["llava"], device_map="auto"),
+    )
     with torch.no_grad():
-        assert torch.allclose(prefill(plain, batch_of(plain)).logits, prefill(mapped, batch_of(mapped)).logits, atol=1e-5)
+        assert torch.allclose(
+            prefill(plain, batch_of(plain)).logits,
+            prefill(mapped, batch_of(mapped)).logits,
+            atol=1e-5,
+        )

@@ -1,4 +1,5 @@
-"""The generated sets: equal bytes, COCO's layout, and answers that follow from objects.json alone."""
+"""The generated sets: equal bytes, COCO's layout, and answers that follow from objects.json
+alone."""
 
 import base64
 import hashlib
@@ -21,10 +22,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-import samples
-from cli import UsageError
-from data import annotations, make_shapes
-from data.scenes import FAR, NEAR, Scene, instance_map, outline
+from data import make_shapes
+from vlmdiag.cli import UsageError
+from vlmdiag.pictures import samples
+from vlmdiag.scenes import annotations
+from vlmdiag.scenes.scene import FAR, NEAR, Scene, instance_map, outline
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "data" / "make_shapes.py"
@@ -33,11 +35,23 @@ KINDS = ("floor", "corridor")
 
 def make(out, *flags, **options):
     command = [sys.executable, "-W", "error", str(SCRIPT), "--out_dir", str(out), *map(str, flags)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+    return subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **options,
+    )
 
 
 def bytes_of(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def read(path):
@@ -58,7 +72,23 @@ def sets(tmp_path_factory):
     """{kind: folder} of a set of 40 + 6 pictures, made by one process."""
     root = tmp_path_factory.mktemp("sets")
     for kind in KINDS:
-        assert make_shapes.main(["--out_dir", str(root / kind), "--scene", kind, "--num-images", "40", "--num_train", "6", "--num_workers", "1"]) == 0
+        assert (
+            make_shapes.main(
+                [
+                    "--out_dir",
+                    str(root / kind),
+                    "--scene",
+                    kind,
+                    "--num-images",
+                    "40",
+                    "--num_train",
+                    "6",
+                    "--num_workers",
+                    "1",
+                ]
+            )
+            == 0
+        )
     return {kind: root / kind for kind in KINDS}
 
 
@@ -73,11 +103,24 @@ def test_equal_flags_give_equal_bytes_with_any_number_of_workers(sets, tmp_path)
 
 
 def test_a_scene_does_not_depend_on_the_size_of_the_set(sets, tmp_path):
-    make_shapes.main(["--out_dir", str(tmp_path / "small"), "--num_images", "3", "--num_train", "1", "--num_workers", "1"])
+    make_shapes.main(
+        [
+            "--out_dir",
+            str(tmp_path / "small"),
+            "--num_images",
+            "3",
+            "--num_train",
+            "1",
+            "--num_workers",
+            "1",
+        ]
+    )
     large, small = bytes_of(sets["floor"]), bytes_of(tmp_path / "small")
     pictures = [name for name in small if name.endswith(".jpg")]
     assert len(pictures) == 4 and all(small[name] == large[name] for name in pictures)
-    assert read(tmp_path / "small/questions.json") == [row for row in read(sets["floor"] / "questions.json") if row["image_id"] <= 3]
+    assert read(tmp_path / "small/questions.json") == [
+        row for row in read(sets["floor"] / "questions.json") if row["image_id"] <= 3
+    ]
 
 
 def test_a_finished_set_is_left_alone_and_a_lost_file_is_made_again(sets, tmp_path, capsys):
@@ -86,7 +129,9 @@ def test_a_finished_set_is_left_alone_and_a_lost_file_is_made_again(sets, tmp_pa
     before = bytes_of(out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
     assert make_shapes.main(["--out_dir", str(out), *flags]) == 0
-    assert "nothing to do" in capsys.readouterr().out and all(path.stat().st_mtime_ns == then for path, then in times.items())
+    assert "nothing to do" in capsys.readouterr().out and all(
+        path.stat().st_mtime_ns == then for path, then in times.items()
+    )
     (out / "val2017/000000000007.jpg").unlink()
     (out / "swap_pairs.tsv").unlink()
     make_shapes.main(["--out_dir", str(out), *flags])
@@ -97,23 +142,43 @@ def test_an_interrupted_run_goes_on(sets, tmp_path):
     flags = ["--num_images", "500", "--num_train", "0", "--seed", "3", "--num_workers", "2"]
     command = [sys.executable, str(SCRIPT), "--out_dir", str(tmp_path / "set"), *flags]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores Ctrl-C, and so would its children
-    )  # fmt: skip
+        command,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell's background job ignores Ctrl-C, and so would its children
+    )
     pictures = tmp_path / "set/val2017"
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not (pictures.is_dir() and len(os.listdir(pictures)) > 40):
+    while time.monotonic() < deadline and not (
+        pictures.is_dir() and len(os.listdir(pictures)) > 40
+    ):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
     _, told = process.communicate(timeout=30)
-    assert process.returncode == 130 and "run the same command again" in told and "Traceback" not in told
+    assert (
+        process.returncode == 130
+        and "run the same command again" in told
+        and "Traceback" not in told
+    )
     kept = {path: path.stat().st_mtime_ns for path in pictures.glob("*.jpg")}
     assert 40 < len(kept) < 500 and read(tmp_path / "set/manifest.json")["complete"] is False
     assert make(tmp_path / "set", *flags).returncode == 0
-    assert all(path.stat().st_mtime_ns == then for path, then in kept.items()) and len(list(pictures.glob("*.jpg"))) == 500
+    assert (
+        all(path.stat().st_mtime_ns == then for path, then in kept.items())
+        and len(list(pictures.glob("*.jpg"))) == 500
+    )
     for n in (0, 300, 499):
-        make_shapes.draw({"scene": "floor", "seed": 3, "height_depth_correlation": 0.8}, ("val", n, tmp_path / "x.jpg"))
-        assert (tmp_path / "x.jpg").read_bytes() == (pictures / annotations.file_name(n + 1)).read_bytes()
+        make_shapes.draw(
+            {"scene": "floor", "seed": 3, "height_depth_correlation": 0.8},
+            ("val", n, tmp_path / "x.jpg"),
+        )
+        assert (tmp_path / "x.jpg").read_bytes() == (
+            pictures / annotations.file_name(n + 1)
+        ).read_bytes()
         (tmp_path / "x.jpg").unlink()
 
 
@@ -123,9 +188,28 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(UsageError, match="seed 0 there, 5 asked.*--overwrite"):
         make_shapes.main(["--out_dir", str(tmp_path / "set"), *few, "--seed", "5"])
     before = bytes_of(tmp_path / "set")
-    assert make_shapes.main(["--out_dir", str(tmp_path / "set"), *few, "--seed", "5", "--overwrite"]) == 0
-    assert set(bytes_of(tmp_path / "set")) == set(before) and bytes_of(tmp_path / "set")["val2017/000000000001.jpg"] != before["val2017/000000000001.jpg"]
-    make_shapes.main(["--out_dir", str(tmp_path / "set"), "--num_images", "1", "--num_train", "0", "--overwrite", "--num_workers", "1"])
+    assert (
+        make_shapes.main(["--out_dir", str(tmp_path / "set"), *few, "--seed", "5", "--overwrite"])
+        == 0
+    )
+    assert (
+        set(bytes_of(tmp_path / "set")) == set(before)
+        and bytes_of(tmp_path / "set")["val2017/000000000001.jpg"]
+        != before["val2017/000000000001.jpg"]
+    )
+    make_shapes.main(
+        [
+            "--out_dir",
+            str(tmp_path / "set"),
+            "--num_images",
+            "1",
+            "--num_train",
+            "0",
+            "--overwrite",
+            "--num_workers",
+            "1",
+        ]
+    )
     assert [path.name for path in (tmp_path / "set/val2017").iterdir()] == ["000000000001.jpg"]
     (tmp_path / "photos/val2017").mkdir(parents=True)
     (tmp_path / "photos/val2017/000000000001.jpg").write_bytes(b"mine")
@@ -143,7 +227,10 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path):
         (["--num_images", "0"], "--num_images 0: 1 to 500000"),
         (["--num-train", "-1"], "--num_train -1: 0 to 500000"),
         (["--num_workers", "-2"], "--num_workers -2"),
-        (["--height_depth_correlation", "0.99"], "--height_depth_correlation 0.99: possible are 0 to 0.9"),
+        (
+            ["--height_depth_correlation", "0.99"],
+            "--height_depth_correlation 0.99: possible are 0 to 0.9",
+        ),
         (["--height_depth_correlation", "nan"], "--height_depth_correlation nan"),
         (["--scene", "corridor", "--height-depth-correlation", "0.5"], "is for --scene floor"),
     ],
@@ -156,43 +243,74 @@ def test_wrong_flags_are_named(tmp_path, flags, words):
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").touch()
     found = make(tmp_path / "file", "--num_images", 1)
-    assert found.returncode == 2 and found.stderr.count("\n") == 1 and found.stderr.startswith("error:") and "not a folder" in found.stderr
+    assert (
+        found.returncode == 2
+        and found.stderr.count("\n") == 1
+        and found.stderr.startswith("error:")
+        and "not a folder" in found.stderr
+    )
 
 
 # ---- COCO ----
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # pycocotools with numpy 2
 @pytest.mark.parametrize("kind", KINDS)
 def test_pycocotools_reads_the_set_and_its_masks_are_what_is_seen(sets, kind):
     coco = COCO(sets[kind] / "annotations/instances_val2017.json")
-    assert len(coco.getImgIds()) == 40 and coco.getCatIds() == list(range(1, 25 if kind == "floor" else 15))
+    assert len(coco.getImgIds()) == 40 and coco.getCatIds() == list(
+        range(1, 25 if kind == "floor" else 15)
+    )
     for n, scene in enumerate(scenes_of(kind, 40, 0.8 if kind == "floor" else None)):
         picture = coco.loadImgs([n + 1])[0]
         with Image.open(sets[kind] / "val2017" / picture["file_name"]) as image:
-            assert image.format == "JPEG" and image.size == (picture["width"], picture["height"]) == (scene.width, scene.height)
-            assert image.mode == "RGB" and image.layer[1][1:3] == (1, 1)  # colours are not subsampled
+            assert image.format == "JPEG" and image.size == (
+                picture["width"],
+                picture["height"],
+            ) == (scene.width, scene.height)
+            assert image.mode == "RGB" and image.layer[1][1:3] == (
+                1,
+                1,
+            )  # colours are not subsampled
         seen, found = instance_map(scene), coco.loadAnns(coco.getAnnIds(imgIds=[n + 1]))
         assert len(found) == len(scene.things)
         for i, (thing, shown) in enumerate(zip(scene.things, found), 1):
             mask = coco.annToMask(shown).astype(bool)
-            inner = np.all([np.roll(seen == i, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], 0)
-            assert mask[inner].all() and mask[seen == i].mean() > 0.85  # Pillow's polygons are up to a pixel wider
+            inner = np.all(
+                [np.roll(seen == i, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], 0
+            )
+            assert (
+                mask[inner].all() and mask[seen == i].mean() > 0.85
+            )  # Pillow's polygons are up to a pixel wider
             own = instance_map(Scene(scene.kind, scene.width, scene.height, (thing,))) == 1
-            assert (mask & own).sum() / (mask | own).sum() > 0.85 and abs(shown["area"] / mask.sum() - 1) < 0.06
+            assert (mask & own).sum() / (mask | own).sum() > 0.85 and abs(
+                shown["area"] / mask.sum() - 1
+            ) < 0.06
             x, y, w, h = shown["bbox"]
             assert x >= 0 and y >= 0 and x + w <= scene.width and y + h <= scene.height
             rows, columns = np.nonzero(mask)
             extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-            assert np.abs(extent - [x, y, x + w, y + h]).max() < 2  # the tip of a triangle is thinner than a pixel
+            assert (
+                np.abs(extent - [x, y, x + w, y + h]).max() < 2
+            )  # the tip of a triangle is thinner than a pixel
             category = coco.loadCats([shown["category_id"]])[0]
-            assert category["name"] == thing.name == f"{shown['color']} {shown['shape']}" and category["supercategory"] == thing.shape
+            assert (
+                category["name"] == thing.name == f"{shown['color']} {shown['shape']}"
+                and category["supercategory"] == thing.shape
+            )
             assert shown["depth"] == pytest.approx(thing.z, abs=1e-4) and shown["iscrowd"] == 0
 
 
 def test_a_polygon_is_clipped_to_the_picture():
     diamond = annotations.clipped([(-4, 2), (2, -4), (8, 2), (2, 8)], 6, 6)
-    assert annotations.area(diamond) == 34 and annotations.box(diamond) == [0, 0, 6, 6]  # the picture less its corner x + y > 10
+    assert annotations.area(diamond) == 34 and annotations.box(diamond) == [
+        0,
+        0,
+        6,
+        6,
+    ]  # the picture less its corner x + y > 10
     assert annotations.clipped([(-3, 0), (-1, 0), (-1, 2)], 6, 6) == []
     inside = [(1.0, 1.0), (3.0, 1.0), (1.0, 4.0)]
     assert annotations.clipped(inside, 6, 6) == inside and annotations.area(inside) == 3
@@ -209,17 +327,34 @@ def test_five_different_captions_name_every_object(sets, kind):
         captions = told[picture["image_id"]]
         assert len(set(captions)) == 5
         for caption in captions:
-            assert all(thing["name"] in caption.lower() for thing in picture["objects"]) and caption.endswith(".")
-    assert len(samples.read_coco(sets[kind] / "val2017", sets[kind] / "annotations/captions_val2017.json")) == 40
+            assert all(
+                thing["name"] in caption.lower() for thing in picture["objects"]
+            ) and caption.endswith(".")
+    assert (
+        len(
+            samples.read_coco(
+                sets[kind] / "val2017", sets[kind] / "annotations/captions_val2017.json"
+            )
+        )
+        == 40
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_and_val_share_neither_ids_nor_pictures(sets, kind):
-    ids = [{image["id"] for image in read(sets[kind] / f"annotations/instances_{part}2017.json")["images"]} for part in ("val", "train")]
+    ids = [
+        {
+            image["id"]
+            for image in read(sets[kind] / f"annotations/instances_{part}2017.json")["images"]
+        }
+        for part in ("val", "train")
+    ]
     assert len(ids[0]) == 40 and len(ids[1]) == 6 and not ids[0] & ids[1]
     hashes = [digest for name, digest in bytes_of(sets[kind]).items() if name.endswith(".jpg")]
     assert len(hashes) == len(set(hashes)) == 46
-    assert (max(make_shapes.FIRST_ID.values()) - 1) == 500_000  # val ids end before train ids begin: parse_args allows no larger part
+    assert (
+        max(make_shapes.FIRST_ID.values()) - 1
+    ) == 500_000  # val ids end before train ids begin: parse_args allows no larger part
     assert make_shapes.parse_args(["--num_images", "500000"]).num_images == 500_000
 
 
@@ -228,8 +363,12 @@ def test_train_and_val_share_neither_ids_nor_pictures(sets, kind):
 
 @pytest.mark.parametrize("wanted, tolerance", [(0.8, 0.08), (0.0, 0.05)])
 def test_height_and_depth_go_together_as_asked(wanted, tolerance):
-    assert annotations.height_depth_correlation(scenes_of("floor", 1500, wanted)) == pytest.approx(wanted, abs=tolerance)
-    assert annotations.height_depth_correlation(scenes_of("floor", 300, wanted)) == pytest.approx(wanted, abs=2 * tolerance)
+    assert annotations.height_depth_correlation(scenes_of("floor", 1500, wanted)) == pytest.approx(
+        wanted, abs=tolerance
+    )
+    assert annotations.height_depth_correlation(scenes_of("floor", 300, wanted)) == pytest.approx(
+        wanted, abs=2 * tolerance
+    )
     assert annotations.height_depth_correlation(scenes_of("floor", 1)[:0]) is None
 
 
@@ -243,12 +382,23 @@ def test_objects_cover_few_tokens_and_hardly_hide_each_other():
         padded[top : top + scene.height, left : left + scene.width] = seen
         edges = np.linspace(0, side, 13).round().astype(int)
         for i, thing in enumerate(scene.things, 1):
-            touched = np.add.reduceat(np.add.reduceat(padded == i, edges[:-1], 0, int), edges[:-1], 1, int) > 0
+            touched = (
+                np.add.reduceat(
+                    np.add.reduceat(padded == i, edges[:-1], 0, int), edges[:-1], 1, int
+                )
+                > 0
+            )
             around = np.pad(touched, 1)
-            shares.append(np.any([around[r : r + 12, c : c + 12] for r in range(3) for c in range(3)], 0).mean())
+            shares.append(
+                np.any(
+                    [around[r : r + 12, c : c + 12] for r in range(3) for c in range(3)], 0
+                ).mean()
+            )
             own = instance_map(Scene("floor", scene.width, scene.height, (thing,)))
             assert (seen == i).sum() > 0.94 * (own == 1).sum()
-            assert all(0 <= x <= scene.width and 0 <= y <= scene.height for x, y in outline(thing, scene))
+            assert all(
+                0 <= x <= scene.width and 0 <= y <= scene.height for x, y in outline(thing, scene)
+            )
     assert np.mean(shares) <= 0.15
 
 
@@ -267,7 +417,10 @@ PATTERNS = {
     "left_right": r"Is the (?P<a>\w+ \w+) to the left or right of the (?P<b>\w+ \w+)\?",
     "above_below": r"Is the (?P<a>\w+ \w+) above or below the (?P<b>\w+ \w+)\?",
     "far_close": r"Compared to (?P<b>\w+ \w+), is (?P<a>\w+ \w+) far or close from you\?",
-    "camera": r"Is the (?P<a>\w+ \w+) (?P<how>closer to|farther from) the camera than the (?P<b>\w+ \w+)\?",
+    "camera": (
+        r"Is the (?P<a>\w+ \w+) (?P<how>closer to|farther from) the camera than the (?P<b>\w+"
+        r" \w+)\?"
+    ),
     "yes_no": r"Is there an? (?P<a>\w+ \w+) in (the|this) image\?",
     "color": r"What color is the (?P<shape>\w+)\?",
     "shape": r"What shape is the (?P<color>\w+) object\?",
@@ -278,20 +431,37 @@ PATTERNS = {
 
 def answer(question, things):
     """The answer, worked out from the question's words and objects.json."""
-    kind, match = next((kind, match) for kind, pattern in PATTERNS.items() if (match := re.fullmatch(f"({pattern})( Answer with only one word\\.)?", question)))
+    kind, match = next(
+        (kind, match)
+        for kind, pattern in PATTERNS.items()
+        if (match := re.fullmatch(f"({pattern})( Answer with only one word\\.)?", question))
+    )
     named = {thing["name"]: thing for thing in things}
     if kind in ("left_right", "above_below", "far_close"):
         return relation_of(kind, named[match["a"]], named[match["b"]])
     if kind == "camera":
-        return "Yes" if (named[match["a"]]["depth"] < named[match["b"]]["depth"]) == (match["how"] == "closer to") else "No"
+        return (
+            "Yes"
+            if (named[match["a"]]["depth"] < named[match["b"]]["depth"])
+            == (match["how"] == "closer to")
+            else "No"
+        )
     if kind == "yes_no":
         return "Yes" if match["a"] in named else "No"
     if kind in ("color", "shape"):
-        (found,) = [thing for thing in things if thing["color" if kind == "shape" else "shape"] == match["color" if kind == "shape" else "shape"]]
+        (found,) = [
+            thing
+            for thing in things
+            if thing["color" if kind == "shape" else "shape"]
+            == match["color" if kind == "shape" else "shape"]
+        ]
         return found[kind]
     if kind == "count":
         return str(sum(match["color"] in (None, thing["color"] + " ") for thing in things))
-    names = [("an " if thing["name"][0] in "aeiou" else "a ") + thing["name"] for thing in sorted(things, key=lambda thing: thing["center"][0])]
+    names = [
+        ("an " if thing["name"][0] in "aeiou" else "a ") + thing["name"]
+        for thing in sorted(things, key=lambda thing: thing["center"][0])
+    ]
     return f"The image shows {', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]}."
 
 
@@ -301,7 +471,9 @@ def test_answers_follow_from_the_objects(sets, kind):
     for row in rows + read(sets[kind] / "mmhal_shapes.json"):
         things = known[f"{int(row['image_id']):012d}"]["objects"]
         assert answer(row["question"], things) == row.get("answer", row.get("gold_answer")), row
-    found = samples.read_questions(sets[kind] / "questions.json") + samples.read_mmhal(sets[kind] / "mmhal_shapes.json")
+    found = samples.read_questions(sets[kind] / "questions.json") + samples.read_mmhal(
+        sets[kind] / "mmhal_shapes.json"
+    )
     assert all(sample.image.is_file() for sample in found) and len(found) == len(rows) + 40
 
 
@@ -309,20 +481,41 @@ def test_floor_questions_are_balanced(sets):
     known, rows = read(sets["floor"] / "objects.json"), read(sets["floor"] / "questions.json")
     counts = Counter((row["kind"], row["answer"]) for row in rows)
     assert counts["yes_no", "Yes"] == counts["yes_no", "No"] == 40
-    for kind, first, second in (("left_right", "left", "right"), ("above_below", "above", "below"), ("far_close", "far", "close")):
+    for kind, first, second in (
+        ("left_right", "left", "right"),
+        ("above_below", "above", "below"),
+        ("far_close", "far", "close"),
+    ):
         assert abs(counts[kind, first] - counts[kind, second]) <= 1 and counts[kind, first] > 8
-        ending = [row["question"].endswith("? Answer with only one word.") for row in rows if row["kind"] == kind]
+        ending = [
+            row["question"].endswith("? Answer with only one word.")
+            for row in rows
+            if row["kind"] == kind
+        ]
         assert 0.4 < np.mean(ending) < 0.6
     sharing = []
     for row in rows:
         if row["kind"] == "yes_no" and row["answer"] == "No":
             color, shape = row["about"][0].split()
-            sharing.append(any(color == thing["color"] or shape == thing["shape"] for thing in known[f"{row['image_id']:012d}"]["objects"]))
+            sharing.append(
+                any(
+                    color == thing["color"] or shape == thing["shape"]
+                    for thing in known[f"{row['image_id']:012d}"]["objects"]
+                )
+            )
     assert abs(sum(sharing) - 20) <= 1
-    assert set(Counter(row["kind"] for row in rows)) == {"yes_no", "color", "shape", "count", "left_right", "above_below", "far_close"}
-    assert set(Counter(row["question_type"] for row in read(sets["floor"] / "mmhal_shapes.json"))) == {
-        "attribute", "adversarial", "comparison", "counting", "relation", "holistic",
-    }  # fmt: skip
+    assert set(Counter(row["kind"] for row in rows)) == {
+        "yes_no",
+        "color",
+        "shape",
+        "count",
+        "left_right",
+        "above_below",
+        "far_close",
+    }
+    assert set(
+        Counter(row["question_type"] for row in read(sets["floor"] / "mmhal_shapes.json"))
+    ) == {"attribute", "adversarial", "comparison", "counting", "relation", "holistic"}
 
 
 def test_corridor_questions_are_the_four_camera_wordings_with_their_split(sets):
@@ -333,8 +526,18 @@ def test_corridor_questions_are_the_four_camera_wordings_with_their_split(sets):
         assert row["image_id"] == n // 4 + 1
         far, near = sorted(picture["objects"], key=lambda thing: -thing["depth"])
         higher = (near["center"][1] - far["center"][1]) / picture["height"]
-        assert row["split"] == ("consistent" if higher > 0.05 else "counter" if higher < -0.05 else "ambiguous")
-    assert len({row["question"].replace(row["about"][0], "X").replace(row["about"][1], "Y") for row in rows}) == 2
+        assert row["split"] == (
+            "consistent" if higher > 0.05 else "counter" if higher < -0.05 else "ambiguous"
+        )
+    assert (
+        len(
+            {
+                row["question"].replace(row["about"][0], "X").replace(row["about"][1], "Y")
+                for row in rows
+            }
+        )
+        == 2
+    )
     assert all(len({row["question"] for row in rows[n : n + 4]}) == 4 for n in range(0, 160, 4))
 
 
@@ -344,44 +547,82 @@ def test_corridor_questions_are_the_four_camera_wordings_with_their_split(sets):
 def distance(kind, a, b, picture):
     if kind == "far_close":
         return abs(a["depth"] - b["depth"]) / (FAR - NEAR if picture["scene"] == "floor" else 3.0)
-    return abs(a["center"][kind == "above_below"] - b["center"][kind == "above_below"]) / picture["height" if kind == "above_below" else "width"]
+    return (
+        abs(a["center"][kind == "above_below"] - b["center"][kind == "above_below"])
+        / picture["height" if kind == "above_below" else "width"]
+    )
 
 
 def picture_of(text, folder, picture):
     """The row's picture is the set's, byte for byte."""
     content = base64.b64decode(text, validate=True)
-    assert content == (folder / picture["image"]).read_bytes() and Image.open(io.BytesIO(content)).size == (picture["width"], picture["height"])
+    assert content == (folder / picture["image"]).read_bytes() and Image.open(
+        io.BytesIO(content)
+    ).size == (picture["width"], picture["height"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ready_swap_pairs_are_right_and_balanced(sets, kind):
     rows, known = table(sets[kind] / "swap_pairs_ready.tsv"), read(sets[kind] / "objects.json")
-    assert " ".join(rows) == "index question_id image_base64 original_question swapped_question original_answer swapped_answer group category"
+    assert (
+        " ".join(rows)
+        == "index question_id image_base64 original_question swapped_question original_answer"
+        " swapped_answer group category"
+    )
     assert list(rows["index"]) == list(range(len(rows))) and rows["question_id"].is_unique
     counts = rows["category"].value_counts()
-    assert set(counts.index) == {"left", "right", "above", "under", "far", "close"} and counts.nunique() == 1 and counts.iloc[0] >= 8
-    opposite = {"left": "right", "right": "left", "above": "below", "below": "above", "far": "close", "close": "far"}
+    assert (
+        set(counts.index) == {"left", "right", "above", "under", "far", "close"}
+        and counts.nunique() == 1
+        and counts.iloc[0] >= 8
+    )
+    opposite = {
+        "left": "right",
+        "right": "left",
+        "above": "below",
+        "below": "above",
+        "far": "close",
+        "close": "far",
+    }
     boxes = read(sets[kind] / "bboxes.json")
     for row in rows.itertuples():
         picture = known[f"{int(row.question_id.split('_')[1]):012d}"]
-        asked = {"horizontal": "left_right", "vertical": "above_below", "distance": "far_close"}[row.group]
-        matches = [re.fullmatch(PATTERNS[asked] + r" Answer with only one word\.", text) for text in (row.original_question, row.swapped_question)]
+        asked = {"horizontal": "left_right", "vertical": "above_below", "distance": "far_close"}[
+            row.group
+        ]
+        matches = [
+            re.fullmatch(PATTERNS[asked] + r" Answer with only one word\.", text)
+            for text in (row.original_question, row.swapped_question)
+        ]
         assert (matches[0]["a"], matches[0]["b"]) == (matches[1]["b"], matches[1]["a"])
-        assert answer(row.original_question, picture["objects"]) == row.original_answer == opposite[row.swapped_answer]
+        assert (
+            answer(row.original_question, picture["objects"])
+            == row.original_answer
+            == opposite[row.swapped_answer]
+        )
         assert row.category == {"below": "under"}.get(row.original_answer, row.original_answer)
         named = {thing["name"]: thing for thing in picture["objects"]}
         assert distance(asked, named[matches[0]["a"]], named[matches[0]["b"]], picture) > 0.1199
         picture_of(row.image_base64, sets[kind], picture)
         entry = boxes[row.question_id]
         assert entry["relation"] == row.category and entry["data_source"] == "shapes"
-        assert (entry["image_width"], entry["image_height"]) == (picture["width"], picture["height"])
-        assert entry["objects"] == [{"name": thing["name"], "bbox": thing["bbox"]} for thing in picture["objects"]]
+        assert (entry["image_width"], entry["image_height"]) == (
+            picture["width"],
+            picture["height"],
+        )
+        assert entry["objects"] == [
+            {"name": thing["name"], "bbox": thing["bbox"]} for thing in picture["objects"]
+        ]
 
 
 # the five patterns by which readers find the names, in their order: reference study, section 1.3
 NAMES = (
-    r"between (.+?) and (.+?) in", r"of (.+?) and (.+?) in", r"positions of (.+?) and (.+?) interact", r"How are (.+?) and (.+?) positioned", r"arrangement of (.+?) and (.+?) in",
-)  # fmt: skip
+    r"between (.+?) and (.+?) in",
+    r"of (.+?) and (.+?) in",
+    r"positions of (.+?) and (.+?) interact",
+    r"How are (.+?) and (.+?) positioned",
+    r"arrangement of (.+?) and (.+?) in",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -389,27 +630,55 @@ def test_embspatial_rows_are_right(sets, kind):
     rows, known = table(sets[kind] / "swap_pairs.tsv"), read(sets[kind] / "objects.json")
     ready = table(sets[kind] / "swap_pairs_ready.tsv").set_index("question_id")
     assert " ".join(rows) == "index question_id category question image answer A B C D"
-    assert rows["category"].value_counts().nunique() == 1 and set(rows["category"]) == {"left", "right", "above", "under", "far", "close"}
-    assert set(rows["question_id"]) <= set(read(sets[kind] / "bboxes.json")) and rows["question_id"].is_unique
+    assert rows["category"].value_counts().nunique() == 1 and set(rows["category"]) == {
+        "left",
+        "right",
+        "above",
+        "under",
+        "far",
+        "close",
+    }
+    assert (
+        set(rows["question_id"]) <= set(read(sets[kind] / "bboxes.json"))
+        and rows["question_id"].is_unique
+    )
     forms, missing = Counter(), Counter()
     for row in rows.itertuples():
         picture = known[f"{int(row.question_id.split('_')[1]):012d}"]
         picture_of(row.image, sets[kind], picture)
-        named, options = {thing["name"]: thing for thing in picture["objects"]}, [row.A, row.B, row.C, row.D]
+        named, options = (
+            {thing["name"]: thing for thing in picture["objects"]},
+            [row.A, row.B, row.C, row.D],
+        )
         right = options["ABCD".index(row.answer)]
         if row.category in ("far", "close"):
             there = [option for option in options if option in named]
             assert right in there and sorted(there) == sorted(named)
             depths = [named[name]["depth"] for name in there]
             assert named[right]["depth"] == (max(depths) if row.category == "far" else min(depths))
-            assert row.question.endswith("the farthest?" if row.category == "far" else "the nearest?")
+            assert row.question.endswith(
+                "the farthest?" if row.category == "far" else "the nearest?"
+            )
             missing.update(option for option in options if option not in named)
         else:
-            first, second = next(match for pattern in NAMES if (match := re.search(pattern, row.question, re.IGNORECASE))).groups()
+            first, second = next(
+                match
+                for pattern in NAMES
+                if (match := re.search(pattern, row.question, re.IGNORECASE))
+            ).groups()
             asked = "left_right" if row.category in ("left", "right") else "above_below"
-            assert {"below": "under"}.get(said := relation_of(asked, named[first], named[second]), said) == row.category
-            words = {"left": "left", "right": "right", "above": "above", "under": "beneath"}[row.category]
-            assert right.startswith(f"The {first} is ") and words in right and right.endswith(f"the {second}.") and len(set(options)) == 4
+            assert {"below": "under"}.get(
+                said := relation_of(asked, named[first], named[second]), said
+            ) == row.category
+            words = {"left": "left", "right": "right", "above": "above", "under": "beneath"}[
+                row.category
+            ]
+            assert (
+                right.startswith(f"The {first} is ")
+                and words in right
+                and right.endswith(f"the {second}.")
+                and len(set(options)) == 4
+            )
             assert ready.loc[row.question_id, "category"] == row.category
             forms[re.sub(f"{first}|{second}", "X", row.question)] += 1
     assert len(forms) == 5 and min(forms.values()) >= 2
@@ -421,19 +690,36 @@ def test_embspatial_rows_are_right(sets, kind):
 
 def run_shell(script, *arguments, path=None):
     env = {"PATH": str(path)} if path else dict(os.environ)
-    return subprocess.run(["/bin/bash", str(script), *arguments], check=False, capture_output=True, text=True, timeout=20, env=env)
+    return subprocess.run(
+        ["/bin/bash", str(script), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env=env,
+    )
 
 
 def test_download_coco_names_what_is_wrong(tmp_path):
     script = ROOT / "data/download_coco.sh"
     helped = run_shell(script, "-h")
-    assert helped.returncode == 0 and all(word in helped.stdout for word in ("val", "train", "annotations", "all"))
+    assert helped.returncode == 0 and all(
+        word in helped.stdout for word in ("val", "train", "annotations", "all")
+    )
     for arguments, words in ([], "say what to fetch"), (["test"], "'test' is not one of"):
         found = run_shell(script, *arguments)
-        assert found.returncode == 2 and found.stderr.splitlines()[-1].startswith("error: ") and words in found.stderr
+        assert (
+            found.returncode == 2
+            and found.stderr.splitlines()[-1].startswith("error: ")
+            and words in found.stderr
+        )
     (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
     found = run_shell(script, "val", path=tmp_path)
-    assert found.returncode == 2 and found.stderr.startswith("error: unzip is not installed") and found.stderr.count("\n") == 1
+    assert (
+        found.returncode == 2
+        and found.stderr.startswith("error: unzip is not installed")
+        and found.stderr.count("\n") == 1
+    )
     (tmp_path / "unzip").symlink_to("/bin/true")
     assert "neither wget nor curl" in run_shell(script, "val", path=tmp_path).stderr
 
@@ -446,15 +732,25 @@ def test_download_coco_unpacks_once_and_goes_on_after_a_failure(tmp_path, tool):
     script = shutil.copy(ROOT / "data/download_coco.sh", tmp_path / "data")
     for name in ("dirname", "mkdir", "mv", "rm", "unzip", "cp", "cat"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    fake = tmp_path / "bin" / tool  # stands in for the network: notes the URL, puts the archive in place
+    fake = (
+        tmp_path / "bin" / tool
+    )  # stands in for the network: notes the URL, puts the archive in place
     there, zipped = tmp_path / "data/COCO", tmp_path / "val2017.zip"
-    fake.write_text(f'#!/bin/bash\necho "${{@: -1}}" >> {tmp_path}/urls\n[ -e {zipped} ] || exit 4\ncp {zipped} {there}/\n')
+    fake.write_text(
+        f'#!/bin/bash\necho "${{@: -1}}" >> {tmp_path}/urls\n[ -e {zipped} ] || exit 4\ncp {zipped}'
+        f" {there}/\n"
+    )
     fake.chmod(0o755)
     failed = run_shell(script, "val", path=tmp_path / "bin")
-    assert failed.returncode == 1 and "could not be downloaded; run the same command again" in failed.stderr
+    assert (
+        failed.returncode == 1
+        and "could not be downloaded; run the same command again" in failed.stderr
+    )
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("val2017/000000000139.jpg", b"picture")
     assert "is ready" in run_shell(script, "val", path=tmp_path / "bin").stdout
     assert sorted(path.name for path in there.iterdir()) == ["val2017"]
     assert "nothing to do" in run_shell(script, "val", path=tmp_path / "bin").stdout
-    assert (tmp_path / "urls").read_text().split() == ["http://images.cocodataset.org/zips/val2017.zip"] * 2
+    assert (tmp_path / "urls").read_text().split() == [
+        "http://images.cocodataset.org/zips/val2017.zip"
+    ] * 2

@@ -1,4 +1,5 @@
-"""Molmo from both published layouts: the same numbers as a forward pass written out here from the published facts, the prompt's layout, and what is refused."""
+"""Molmo from both published layouts: the same numbers as a forward pass written out here from the
+published facts, the prompt's layout, and what is refused."""
 
 import json
 import math
@@ -9,23 +10,26 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from gradients import trace
 from PIL import Image
-from random_models.molmo import HIDDEN, LAYERS, MODELS, VISION, WIDTH, tokenizer_of
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import common
-from capturing import prefill
-from cli import UsageError
-from groups import GROUPS
-from models import molmo
-from samples import Sample
-from selfcheck import noise_picture
+from tests.random_models.molmo import HIDDEN, LAYERS, MODELS, VISION, WIDTH, tokenizer_of
+from vlmdiag.cli import UsageError
+from vlmdiag.families import molmo
+from vlmdiag.groups import GROUPS
+from vlmdiag.model.selfcheck import noise_picture
+from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.relevancy.gradients import trace
 
 QUESTION = "Is there a red circle in the image?"
 SIZES = [(300, 180), (90, 260), (60, 50), (112, 112)]
-MEAN, STD = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
+MEAN, STD = (
+    np.float32([0.48145466, 0.4578275, 0.40821073]),
+    np.float32([0.26862954, 0.26130258, 0.27577711]),
+)
 CROP, PATCH, MARGIN, MOST = 112, 14, 2, 6  # pixels, pixels, patches, crops
 
 
@@ -53,7 +57,7 @@ def published(folder):
     return state
 
 
-# --- the model a second time, from the files ------------------------------------------------------------------------------------
+# --- the model a second time, from the files ------------------------------------------------------
 
 
 def linear(x, state, name):
@@ -70,24 +74,36 @@ def rms(x, weight):
 
 def on_canvas(picture, height, width):
     """Normalised (height, width, 3) and where the picture is, scaled by PIL."""
-    scale = min(np.float32(width) / np.float32(picture.width), np.float32(height) / np.float32(picture.height))
+    scale = min(
+        np.float32(width) / np.float32(picture.width),
+        np.float32(height) / np.float32(picture.height),
+    )
     h, w = int(np.float32(picture.height) * scale), int(np.float32(picture.width) * scale)
-    bands = [Image.fromarray(band.astype(np.float32) / np.float32(255)).resize((w, h), Image.BILINEAR) for band in np.asarray(picture).transpose(2, 0, 1)]
+    bands = [
+        Image.fromarray(band.astype(np.float32) / np.float32(255)).resize((w, h), Image.BILINEAR)
+        for band in np.asarray(picture).transpose(2, 0, 1)
+    ]
     canvas, mask = np.zeros((height, width, 3), np.float32), np.zeros((height, width), bool)
     top, left = (height - h) // 2, (width - w) // 2
-    canvas[top : top + h, left : left + w] = np.stack([np.asarray(band) for band in bands], -1).clip(0, 1)
+    canvas[top : top + h, left : left + w] = np.stack(
+        [np.asarray(band) for band in bands], -1
+    ).clip(0, 1)
     mask[top : top + h, left : left + w] = True
     return (canvas - MEAN) / STD, mask
 
 
 def crop_counts(picture):
-    """(rows, columns): of all grids of windows those that the picture need not be reduced for, the least enlarged, fewer crops first; else the largest."""
+    """(rows, columns): of all grids of windows those that the picture need not be reduced for, the
+    least enlarged, fewer crops first; else the largest."""
     window = CROP - 2 * MARGIN * PATCH
     best, chosen = None, None
-    grids = sorted((i * j, i, j) for i in range(1, MOST + 1) for j in range(1, MOST + 1) if i * j <= MOST)
+    grids = sorted(
+        (i * j, i, j) for i in range(1, MOST + 1) for j in range(1, MOST + 1) if i * j <= MOST
+    )
     needs = {
         (i, j): min(
-            np.float32(i * window) / np.float32(picture.height - 2 * MARGIN * PATCH), np.float32(j * window) / np.float32(picture.width - 2 * MARGIN * PATCH)
+            np.float32(i * window) / np.float32(picture.height - 2 * MARGIN * PATCH),
+            np.float32(j * window) / np.float32(picture.width - 2 * MARGIN * PATCH),
         )
         for _, i, j in grids
     }
@@ -100,17 +116,35 @@ def crop_counts(picture):
 
 def clip(state, pixels, layers):
     """(patches, len(layers) * width) of one crop (s, s, 3), CLS dropped."""
-    own = {key.removeprefix("vision_backbone.image_vit."): value for key, value in state.items() if "image_vit" in key}
+    own = {
+        key.removeprefix("vision_backbone.image_vit."): value
+        for key, value in state.items()
+        if "image_vit" in key
+    }
     side, heads, width = CROP // PATCH, VISION["image_num_heads"], VISION["image_head_dim"]
-    rows = [pixels[PATCH * i : PATCH * i + PATCH, PATCH * j : PATCH * j + PATCH].reshape(-1) for i in range(side) for j in range(side)]
-    x = torch.stack([own["class_embedding"], *(own["patch_embedding.weight"] @ torch.from_numpy(row) for row in rows)]) + own["positional_embedding"]
+    rows = [
+        pixels[PATCH * i : PATCH * i + PATCH, PATCH * j : PATCH * j + PATCH].reshape(-1)
+        for i in range(side)
+        for j in range(side)
+    ]
+    x = (
+        torch.stack(
+            [
+                own["class_embedding"],
+                *(own["patch_embedding.weight"] @ torch.from_numpy(row) for row in rows),
+            ]
+        )
+        + own["positional_embedding"]
+    )
     x, states = norm(x, own, "pre_ln"), []
     for i in range(VISION["image_num_layers"]):
         block = f"transformer.resblocks.{i}."
         y = norm(x, own, block + "attention_norm")
         q, k, v = (linear(y, own, f"{block}attention.w{name}") for name in "qkv")
         parts = [slice(h * width, h * width + width) for h in range(heads)]
-        out = torch.cat([(q[:, s] @ k[:, s].T / math.sqrt(width)).softmax(-1) @ v[:, s] for s in parts], -1)
+        out = torch.cat(
+            [(q[:, s] @ k[:, s].T / math.sqrt(width)).softmax(-1) @ v[:, s] for s in parts], -1
+        )
         x = x + linear(out, own, block + "attention.wo")
         y = linear(norm(x, own, block + "ffn_norm"), own, block + "feed_forward.w1")
         x = x + linear(y * torch.sigmoid(1.702 * y), own, block + "feed_forward.w2")
@@ -126,11 +160,20 @@ def pooled(state, patches, first_as_query=False):
         for j in range(0, side, 2):
             four = torch.stack([plane[i, j], plane[i, j + 1], plane[i + 1, j], plane[i + 1, j + 1]])
             query = four[0] if first_as_query else four.mean(0)
-            q, k, v = (linear(part, state, f"vision_backbone.image_pooling_2d.w{name}") for part, name in ((query, "q"), (four, "k"), (four, "v")))
+            q, k, v = (
+                linear(part, state, f"vision_backbone.image_pooling_2d.w{name}")
+                for part, name in ((query, "q"), (four, "k"), (four, "v"))
+            )
             parts = [slice(h * width, h * width + width) for h in range(heads)]
-            cells.append(torch.cat([(k[:, s] @ q[s] / math.sqrt(width)).softmax(-1) @ v[:, s] for s in parts]))
+            cells.append(
+                torch.cat(
+                    [(k[:, s] @ q[s] / math.sqrt(width)).softmax(-1) @ v[:, s] for s in parts]
+                )
+            )
     x = linear(torch.stack(cells), state, "vision_backbone.image_pooling_2d.wo")
-    w = {name: state[f"vision_backbone.image_projector.{name}.weight"] for name in ("w1", "w2", "w3")}
+    w = {
+        name: state[f"vision_backbone.image_projector.{name}.weight"] for name in ("w1", "w2", "w3")
+    }
     return ((F.silu(x @ w["w1"].T) * (x @ w["w3"].T)) @ w["w2"].T).view(side // 2, side // 2, -1)
 
 
@@ -138,51 +181,110 @@ def decoder(state, config, x, gate_first=False):
     """Logits behind embeddings x (T, d)."""
     heads, after = config["num_attention_heads"], config["norm_after"]
     shared, depth, length = config["num_key_value_heads"] or heads, WIDTH // heads, len(x)
-    angle = torch.arange(length)[:, None] * config["rope_theta"] ** (-torch.arange(depth // 2) * 2 / depth)[None]
+    angle = (
+        torch.arange(length)[:, None]
+        * config["rope_theta"] ** (-torch.arange(depth // 2) * 2 / depth)[None]
+    )
 
     def turn(part):
         a, b = part[:, : depth // 2], part[:, depth // 2 :]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     for layer in range(LAYERS):
-        own = {key.removeprefix(f"transformer.blocks.{layer}."): value for key, value in state.items() if key.startswith(f"transformer.blocks.{layer}.")}
+        own = {
+            key.removeprefix(f"transformer.blocks.{layer}."): value
+            for key, value in state.items()
+            if key.startswith(f"transformer.blocks.{layer}.")
+        }
         fused = linear(x if after else rms(x, own["attn_norm.weight"]), own, "att_proj")
-        q, k, v = fused[:, :WIDTH], fused[:, WIDTH : WIDTH + shared * depth], fused[:, WIDTH + shared * depth :]
+        q, k, v = (
+            fused[:, :WIDTH],
+            fused[:, WIDTH : WIDTH + shared * depth],
+            fused[:, WIDTH + shared * depth :],
+        )
         if config["attention_layer_norm"]:
             q, k = rms(q, own["q_norm.weight"]), rms(k, own["k_norm.weight"])
         out = []
         for head in range(heads):
-            at, kv = slice(depth * head, depth * head + depth), slice(depth * (head * shared // heads), depth * (head * shared // heads) + depth)
+            at, kv = (
+                slice(depth * head, depth * head + depth),
+                slice(depth * (head * shared // heads), depth * (head * shared // heads) + depth),
+            )
             scores = turn(q[:, at]) @ turn(k[:, kv]).T / math.sqrt(depth)
             scores[torch.ones(length, length).triu(1).bool()] = -math.inf
             out.append(scores.softmax(-1) @ v[:, kv])
         out = linear(torch.cat(out, -1), own, "attn_out")
         x = x + (rms(out, own["attn_norm.weight"]) if after else out)
         wide = linear(x if after else rms(x, own["ff_norm.weight"]), own, "ff_proj")
-        up, gate = (wide[:, HIDDEN:], wide[:, :HIDDEN]) if gate_first else (wide[:, :HIDDEN], wide[:, HIDDEN:])
+        up, gate = (
+            (wide[:, HIDDEN:], wide[:, :HIDDEN])
+            if gate_first
+            else (wide[:, :HIDDEN], wide[:, HIDDEN:])
+        )
         out = linear(F.silu(gate) * up, own, "ff_out")
         x = x + (rms(out, own["ff_norm.weight"]) if after else out)
     return rms(x[-1], state["transformer.ln_f.weight"]) @ state["transformer.ff_out.weight"].T
 
 
-def by_hand(folder, picture, question, row_ends=True, crop_by_crop=False, masks_in_place=False, layers=(-2, -3), gate_first=False, add=True, **pooling):
+def by_hand(
+    folder,
+    picture,
+    question,
+    row_ends=True,
+    crop_by_crop=False,
+    masks_in_place=False,
+    layers=(-2, -3),
+    gate_first=False,
+    add=True,
+    **pooling,
+):
     """What is added at the vision tokens, (P, d), and the logits behind the prompt."""
-    state, config, tokenizer = published(folder), json.loads((folder / "config.json").read_text()), tokenizer_of()
+    state, config, tokenizer = (
+        published(folder),
+        json.loads((folder / "config.json").read_text()),
+        tokenizer_of(),
+    )
     side, half = CROP // PATCH, CROP // PATCH // 2
     (rows, columns), step = crop_counts(picture), CROP - 2 * MARGIN * PATCH
     low, low_mask = on_canvas(picture, CROP, CROP)
-    canvas, mask = on_canvas(picture, rows * step + 2 * MARGIN * PATCH, columns * step + 2 * MARGIN * PATCH)
+    canvas, mask = on_canvas(
+        picture, rows * step + 2 * MARGIN * PATCH, columns * step + 2 * MARGIN * PATCH
+    )
     corners = [(i, j) for i in range(rows) for j in range(columns)]
-    crops = [low, *(canvas[i * step : i * step + CROP, j * step : j * step + CROP] for i, j in corners)]
+    crops = [
+        low,
+        *(canvas[i * step : i * step + CROP, j * step : j * step + CROP] for i, j in corners),
+    ]
     share = lambda part: torch.tensor(
-        [[part[PATCH * i : PATCH * i + PATCH, PATCH * j : PATCH * j + PATCH].mean() for j in range(side)] for i in range(side)]
+        [
+            [
+                part[PATCH * i : PATCH * i + PATCH, PATCH * j : PATCH * j + PATCH].mean()
+                for j in range(side)
+            ]
+            for i in range(side)
+        ]
     ).flatten()
-    shares = [share(mask[i * step : i * step + CROP, j * step : j * step + CROP].astype(np.float64)) for i, j in corners]
-    shares = [share(low_mask.astype(np.float64)), *shares] if masks_in_place else [*shares, -torch.ones(side * side)]
+    shares = [
+        share(mask[i * step : i * step + CROP, j * step : j * step + CROP].astype(np.float64))
+        for i, j in corners
+    ]
+    shares = (
+        [share(low_mask.astype(np.float64)), *shares]
+        if masks_in_place
+        else [*shares, -torch.ones(side * side)]
+    )
     found = []
     for pixels, part in zip(crops, shares, strict=True):
-        patches, pad = clip(state, np.ascontiguousarray(pixels), layers), state["vision_backbone.pad_embed"]
-        patches = torch.stack([row + (pad[0] if own == 0 else pad[1] if own < 1 else 0) for row, own in zip(patches, part, strict=True)])
+        patches, pad = (
+            clip(state, np.ascontiguousarray(pixels), layers),
+            state["vision_backbone.pad_embed"],
+        )
+        patches = torch.stack(
+            [
+                row + (pad[0] if own == 0 else pad[1] if own < 1 else 0)
+                for row, own in zip(patches, part, strict=True)
+            ]
+        )
         found.append(pooled(state, patches, **pooling))
     tokens = []  # (canvas row, canvas column, vector) of what each crop keeps
     for (i, j), cells in zip(corners, found[1:], strict=True):
@@ -195,9 +297,13 @@ def by_hand(folder, picture, question, row_ends=True, crop_by_crop=False, masks_
                     or (j < columns - 1 and b >= half - MARGIN // 2)
                 )
                 if not inner:
-                    tokens.append((i * step // PATCH // 2 + a, j * step // PATCH // 2 + b, cells[a, b]))
+                    tokens.append(
+                        (i * step // PATCH // 2 + a, j * step // PATCH // 2 + b, cells[a, b])
+                    )
     height, width = canvas.shape[0] // PATCH // 2, canvas.shape[1] // PATCH // 2
-    assert sorted(token[:2] for token in tokens) == [(a, b) for a in range(height) for b in range(width)], "the kept tokens cover the canvas once"
+    assert sorted(token[:2] for token in tokens) == [
+        (a, b) for a in range(height) for b in range(width)
+    ], "the kept tokens cover the canvas once"
     ordered = tokens if crop_by_crop else sorted(tokens, key=lambda token: token[:2])
     features = torch.cat([found[0].flatten(0, 1), torch.stack([token[2] for token in ordered])])
 
@@ -205,7 +311,11 @@ def by_hand(folder, picture, question, row_ends=True, crop_by_crop=False, masks_
     start, end, patch, column = range(config["embedding_size"], config["embedding_size"] + 4)
     line = lambda count: [patch] * count + [column] * row_ends
     ids = [start, *line(half) * half, end, start, *line(width) * height, end]
-    ids = [tokenizer.eos_token_id, *ids, *tokenizer(f" User: {question} Assistant:", add_special_tokens=False)["input_ids"]]
+    ids = [
+        tokenizer.eos_token_id,
+        *ids,
+        *tokenizer(f" User: {question} Assistant:", add_special_tokens=False)["input_ids"],
+    ]
     x, places = table[ids].clone(), torch.tensor(ids) == patch
     x[places] = features + (x[places] if add else 0)
     return features, table[patch], ids, decoder(state, config, x, gate_first)
@@ -247,26 +357,53 @@ def test_another_order_of_operations_is_told_apart(folders, load, name, change):
 
 def test_molmo_7b_d_has_as_many_parameters_as_its_published_index_says(tmp_path):
     raw = {
-        "model_type": "molmo", "attention_layer_norm": False, "embedding_size": 152064, "hidden_size": 3584, "intermediate_size": 37888, "layer_norm_eps": 1e-06,
-        "layer_norm_type": "rms", "max_position_embeddings": 4096, "norm_after": False, "num_attention_heads": 28, "num_hidden_layers": 28,
-        "num_key_value_heads": 4, "qkv_bias": True, "rope_theta": 1000000.0, "vocab_size": 152064, "weight_tying": False,
-    }  # fmt: skip
+        "model_type": "molmo",
+        "attention_layer_norm": False,
+        "embedding_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 37888,
+        "layer_norm_eps": 1e-06,
+        "layer_norm_type": "rms",
+        "max_position_embeddings": 4096,
+        "norm_after": False,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "qkv_bias": True,
+        "rope_theta": 1000000.0,
+        "vocab_size": 152064,
+        "weight_tying": False,
+    }
     config = molmo.read_config(str(tmp_path), raw)
     with torch.device("meta"):
         model = molmo.Molmo(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 8_021_025_280
-    assert (config.side, config.window, config.canvas(2, 3)) == (24, 16, (40, 56)) and config.max_crops == 12
+    assert (config.side, config.window, config.canvas(2, 3)) == (
+        24,
+        16,
+        (40, 56),
+    ) and config.max_crops == 12
 
 
-# --- crops and prompt -----------------------------------------------------------------------------------------------------------
+# --- crops and prompt -----------------------------------------------------------------------------
 
 
 def test_the_crops_are_those_of_the_published_choice(load):
     config = load("molmo-d").model.config
-    for width, height in np.random.default_rng(0).integers(20, 500, (300, 2)).tolist() + [(56, 56), (56, 90), (30, 200), (168, 112), (400, 400)]:
+    for width, height in np.random.default_rng(0).integers(20, 500, (300, 2)).tolist() + [
+        (56, 56),
+        (56, 90),
+        (30, 200),
+        (168, 112),
+        (400, 400),
+    ]:
         with np.errstate(divide="ignore"):
-            assert molmo.choose_crops((width, height), config) == crop_counts(Image.new("RGB", (width, height))), (width, height)
-    assert molmo.choose_crops((112 + 56, 112), config) == (1, 2) and molmo.choose_crops((1000, 1000), config) == (2, 2)
+            assert molmo.choose_crops((width, height), config) == crop_counts(
+                Image.new("RGB", (width, height))
+            ), (width, height)
+    assert molmo.choose_crops((112 + 56, 112), config) == (1, 2) and molmo.choose_crops(
+        (1000, 1000), config
+    ) == (2, 2)
 
 
 def test_the_prompt_is_laid_out_as_published(load):
@@ -274,25 +411,54 @@ def test_the_prompt_is_laid_out_as_published(load):
     spans, ids = batch.spans(0), batch.input_ids[0].tolist()
     text = vlm.tokenizer.decode(ids)
     low, high = ("<im_patch>" * 4 + "<im_col>") * 4, ("<im_patch>" * 8 + "<im_col>") * 6
-    assert text == f"<|endoftext|><im_start>{low}<im_end><im_start>{high}<im_end> User: {QUESTION} Assistant:"
-    assert spans["bos"] == [[0, 1]] and vlm.tokenizer.decode(ids[slice(*spans["user"][0])]).strip() == QUESTION
+    assert (
+        text == f"<|endoftext|><im_start>{low}<im_end><im_start>{high}<im_end> User: {QUESTION}"
+        " Assistant:"
+    )
+    assert (
+        spans["bos"] == [[0, 1]]
+        and vlm.tokenizer.decode(ids[slice(*spans["user"][0])]).strip() == QUESTION
+    )
     assert vlm.tokenizer.decode(ids[spans["template"][0][0] : spans["template"][0][1]]) == " User:"
-    assert spans["image_markup"][0] == [1, 2] and spans["image_markup"][-1][1] == spans["template"][0][0]
+    assert (
+        spans["image_markup"][0] == [1, 2]
+        and spans["image_markup"][-1][1] == spans["template"][0][0]
+    )
     told = replace(vlm, options={"system_prompt": "Be brief."})
     batch = encode(told, (60, 50), "Hi?")
     assert batch.prompts == ["<|image|> User: Be brief. Hi? Assistant:"]
-    assert vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index("system")]).strip() == "Be brief."
+    assert (
+        vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index("system")]).strip()
+        == "Be brief."
+    )
     with pytest.raises(UsageError, match="0 places for a picture"):
         encode(replace(vlm, options={"prompt_template": "User: {question}"}), (60, 50))
-    own = encode(replace(vlm, options={"prompt_template": "{image} User: {question} Assistant:"}), (300, 180))
+    own = encode(
+        replace(vlm, options={"prompt_template": "{image} User: {question} Assistant:"}), (300, 180)
+    )
     assert own.input_ids[0].tolist() == ids
-    assert vlm.model.lm_head.out_features <= vlm.image_token_id < len(vlm.model.get_input_embeddings().weight), "no answer can hold it"
+    assert (
+        vlm.model.lm_head.out_features
+        <= vlm.image_token_id
+        < len(vlm.model.get_input_embeddings().weight)
+    ), "no answer can hold it"
 
 
 def test_boxes_have_the_padding_of_the_preprocessing(load):
-    boxes = encode(load("molmo-d"), (224, 112)).grids[0].boxes  # low: half the size, 28 pixels above and below; 1 x 3 crops of 224 x 112 pixels
-    assert boxes[:2].tolist() == [[0, -56, 56, 0], [56, -56, 112, 0]] and boxes[15].tolist() == [168, 112, 224, 168]
-    assert len(boxes) == 16 + 4 * 8 and boxes[16].tolist() == [0, 0, 28, 28] and boxes[-1].tolist() == [196, 84, 224, 112]
+    boxes = (
+        encode(load("molmo-d"), (224, 112)).grids[0].boxes
+    )  # low: half the size, 28 pixels above and below; 1 x 3 crops of 224 x 112 pixels
+    assert boxes[:2].tolist() == [[0, -56, 56, 0], [56, -56, 112, 0]] and boxes[15].tolist() == [
+        168,
+        112,
+        224,
+        168,
+    ]
+    assert (
+        len(boxes) == 16 + 4 * 8
+        and boxes[16].tolist() == [0, 0, 28, 28]
+        and boxes[-1].tolist() == [196, 84, 224, 112]
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -303,18 +469,25 @@ def test_the_patches_that_a_token_is_made_of_lie_in_its_box(load, size):
     config, (rows, columns) = vlm.model.config, run.prompt.image_rows[0]["tile_grids"][0].tolist()
     side, canvas = config.side, config.canvas(rows, columns)
     tile, patch = run.sources // (1 + side**2), run.sources % (1 + side**2) - 1
-    assert (patch >= 0).all() and tile.unique().tolist() == list(range(1 + rows * columns)) and (tile == tile[:, :1]).all()
+    assert (
+        (patch >= 0).all()
+        and tile.unique().tolist() == list(range(1 + rows * columns))
+        and (tile == tile[:, :1]).all()
+    )
     inside = torch.stack([patch % side, patch // side], -1) + 0.5
     corner = torch.stack([(tile - 1) % columns, (tile - 1) // columns], -1) * config.window
     places = torch.where((tile == 0)[..., None], inside, corner + inside).mean(1).numpy()
-    low, high = (molmo.region(size, height * PATCH, width * PATCH) for height, width in ((side, side), canvas))
+    low, high = (
+        molmo.region(size, height * PATCH, width * PATCH)
+        for height, width in ((side, side), canvas)
+    )
     for place, own, box in zip(places, tile[:, 0].tolist(), run.prompt.grids[0].boxes, strict=True):
         (x0, y0, x1, y1), (height, width) = (high, canvas) if own else (low, (side, side))
         centre = x0 + place[0] * (x1 - x0) / width, y0 + place[1] * (y1 - y0) / height
         assert np.allclose(centre, [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
 
 
-# --- the native layout ----------------------------------------------------------------------------------------------------------
+# --- the native layout ----------------------------------------------------------------------------
 
 NAMES = {
     "hidden_size": "d_model",
@@ -329,15 +502,40 @@ def to_native(source, target, **changes):
     """config.yaml and model.pt of the folder `source`, the text model's tokenizer beside them."""
     target.mkdir(parents=True)
     raw = json.loads((source / "config.json").read_text())
-    left_out = ("architectures", "auto_map", "model_type", "torch_dtype", "use_cache", "initializer_range")
+    left_out = (
+        "architectures",
+        "auto_map",
+        "model_type",
+        "torch_dtype",
+        "use_cache",
+        "initializer_range",
+    )
     config = {NAMES.get(key, key): value for key, value in raw.items() if key not in left_out}
     config |= {
-        "mlp_ratio": 4, "activation_type": "swiglu", "block_type": "sequential", "rope": True, "include_bias": False, "additional_vocab_size": 128, "max_crops": MOST,
-        "crop_mode": "overlap-and-resize-c2", "overlap_margins": [2, 2], "image_padding_embed": "pad_and_partial_pad", "fix_image_padding": False, "image_pooling_h": 2,
-        "image_pooling_w": 2, "image_pooling_2d": "attention-meanq", "image_projector": "mlp", "moe_num_experts": 8, "pad_tokenizer": True, "max_sequence_length": 1600,
-        "vision_backbone": molmo.CONSTANTS["vision_backbone"] | VISION, "tokenizer": {"identifier": "Qwen/Qwen2-7B", "tokenizer_dir": None},
-    }  # fmt: skip
-    (target / "config.yaml").write_text(yaml.safe_dump({"run_name": "x", "model": config | changes, "seed": 1}))
+        "mlp_ratio": 4,
+        "activation_type": "swiglu",
+        "block_type": "sequential",
+        "rope": True,
+        "include_bias": False,
+        "additional_vocab_size": 128,
+        "max_crops": MOST,
+        "crop_mode": "overlap-and-resize-c2",
+        "overlap_margins": [2, 2],
+        "image_padding_embed": "pad_and_partial_pad",
+        "fix_image_padding": False,
+        "image_pooling_h": 2,
+        "image_pooling_w": 2,
+        "image_pooling_2d": "attention-meanq",
+        "image_projector": "mlp",
+        "moe_num_experts": 8,
+        "pad_tokenizer": True,
+        "max_sequence_length": 1600,
+        "vision_backbone": molmo.CONSTANTS["vision_backbone"] | VISION,
+        "tokenizer": {"identifier": "Qwen/Qwen2-7B", "tokenizer_dir": None},
+    }
+    (target / "config.yaml").write_text(
+        yaml.safe_dump({"run_name": "x", "model": config | changes, "seed": 1})
+    )
     torch.save(published(source), target / "model.pt")
     tokenizer_of().save_pretrained(target.parent / "Qwen2-7B")
     return target
@@ -355,7 +553,9 @@ def load_native(folder):
 def test_the_native_layout_is_the_same_model(folders, load, tmp_path, name):
     own, vlm = load(name), load_native(to_native(folders[name], tmp_path / "native"))
     state = own.model.state_dict()
-    assert state.keys() == vlm.model.state_dict().keys() and all(torch.equal(value, state[key]) for key, value in vlm.model.state_dict().items())
+    assert state.keys() == vlm.model.state_dict().keys() and all(
+        torch.equal(value, state[key]) for key, value in vlm.model.state_dict().items()
+    )
     mine, theirs = encode(vlm, SIZES[0]), encode(own, SIZES[0])
     assert torch.equal(mine.input_ids, theirs.input_ids) and torch.equal(mine.groups, theirs.groups)
     assert (prefill(vlm, mine).logits - prefill(own, theirs).logits).abs().max() < 1e-4
@@ -365,7 +565,9 @@ def test_the_native_layout_is_the_same_model(folders, load, tmp_path, name):
 @torch.inference_mode()
 def test_padding_shares_are_put_right_where_the_config_says_so(folders, tmp_path):
     vlm = load_native(to_native(folders["molmo-d"], tmp_path / "native", fix_image_padding=True))
-    features, own, _, logits = by_hand(folders["molmo-d"], noise_picture(SIZES[0]), QUESTION, masks_in_place=True)
+    features, own, _, logits = by_hand(
+        folders["molmo-d"], noise_picture(SIZES[0]), QUESTION, masks_in_place=True
+    )
     batch = encode(vlm, SIZES[0])
     assert (vlm.vision(batch).pooler_output[0] - own - features).abs().max() < 1e-4
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
@@ -374,14 +576,20 @@ def test_padding_shares_are_put_right_where_the_config_says_so(folders, tmp_path
 def test_the_prompt_is_as_config_yaml_formats_messages(folders, tmp_path):
     formats = {"role": "<|image|> User: Hi? Assistant:", "none": "<|image|> Hi?"}
     for name, expected in formats.items():
-        assert encode(load_native(to_native(folders["molmo-d"], tmp_path / name, message_formatting=name)), (60, 50), "Hi?").prompts == [expected]
+        assert encode(
+            load_native(to_native(folders["molmo-d"], tmp_path / name, message_formatting=name)),
+            (60, 50),
+            "Hi?",
+        ).prompts == [expected]
     with pytest.raises(ValueError, match="message_formatting = 'other' is not supported"):
         load_native(to_native(folders["molmo-d"], tmp_path / "other", message_formatting="other"))
 
 
 def test_a_native_folder_without_a_tokenizer_says_what_to_do(folders, tmp_path):
     folder = to_native(folders["molmo-d"], tmp_path / "native", tokenizer={"identifier": None})
-    with pytest.raises(UsageError, match="names no tokenizer that can be found .*; copy its files into the folder"):
+    with pytest.raises(
+        UsageError, match="names no tokenizer that can be found .*; copy its files into the folder"
+    ):
         load_native(folder)
     (folder / "model.pt").write_bytes(b"no weights")
     shutil.copytree(tmp_path / "Qwen2-7B", folder, dirs_exist_ok=True)
@@ -392,7 +600,7 @@ def test_a_native_folder_without_a_tokenizer_says_what_to_do(folders, tmp_path):
         molmo.reads(folder)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -402,14 +610,19 @@ def test_a_native_folder_without_a_tokenizer_says_what_to_do(folders, tmp_path):
         ({"norm_after": True}, "is no decoder that is known"),
         ({"layer_norm_type": "default"}, "layer_norm_type = 'default' is not supported"),
         ({"image_pooling_2d": "none"}, "image_pooling_2d = 'none' is not supported"),
-        ({"vision_backbone": VISION | {"image_model_type": "siglip"}}, "image_model_type = 'siglip' is not supported"),
+        (
+            {"vision_backbone": VISION | {"image_model_type": "siglip"}},
+            "image_model_type = 'siglip' is not supported",
+        ),
         ({"vision_backbone": VISION | {"image_num_pos": 50}}, "do not fit together"),
     ],
 )
 def test_what_is_not_supported_is_said_in_a_line(folders, tmp_path, config, message):
     folder = tmp_path / "m"
     shutil.copytree(folders["molmo-d"], folder)
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | config)
+    )
     with pytest.raises(UsageError, match=message) as error:
         common.load_model(folder)
     assert "\n" not in str(error.value)
@@ -418,8 +631,14 @@ def test_what_is_not_supported_is_said_in_a_line(folders, tmp_path, config, mess
 @pytest.mark.parametrize(
     "lost, message",
     [
-        ("transformer.blocks.1.att_proj.bias", "3 parameters are in no file, such as language_model.layers.1.self_attn.k_proj.bias"),
-        ("transformer.wte.new_embedding", "parameters have no place in this model, such as transformer.wte.embedding"),
+        (
+            "transformer.blocks.1.att_proj.bias",
+            "3 parameters are in no file, such as language_model.layers.1.self_attn.k_proj.bias",
+        ),
+        (
+            "transformer.wte.new_embedding",
+            "parameters have no place in this model, such as transformer.wte.embedding",
+        ),
         ("vision_backbone.pad_embed", "1 parameters are in no file, such as connector.pad_embed"),
     ],
 )
@@ -427,7 +646,9 @@ def test_a_parameter_that_no_file_fills_is_named(folders, tmp_path, lost, messag
     folder = tmp_path / "m"
     shutil.copytree(folders["molmo-d"], folder)
     for file in folder.glob("*.safetensors"):
-        save_file({key: value for key, value in load_file(file).items() if key != f"model.{lost}"}, file)
+        save_file(
+            {key: value for key, value in load_file(file).items() if key != f"model.{lost}"}, file
+        )
     with pytest.raises(UsageError, match=message):
         common.load_model(folder)
 

@@ -1,27 +1,28 @@
-"""NVILA from published folders: the same numbers as a forward pass written out here from the published facts, the prompt's layout, and what is refused."""
+"""NVILA from published folders: the same numbers as a forward pass written out here from the
+published facts, the prompt's layout, and what is refused."""
 
 import json
 import math
 import shutil
 
-import attribution
 import numpy as np
 import pytest
 import torch
-from gradients import trace
 from PIL import Image
-from random_models.nvila import MODELS
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import Qwen2Config, SiglipVisionConfig
 
 import common
-import models
-from capturing import prefill
-from cli import UsageError
-from models import llava_original, nvila
-from samples import Sample
-from selfcheck import noise_picture
+from tests.random_models.nvila import MODELS
+from vlmdiag import families as models
+from vlmdiag.cli import UsageError
+from vlmdiag.families import llava_original, nvila
+from vlmdiag.model.selfcheck import noise_picture
+from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.relevancy import methods as attribution
+from vlmdiag.relevancy.gradients import trace
 
 QUESTION = "Is there a red circle in the image?"
 SIZES = [(300, 180), (70, 230), (100, 100)]
@@ -43,7 +44,7 @@ def encode(vlm, size, question=QUESTION):
     return vlm.encode([Sample("0", None, question)], [noise_picture(size)])
 
 
-# --- the model a second time, from the files ------------------------------------------------------------------------------------
+# --- the model a second time, from the files ------------------------------------------------------
 
 
 def norm(x, state, name, eps):
@@ -62,16 +63,30 @@ def siglip(state, pixels, heads=4, layer=-2):
     """Hidden states of one tile (3, s, s), a list over layers."""
     kernel = state["vision_model.embeddings.patch_embedding.weight"]
     side = pixels.shape[1] // 14
-    patches = [pixels[:, 14 * i : 14 * i + 14, 14 * j : 14 * j + 14] for i in range(side) for j in range(side)]
-    x = torch.stack([(kernel * patch).sum((1, 2, 3)) for patch in patches]) + state["vision_model.embeddings.patch_embedding.bias"]
+    patches = [
+        pixels[:, 14 * i : 14 * i + 14, 14 * j : 14 * j + 14]
+        for i in range(side)
+        for j in range(side)
+    ]
+    x = (
+        torch.stack([(kernel * patch).sum((1, 2, 3)) for patch in patches])
+        + state["vision_model.embeddings.patch_embedding.bias"]
+    )
     x = x + state["vision_model.embeddings.position_embedding.weight"]
     states = [x]
     while f"vision_model.encoder.layers.{len(states) - 1}.layer_norm1.weight" in state:
-        own = {key.split(f"layers.{len(states) - 1}.")[1]: value for key, value in state.items() if f"encoder.layers.{len(states) - 1}." in key}
+        own = {
+            key.split(f"layers.{len(states) - 1}.")[1]: value
+            for key, value in state.items()
+            if f"encoder.layers.{len(states) - 1}." in key
+        }
         y = norm(x, own, "layer_norm1", 1e-6)
         q, k, v = (linear(y, own, f"self_attn.{name}_proj") for name in "qkv")
         width = q.shape[-1] // heads
-        out = [((q[:, s] @ k[:, s].T / math.sqrt(width)).softmax(-1) @ v[:, s]) for s in (slice(h * width, h * width + width) for h in range(heads))]
+        out = [
+            ((q[:, s] @ k[:, s].T / math.sqrt(width)).softmax(-1) @ v[:, s])
+            for s in (slice(h * width, h * width + width) for h in range(heads))
+        ]
         x = x + linear(torch.cat(out, -1), own, "self_attn.out_proj")
         y = linear(norm(x, own, "layer_norm2", 1e-6), own, "mlp.fc1")
         x = x + linear(F.gelu(y, approximate="tanh"), own, "mlp.fc2")
@@ -82,27 +97,43 @@ def siglip(state, pixels, heads=4, layer=-2):
 def qwen2(state, x, heads=4, shared=2):
     """Logits at the last position of embeddings x (T, d)."""
     length, layer = len(x), 0
-    angle = torch.arange(length)[:, None] / 10000.0 ** (torch.arange(8) / 8)[None]  # head width 16: pairs (j, j + 8)
+    angle = (
+        torch.arange(length)[:, None] / 10000.0 ** (torch.arange(8) / 8)[None]
+    )  # head width 16: pairs (j, j + 8)
 
     def turn(part):
         a, b = part[:, :8], part[:, 8:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     while f"model.layers.{layer}.input_layernorm.weight" in state:
-        own = {key.removeprefix(f"model.layers.{layer}."): value for key, value in state.items() if key.startswith(f"model.layers.{layer}.")}
+        own = {
+            key.removeprefix(f"model.layers.{layer}."): value
+            for key, value in state.items()
+            if key.startswith(f"model.layers.{layer}.")
+        }
         y = rms(x, own["input_layernorm.weight"])
         q, k, v = (linear(y, own, f"self_attn.{name}_proj") for name in "qkv")
         out = []
         for head in range(heads):
-            at, kv = slice(16 * head, 16 * head + 16), slice(16 * (head * shared // heads), 16 * (head * shared // heads) + 16)
+            at, kv = (
+                slice(16 * head, 16 * head + 16),
+                slice(16 * (head * shared // heads), 16 * (head * shared // heads) + 16),
+            )
             scores = turn(q[:, at]) @ turn(k[:, kv]).T / 4
             scores[torch.ones(length, length).triu(1).bool()] = -math.inf
             out.append(scores.softmax(-1) @ v[:, kv])
         x = x + linear(torch.cat(out, -1), own, "self_attn.o_proj")
         y = rms(x, own["post_attention_layernorm.weight"])
-        x = x + linear(F.silu(linear(y, own, "mlp.gate_proj")) * linear(y, own, "mlp.up_proj"), own, "mlp.down_proj")
+        x = x + linear(
+            F.silu(linear(y, own, "mlp.gate_proj")) * linear(y, own, "mlp.up_proj"),
+            own,
+            "mlp.down_proj",
+        )
         layer += 1
-    return rms(x[-1], state["model.norm.weight"]) @ state.get("lm_head.weight", state["model.embed_tokens.weight"]).T
+    return (
+        rms(x[-1], state["model.norm.weight"])
+        @ state.get("lm_head.weight", state["model.embed_tokens.weight"]).T
+    )
 
 
 def connect(state, plane, factor, columns_first=False, channels_by_column=False):
@@ -127,7 +158,14 @@ def area(plane, height, width):
     """(h, w, c) -> (height, width, c): each cell the mean of the cells that it touches."""
     h, w, _ = plane.shape
     span = lambda i, old, new: slice(i * old // new, -(-(i + 1) * old // new))
-    return torch.stack([torch.stack([plane[span(i, h, height), span(j, w, width)].mean((0, 1)) for j in range(width)]) for i in range(height)])
+    return torch.stack(
+        [
+            torch.stack(
+                [plane[span(i, h, height), span(j, w, width)].mean((0, 1)) for j in range(width)]
+            )
+            for i in range(height)
+        ]
+    )
 
 
 def tiling(size, tile, least, most):
@@ -144,14 +182,32 @@ def tiling(size, tile, least, most):
 
 def pixels(picture, columns, rows, tile):
     """(rows, columns) nested lists of tiles (3, tile, tile) in [-1, 1]."""
-    whole = torch.tensor(np.asarray(picture.resize((columns * tile, rows * tile), Image.BICUBIC)), dtype=torch.float32) / 127.5 - 1
-    return [[whole[r * tile : (r + 1) * tile, c * tile : (c + 1) * tile].permute(2, 0, 1) for c in range(columns)] for r in range(rows)]
+    whole = (
+        torch.tensor(
+            np.asarray(picture.resize((columns * tile, rows * tile), Image.BICUBIC)),
+            dtype=torch.float32,
+        )
+        / 127.5
+        - 1
+    )
+    return [
+        [
+            whole[r * tile : (r + 1) * tile, c * tile : (c + 1) * tile].permute(2, 0, 1)
+            for c in range(columns)
+        ]
+        for r in range(rows)
+    ]
 
 
-def by_hand(folder, tokenizer, picture, question, newline=True, layer=-2, reverse_scales=False, **order):
+def by_hand(
+    folder, tokenizer, picture, question, newline=True, layer=-2, reverse_scales=False, **order
+):
     """Image features, a list per <image>, and the logits behind the prompt."""
     config = json.loads((folder / "config.json").read_text())
-    tower, connector, llm = (load_file(folder / part / "model.safetensors") for part in ("vision_tower", "mm_projector", "llm"))
+    tower, connector, llm = (
+        load_file(folder / part / "model.safetensors")
+        for part in ("vision_tower", "mm_projector", "llm")
+    )
     tile = config["vision_tower_cfg"]["image_size"]
     side = tile // 14
     read = lambda own: siglip(tower, own, layer=layer).view(side, side, -1)
@@ -160,20 +216,44 @@ def by_hand(folder, tokenizer, picture, question, newline=True, layer=-2, revers
         features = [connect(connector, read(pixels(picture, 1, 1, tile)[0][0]), 3, **order)]
     elif config["image_aspect_ratio"] == "dynamic":
         columns, rows = tiling(picture.size, tile, 1, config["max_tiles"])
-        tiles = [own for line in pixels(picture, columns, rows, tile) for own in line] + (pixels(picture, 1, 1, tile)[0] if rows * columns > 1 else [])
+        tiles = [own for line in pixels(picture, columns, rows, tile) for own in line] + (
+            pixels(picture, 1, 1, tile)[0] if rows * columns > 1 else []
+        )
         features = [connect(connector, read(own), 3, **order) for own in tiles]
         between = "\n"
     else:
         columns, rows = tiling(picture.size, tile, 9, 12)
         planes, splits = [], ((1, 1), (2, 2), (columns, rows))
         for c, r in splits:
-            planes.append(torch.cat([torch.cat([read(own) for own in line], 1) for line in pixels(picture, c, r, tile)]))
+            planes.append(
+                torch.cat(
+                    [
+                        torch.cat([read(own) for own in line], 1)
+                        for line in pixels(picture, c, r, tile)
+                    ]
+                )
+            )
         columns, rows = splits[config["s2_resize_output_to_scale_idx"]]
         planes = [area(plane, rows * side, columns * side) for plane in planes]
         plane = torch.cat(planes[::-1] if reverse_scales else planes, -1)
-        blocks = [[connect(connector, plane[r * side : (r + 1) * side, c * side : (c + 1) * side], 2, **order) for c in range(columns)] for r in range(rows)]
+        blocks = [
+            [
+                connect(
+                    connector,
+                    plane[r * side : (r + 1) * side, c * side : (c + 1) * side],
+                    2,
+                    **order,
+                )
+                for c in range(columns)
+            ]
+            for r in range(rows)
+        ]
         half = side // 2
-        features = [torch.cat([torch.cat([block.view(half, half, -1) for block in line], 1) for line in blocks]).flatten(0, 1)]
+        features = [
+            torch.cat(
+                [torch.cat([block.view(half, half, -1) for block in line], 1) for line in blocks]
+            ).flatten(0, 1)
+        ]
     table = llm["model.embed_tokens.weight"]
     text = lambda string: table[tokenizer(string, add_special_tokens=False)["input_ids"]]
     x = [text("<|im_start|>system\nYou are Tiny.<|im_end|>\n<|im_start|>user\n")]
@@ -190,7 +270,10 @@ def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders,
     vlm, batch = load(name), encode(load(name), size)
     features, logits = by_hand(folders[name], vlm.tokenizer, noise_picture(size), QUESTION)
     found = vlm.vision(batch).pooler_output[0]
-    assert found.shape == torch.cat(features).shape and (found - torch.cat(features)).abs().max() < 1e-4
+    assert (
+        found.shape == torch.cat(features).shape
+        and (found - torch.cat(features)).abs().max() < 1e-4
+    )
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
 
 
@@ -210,34 +293,70 @@ def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders,
 )
 def test_another_order_of_operations_is_told_apart(folders, load, name, change):
     vlm, batch = load(name), encode(load(name), SIZES[0])
-    features, logits = by_hand(folders[name], vlm.tokenizer, noise_picture(SIZES[0]), QUESTION, **change)
+    features, logits = by_hand(
+        folders[name], vlm.tokenizer, noise_picture(SIZES[0]), QUESTION, **change
+    )
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() > 1e-2
-    assert ("newline" in change) == bool((vlm.vision(batch).pooler_output[0] - torch.cat(features)).abs().max() < 1e-4)
+    assert ("newline" in change) == bool(
+        (vlm.vision(batch).pooler_output[0] - torch.cat(features)).abs().max() < 1e-4
+    )
 
 
 def test_tower_and_connector_of_nvila_lite_8b_are_as_large_as_the_published_files():
     tower = SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=448, patch_size=14, vision_use_head=False
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=448,
+        patch_size=14,
+        vision_use_head=False,
     )
-    text = Qwen2Config(hidden_size=3584, num_hidden_layers=1, num_attention_heads=28, num_key_value_heads=4, vocab_size=151648)
+    text = Qwen2Config(
+        hidden_size=3584,
+        num_hidden_layers=1,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=151648,
+    )
     config = nvila.NvilaConfig(text, tower, "mlp_downsample_3x3_fix", image_token_id=151649)
     with torch.device("meta"):
         model = nvila.Nvila(config)
-    megabytes = [2 * sum(parameter.numel() for parameter in part.parameters()) / 1e6 for part in (model.vision_tower, model.mm_projector)]
-    assert [round(size) for size in megabytes] == [827, 122] and (config.side, config.tokens) == (32, 11)  # bfloat16
-    assert model.lm_head.out_features == 151648 and len(model.get_input_embeddings().weight) == 151650
+    megabytes = [
+        2 * sum(parameter.numel() for parameter in part.parameters()) / 1e6
+        for part in (model.vision_tower, model.mm_projector)
+    ]
+    assert [round(size) for size in megabytes] == [827, 122] and (config.side, config.tokens) == (
+        32,
+        11,
+    )  # bfloat16
+    assert (
+        model.lm_head.out_features == 151648 and len(model.get_input_embeddings().weight) == 151650
+    )
 
 
-# --- tiles and prompt -----------------------------------------------------------------------------------------------------------
+# --- tiles and prompt -----------------------------------------------------------------------------
 
 
 def test_the_tiling_is_the_closest_one():
     rng = np.random.default_rng(0)
     for least, most in ((1, 12), (9, 12), (1, 6)):
-        for width, height in rng.integers(20, 900, (150, 2)).tolist() + [(448, 448), (600, 600), (1000, 1000), (448 * 3, 448 * 2)]:
-            assert nvila.closest_tiling((width, height), 448, least, most) == tiling((width, height), 448, least, most)[::-1]
-    assert nvila.closest_tiling((400, 200), 448, 1, 12) == (1, 2) and nvila.closest_tiling((900, 900), 448, 1, 12) == (2, 2)
-    assert nvila.closest_tiling((2000, 1000), 448, 1, 12) == (2, 4) and nvila.closest_tiling((100, 100), 448, 9, 12) == (3, 3)
+        for width, height in rng.integers(20, 900, (150, 2)).tolist() + [
+            (448, 448),
+            (600, 600),
+            (1000, 1000),
+            (448 * 3, 448 * 2),
+        ]:
+            assert (
+                nvila.closest_tiling((width, height), 448, least, most)
+                == tiling((width, height), 448, least, most)[::-1]
+            )
+    assert nvila.closest_tiling((400, 200), 448, 1, 12) == (1, 2) and nvila.closest_tiling(
+        (900, 900), 448, 1, 12
+    ) == (2, 2)
+    assert nvila.closest_tiling((2000, 1000), 448, 1, 12) == (2, 4) and nvila.closest_tiling(
+        (100, 100), 448, 9, 12
+    ) == (3, 3)
 
 
 def test_the_prompt_is_laid_out_as_published(load):
@@ -246,11 +365,15 @@ def test_the_prompt_is_laid_out_as_published(load):
     tile = [vlm.image_token_id] * 9 + newline + newline  # the features' line break and the text's
     ids, spans = batch.input_ids[0].tolist(), batch.spans(0)
     start = spans["vision"][0][0]
-    assert ids[start : start + 7 * 11] == tile * 7 and vlm.image_token_id not in ids[start + 7 * 11 :]
+    assert (
+        ids[start : start + 7 * 11] == tile * 7 and vlm.image_token_id not in ids[start + 7 * 11 :]
+    )
     assert vlm.image_token_id >= vlm.model.lm_head.out_features, "no answer can hold it"
     assert vlm.tokenizer.decode(ids[slice(*spans["user"][0])]) == QUESTION
     assert vlm.tokenizer.decode(ids[slice(*spans["system"][0])]) == "You are Tiny."
-    assert [end for _, end in spans["image_markup"]][-1] == start + 7 * 11 - 1, "the last line break of the text is the template's"
+    assert [end for _, end in spans["image_markup"]][-1] == start + 7 * 11 - 1, (
+        "the last line break of the text is the template's"
+    )
     single = encode(vlm, (100, 100)).input_ids[0].tolist()
     assert single.count(vlm.image_token_id) == 9, "no thumbnail beside a single tile"
     s2 = encode(load("nvila-s2"), SIZES[0]).input_ids[0].tolist()
@@ -259,18 +382,41 @@ def test_the_prompt_is_laid_out_as_published(load):
 
 
 def test_boxes_end_where_their_tile_does(load):
-    grid = encode(load("nvila-lite"), (224, 112)).grids[0]  # 1 x 2 tiles of 8 x 8 patches of 14 pixels, then both as one
-    assert grid.boxes[:3].tolist() == [[0, 0, 42, 42], [42, 0, 84, 42], [84, 0, 112, 42]] and grid.boxes[9].tolist() == [112, 0, 154, 42]
-    assert grid.boxes[18].tolist() == [0, 0, 84, 42] and grid.boxes[-1].tolist() == [168, 84, 224, 112]
-    plane = encode(load("nvila-s2"), (168, 168)).grids[0]  # 3 x 3 tiles of 4 x 4 patches, 2 x 2 each
-    assert plane.shape == (6, 6) and plane.boxes[7].tolist() == [28, 28, 56, 56] and plane.boxes[2].tolist() == [56, 0, 84, 28]
+    grid = encode(load("nvila-lite"), (224, 112)).grids[
+        0
+    ]  # 1 x 2 tiles of 8 x 8 patches of 14 pixels, then both as one
+    assert grid.boxes[:3].tolist() == [
+        [0, 0, 42, 42],
+        [42, 0, 84, 42],
+        [84, 0, 112, 42],
+    ] and grid.boxes[9].tolist() == [112, 0, 154, 42]
+    assert grid.boxes[18].tolist() == [0, 0, 84, 42] and grid.boxes[-1].tolist() == [
+        168,
+        84,
+        224,
+        112,
+    ]
+    plane = encode(load("nvila-s2"), (168, 168)).grids[
+        0
+    ]  # 3 x 3 tiles of 4 x 4 patches, 2 x 2 each
+    assert (
+        plane.shape == (6, 6)
+        and plane.boxes[7].tolist() == [28, 28, 56, 56]
+        and plane.boxes[2].tolist() == [56, 0, 84, 28]
+    )
 
 
 def made_of(run):
     """Positions in the tower's output that each vision token depends on, by its gradient."""
     outputs = [block.output for block in run.tower]
     for token in run.pooled:
-        reached = [part for part in torch.autograd.grad(token.sum(), outputs, retain_graph=True, allow_unused=True) if part is not None]
+        reached = [
+            part
+            for part in torch.autograd.grad(
+                token.sum(), outputs, retain_graph=True, allow_unused=True
+            )
+            if part is not None
+        ]
         assert len(reached) == 1, "the feature layer alone"
         yield (reached[0].flatten(0, 1).norm(dim=-1) > 0).nonzero()[:, 0].tolist()
 
@@ -280,44 +426,72 @@ def test_a_token_of_s2_is_made_of_patches_of_all_scales(load, monkeypatch, scale
     vlm = load("nvila-s2")
     for config in (vlm.model.config, vlm.processor.config):
         monkeypatch.setattr(config, "output_scale", scale)
-    run = trace(vlm, encode(vlm, (300, 120)), [20])  # 2 x 5 tiles of 4 x 4 patches, behind 1 and 4 tiles
+    run = trace(
+        vlm, encode(vlm, (300, 120)), [20]
+    )  # 2 x 5 tiles of 4 x 4 patches, behind 1 and 4 tiles
     found = [sorted(own[own >= 0].tolist()) for own in run.sources]
-    assert found == list(made_of(run)) and len(found) == [4, 16, 40][scale] and len(run.tower[0].input) == 1 + 4 + 10
-    assert all(own[0] < 16 <= own[-1] and any(16 <= patch < 80 for patch in own) and own[-1] >= 80 for own in found)
+    assert (
+        found == list(made_of(run))
+        and len(found) == [4, 16, 40][scale]
+        and len(run.tower[0].input) == 1 + 4 + 10
+    )
+    assert all(
+        own[0] < 16 <= own[-1] and any(16 <= patch < 80 for patch in own) and own[-1] >= 80
+        for own in found
+    )
 
 
 def test_a_token_at_a_border_is_made_of_fewer_patches(load):
-    sources = trace(load("nvila-lite"), encode(load("nvila-lite"), (224, 112)), [20]).sources  # 1 x 2 tiles and both as one, 8 x 8 patches each
+    sources = trace(
+        load("nvila-lite"), encode(load("nvila-lite"), (224, 112)), [20]
+    ).sources  # 1 x 2 tiles and both as one, 8 x 8 patches each
     assert [int((own >= 0).sum()) for own in sources] == [9, 9, 6, 9, 9, 6, 6, 6, 4] * 3
-    assert sorted(sources[11][sources[11] >= 0].tolist()) == [64 + row * 8 + column for row in range(3) for column in (6, 7)]
+    assert sorted(sources[11][sources[11] >= 0].tolist()) == [
+        64 + row * 8 + column for row in range(3) for column in (6, 7)
+    ]
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_relevancy_through_the_tower_is_shared_and_not_multiplied(load, name):
-    """A patch that makes several tokens shares what it gets: a tower that mixes nothing leaves the sum as it is."""
+    """A patch that makes several tokens shares what it gets: a tower that mixes nothing leaves the
+    sum as it is."""
     vlm = load(name)
     run = trace(vlm, encode(vlm, SIZES[0]), [20])
     run.descend_tower = lambda gradient, tile: iter(())
     image = torch.rand(1, 2, len(run.features), generator=torch.Generator().manual_seed(0))
     cells, _ = attribution.onto_patches(run, image, None)
-    assert torch.allclose(cells.sum(-1), image.sum(-1)) and torch.allclose(cells, image) == (name == "nvila-lite")
+    assert torch.allclose(cells.sum(-1), image.sum(-1)) and torch.allclose(cells, image) == (
+        name == "nvila-lite"
+    )
 
 
-# --- configs --------------------------------------------------------------------------------------------------------------------
+# --- configs --------------------------------------------------------------------------------------
 
 
 def test_nvila_and_llava_in_their_own_layouts_are_told_apart(folders):
     raw = json.loads((folders["nvila-lite"] / "config.json").read_text())
-    llava = {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu"}
+    llava = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": "openai/clip",
+        "mm_projector_type": "mlp2x_gelu",
+    }
     assert nvila.is_nvila(raw) and not nvila.is_nvila(llava)
-    assert llava_original.is_original(llava) and llava_original.is_original(raw), "NVILA's configs have mm_* keys too, so it has to come first"
-    assert models.find_family(raw).name == "nvila" and models.find_family(raw | {"model_type": "vila"}).name == "nvila"
+    assert llava_original.is_original(llava) and llava_original.is_original(raw), (
+        "NVILA's configs have mm_* keys too, so it has to come first"
+    )
+    assert (
+        models.find_family(raw).name == "nvila"
+        and models.find_family(raw | {"model_type": "vila"}).name == "nvila"
+    )
     assert models.find_family(llava).name == "llava_original"
 
 
 def changed(source, target, **config):
     shutil.copytree(source, target)
-    (target / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | config))
+    (target / "config.json").write_text(
+        json.dumps(json.loads((source / "config.json").read_text()) | config)
+    )
     return target
 
 
@@ -335,9 +509,16 @@ def test_other_scales_and_a_picture_in_one_piece(folders, tmp_path, name, config
     vlm = common.load_model(folder)
     batch = encode(vlm, SIZES[0])
     features, logits = by_hand(folder, vlm.tokenizer, noise_picture(SIZES[0]), QUESTION)
-    assert (vlm.vision(batch).pooler_output[0] - torch.cat(features)).abs().max() < 1e-4 and (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
+    assert (vlm.vision(batch).pooler_output[0] - torch.cat(features)).abs().max() < 1e-4 and (
+        prefill(vlm, batch).logits[0, -1] - logits
+    ).abs().max() < 1e-4
     grid = batch.grids[0]
-    assert len(grid.boxes) == tokens and grid.shape == shape and grid.boxes[0, :2].tolist() == [0, 0] and grid.boxes[-1, 2:].tolist() == list(SIZES[0])
+    assert (
+        len(grid.boxes) == tokens
+        and grid.shape == shape
+        and grid.boxes[0, :2].tolist() == [0, 0]
+        and grid.boxes[-1, 2:].tolist() == list(SIZES[0])
+    )
 
 
 @pytest.mark.parametrize(
@@ -346,8 +527,14 @@ def test_other_scales_and_a_picture_in_one_piece(folders, tmp_path, name, config
         ({"image_aspect_ratio": "pad"}, "image_aspect_ratio = 'pad' is not supported"),
         ({"s2": True}, "s2 = True is not supported"),
         ({"chat_template": "mistral"}, "chat_template = 'mistral' is not supported"),
-        ({"image_encoder": json.dumps(nvila.ENCODER | {"end_tokens": None})}, "image_encoder = .* is not supported"),
-        ({"image_aspect_ratio": "dynamic_s2", "s2_scales": "60,120"}, "are not whole multiples of the tower's 112 pixels"),
+        (
+            {"image_encoder": json.dumps(nvila.ENCODER | {"end_tokens": None})},
+            "image_encoder = .* is not supported",
+        ),
+        (
+            {"image_aspect_ratio": "dynamic_s2", "s2_scales": "60,120"},
+            "are not whole multiples of the tower's 112 pixels",
+        ),
     ],
 )
 def test_what_is_not_supported_is_said_in_a_line(folders, tmp_path, config, message):
@@ -361,10 +548,14 @@ def test_a_parameter_that_no_file_fills_is_named(folders, tmp_path):
     file = folder / "mm_projector" / "model.safetensors"
     state = load_file(file)
     save_file({key: value for key, value in state.items() if key != "layers.5.bias"}, file)
-    with pytest.raises(UsageError, match="1 parameters are in no file, such as mm_projector.5.bias"):
+    with pytest.raises(
+        UsageError, match="1 parameters are in no file, such as mm_projector.5.bias"
+    ):
         common.load_model(folder)
     save_file(state | {"layers.9.bias": torch.ones(3)}, file)
-    with pytest.raises(UsageError, match="1 parameters have no place in this model, such as mm_projector.9.bias"):
+    with pytest.raises(
+        UsageError, match="1 parameters have no place in this model, such as mm_projector.9.bias"
+    ):
         common.load_model(folder)
     shutil.rmtree(folder / "vision_tower")
     with pytest.raises(UsageError, match="no vision_tower/config.json"):
@@ -372,24 +563,43 @@ def test_a_parameter_that_no_file_fills_is_named(folders, tmp_path):
 
 
 def test_roborefer_is_read_without_its_depth_part(folders, load, tmp_path):
-    folder = changed(folders["nvila-lite"], tmp_path / "m", enable_depth=True, use_depth_tower=True, chat_template="qwen2")
+    folder = changed(
+        folders["nvila-lite"],
+        tmp_path / "m",
+        enable_depth=True,
+        use_depth_tower=True,
+        chat_template="qwen2",
+    )
     shutil.copytree(folder / "vision_tower", folder / "depth_tower")
     shutil.copytree(folder / "mm_projector", folder / "depth_projector")
     vlm, own = common.load_model(folder, self_check=False), load("nvila-lite")
     batch = encode(vlm, SIZES[0])
-    assert batch.prompts[0].startswith("<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n<image>")
-    assert torch.equal(vlm.vision(batch).pooler_output[0], own.vision(encode(own, SIZES[0])).pooler_output[0])
+    assert batch.prompts[0].startswith(
+        "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n<image>"
+    )
+    assert torch.equal(
+        vlm.vision(batch).pooler_output[0], own.vision(encode(own, SIZES[0])).pooler_output[0]
+    )
 
 
 def test_weights_in_shards_are_read(folders, load, tmp_path):
     folder = changed(folders["nvila-s2"], tmp_path / "m")
     file = folder / "llm" / "model.safetensors"
     state = load_file(file)
-    halves = {f"model-0000{i + 1}-of-00002.safetensors": {key: state[key] for key in sorted(state)[i::2]} for i in range(2)}
+    halves = {
+        f"model-0000{i + 1}-of-00002.safetensors": {key: state[key] for key in sorted(state)[i::2]}
+        for i in range(2)
+    }
     for name, part in halves.items():
         save_file(part, folder / "llm" / name)
-    index = {"metadata": {}, "weight_map": {key: name for name, part in halves.items() for key in part}}
+    index = {
+        "metadata": {},
+        "weight_map": {key: name for name, part in halves.items() for key in part},
+    }
     (folder / "llm" / "model.safetensors.index.json").write_text(json.dumps(index))
     file.unlink()
     vlm, own = common.load_model(folder, self_check=False), load("nvila-s2")
-    assert all(torch.equal(value, own.model.state_dict()[name]) for name, value in vlm.model.state_dict().items())
+    assert all(
+        torch.equal(value, own.model.state_dict()[name])
+        for name, value in vlm.model.state_dict().items()
+    )

@@ -1,10 +1,9 @@
-"""Object masks and token sets of scripts/objects.py, against pixel counting and hand-made cases."""
+"""Object masks and token sets of vlmdiag/interp/objects.py, against pixel counting and hand-made
+cases."""
 
-import importlib.util
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,18 +15,16 @@ from pycocotools import mask as coco_mask
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cli import UsageError
-from grid import PatchGrid
-from models import llava, qwen_vl
+from vlmdiag.cli import UsageError
+from vlmdiag.families import llava, qwen_vl
+from vlmdiag.interp import objects
+from vlmdiag.pictures.grid import PatchGrid
 
-FILE = Path(__file__).resolve().parents[1] / "scripts" / "objects.py"
-_spec = importlib.util.spec_from_file_location("objects", FILE)
-objects = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(objects)
+quick = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 
-quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-
-# --- masks ------------------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def annotation(segmentation, **more):
@@ -35,7 +32,9 @@ def annotation(segmentation, **more):
 
 
 def test_polygons_are_joined_and_cut_at_the_picture_not_at_their_vertices():
-    mask = objects.object_mask(annotation([[1, 1, 4, 1, 4, 3, 1, 3], [6, 0, 12, 0, 12, 9, 6, 9]]), (8, 6))
+    mask = objects.object_mask(
+        annotation([[1, 1, 4, 1, 4, 3, 1, 3], [6, 0, 12, 0, 12, 9, 6, 9]]), (8, 6)
+    )
     expected = np.zeros((6, 8), bool)
     expected[1:3, 1:4] = expected[:, 6:] = True
     assert mask.dtype == bool and np.array_equal(mask, expected)
@@ -52,7 +51,9 @@ def test_the_three_forms_of_run_lengths_give_the_same_mask(width, height, seed, 
     plain = {"size": [height, width], "counts": [0, *runs] if columns[0] else runs}
     text = {"size": [height, width], "counts": packed["counts"].decode()}
     for segmentation in (plain, text, dict(packed)):
-        assert np.array_equal(objects.object_mask(annotation(segmentation, iscrowd=1), (width, height)), mask)
+        assert np.array_equal(
+            objects.object_mask(annotation(segmentation, iscrowd=1), (width, height)), mask
+        )
 
 
 def test_long_runs_of_compressed_masks_are_read():
@@ -63,11 +64,31 @@ def test_long_runs_of_compressed_masks_are_read():
 
 
 BAD = [
-    None, [], "abc", 5, {}, {"size": [6, 8]}, [[1, 1, 4, 1]], [[1, 1, 4, 1, 4, 3, 1]], [[1, 1, 4, 1, 4, "x"]], [[]], [None], [1, 1, 4, 1, 4, 3],
-    [[1, 1, 4, 1, 4, math.nan]], [[1, 1, 4, 1, 1e9, 3]], {"size": [6, 8], "counts": []}, {"size": [6, 8], "counts": [10, 10]},
-    {"size": [6, 8], "counts": [50, -2]}, {"size": [6, 8], "counts": [24.0, 24.0]}, {"size": [8, 6], "counts": [48]}, {"size": [6, 8], "counts": ""},
-    {"size": [6, 8], "counts": "PPP"}, {"size": [6, 8], "counts": "é~"}, {"size": [6, 8], "counts": "0"}, {"size": [6, 8], "counts": 48},
-]  # fmt: skip
+    None,
+    [],
+    "abc",
+    5,
+    {},
+    {"size": [6, 8]},
+    [[1, 1, 4, 1]],
+    [[1, 1, 4, 1, 4, 3, 1]],
+    [[1, 1, 4, 1, 4, "x"]],
+    [[]],
+    [None],
+    [1, 1, 4, 1, 4, 3],
+    [[1, 1, 4, 1, 4, math.nan]],
+    [[1, 1, 4, 1, 1e9, 3]],
+    {"size": [6, 8], "counts": []},
+    {"size": [6, 8], "counts": [10, 10]},
+    {"size": [6, 8], "counts": [50, -2]},
+    {"size": [6, 8], "counts": [24.0, 24.0]},
+    {"size": [8, 6], "counts": [48]},
+    {"size": [6, 8], "counts": ""},
+    {"size": [6, 8], "counts": "PPP"},
+    {"size": [6, 8], "counts": "é~"},
+    {"size": [6, 8], "counts": "0"},
+    {"size": [6, 8], "counts": 48},
+]
 
 
 @pytest.mark.parametrize("segmentation", BAD)
@@ -87,29 +108,42 @@ def test_any_compressed_text_is_a_whole_mask_or_refused(text):
     assert mask.shape == (6, 8)
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------------------
 
 
 def listed(*entries):
-    return [{"id": n, "category_id": category, "area": area, "iscrowd": crowd} for n, (category, area, crowd) in enumerate(entries)]
+    return [
+        {"id": n, "category_id": category, "area": area, "iscrowd": crowd}
+        for n, (category, area, crowd) in enumerate(entries)
+    ]
 
 
-@pytest.mark.parametrize(("entries", "target"), [
-    ([], None),
-    ([(1, 1500, 0)], 0),
-    ([(1, 1000, 0)], None), ([(1, 2000, 0)], None), ([(1, 1000.01, 0)], 0), ([(1, 1999.99, 0)], 0),
-    ([(1, 500, 0), (2, 1500, 0), (3, 1600, 0)], 1),  # the first in annotation order
-    ([(1, 1500, 0), (1, 1600, 0)], None), ([(1, 1500, 0), (1, 90000, 0)], None),  # two of them
-    ([(1, 1500, 0), (1, 90000, 0), (2, 1200, 0)], 2),
-    ([(1, 1500, 1)], None), ([(1, 1500, 1), (2, 1500, 0)], 1), ([(1, 1500, 0), (1, 1500, 1)], None),  # a crowd of the same kind
-    ([(1, 1500, 0), (2, 1, 0), (3, 1, 0)], 0), ([(1, 1500, 0), (2, 1, 0), (3, 1, 0), (4, 1, 1)], None),  # a crowd counts
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entries", "target"),
+    [
+        ([], None),
+        ([(1, 1500, 0)], 0),
+        ([(1, 1000, 0)], None),
+        ([(1, 2000, 0)], None),
+        ([(1, 1000.01, 0)], 0),
+        ([(1, 1999.99, 0)], 0),
+        ([(1, 500, 0), (2, 1500, 0), (3, 1600, 0)], 1),  # the first in annotation order
+        ([(1, 1500, 0), (1, 1600, 0)], None),
+        ([(1, 1500, 0), (1, 90000, 0)], None),  # two of them
+        ([(1, 1500, 0), (1, 90000, 0), (2, 1200, 0)], 2),
+        ([(1, 1500, 1)], None),
+        ([(1, 1500, 1), (2, 1500, 0)], 1),
+        ([(1, 1500, 0), (1, 1500, 1)], None),  # a crowd of the same kind
+        ([(1, 1500, 0), (2, 1, 0), (3, 1, 0)], 0),
+        ([(1, 1500, 0), (2, 1, 0), (3, 1, 0), (4, 1, 1)], None),  # a crowd counts
+    ],
+)
 def test_the_target_is_the_first_single_object_of_the_right_size(entries, target):
     found = objects.find_target(listed(*entries), 1000, 2000, 3)
     assert (found and found["id"]) == target
 
 
-# --- tokens from masks ------------------------------------------------------------------------------------------------------
+# --- tokens from masks ----------------------------------------------------------------------------
 
 SIDE, PATCH = 112, 14
 PROCESSORS = {
@@ -122,15 +156,24 @@ PROCESSORS = {
 
 
 def grid_of(name, size):
-    """The grid of a picture of this size under each preprocessing, from the real image processor's output."""
+    """The grid of a picture of this size under each preprocessing, from the real image processor's
+    output."""
     picture = Image.new("RGB", size)
     if name == "qwen":
-        inputs = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48)(images=picture, return_tensors="pt")
+        inputs = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48)(
+            images=picture, return_tensors="pt"
+        )
         config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
         return qwen_vl.grid(SimpleNamespace(model=SimpleNamespace(config=config)), size, inputs)
-    processor = LlavaImageProcessorPil(crop_size={"height": SIDE, "width": SIDE}, **PROCESSORS[name])
+    processor = LlavaImageProcessorPil(
+        crop_size={"height": SIDE, "width": SIDE}, **PROCESSORS[name]
+    )
     inputs = processor(images=picture, return_tensors="pt")
-    return llava.grid(SimpleNamespace(processor=SimpleNamespace(patch_size=PATCH, image_processor=processor)), size, inputs)
+    return llava.grid(
+        SimpleNamespace(processor=SimpleNamespace(patch_size=PATCH, image_processor=processor)),
+        size,
+        inputs,
+    )
 
 
 def shares(grid, mask):
@@ -141,13 +184,17 @@ def shares(grid, mask):
         for y in range(max(0, math.floor(y0)), min(mask.shape[0], math.ceil(y1))):
             for x in range(max(0, math.floor(x0)), min(mask.shape[1], math.ceil(x1))):
                 if mask[y, x]:
-                    covered += max(0, min(x + 1, x1) - max(x, x0)) * max(0, min(y + 1, y1) - max(y, y0))
+                    covered += max(0, min(x + 1, x1) - max(x, x0)) * max(
+                        0, min(y + 1, y1) - max(y, y0)
+                    )
         found.append(covered / ((x1 - x0) * (y1 - y0)))
     return np.array(found)
 
 
 @pytest.mark.parametrize("name", [*PROCESSORS, "qwen"])
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(size=st.tuples(st.integers(1, 130), st.integers(1, 130)), data=st.data())
 def test_object_tokens_are_those_that_counting_pixels_finds(name, size, data):
     assume(max(size) <= 12 * min(size))
@@ -155,13 +202,26 @@ def test_object_tokens_are_those_that_counting_pixels_finds(name, size, data):
     left, right = sorted(data.draw(st.tuples(st.integers(0, size[0]), st.integers(0, size[0]))))
     top, bottom = sorted(data.draw(st.tuples(st.integers(0, size[1]), st.integers(0, size[1]))))
     mask = np.zeros(size[::-1], bool)
-    mask[top:bottom, left:right] = np.random.default_rng(0).random((bottom - top, right - left)) < data.draw(st.sampled_from([0.3, 1.0]))
+    mask[top:bottom, left:right] = np.random.default_rng(0).random(
+        (bottom - top, right - left)
+    ) < data.draw(st.sampled_from([0.3, 1.0]))
     expected = shares(grid, mask)
     for threshold in (0.0, 0.25, 0.5):
-        assume((np.abs(expected - threshold) > 1e-7).all() if threshold else ((expected == 0) | (expected > 1e-7)).all())
-        assert np.array_equal(objects.object_tokens(grid, mask, threshold), np.flatnonzero(expected > threshold))
+        assume(
+            (np.abs(expected - threshold) > 1e-7).all()
+            if threshold
+            else ((expected == 0) | (expected > 1e-7)).all()
+        )
+        assert np.array_equal(
+            objects.object_tokens(grid, mask, threshold), np.flatnonzero(expected > threshold)
+        )
     xs, ys = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
-    x0, y0, x1, y1 = grid.boxes[:, 0].min(), grid.boxes[:, 1].min(), grid.boxes[:, 2].max(), grid.boxes[:, 3].max()
+    x0, y0, x1, y1 = (
+        grid.boxes[:, 0].min(),
+        grid.boxes[:, 1].min(),
+        grid.boxes[:, 2].max(),
+        grid.boxes[:, 3].max(),
+    )
     edge = min(np.abs(xs[:, None] - [x0, x1]).min(), np.abs(ys[:, None] - [y0, y1]).min())
     if mask.any() and edge > 1e-6:
         seen = ((y0 < ys) & (ys < y1))[:, None] & ((x0 < xs) & (xs < x1))
@@ -187,10 +247,15 @@ def test_half_covered_is_not_more_than_half_and_thresholds_are_shares():
     mask[:, :3] = True
     mask[0, 3] = True
     assert objects.object_tokens(grid, np.ones((7, 7), bool), 0.99).tolist() == [0, 1, 2, 3]
-    assert objects.object_tokens(grid, mask, 0.8).tolist() == [0, 2] and objects.object_tokens(grid, mask).tolist() == [0, 1, 2]
+    assert objects.object_tokens(grid, mask, 0.8).tolist() == [0, 2] and objects.object_tokens(
+        grid, mask
+    ).tolist() == [0, 1, 2]
     half = np.zeros((8, 8), bool)
     half[:2] = True
-    assert objects.object_tokens(PatchGrid.regular(2, 2, (0, 0, 8, 8), (8, 8)), half, 0.5).tolist() == []
+    assert (
+        objects.object_tokens(PatchGrid.regular(2, 2, (0, 0, 8, 8), (8, 8)), half, 0.5).tolist()
+        == []
+    )
     for threshold in (-0.1, 1.0, 2):
         with pytest.raises(UsageError, match="threshold"):
             objects.object_tokens(grid, mask, threshold)
@@ -199,7 +264,10 @@ def test_half_covered_is_not_more_than_half_and_thresholds_are_shares():
 def test_tokens_without_a_box_are_no_object_tokens():
     grid = PatchGrid(np.array([[0, 0, 4, 4], [np.nan] * 4, [4, 0, 8, 4]]), None, (8, 4))
     assert objects.object_tokens(grid, np.ones((4, 8), bool)).tolist() == [0, 2]
-    assert objects.visible(grid, np.ones((4, 8), bool)) == 1 and objects.visible(grid, np.zeros((4, 8), bool)) == 0
+    assert (
+        objects.visible(grid, np.ones((4, 8), bool)) == 1
+        and objects.visible(grid, np.zeros((4, 8), bool)) == 0
+    )
 
 
 def test_an_object_half_cut_off_is_half_visible():
@@ -208,16 +276,27 @@ def test_an_object_half_cut_off_is_half_visible():
     assert objects.visible(grid, mask) == 0.5
 
 
-# --- buffers ----------------------------------------------------------------------------------------------------------------
+# --- buffers --------------------------------------------------------------------------------------
 
 SIX = PatchGrid.regular(6, 6, (0, 0, 60, 60), (60, 60))
 
 
-@pytest.mark.parametrize(("tokens", "n", "expected"), [
-    ([0], 0, [0]), ([0], 1, [0, 1, 6, 7]), ([5], 1, [4, 5, 10, 11]), ([35], 1, [28, 29, 34, 35]), ([30], 1, [24, 25, 30, 31]),
-    ([14], 1, [7, 8, 9, 13, 14, 15, 19, 20, 21]), ([0], 2, [0, 1, 2, 6, 7, 8, 12, 13, 14]), ([], 2, []), ([14], 9, list(range(36))),
-    ([35, 0], 1, [0, 1, 6, 7, 28, 29, 34, 35]), ([11], 1, [4, 5, 10, 11, 16, 17]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "n", "expected"),
+    [
+        ([0], 0, [0]),
+        ([0], 1, [0, 1, 6, 7]),
+        ([5], 1, [4, 5, 10, 11]),
+        ([35], 1, [28, 29, 34, 35]),
+        ([30], 1, [24, 25, 30, 31]),
+        ([14], 1, [7, 8, 9, 13, 14, 15, 19, 20, 21]),
+        ([0], 2, [0, 1, 2, 6, 7, 8, 12, 13, 14]),
+        ([], 2, []),
+        ([14], 9, list(range(36))),
+        ([35, 0], 1, [0, 1, 6, 7, 28, 29, 34, 35]),
+        ([11], 1, [4, 5, 10, 11, 16, 17]),
+    ],
+)
 def test_a_buffer_is_the_eight_neighbours_cut_at_the_borders(tokens, n, expected):
     assert objects.buffered(SIX, tokens, n).tolist() == expected
     boxes_only = PatchGrid(SIX.boxes, None, SIX.size)  # the same boxes, order unknown
@@ -227,18 +306,40 @@ def test_a_buffer_is_the_eight_neighbours_cut_at_the_borders(tokens, n, expected
 def test_extra_tokens_without_a_box_stay_and_do_not_spread():
     grid = PatchGrid(np.vstack([SIX.boxes, np.full((2, 4), np.nan)]), (6, 6), (60, 60))
     assert objects.buffered(grid, [0, 36], 1).tolist() == [0, 1, 6, 7, 36]
-    assert objects.buffered(PatchGrid(grid.boxes, None, (60, 60)), [0, 36], 1).tolist() == [0, 1, 6, 7, 36]
+    assert objects.buffered(PatchGrid(grid.boxes, None, (60, 60)), [0, 36], 1).tolist() == [
+        0,
+        1,
+        6,
+        7,
+        36,
+    ]
 
 
 def test_buffers_cross_tile_borders_and_stay_in_their_scale():
-    left, right = PatchGrid.regular(2, 2, (0, 0, 20, 20), (40, 20)).boxes, PatchGrid.regular(2, 2, (20.1, 0, 40, 20), (40, 20)).boxes
+    left, right = (
+        PatchGrid.regular(2, 2, (0, 0, 20, 20), (40, 20)).boxes,
+        PatchGrid.regular(2, 2, (20.1, 0, 40, 20), (40, 20)).boxes,
+    )
     tiles = PatchGrid(np.vstack([left, right]), None, (40, 20))
-    assert objects.buffered(tiles, [1], 1).tolist() == [0, 1, 2, 3, 4, 6]  # 4 and 6: across a gap of a hundredth
+    assert objects.buffered(tiles, [1], 1).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        6,
+    ]  # 4 and 6: across a gap of a hundredth
     far = PatchGrid(np.vstack([left, right + [2, 0, 2, 0]]), None, (42, 20))
     assert objects.buffered(far, [1], 1).tolist() == [0, 1, 2, 3]
-    scales = PatchGrid(np.vstack([SIX.boxes, [[0, 0, 30, 30], [30, 0, 60, 30]]]), (6, 6), (60, 60))  # with a coarse row after the regular grid
-    assert objects.buffered(scales, [0], 1).tolist() == [0, 1, 6, 7] and objects.buffered(scales, [0, 36], 1).tolist() == [0, 1, 6, 7, 36, 37]
-    found = objects.touching(scales, [36]).tolist()  # the coarse token, all fine ones beside it or in it, its neighbour
+    scales = PatchGrid(
+        np.vstack([SIX.boxes, [[0, 0, 30, 30], [30, 0, 60, 30]]]), (6, 6), (60, 60)
+    )  # with a coarse row after the regular grid
+    assert objects.buffered(scales, [0], 1).tolist() == [0, 1, 6, 7] and objects.buffered(
+        scales, [0, 36], 1
+    ).tolist() == [0, 1, 6, 7, 36, 37]
+    found = objects.touching(
+        scales, [36]
+    ).tolist()  # the coarse token, all fine ones beside it or in it, its neighbour
     assert found == [*range(4), *range(6, 10), *range(12, 16), *range(18, 22), 36, 37]
 
 
@@ -248,28 +349,60 @@ def test_n_buffers_are_the_cells_within_a_chebyshev_distance_of_n(rows, columns,
     grid = PatchGrid.regular(rows, columns, (-3, 2, 40, 17), (30, 20))
     tokens = data.draw(st.lists(st.integers(0, rows * columns - 1), min_size=1, max_size=4))
     cells = [divmod(token, columns) for token in range(rows * columns)]
-    expected = [t for t, (r, c) in enumerate(cells) if any(max(abs(r - cells[o][0]), abs(c - cells[o][1])) <= n for o in tokens)]
+    expected = [
+        t
+        for t, (r, c) in enumerate(cells)
+        if any(max(abs(r - cells[o][0]), abs(c - cells[o][1])) <= n for o in tokens)
+    ]
     assert objects.buffered(grid, tokens, n).tolist() == expected
 
 
-# --- registers and random sets ----------------------------------------------------------------------------------------------
+# --- registers and random sets --------------------------------------------------------------------
 
 
 def test_registers_lie_more_than_two_unbiased_deviations_above_the_mean():
     norms = np.ones(100)
     norms[[3, 50]] = 9
     assert objects.register_tokens(norms).tolist() == [3, 50]
-    assert objects.register_tokens(np.ones(9)).tolist() == [] and objects.register_tokens([5.0]).tolist() == [] and objects.register_tokens([]).tolist() == []
-    assert objects.register_tokens([0, 0, 0, 0, 0, 0, 0, 0, 19, 20]).tolist() == []  # the last lies 2.06 biased, 1.96 unbiased deviations above
+    assert (
+        objects.register_tokens(np.ones(9)).tolist() == []
+        and objects.register_tokens([5.0]).tolist() == []
+        and objects.register_tokens([]).tolist() == []
+    )
+    assert (
+        objects.register_tokens([0, 0, 0, 0, 0, 0, 0, 0, 19, 20]).tolist() == []
+    )  # the last lies 2.06 biased, 1.96 unbiased deviations above
     assert objects.register_tokens([0, 0, 0, 0, 0, 1]).tolist() == [5]  # 2.04 unbiased
 
 
 def test_a_generator_depends_on_its_names_only_in_every_process():
     draw = lambda *names: objects.rng_for(*names).integers(0, 2**40).item()
     assert draw(0, "a", "random", 1) == draw(0, "a", "random", 1) == draw("0", "a", "random", "1")
-    assert len({draw(0, "a"), draw(1, "a"), draw(0, "b"), draw(0, "a", 0), draw(0, "a", 1), draw(0, "ab"), draw(0, "a", "b")}) == 7
-    code = "import objects; print(objects.rng_for(0, 'a', 'random', 1).integers(0, 2**40))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "5"})
+    assert (
+        len(
+            {
+                draw(0, "a"),
+                draw(1, "a"),
+                draw(0, "b"),
+                draw(0, "a", 0),
+                draw(0, "a", 1),
+                draw(0, "ab"),
+                draw(0, "a", "b"),
+            }
+        )
+        == 7
+    )
+    code = (
+        "from vlmdiag.interp import objects; print(objects.rng_for(0, 'a', 'random', 1).integers(0,"
+        " 2**40))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "5"},
+    )
     assert int(done.stdout) == draw(0, "a", "random", 1)
 
 
@@ -277,13 +410,22 @@ def test_a_generator_depends_on_its_names_only_in_every_process():
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 8), st.integers(0, 30), st.data())
 def test_random_sets_are_distinct_candidates_of_the_wanted_number(seed, rows, columns, count, data):
     grid = PatchGrid.regular(rows, columns, (0, 0, 30, 20), (30, 20))
-    taken = objects.buffered(grid, data.draw(st.lists(st.integers(0, rows * columns - 1), max_size=4)), 1)
+    taken = objects.buffered(
+        grid, data.draw(st.lists(st.integers(0, rows * columns - 1), max_size=4)), 1
+    )
     free = np.setdiff1d(np.arange(rows * columns), taken)
-    for found in (objects.random_tokens(objects.rng_for(seed), count, free), objects.random_blob(objects.rng_for(seed), grid, count, free)):
+    for found in (
+        objects.random_tokens(objects.rng_for(seed), count, free),
+        objects.random_blob(objects.rng_for(seed), grid, count, free),
+    ):
         if found is not None:
-            assert len(found) == count == len(set(found.tolist())) and not set(found.tolist()) & set(taken.tolist())
+            assert len(found) == count == len(set(found.tolist())) and not set(
+                found.tolist()
+            ) & set(taken.tolist())
             assert (np.diff(found) > 0).all() and set(found.tolist()) <= set(free.tolist())
-    assert (objects.random_tokens(objects.rng_for(seed), count, free) is None) == (count > len(free))
+    assert (objects.random_tokens(objects.rng_for(seed), count, free) is None) == (
+        count > len(free)
+    )
     blob = objects.random_blob(objects.rng_for(seed), grid, count, free)
     parts = pieces(grid, free)
     assert (blob is None) == (count > max(map(len, parts), default=0))
@@ -322,5 +464,7 @@ def test_blobs_leave_small_parts_and_tokens_without_a_box_out():
         assert found.tolist() == ring  # all of it, around the hole
     grid = PatchGrid(np.vstack([SIX.boxes, np.full((4, 4), np.nan)]), (6, 6), (60, 60))
     for draw in range(10):
-        assert objects.random_blob(objects.rng_for(draw), grid, 2, [0, 14, 15, 36, 37, 38, 39]).tolist() == [14, 15]
+        assert objects.random_blob(
+            objects.rng_for(draw), grid, 2, [0, 14, 15, 36, 37, 38, 39]
+        ).tolist() == [14, 15]
     assert objects.random_blob(objects.rng_for(0), grid, 3, [0, 14, 15, 36, 37, 38, 39]) is None

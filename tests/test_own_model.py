@@ -1,23 +1,35 @@
-"""The recipe of models/README.md: its family file, as it is printed there, on a small architecture that transformers does not have."""
+"""The recipe of models/README.md: its family file, as it is printed there, on a small architecture
+that transformers does not have."""
 
 import re
 import sys
 import types
 
-import attribution
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_process, tiny
-from gradients import trace
 from torch import nn
-from transformers import CLIPImageProcessor, GenerationMixin, LlamaConfig, LlamaModel, LlavaProcessor, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPImageProcessor,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaModel,
+    LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 import common
-import models
-from capturing import GroupMass, RopeShift, capture, generate
-from samples import Sample
+from tests.conftest import ROOT, in_process, tiny
+from vlmdiag import families as models
+from vlmdiag.cli import UsageError
+from vlmdiag.model.attention import capture
+from vlmdiag.model.decoding import generate
+from vlmdiag.model.probes import GroupMass, RopeShift
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.relevancy import methods as attribution
+from vlmdiag.relevancy.gradients import trace
 
 SIDE, PATCH = 112, 14
 
@@ -27,7 +39,11 @@ class GlanceConfig(PretrainedConfig):
     sub_configs = {"text_config": LlamaConfig}
 
     def __init__(self, text_config=None, image_token_id=0, width=32, **options):
-        text = text_config if isinstance(text_config, LlamaConfig) else LlamaConfig(**(text_config or {}))
+        text = (
+            text_config
+            if isinstance(text_config, LlamaConfig)
+            else LlamaConfig(**(text_config or {}))
+        )
         self.text_config, self.image_token_id, self.width = text, image_token_id, width
         super().__init__(**options)
 
@@ -40,10 +56,16 @@ class Glance(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.tower = nn.Sequential(nn.Conv2d(3, config.width, PATCH, PATCH), nn.GELU(), nn.Conv2d(config.width, config.width, 3, padding=1))
+        self.tower = nn.Sequential(
+            nn.Conv2d(3, config.width, PATCH, PATCH),
+            nn.GELU(),
+            nn.Conv2d(config.width, config.width, 3, padding=1),
+        )
         self.project = nn.Linear(config.width, config.text_config.hidden_size)
         self.language_model = LlamaModel(config.text_config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+        )
         self.post_init()
 
     def get_input_embeddings(self):
@@ -57,21 +79,40 @@ class Glance(PreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values, return_dict=True):
         cells = self.tower(pixel_values).flatten(2).transpose(1, 2)
-        return BaseModelOutputWithPooling(last_hidden_state=cells, pooler_output=self.project(cells))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=cells, pooler_output=self.project(cells)
+        )
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=0,
-        pixel_values=None, **_,
-    ):  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        logits_to_keep=0,
+        pixel_values=None,
+        **_,
+    ):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
                 features = self.get_image_features(pixel_values).pooler_output
-                inputs_embeds = inputs_embeds.masked_scatter((input_ids == self.config.image_token_id)[..., None], features.to(inputs_embeds))
+                inputs_embeds = inputs_embeds.masked_scatter(
+                    (input_ids == self.config.image_token_id)[..., None], features.to(inputs_embeds)
+                )
         found = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
         )
-        return CausalLMOutputWithPast(logits=self.lm_head(found.last_hidden_state[:, -logits_to_keep:]), past_key_values=found.past_key_values)
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(found.last_hidden_state[:, -logits_to_keep:]),
+            past_key_values=found.past_key_values,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +123,33 @@ def folder(tmp_path_factory):
     tokenizer.chat_template = None
     image = tokenizer.convert_tokens_to_ids("<image>")
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     torch.manual_seed(0)
     model = Glance(GlanceConfig(text, image, initializer_range=0.2))
     for p in model.tower.parameters():
         p.data *= 3
-    model.tower[2].weight.data[:, :, 1, 1] *= 10  # a token is of its own cell first, as the self-check wants it
+    model.tower[2].weight.data[:, :, 1, 1] *= (
+        10  # a token is of its own cell first, as the self-check wants it
+    )
     model.save_pretrained(path)
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    LlavaProcessor(images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="full").save_pretrained(path)
-    source = re.search(r"```python\n(.*?)```", (ROOT / "models" / "README.md").read_text(), re.DOTALL)[1]
+    LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="full"
+    ).save_pretrained(path)
+    source = re.search(
+        r"```python\n(.*?)```", (ROOT / "models" / "README.md").read_text(), re.DOTALL
+    )[1]
     own, module = types.ModuleType("glance"), types.ModuleType("models.glance")
     own.Glance, own.GlanceConfig = Glance, GlanceConfig
     before = models.FAMILIES
@@ -109,16 +164,32 @@ def folder(tmp_path_factory):
 def test_it_loads_with_the_self_check_and_is_measured(folder, pictures):
     vlm = common.load_model(folder)
     assert vlm.family.name == "glance" and not vlm.parts.vision_blocks
-    samples = [Sample(str(i), None, question) for i, question in enumerate(("What is left?", "Is there a red circle in the image?"))]
+    samples = [
+        Sample(str(i), None, question)
+        for i, question in enumerate(("What is left?", "Is there a red circle in the image?"))
+    ]
     batch = vlm.encode(samples, pictures[:2])
-    assert [len(grid.boxes) for grid in batch.grids] == [(SIDE // PATCH) ** 2] * 2 and batch.prompts[0].startswith("<image>\nQuestion: What is left?")
+    assert [len(grid.boxes) for grid in batch.grids] == [
+        (SIDE // PATCH) ** 2
+    ] * 2 and batch.prompts[0].startswith("<image>\nQuestion: What is left?")
     with capture(vlm, [mass := GroupMass(batch, 3), rope := RopeShift(batch, vlm.rotary, [1.0])]):
         found = generate(vlm, batch, 3)
-    assert torch.allclose(mass.mass[0].sum(-1), torch.ones(()), atol=1e-5) and rope["alphaV"].shape == (3, 2, 4)
-    alone = [generate(vlm, vlm.encode([sample], [picture]), 3).ids[0] for sample, picture in zip(samples, pictures, strict=False)]
+    assert torch.allclose(mass.mass[0].sum(-1), torch.ones(()), atol=1e-5) and rope[
+        "alphaV"
+    ].shape == (3, 2, 4)
+    alone = [
+        generate(vlm, vlm.encode([sample], [picture]), 3).ids[0]
+        for sample, picture in zip(samples, pictures, strict=False)
+    ]
     assert found.ids == alone
     inputs = vlm.encode(samples[:1], pictures[:1])
-    theirs = vlm.model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **inputs.image_inputs, max_new_tokens=3, do_sample=False)
+    theirs = vlm.model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        **inputs.image_inputs,
+        max_new_tokens=3,
+        do_sample=False,
+    )
     assert theirs[0, inputs.input_ids.shape[1] :].tolist()[: len(alone[0])] == alone[0]
 
 
@@ -127,24 +198,60 @@ def test_relevancy_stops_at_its_vision_tokens(folder, pictures):
     batch = vlm.encode([Sample("0", None, "What is left?")], [pictures[0]])
     run = trace(vlm, batch, generate(vlm, batch, 3).ids[0])
     found = attribution.relevancy(run, range(len(run.ids)))
-    assert found.cells is None and found.picture.shape == (len(run.ids), 3, (SIDE // PATCH) ** 2) and found.rows.min() >= 0 and found.picture.max() > 0
+    assert (
+        found.cells is None
+        and found.picture.shape == (len(run.ids), 3, (SIDE // PATCH) ** 2)
+        and found.rows.min() >= 0
+        and found.picture.max() > 0
+    )
 
 
 def test_scripts_run_on_it(folder, pictures, tmp_path):
     (tmp_path / "images").mkdir()
     pictures[0].save(tmp_path / "images" / "a.png")
     script = in_process(ROOT / "diagnostic_tools" / "relevancy_maps.py")
-    done = script("--model_path", folder, "--image_folder", tmp_path / "images", "--out_root", tmp_path, "--max_new_tokens", 3)
+    done = script(
+        "--model_path",
+        folder,
+        "--image_folder",
+        tmp_path / "images",
+        "--out_root",
+        tmp_path,
+        "--max_new_tokens",
+        3,
+    )
     assert done.returncode == 0, done.stderr
     drawn = in_process(ROOT / "diagnostic_tools" / "viz_relevancy.py")
-    assert drawn("--run_dir", next((tmp_path / "relevancy").iterdir()), "--image_folder", tmp_path / "images").returncode == 0
+    assert (
+        drawn(
+            "--run_dir",
+            next((tmp_path / "relevancy").iterdir()),
+            "--image_folder",
+            tmp_path / "images",
+        ).returncode
+        == 0
+    )
     lens = in_process(ROOT / "scripts" / "logit_lens" / "create_logit_lens.py")
-    done = lens("--model_path", folder, "--image_folder", tmp_path / "images", "--save_folder", tmp_path / "pages", "--out_root", tmp_path)
+    done = lens(
+        "--model_path",
+        folder,
+        "--image_folder",
+        tmp_path / "images",
+        "--save_folder",
+        tmp_path / "pages",
+        "--out_root",
+        tmp_path,
+    )
     assert done.returncode == 0 and len(list((tmp_path / "pages").iterdir())) == 1, done.stderr
 
 
 def test_an_unknown_type_without_its_file_is_told_how_to_be_added(folder, monkeypatch):
     monkeypatch.setattr(models, "FAMILIES", models.FAMILIES[:-1])
-    with pytest.raises(common.UsageError, match="known types"):
+    with pytest.raises(UsageError, match="known types"):
         common.load_model(folder)
-    assert np.all([name in (ROOT / "models" / "README.md").read_text() for name in ("parts", "grid", "patches", "positions", "prompt", "has")])
+    assert np.all(
+        [
+            name in (ROOT / "models" / "README.md").read_text()
+            for name in ("parts", "grid", "patches", "positions", "prompt", "has")
+        ]
+    )

@@ -1,16 +1,19 @@
-"""--quantize_type 4bit and int8 on every family, by bitsandbytes on a CPU; skipped where it is not installed."""
+"""--quantize_type 4bit and int8 on every family, by bitsandbytes on a CPU; skipped where it is not
+installed."""
 
-import attribution
 import pytest
 import torch
-from conftest import ROOT, in_process
-from gradients import trace
-from test_families import BUILDERS, NAMES
 
 import common
-from capturing import generate, prefill
-from cli import UsageError
-from samples import Sample
+from tests.conftest import ROOT, in_process
+from tests.test_families import BUILDERS, NAMES
+from vlmdiag.cli import UsageError
+from vlmdiag.model import loading
+from vlmdiag.model.decoding import generate
+from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.relevancy import methods as attribution
+from vlmdiag.relevancy.gradients import trace
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = ("4bit", "int8")
@@ -25,12 +28,18 @@ def restored(layer):
     """The weight of a quantised layer as numbers."""
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # moved at the first pass
+    scales = (
+        layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    )  # moved at the first pass
     return layer.weight.data.float() * scales[:, None] / 127
 
 
 def rounded_layers(model):
-    return {name: module for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes.")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("bitsandbytes.")
+    }
 
 
 def encoded(vlm, picture):
@@ -39,15 +48,34 @@ def encoded(vlm, picture):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_decoder_computes_with_rounded_weights_and_nothing_else_is_rounded(folder, kind, pictures):
-    """4 bits: the logits of the plain model with the rounded weights in it. int8 rounds what enters a layer too: each layer by itself."""
-    plain, vlm = common.load_model(folder, self_check=False), common.load_model(folder, quantize_type=kind)
+def test_the_decoder_computes_with_rounded_weights_and_nothing_else_is_rounded(
+    folder, kind, pictures
+):
+    """4 bits: the logits of the plain model with the rounded weights in it. int8 rounds what enters
+    a layer too: each layer by itself."""
+    plain, vlm = (
+        common.load_model(folder, self_check=False),
+        common.load_model(folder, quantize_type=kind),
+    )
     layers, everywhere = rounded_layers(vlm.parts.decoder), rounded_layers(vlm.model)
-    linear = {name for name, module in plain.parts.decoder.named_modules() if type(module) is torch.nn.Linear}
-    assert set(layers) <= linear and all(name.endswith(("lm_head", ".wo")) for name in linear - set(layers))  # transformers leaves a T5's wo alone
-    assert len(everywhere) == len(layers) or "decoder-only" not in vlm.family.has  # a T5's encoder reads the prompt
+    linear = {
+        name
+        for name, module in plain.parts.decoder.named_modules()
+        if type(module) is torch.nn.Linear
+    }
+    assert set(layers) <= linear and all(
+        name.endswith(("lm_head", ".wo")) for name in linear - set(layers)
+    )  # transformers leaves a T5's wo alone
+    assert (
+        len(everywhere) == len(layers) or "decoder-only" not in vlm.family.has
+    )  # a T5's encoder reads the prompt
     seen = []
-    hooks = [layer.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output))) for layer in everywhere.values()]
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, args, output: seen.append((module, args[0], output))
+        )
+        for layer in everywhere.values()
+    ]
     found = prefill(vlm, encoded(vlm, pictures[1])).logits[0, -1].float()
     for hook in hooks:
         hook.remove()
@@ -68,13 +96,19 @@ def test_the_decoder_computes_with_rounded_weights_and_nothing_else_is_rounded(f
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_go_through_rounded_weights(tmp_path, kind, pictures):
-    from random_models import mplug_owl2
+    from tests.random_models import mplug_owl2
 
     path = mplug_owl2.MODELS["mplug_owl2"](tmp_path / "model")
-    plain, vlm = common.load_model(path, self_check=False), common.load_model(path, quantize_type=kind)
+    plain, vlm = (
+        common.load_model(path, self_check=False),
+        common.load_model(path, quantize_type=kind),
+    )
     for name, layer in rounded_layers(vlm.parts.decoder).items():
         plain.parts.decoder.get_submodule(name).weight.data.copy_(restored(layer))
-    exact, found = (attribution.relevancy(trace(model, encoded(model, pictures[1]), [40, 41]), [0, 1]) for model in (plain, vlm))
+    exact, found = (
+        attribution.relevancy(trace(model, encoded(model, pictures[1]), [40, 41]), [0, 1])
+        for model in (plain, vlm)
+    )
     for name in ("rows", "image", "cells"):
         one, other = (torch.from_numpy(getattr(result, name)) for result in (exact, found))
         assert one.abs().max() > 0
@@ -85,18 +119,42 @@ def test_gradients_go_through_rounded_weights(tmp_path, kind, pictures):
 
 
 def test_a_script_runs_on_rounded_weights_and_does_not_go_on_with_others(folders, tmp_path):
-    make, coco = in_process(ROOT / "data" / "make_shapes.py"), in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py")
-    assert make("--num_images", "3", "--num_train", "0", "--num_workers", "1", "--out_dir", tmp_path / "set").returncode == 0
-    where = ["--image_dir", tmp_path / "set" / "val2017", "--ann_file", tmp_path / "set" / "annotations" / "captions_val2017.json", "--out_root", tmp_path]
+    make, coco = (
+        in_process(ROOT / "data" / "make_shapes.py"),
+        in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py"),
+    )
+    assert (
+        make(
+            "--num_images",
+            "3",
+            "--num_train",
+            "0",
+            "--num_workers",
+            "1",
+            "--out_dir",
+            tmp_path / "set",
+        ).returncode
+        == 0
+    )
+    where = [
+        "--image_dir",
+        tmp_path / "set" / "val2017",
+        "--ann_file",
+        tmp_path / "set" / "annotations" / "captions_val2017.json",
+        "--out_root",
+        tmp_path,
+    ]
     flags = ["--model_path", folders["llava"], *where, "--max_images", 2, "--max_new_tokens", 2]
     done = coco(*flags, "--quantize_type", "int8")
     assert done.returncode == 0 and "MatMul8bit" not in done.stderr, done.stderr
     for other in ([], ["--quantize_type", "4bit"]):
         again = coco(*flags, *other, "--max_images", 3)
-        assert again.returncode == 2 and "dtype" in again.stderr and "float32 int8" in again.stderr, again.stderr
+        assert (
+            again.returncode == 2 and "dtype" in again.stderr and "float32 int8" in again.stderr
+        ), again.stderr
 
 
 def test_without_the_library_the_message_names_it(folders, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install bitsandbytes"):
         common.load_model(folders["llava"], quantize_type="4bit")

@@ -1,19 +1,24 @@
-"""The READMEs' commands, files, fields and numbers hold. Blocks of commands in a README are fenced as
+"""The READMEs' commands, files, fields and numbers hold. Blocks of commands in a README are fenced
+as
 
-    ```bash         Python commands are run as they stand, in a copy of the repository (other READMEs than diagnostic_tools/: on a few pictures)
-    ```bash real    needs real weights, data or a cluster: Python commands are parsed by the script's own parser
+    ```bash         Python commands are run as they stand, in a copy of the repository (other
+                    READMEs than diagnostic_tools/: on a few pictures)
+    ```bash real    needs real weights, data or a cluster: Python commands are parsed by the
+                    script's own parser
     ```bash setup   sets the machine up: files are looked for, nothing is run
-Shell scripts are never run from a block, only checked with bash -n: they download, or run these tests. A block starts at the repository's root, `cd` counts
-within it, an unset variable is 0. diagnostic_tools/README.md is run cell by cell as the notebook that make_walkthrough.py makes from it.
+Shell scripts are never run from a block, only checked with bash -n: they download, or run these
+tests. A block starts at the repository's root, `cd` counts within it, an unset variable is 0.
+diagnostic_tools/README.md is run cell by cell as the notebook that make_walkthrough.py makes from
+it.
 
     python tests/test_readmes.py
 
-runs its commands anew, writes the tables of numbers on the tiny models into it and makes the notebook."""
+runs its commands anew, writes the tables of numbers on the tiny models into it and makes the
+notebook.
+"""
 
 import argparse
 import contextlib
-import functools
-import importlib.util
 import io
 import json
 import math
@@ -30,14 +35,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import rundirs
-from cli import UsageError
+from tests.conftest import command_module
+from vlmdiag.beyond_semantics import attention_map
+from vlmdiag.cli import UsageError
+from vlmdiag.runs import rundirs
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "diagnostic_tools"
-READMES = [path for name in ("README.md", "diagnostic_tools/README.md", "diagnostic_tools/STETHOSCOPE.md", "scripts/README.md", "visualize/README.md", "swap_analysis/README.md", "data/README.md", "benchmarks/README.md") if (path := ROOT / name).exists()]
+READMES = [
+    path
+    for name in (
+        "README.md",
+        "diagnostic_tools/README.md",
+        "diagnostic_tools/STETHOSCOPE.md",
+        "scripts/README.md",
+        "visualize/README.md",
+        "swap_analysis/README.md",
+        "data/README.md",
+        "benchmarks/README.md",
+    )
+    if (path := ROOT / name).exists()
+]
 MODELS = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
-LIMITS = {"--max_images": "2", "--max_questions": "4", "--num_images": "4", "--num_train": "2"}  # given to the scripts that have them
+LIMITS = {
+    "--max_images": "2",
+    "--max_questions": "4",
+    "--num_images": "4",
+    "--num_train": "2",
+}  # given to the scripts that have them
 SEED = r"""
 python vlm_token_norms.py \
 --model_path ../checkpoints/llava-v1.5-7b \
@@ -83,14 +108,18 @@ python viz_attention_image.py
 """  # the user's document, diagnostic_tools
 
 
-# --- reading READMEs --------------------------------------------------------------------------------------------------------
+# --- reading READMEs ------------------------------------------------------------------------------
 
 
 def steps(block):
-    """[(folder, words), ...] of a block: continued lines joined, comments and variables set for one command dropped, `cd` followed."""
+    """[(folder, words), ...] of a block: continued lines joined, comments and variables set for one
+    command dropped, `cd` followed."""
     found, folder = [], Path()
     for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(re.sub(r"\$(\w+|\{\w+\})", lambda m: os.environ.get(m[1].strip("{}"), "0"), line), comments=True)
+        words = shlex.split(
+            re.sub(r"\$(\w+|\{\w+\})", lambda m: os.environ.get(m[1].strip("{}"), "0"), line),
+            comments=True,
+        )
         while words and re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
             words = words[1:]
         if words[:1] == ["cd"]:
@@ -110,25 +139,19 @@ def blocks(path):
 def commands(*kinds):
     """pytest parameters (README, folder, words) of all commands in blocks of these kinds."""
     return [
-        pytest.param(path, folder, words, id=f"{path.relative_to(ROOT)}:{line}-{Path((words + [''])[1]).name or words[0]}-{number}")
+        pytest.param(
+            path,
+            folder,
+            words,
+            id=(
+                f"{path.relative_to(ROOT)}:{line}-{Path((words + [''])[1]).name or words[0]}-{number}"
+            ),
+        )
         for path in READMES
         for info, line, text in blocks(path)
         if info in kinds
         for number, (folder, words) in enumerate(steps(text))
     ]
-
-
-@functools.cache
-def script(path):
-    """A script as a module, its own folder importable while it is loaded, as the interpreter has it."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
 
 
 class Parsed(BaseException):
@@ -143,7 +166,7 @@ def refusal(path, arguments):
         original(self, *args)
         raise Parsed
 
-    module, error = script(path), io.StringIO()
+    module, error = command_module(path), io.StringIO()
     with contextlib.redirect_stderr(error), pytest.MonkeyPatch.context() as patch:
         try:
             if hasattr(module, "parse_args"):
@@ -159,7 +182,8 @@ def refusal(path, arguments):
 
 
 def accept(folder, words):
-    """Fail unless the command of a README could run: its script is there and takes the arguments."""
+    """Fail unless the command of a README could run: its script is there and takes the
+    arguments."""
     if words[0] == "python":
         path = ROOT / folder / words[1]
         assert path.is_file(), f"{shlex.join(words)}: no {path}"
@@ -168,7 +192,9 @@ def accept(folder, words):
         assert all((ROOT / folder / name).is_file() for name in words if name.endswith(".txt"))
     else:
         path = ROOT / folder / (words[1] if words[0] == "bash" else words[0])
-        assert path.suffix == ".sh", f"{shlex.join(words)}: neither python, nor pip install, nor a shell script"
+        assert path.suffix == ".sh", (
+            f"{shlex.join(words)}: neither python, nor pip install, nor a shell script"
+        )
         assert path.is_file(), f"{shlex.join(words)}: no {path}"
         assert words[0] == "bash" or os.access(path, os.X_OK), f"{path} is not executable"
         checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
@@ -187,7 +213,9 @@ def test_a_script_takes_the_arguments_that_a_readme_gives_it(path, folder, words
     accept(folder, words)
 
 
-@pytest.mark.parametrize("words", [words for _, words in steps(SEED)], ids=lambda words: f"{words[1]}-{len(words)}")
+@pytest.mark.parametrize(
+    "words", [words for _, words in steps(SEED)], ids=lambda words: f"{words[1]}-{len(words)}"
+)
 def test_the_documented_commands_are_accepted(words):
     accept(Path("diagnostic_tools"), words)
     dashed = [re.sub("_", "-", word) if word.startswith("--") else word for word in words]
@@ -195,14 +223,25 @@ def test_the_documented_commands_are_accepted(words):
 
 
 def test_the_documented_commands_stand_in_the_readme():
-    real = [words for info, _, text in blocks(TOOLS / "README.md") if info == "bash real" for _, words in steps(text)]
-    assert [words for _, words in steps(SEED.replace("../Data/", "../data/")) if words not in real] == []
+    real = [
+        words
+        for info, _, text in blocks(TOOLS / "README.md")
+        if info == "bash real"
+        for _, words in steps(text)
+    ]
+    assert [
+        words for _, words in steps(SEED.replace("../Data/", "../data/")) if words not in real
+    ] == []
 
 
 @pytest.mark.parametrize("path", READMES, ids=[str(path.relative_to(ROOT)) for path in READMES])
 def test_a_file_that_a_readme_names_exists(path):
     text = re.sub(r"https?://\S+", "", path.read_text())
-    present = {file.relative_to(ROOT).as_posix() for pattern in ("*", "*/*", "*/*/*") for file in ROOT.glob(pattern)}
+    present = {
+        file.relative_to(ROOT).as_posix()
+        for pattern in ("*", "*/*", "*/*/*")
+        for file in ROOT.glob(pattern)
+    }
     for name in set(re.findall(r"(?<![\w<>*./-])[\w./-]*\w\.(?:py|sh|ipynb)\b", text)):
         if "/" in name:
             assert any((folder / name).exists() for folder in (ROOT, path.parent)), name
@@ -214,23 +253,45 @@ def test_a_flag_that_the_readme_names_exists():
     known = set()
     for path in TOOLS.glob("*.py"):
         if "def parse_args" in path.read_text():
-            with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
-                script(path).parse_args(["--help"])
+            with (
+                contextlib.redirect_stdout(io.StringIO()) as shown,
+                contextlib.suppress(SystemExit),
+            ):
+                command_module(path).parse_args(["--help"])
             known |= set(re.findall(r"--[\w-]+", shown.getvalue()))
     make_shapes = {"--num_images", "--seed"}
     text = re.sub(r"^#.*$", "", (TOOLS / "README.md").read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known - make_shapes == set()
 
 
-# --- running ----------------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def make_checkout(folder, models=MODELS):
-    """A copy of the repository's code in which commands may write, with links to the tiny models."""
-    missing = [name for name in models if not (ROOT / "checkpoints" / name / "config.json").exists()]
+    """A copy of the repository's code in which commands may write, with links to the tiny
+    models."""
+    missing = [
+        name for name in models if not (ROOT / "checkpoints" / name / "config.json").exists()
+    ]
     if missing:
-        pytest.fail(f"checkpoints/{missing[0]} is missing: train the tiny models with python checkpoints/train_tiny.py", pytrace=False)
-    leave = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "runs", "outputs", "results", "COCO", "mmhal", "shapes*", "tiny-llava*", "tests")
+        pytest.fail(
+            f"checkpoints/{missing[0]} is missing: train the tiny models with python"
+            " checkpoints/train_tiny.py",
+            pytrace=False,
+        )
+    leave = shutil.ignore_patterns(
+        "__pycache__",
+        ".*",
+        "*.egg-info",
+        "runs",
+        "outputs",
+        "results",
+        "COCO",
+        "mmhal",
+        "shapes*",
+        "tiny-llava*",
+        "tests",
+    )
     shutil.copytree(ROOT, folder, ignore=leave, dirs_exist_ok=True)
     for path in (ROOT / "checkpoints").glob("tiny-llava*") if models else ():
         (folder / "checkpoints" / path.name).symlink_to(path)
@@ -238,33 +299,55 @@ def make_checkout(folder, models=MODELS):
 
 
 def environment(**more):
-    kept = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "DISPLAY", "MODEL", "RUNS", "OUT", "WORD", "IMAGE")}
-    return kept | {"PYTHONWARNINGS": "error", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MPLBACKEND", "DISPLAY", "MODEL", "RUNS", "OUT", "WORD", "IMAGE")
+    }
+    return (
+        kept | {"PYTHONWARNINGS": "error", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+    )
 
 
 def run(words, cwd, **more):
-    return subprocess.run([str(word) for word in words], cwd=cwd, env=environment(**more), capture_output=True, text=True)
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+    )
 
 
 def run_cells(checkout):
-    """Run the code cells of the notebook as one program, with a display() that prints the file's name. Returns the finished process."""
+    """Run the code cells of the notebook as one program, with a display() that prints the file's
+    name. Returns the finished process."""
     stub = checkout / "stub" / "IPython"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("")
-    (stub / "display.py").write_text("Image = dict\n\n\ndef display(image):\n    print('displayed', image['filename'])\n")
-    cells = [source for kind, source in walkthrough().cells_of((TOOLS / "README.md").read_text()) if kind == "code"]
+    (stub / "display.py").write_text(
+        "Image = dict\n\n\ndef display(image):\n    print('displayed', image['filename'])\n"
+    )
+    cells = [
+        source
+        for kind, source in walkthrough().cells_of((TOOLS / "README.md").read_text())
+        if kind == "code"
+    ]
     (checkout / "cells.py").write_text("\n\n".join(cells) + "\n")
     search = os.pathsep.join(filter(None, [str(stub.parent), os.environ.get("PYTHONPATH")]))
-    return run([sys.executable, checkout / "cells.py"], checkout / "diagnostic_tools", PYTHONPATH=search)
+    return run(
+        [sys.executable, checkout / "cells.py"], checkout / "diagnostic_tools", PYTHONPATH=search
+    )
 
 
 def walkthrough():
-    return script(TOOLS / "make_walkthrough.py")
+    return command_module(TOOLS / "make_walkthrough.py")
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """(checkout in which every command of diagnostic_tools/README.md was run, the finished process)."""
+    """(checkout in which every command of diagnostic_tools/README.md was run, the finished
+    process)."""
     checkout = make_checkout(tmp_path_factory.mktemp("checkout"))
     return checkout, run_cells(checkout)
 
@@ -272,27 +355,49 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkout(finished):
     if finished[1].returncode:
-        pytest.fail(f"a command of diagnostic_tools/README.md failed:\n{finished[1].stdout[-2000:]}\n{finished[1].stderr[-4000:]}", pytrace=False)
+        pytest.fail(
+            "a command of diagnostic_tools/README.md"
+            f" failed:\n{finished[1].stdout[-2000:]}\n{finished[1].stderr[-4000:]}",
+            pytrace=False,
+        )
     return finished[0]
 
 
 def test_the_notebook_is_made_from_the_readme(tmp_path):
     kept = TOOLS / "Diagnostic_Tools_Walkthrough.ipynb"
     assert walkthrough().main(["--out", str(tmp_path / "again.ipynb")]) == 0
-    assert (tmp_path / "again.ipynb").read_bytes() == kept.read_bytes(), "run python diagnostic_tools/make_walkthrough.py"
+    assert (tmp_path / "again.ipynb").read_bytes() == kept.read_bytes(), (
+        "run python diagnostic_tools/make_walkthrough.py"
+    )
     content = json.loads(kept.read_text())
     assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
     for cell in content["cells"]:
-        assert set(cell) == {"cell_type", "id", "metadata", "source"} | ({"execution_count", "outputs"} if cell["cell_type"] == "code" else set())
-    executed = [words for info, _, text in blocks(TOOLS / "README.md") if info == "bash" for _, words in steps(text)]
+        assert set(cell) == {"cell_type", "id", "metadata", "source"} | (
+            {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
+        )
+    executed = [
+        words
+        for info, _, text in blocks(TOOLS / "README.md")
+        if info == "bash"
+        for _, words in steps(text)
+    ]
     code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"][1:]
     assert [["python", *words] for words in map(words_of_cell, code)] == executed
 
 
 def words_of_cell(source):
     called = []
-    namespace = {"sys": argparse.Namespace(executable="python"), "ROOT": None, "show": lambda output: None}
-    fake = argparse.Namespace(PIPE=None, run=lambda words, **options: called.append((words, options)) or argparse.Namespace(stdout=""))
+    namespace = {
+        "sys": argparse.Namespace(executable="python"),
+        "ROOT": None,
+        "show": lambda output: None,
+    }
+    fake = argparse.Namespace(
+        PIPE=None,
+        run=lambda words, **options: (
+            called.append((words, options)) or argparse.Namespace(stdout="")
+        ),
+    )
     exec(source, namespace | {"subprocess": fake})
     ((words, options),) = called
     assert options["check"] is True
@@ -300,11 +405,19 @@ def words_of_cell(source):
 
 
 def test_the_walkthrough_runs_and_shows_its_figures(checkout, finished):
-    shown = [line.removeprefix("displayed ") for line in finished[1].stdout.splitlines() if line.startswith("displayed ")]
+    shown = [
+        line.removeprefix("displayed ")
+        for line in finished[1].stdout.splitlines()
+        if line.startswith("displayed ")
+    ]
     for name in shown:
         with Image.open(name) as picture:
             picture.verify()
-    wrote = [line for line in finished[1].stdout.splitlines() if line.startswith("wrote ") and line.endswith(".png")]
+    wrote = [
+        line
+        for line in finished[1].stdout.splitlines()
+        if line.startswith("wrote ") and line.endswith(".png")
+    ]
     assert len(shown) == len(wrote) >= 25
 
 
@@ -313,31 +426,83 @@ def test_the_readme_names_every_file_and_field(checkout):
     run = rundirs.read_run(checkout / "runs" / "tiny-llava__sp-0", rundirs.COCO)
     psi = rundirs.read_run(checkout / "runs" / "psi" / "tiny-llava", "psi")
     record, answer, id = run.record(run.ids()[0]), psi.record(psi.ids()[0]), run.ids()[0]
-    fields = {*record, *record["shares"], *record["hidden_norms"], *record["spans"], *record["groups"], *run.arrays(id), *answer, *answer["original"]}
+    fields = {
+        *record,
+        *record["shares"],
+        *record["hidden_norms"],
+        *record["spans"],
+        *record["groups"],
+        *run.arrays(id),
+        *answer,
+        *answer["original"],
+    }
     meta = json.loads((run.path / "meta.json").read_text())
-    flags = {"do_sample", "temperature", "seed", "save_hidden_grid", "save_hidden_plots", "pos_only", "image_aspect"}
+    flags = {
+        "do_sample",
+        "temperature",
+        "seed",
+        "save_hidden_grid",
+        "save_hidden_plots",
+        "pos_only",
+        "image_aspect",
+    }
     fields |= {*meta, *meta["settings"], *meta["free"]} - flags
-    for name in ("runs/tiny-llava__sp-0/analysis/summary.json", "outputs/attention/attention_tiny-llava.json"):
+    for name in (
+        "runs/tiny-llava__sp-0/analysis/summary.json",
+        "outputs/attention/attention_tiny-llava.json",
+    ):
         fields |= set(json.loads((checkout / name).read_text()))
-    fields -= {f"mean_avg_{name}_{end}" for name in ("abs_delta_gv", "delta_alphaV") for end in ("low", "high")}
-    norms = json.loads((checkout / "outputs/token_norms/tiny-llava/token_norms_comparison.json").read_text())
+    fields -= {
+        f"mean_avg_{name}_{end}"
+        for name in ("abs_delta_gv", "delta_alphaV")
+        for end in ("low", "high")
+    }
+    norms = json.loads(
+        (checkout / "outputs/token_norms/tiny-llava/token_norms_comparison.json").read_text()
+    )
     kinds = json.loads((psi.path / "analysis" / "psi.json").read_text())["kinds"]
-    fields |= {*norms, *norms["text"], *norms["vision_over_text"], *kinds["all"], *kinds["all"]["psi"]}
-    for name in ("outputs/token_norms/tiny-llava/vectors.npz", "outputs/attention/attention_tiny-llava.npz"):
+    fields |= {
+        *norms,
+        *norms["text"],
+        *norms["vision_over_text"],
+        *kinds["all"],
+        *kinds["all"]["psi"],
+    }
+    for name in (
+        "outputs/token_norms/tiny-llava/vectors.npz",
+        "outputs/attention/attention_tiny-llava.npz",
+    ):
         with np.load(checkout / name) as arrays:
             fields |= set(arrays.files)
     assert sorted(fields - words) == []
-    made = [file for folder in ("runs", "outputs") for file in (checkout / folder).rglob("*") if file.is_file()]
-    stems = {file.stem for file in made if file.parent.name not in ("per_image", "failures") and not file.name.startswith("stack-")}
+    made = [
+        file
+        for folder in ("runs", "outputs")
+        for file in (checkout / folder).rglob("*")
+        if file.is_file()
+    ]
+    stems = {
+        file.stem
+        for file in made
+        if file.parent.name not in ("per_image", "failures") and not file.name.startswith("stack-")
+    }
     named_by_the_command = ("attention_", "cmb_", "hidden_norms_")
     assert {stem for stem in stems - words if not stem.startswith(named_by_the_command)} == set()
 
 
-@pytest.mark.parametrize(("path", "folder", "words"), [row for row in commands("bash") if row.values[0] != TOOLS / "README.md"])
+@pytest.mark.parametrize(
+    ("path", "folder", "words"),
+    [row for row in commands("bash") if row.values[0] != TOOLS / "README.md"],
+)
 def test_a_command_for_the_tiny_models_runs(path, folder, words, request, tmp_path_factory):
     if words[0] != "python":
         return accept(folder, words)
-    limits = [part for flag, value in LIMITS.items() if refusal(ROOT / folder / words[1], [*words[2:], flag, value]) is None for part in (flag, value)]
+    limits = [
+        part
+        for flag, value in LIMITS.items()
+        if refusal(ROOT / folder / words[1], [*words[2:], flag, value]) is None
+        for part in (flag, value)
+    ]
     root = request.getfixturevalue("data_checkout" if path.parent.name == "data" else "checkout")
     done = run([sys.executable, *words[1:], *limits], root / folder)
     assert done.returncode == 0, done.stderr
@@ -349,7 +514,7 @@ def data_checkout(tmp_path_factory):
     return make_checkout(tmp_path_factory.mktemp("data"), models=())
 
 
-# --- the shell script -------------------------------------------------------------------------------------------------------
+# --- the shell script -----------------------------------------------------------------------------
 
 
 def printed(output):
@@ -359,20 +524,31 @@ def printed(output):
 
 def test_the_shell_script_goes_on_with_the_runs_of_the_readme(checkout, tmp_path):
     shell = ["bash", checkout / "diagnostic_tools" / "run_beyond_semantics.sh"]
-    done = run(shell, tmp_path, MODEL="checkpoints/tiny-llava", MAX_IMAGES="20", PYTHON=sys.executable)
+    done = run(
+        shell, tmp_path, MODEL="checkpoints/tiny-llava", MAX_IMAGES="20", PYTHON=sys.executable
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images: 0 computed, 20 done before, 0 failed") == 2
     assert done.stdout.count("questions: 0 computed, 40 done before, 0 failed") == 1
     assert "WORD=teddy" in done.stdout
-    for name in ("cmb_sp0", "cmb_sp1", "cmb_panel_sp0_000000000001", "hidden_norms_avg_sp0", "hidden_norms_avg_sp1"):
+    for name in (
+        "cmb_sp0",
+        "cmb_sp1",
+        "cmb_panel_sp0_000000000001",
+        "hidden_norms_avg_sp0",
+        "hidden_norms_avg_sp1",
+    ):
         assert (checkout / "outputs" / f"{name}.png").exists(), name
     assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture
 def recorder(tmp_path):
-    """An interpreter that runs one-liners but of scripts only leaves behind what the shell script looks for: run directories as of one model without a
-    system prompt, `first`, and others with one. psi.py ends with 3. recorder(cwd, **variables) -> (exit code, printed commands by script, all output)."""
+    """An interpreter that runs one-liners but of scripts only leaves behind what the shell script
+    looks for: run directories as of one model without a system prompt, `first`, and others with
+    one. psi.py ends with 3. recorder(cwd, **variables) -> (exit code, printed commands by script,
+    all output).
+    """
     fake = tmp_path / "python"
     fake.write_text(f"""#!{sys.executable}
 import os, sys
@@ -395,7 +571,9 @@ sys.exit(3 if arguments[0].endswith("psi.py") else 0)
     def start(cwd, **variables):
         done = run(["bash", TOOLS / "run_beyond_semantics.sh"], cwd, PYTHON=str(fake), **variables)
         calls = {}
-        for words in (shlex.split(line[2:])[1:] for line in done.stdout.splitlines() if line.startswith("+ ")):
+        for words in (
+            shlex.split(line[2:])[1:] for line in done.stdout.splitlines() if line.startswith("+ ")
+        ):
             accept(Path(), ["python", *words])
             calls.setdefault(Path(words[0]).stem, []).append(words[1:])
         return done.returncode, calls, done.stdout + done.stderr
@@ -406,17 +584,29 @@ sys.exit(3 if arguments[0].endswith("psi.py") else 0)
 def test_the_shell_script_runs_everything_on_the_tiny_models(recorder, tmp_path):
     code, calls, output = recorder(tmp_path, RUNS="r", OUT="o")
     assert code == 3, output
-    scripts = {path.stem for path in TOOLS.glob("*.py") if "def main" in path.read_text()} - {"make_walkthrough"}
-    stethoscope = {stem for stem in scripts if f"| `{stem}.py` |" in (TOOLS / "STETHOSCOPE.md").read_text()}
+    scripts = {path.stem for path in TOOLS.glob("*.py") if "def main" in path.read_text()} - {
+        "make_walkthrough"
+    }
+    stethoscope = {
+        stem for stem in scripts if f"| `{stem}.py` |" in (TOOLS / "STETHOSCOPE.md").read_text()
+    }
     assert scripts - stethoscope <= set(calls) and len(stethoscope) == 7
     plain, stripped = calls["run_coco_diagnostics"]
     models = [word for name in MODELS for word in ("--model_path", f"checkpoints/{name}")]
     assert plain[:6] == stripped[:6] == models and stripped == [*plain, "--strip_system_prompt"]
     for name in ("analyze_coco_diagnostics", "system_prompt_plot"):
-        assert calls[name] == [["--run_dir", *(f"{tmp_path}/r/{model}__sp-{sp}" for model in MODELS)] for sp in (0, 1)]
-    assert len(calls["vlm_token_norms"]) == 3 and len(calls["viz_cmb_panel"]) == 4 and len(calls["viz_hidden_norms"]) == 2
+        assert calls[name] == [
+            ["--run_dir", *(f"{tmp_path}/r/{model}__sp-{sp}" for model in MODELS)] for sp in (0, 1)
+        ]
+    assert (
+        len(calls["vlm_token_norms"]) == 3
+        and len(calls["viz_cmb_panel"]) == 4
+        and len(calls["viz_hidden_norms"]) == 2
+    )
     assert calls["viz_attention_image"] == [[*models, "--out_dir", f"{tmp_path}/o/attention"]]
-    assert {"data/shapes/val2017", "data/shapes/annotations/captions_val2017.json", "200"} <= set(plain)
+    assert {"data/shapes/val2017", "data/shapes/annotations/captions_val2017.json", "200"} <= set(
+        plain
+    )
     assert {"data/shapes/questions.json", "400"} <= set(calls["psi"][0])
 
 
@@ -426,16 +616,41 @@ def test_the_shell_script_passes_its_variables_on(recorder, tmp_path):
         folder.mkdir()
     for name in ("captions.json", "asked.json", "bear.jpg"):
         (here / name).touch()
-    files = {"IMAGE_DIR": "pictures", "ANN_FILE": "captions.json", "QUESTIONS": "asked.json", "IMAGE": "bear.jpg"}
-    more = {"RUNS": "r", "OUT": "o", "MAX_IMAGES": "5", "BATCH_SIZE": "4", "MODEL": f"{models[0]} ../second", "WORD": "teddy"}
+    files = {
+        "IMAGE_DIR": "pictures",
+        "ANN_FILE": "captions.json",
+        "QUESTIONS": "asked.json",
+        "IMAGE": "bear.jpg",
+    }
+    more = {
+        "RUNS": "r",
+        "OUT": "o",
+        "MAX_IMAGES": "5",
+        "BATCH_SIZE": "4",
+        "MODEL": f"{models[0]} ../second",
+        "WORD": "teddy",
+    }
     code, calls, output = recorder(here, **files, **more)
     assert code == 3, output
     plain, stripped = calls["run_coco_diagnostics"]
-    assert [word for word in plain if word.startswith("/")] == [*map(str, models), f"{here}/pictures", f"{here}/captions.json", f"{here}/r"]
-    assert stripped[:2] == ["--model_path", str(models[1])] and stripped.count("--model_path") == 1 and stripped[-1] == "--strip_system_prompt"
+    assert [word for word in plain if word.startswith("/")] == [
+        *map(str, models),
+        f"{here}/pictures",
+        f"{here}/captions.json",
+        f"{here}/r",
+    ]
+    assert (
+        stripped[:2] == ["--model_path", str(models[1])]
+        and stripped.count("--model_path") == 1
+        and stripped[-1] == "--strip_system_prompt"
+    )
     pairs = [["second__sp-0"], ["first__sp-1", "second__sp-1"]]
-    assert calls["analyze_coco_diagnostics"] == [["--run_dir", *(f"{here}/r/{name}" for name in names)] for names in pairs]
-    assert {"teddy", f"{here}/bear.jpg", f"{here}/o/attention"} <= set(calls["viz_attention_image"][0])
+    assert calls["analyze_coco_diagnostics"] == [
+        ["--run_dir", *(f"{here}/r/{name}" for name in names)] for names in pairs
+    ]
+    assert {"teddy", f"{here}/bear.jpg", f"{here}/o/attention"} <= set(
+        calls["viz_attention_image"][0]
+    )
     assert {f"{here}/asked.json", "10", "4"} <= set(calls["psi"][0])
 
 
@@ -448,7 +663,7 @@ def test_the_shell_script_ends_where_a_command_is_wrong(recorder, tmp_path):
     assert code == 2 and len(calls) <= 1
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def shares_of(run, *names):
@@ -463,13 +678,24 @@ def numbers(checkout):
         rows.setdefault(row, []).append(" / ".join(f"{value:.3g}" for value in values))
 
     for model in MODELS:
-        runs = [rundirs.read_run(checkout / "runs" / f"{model}__sp-{sp}", rundirs.COCO) for sp in (0, 1)]
-        norms = json.loads((checkout / "outputs" / "token_norms" / model / "token_norms_comparison.json").read_text())
+        runs = [
+            rundirs.read_run(checkout / "runs" / f"{model}__sp-{sp}", rundirs.COCO) for sp in (0, 1)
+        ]
+        norms = json.loads(
+            (
+                checkout / "outputs" / "token_norms" / model / "token_norms_comparison.json"
+            ).read_text()
+        )
         add("norm of a text token", norms["text"]["mean_over_images"])
         add("norm of a vision token", norms["vision"]["mean_over_images"])
         for sp, run in enumerate(runs):
             add(f"CMB, sp-{sp}", np.nanmean(run.stack("head_vision_share")[1]["head_vision_share"]))
-        add("system / vision / user share, sp-0", *shares_of(runs[0], "mean_sys_share", "mean_vision_withsys_share", "mean_text_withsys_share"))
+        add(
+            "system / vision / user share, sp-0",
+            *shares_of(
+                runs[0], "mean_sys_share", "mean_vision_withsys_share", "mean_text_withsys_share"
+            ),
+        )
         add("vision share of vision + user, sp-0", *shares_of(runs[0], "mean_vision_share"))
         summary = json.loads((runs[0].path / "analysis" / "summary.json").read_text())
         add("mean abs(delta_gv), sp-0", summary["mean_avg_abs_delta_gv"])
@@ -478,8 +704,15 @@ def numbers(checkout):
         ratio = np.log10((arrays["hidden_norms_vision"] / arrays["hidden_norms_user_text"]).mean(0))
         add("log10 (vision / user text norm), hidden state 0, sp-0", ratio[0])
         add("the same, mean of the first 6", ratio[:6].mean())
-        add("normalised entropy, drawn picture", json.loads((checkout / "outputs" / "attention" / f"attention_{model}.json").read_text())["normalized_entropy"])
-        kinds = json.loads((checkout / "runs" / "psi" / model / "analysis" / "psi.json").read_text())["kinds"]
+        add(
+            "normalised entropy, drawn picture",
+            json.loads(
+                (checkout / "outputs" / "attention" / f"attention_{model}.json").read_text()
+            )["normalized_entropy"],
+        )
+        kinds = json.loads(
+            (checkout / "runs" / "psi" / model / "analysis" / "psi.json").read_text()
+        )["kinds"]
         for row, kind in (("PSI, all questions", "all"), ("PSI, left or right", "left_right")):
             value = kinds[kind]["psi"]["mean"]
             add(row, math.nan if value is None else value)
@@ -488,16 +721,31 @@ def numbers(checkout):
 
 def differences(checkout):
     """{row of the README's table of published definitions: its last cell}."""
-    ours, paper = (rundirs.read_run(checkout / folder / "tiny-llava__sp-0", rundirs.COCO) for folder in ("runs", "runs/paper"))
-    both = [run.stack(["head_vision_share", "delta_gv", "hidden_norms_vision", "hidden_norms_user_text"])[1] for run in (ours, paper)]
-    maps = [json.loads((checkout / "outputs" / folder / "attention_tiny-llava.json").read_text()) for folder in ("attention", "paper/attention")]
+    ours, paper = (
+        rundirs.read_run(checkout / folder / "tiny-llava__sp-0", rundirs.COCO)
+        for folder in ("runs", "runs/paper")
+    )
+    both = [
+        run.stack(
+            ["head_vision_share", "delta_gv", "hidden_norms_vision", "hidden_norms_user_text"]
+        )[1]
+        for run in (ours, paper)
+    ]
+    maps = [
+        json.loads((checkout / "outputs" / folder / "attention_tiny-llava.json").read_text())
+        for folder in ("attention", "paper/attention")
+    ]
     norms = [
-        json.loads((checkout / "outputs" / folder / "token_norms_comparison.json").read_text()) for folder in ("token_norms/tiny-llava", "paper/token_norms")
+        json.loads((checkout / "outputs" / folder / "token_norms_comparison.json").read_text())
+        for folder in ("token_norms/tiny-llava", "paper/token_norms")
     ]
     with np.load(checkout / "outputs" / "attention" / "attention_tiny-llava.npz") as arrays:
-        entropy = script(TOOLS / "attention_map.py").normalized_entropy
+        entropy = attention_map.normalized_entropy
         change = abs(entropy(arrays["map"], 1e-10) - entropy(arrays["map"]))
-    system, vision, text = (np.array([record[f"mean_{name}_share"] for record in ours.records()]) for name in ("sys", "vision", "text"))
+    system, vision, text = (
+        np.array([record[f"mean_{name}_share"] for record in ours.records()])
+        for name in ("sys", "vision", "text")
+    )
     product = (vision * (1 - system)).mean() / ((vision + text) * (1 - system) + system).mean()
 
     def against(what, pair):
@@ -508,15 +756,27 @@ def differences(checkout):
         for words, name in (("vision norm", "vision"), ("user text norm", "user_text"))
     ]
     return {
-        "RoPE probe: query row": against("mean abs(delta_gv)", [np.nanmean(np.abs(arrays["delta_gv"])) for arrays in both]),
-        "CMB: a head that sees neither group": against("mean CMB", [np.nanmean(arrays["head_vision_share"]) for arrays in both]),
-        "shares: denominator 0": against("vision share", [shares_of(run, "mean_vision_share")[0] for run in (ours, paper)]),
+        "RoPE probe: query row": against(
+            "mean abs(delta_gv)", [np.nanmean(np.abs(arrays["delta_gv"])) for arrays in both]
+        ),
+        "CMB: a head that sees neither group": against(
+            "mean CMB", [np.nanmean(arrays["head_vision_share"]) for arrays in both]
+        ),
+        "shares: denominator 0": against(
+            "vision share", [shares_of(run, "mean_vision_share")[0] for run in (ours, paper)]
+        ),
         "last hidden state": "; ".join(last),
-        "overlay: row of the token": against("normalised entropy", [record["normalized_entropy"] for record in maps]),
+        "overlay: row of the token": against(
+            "normalised entropy", [record["normalized_entropy"] for record in maps]
+        ),
         "overlay: which token": against("token", [record["token_position"] for record in maps]),
         "overlay: entropy and map": f"entropies differ by {change:.0e}",
-        "three-way pie": against("vision", [*shares_of(ours, "mean_vision_withsys_share"), product]),
-        "token norms: picture": against("vision norm", [summary["vision"]["mean_over_images"] for summary in norms]),
+        "three-way pie": against(
+            "vision", [*shares_of(ours, "mean_vision_withsys_share"), product]
+        ),
+        "token norms: picture": against(
+            "vision norm", [summary["vision"]["mean_over_images"] for summary in norms]
+        ),
     }
 
 
@@ -524,16 +784,23 @@ def table_rows(text, table):
     """{first cell: (line, later cells)} of the table whose header starts with a word."""
     start = re.search(rf"^\| {table} \|.*\n\|[-|]+\n", text, re.MULTILINE)
     lines = text[start.end() :].split("\n\n")[0].splitlines()
-    return {cells[0]: (line, cells[1:]) for line in lines if (cells := line.strip("| ").split(" | "))}
+    return {
+        cells[0]: (line, cells[1:]) for line in lines if (cells := line.strip("| ").split(" | "))
+    }
 
 
 def filled(text, checkout):
     """The README with the numbers of the tiny models."""
-    for table, cells in (("measure", {row: [cell] for row, cell in differences(checkout).items()}), ("quantity", numbers(checkout))):
+    for table, cells in (
+        ("measure", {row: [cell] for row, cell in differences(checkout).items()}),
+        ("quantity", numbers(checkout)),
+    ):
         rows = table_rows(text, table)
         for name, values in cells.items():
             line, old = rows[name]
-            text = text.replace(line, f"| {' | '.join([name, *old[: len(old) - len(values)], *values])} |", 1)
+            text = text.replace(
+                line, f"| {' | '.join([name, *old[: len(old) - len(values)], *values])} |", 1
+            )
     return text
 
 
@@ -545,23 +812,47 @@ def test_the_numbers_of_the_readme_are_those_of_the_tiny_models(checkout):
         for name, (line, _) in table_rows(text, table).items():
             number = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
             assert re.sub(number, "#", line) == re.sub(number, "#", now[name][0]), advice
-            for written, found in zip(re.findall(number, line), re.findall(number, now[name][0]), strict=True):
-                loose = 0.05 if "PSI" in name else 5e-4  # greedy ties fall differently on other machines
-                assert math.isclose(float(written), float(found), rel_tol=0.05, abs_tol=loose), f"{name}: {written} written, {found} found; {advice}"
+            for written, found in zip(
+                re.findall(number, line), re.findall(number, now[name][0]), strict=True
+            ):
+                loose = (
+                    0.05 if "PSI" in name else 5e-4
+                )  # greedy ties fall differently on other machines
+                assert math.isclose(float(written), float(found), rel_tol=0.05, abs_tol=loose), (
+                    f"{name}: {written} written, {found} found; {advice}"
+                )
 
 
 def test_the_sizes_of_the_readme_are_those_of_the_tiny_models(checkout):
     text = " ".join((TOOLS / "README.md").read_text().split())
     for model in MODELS:
-        runs = [rundirs.read_run(checkout / "runs" / f"{model}__sp-{sp}", rundirs.COCO) for sp in (0, 1)]
+        runs = [
+            rundirs.read_run(checkout / "runs" / f"{model}__sp-{sp}", rundirs.COCO) for sp in (0, 1)
+        ]
         records = [run.record("000000000001") for run in runs]
-        counts = [{group: sum(end - start for start, end in parts) for group, parts in record["spans"].items()} for record in records]
+        counts = [
+            {
+                group: sum(end - start for start, end in parts)
+                for group, parts in record["spans"].items()
+            }
+            for record in records
+        ]
         layers, heads = runs[0].arrays("000000000001")["alphaV"].shape
         lengths = [sum(count.values()) for count in counts]
         vision, user = counts[0]["vision"], counts[0]["user"] + counts[0]["template"]
-        assert f"L = {layers}, H = {heads}, P = {vision} and T = {lengths[0]} " in text and f"system prompt, {lengths[1]} without it" in text
-        assert f"{vision} / {vision + user} = {vision / (vision + user):.3f}" in text and f"role strings make {user} tokens" in text
-        assert records[0]["chance_vision_share"] == records[1]["chance_vision_share"] == pytest.approx(vision / (vision + user))
+        assert (
+            f"L = {layers}, H = {heads}, P = {vision} and T = {lengths[0]} " in text
+            and f"system prompt, {lengths[1]} without it" in text
+        )
+        assert (
+            f"{vision} / {vision + user} = {vision / (vision + user):.3f}" in text
+            and f"role strings make {user} tokens" in text
+        )
+        assert (
+            records[0]["chance_vision_share"]
+            == records[1]["chance_vision_share"]
+            == pytest.approx(vision / (vision + user))
+        )
 
 
 def main():

@@ -14,27 +14,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import rundirs
-from cli import UsageError
-from rundirs import COCO, find_runs, open_run, read_run, run_path, slug
+from vlmdiag.cli import UsageError
+from vlmdiag.runs import rundirs
+from vlmdiag.runs.rundirs import COCO, find_runs, open_run, read_run, run_path, slug
 
 REPO = Path(__file__).resolve().parent.parent
-SETTINGS = {"model": "tiny", "prompt": "Describe the image.", "decoding": {"max_new_tokens": 32, "temperature": 1}}
+SETTINGS = {
+    "model": "tiny",
+    "prompt": "Describe the image.",
+    "decoding": {"max_new_tokens": 32, "temperature": 1},
+}
 
 
 def new_run(folder, n=0, experiment="demo"):
     run = open_run(folder, experiment, SETTINGS)
     for i in range(n):
-        run.write(f"{i:03d}", {"image_id": i, "caption": f"item {i}"}, {"share": np.full((2, 3), i, np.float32), "norm": np.arange(4) + i})
+        run.write(
+            f"{i:03d}",
+            {"image_id": i, "caption": f"item {i}"},
+            {"share": np.full((2, 3), i, np.float32), "norm": np.arange(4) + i},
+        )
     return run
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def python(code, *args):
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 # ---- names ----
@@ -56,14 +74,23 @@ def test_a_model_path_gives_the_folder_name_of_the_papers(name, folder):
 
 def test_run_paths_follow_the_documented_layout():
     assert run_path("runs", "x/llava-v1.5-7b", sp=0) == Path("runs/llava-v1.5-7b__sp-0")
-    assert run_path("runs", "x/llava-v1.5-7b", run_name="long answers", sp=1) == Path("runs/llava-v1.5-7b__long-answers__sp-1")
-    assert run_path("runs", "x/llava-v1.5-7b", "token_norms", "b/c") == Path("runs/token_norms/llava-v1.5-7b__b-c")
+    assert run_path("runs", "x/llava-v1.5-7b", run_name="long answers", sp=1) == Path(
+        "runs/llava-v1.5-7b__long-answers__sp-1"
+    )
+    assert run_path("runs", "x/llava-v1.5-7b", "token_norms", "b/c") == Path(
+        "runs/token_norms/llava-v1.5-7b__b-c"
+    )
 
 
 @pytest.mark.parametrize("id", ["", "a/b", "a\\b", "..", ".hidden", "a\0b", "x" * 200])
 def test_ids_that_cannot_be_file_names_are_refused(tmp_path, id):
     run = new_run(tmp_path / "run")
-    for call in (lambda: run.write(id, {}, {}), lambda: run.is_done(id), lambda: run.fail(id, ValueError("x")), lambda: run.arrays(id)):
+    for call in (
+        lambda: run.write(id, {}, {}),
+        lambda: run.is_done(id),
+        lambda: run.fail(id, ValueError("x")),
+        lambda: run.arrays(id),
+    ):
         with pytest.raises(UsageError, match="item id"):
             call()
 
@@ -73,14 +100,35 @@ def test_ids_that_cannot_be_file_names_are_refused(tmp_path, id):
 
 def test_an_item_comes_back_as_it_was_written(tmp_path):
     run = new_run(tmp_path / "run")
-    record = {"z": "façade 羊", "a": np.float32(0.5), "nan": float("nan"), "list": (np.int64(3), np.inf), "array": np.array([[1.0, np.nan]])}
+    record = {
+        "z": "façade 羊",
+        "a": np.float32(0.5),
+        "nan": float("nan"),
+        "list": (np.int64(3), np.inf),
+        "array": np.array([[1.0, np.nan]]),
+    }
     record |= {7: Path("a/b"), "lone": "\udc80"}
-    arrays = {"file": np.arange(3), "empty": np.zeros((0, 4), np.float16), "scalar": np.array(2.5), "text": np.array(["a", "bc"])}
+    arrays = {
+        "file": np.arange(3),
+        "empty": np.zeros((0, 4), np.float16),
+        "scalar": np.array(2.5),
+        "text": np.array(["a", "bc"]),
+    }
     assert run.write("000000000042", record, arrays)
     text = (run.path / "per_image/000000000042.json").read_text()
     assert "façade 羊" in text and text.startswith('{\n "z"')
-    expected = {"z": "façade 羊", "a": 0.5, "nan": None, "list": [3, None], "array": [[1.0, None]], "7": "a/b", "lone": "\udc80"}
-    assert run.record("000000000042") == expected and list(run.record("000000000042")) == list(expected)
+    expected = {
+        "z": "façade 羊",
+        "a": 0.5,
+        "nan": None,
+        "list": [3, None],
+        "array": [[1.0, None]],
+        "7": "a/b",
+        "lone": "\udc80",
+    }
+    assert run.record("000000000042") == expected and list(run.record("000000000042")) == list(
+        expected
+    )
     with np.load(run.path / "per_image/000000000042.npz", allow_pickle=False) as stored:
         for key, array in arrays.items():
             assert stored[key].dtype == array.dtype and np.array_equal(stored[key], array)
@@ -94,7 +142,9 @@ def test_equal_arrays_give_equal_npz_bytes_at_any_time(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
     assert rundirs._npz(arrays) == first
     (tmp_path / "a.npz").write_bytes(first)
-    assert {info.date_time for info in zipfile.ZipFile(tmp_path / "a.npz").infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    assert {info.date_time for info in zipfile.ZipFile(tmp_path / "a.npz").infolist()} == {
+        (1980, 1, 1, 0, 0, 0)
+    }
     assert len(rundirs._npz({"zeros": np.zeros(100_000)})) < 2000  # compressed
 
 
@@ -128,8 +178,14 @@ def test_a_failure_is_noted_and_goes_away_with_success(tmp_path):
         raise ValueError("no such layer")
     except ValueError as error:
         run.fail("a", error, stage="load", size=np.int64(3))
-    assert run.failed()["a"]["type"] == "ValueError" and run.failed()["a"]["message"] == "no such layer"
-    assert run.failed()["a"]["facts"] == {"stage": "load", "size": 3} and "test_rundirs.py" in run.failed()["a"]["traceback"]
+    assert (
+        run.failed()["a"]["type"] == "ValueError"
+        and run.failed()["a"]["message"] == "no such layer"
+    )
+    assert (
+        run.failed()["a"]["facts"] == {"stage": "load", "size": 3}
+        and "test_rundirs.py" in run.failed()["a"]["traceback"]
+    )
     run.write("a", {}, {})
     assert run.failed() == {} and files(run.path / "failures") == {}
     run.fail("a", ValueError("late"))  # a done item stays done
@@ -142,14 +198,18 @@ def test_preds_are_rebuilt_from_the_items(tmp_path):
     run.write("010-0", {"caption": "by id"}, {})
     (run.path / "preds.json").write_text("half")
     run.finish()
-    expected = [{"image_id": i, "caption": f"item {i}"} for i in range(3)] + [{"image_id": "010-0", "caption": "by id"}]
+    expected = [{"image_id": i, "caption": f"item {i}"} for i in range(3)] + [
+        {"image_id": "010-0", "caption": "by id"}
+    ]
     assert json.loads((run.path / "preds.json").read_text()) == expected
 
 
 def test_preds_of_a_shard_that_finishes_late_miss_nothing(tmp_path, monkeypatch):
     run, other, write = new_run(tmp_path / "run", 2), new_run(tmp_path / "run"), rundirs._write
 
-    def interleaved(path, data, **options):  # another shard commits its last item and finishes between our listing and our writing
+    def interleaved(
+        path, data, **options
+    ):  # another shard commits its last item and finishes between our listing and our writing
         if path.name == "preds.json" and "late" not in other.ids():
             monkeypatch.setattr(rundirs, "_write", write)
             other.write("late", {"caption": "x"}, {})
@@ -163,13 +223,20 @@ def test_preds_of_a_shard_that_finishes_late_miss_nothing(tmp_path, monkeypatch)
 
 def test_counters_add_up_between_threads_and_are_part_of_meta_when_read(tmp_path):
     run = new_run(tmp_path / "run")
-    threads = [threading.Thread(target=lambda: [run.count("oom_halvings") for _ in range(50)]) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: [run.count("oom_halvings") for _ in range(50)])
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     run.count("retries", 3)
-    assert run.counters() == {"oom_halvings": 200, "retries": 3} == read_run(run.path, "demo").meta["counters"]
+    assert (
+        run.counters()
+        == {"oom_halvings": 200, "retries": 3}
+        == read_run(run.path, "demo").meta["counters"]
+    )
 
 
 # ---- settings ----
@@ -178,31 +245,57 @@ def test_counters_add_up_between_threads_and_are_part_of_meta_when_read(tmp_path
 def test_meta_holds_settings_and_versions(tmp_path):
     open_run(tmp_path / "run", "demo", SETTINGS, free={"batch_size": 8})
     meta = json.loads((tmp_path / "run/meta.json").read_text())
-    assert (meta["schema"], meta["experiment"], meta["settings"], meta["free"]) == (rundirs.SCHEMA, "demo", SETTINGS, {"batch_size": 8})
-    assert {"python", "numpy", "torch", "transformers", "pillow"} <= meta["versions"].keys() and meta["versions"]["numpy"] == np.__version__
+    assert (meta["schema"], meta["experiment"], meta["settings"], meta["free"]) == (
+        rundirs.SCHEMA,
+        "demo",
+        SETTINGS,
+        {"batch_size": 8},
+    )
+    assert {"python", "numpy", "torch", "transformers", "pillow"} <= meta[
+        "versions"
+    ].keys() and meta["versions"]["numpy"] == np.__version__
 
 
 def test_every_differing_setting_is_listed_with_both_values(tmp_path):
     new_run(tmp_path / "run", 1)
-    other = {"model": "large", "prompt": SETTINGS["prompt"], "decoding": {"max_new_tokens": 64, "temperature": 1.0}, "probe": True}
+    other = {
+        "model": "large",
+        "prompt": SETTINGS["prompt"],
+        "decoding": {"max_new_tokens": 64, "temperature": 1.0},
+        "probe": True,
+    }
     with pytest.raises(UsageError) as caught:
         open_run(tmp_path / "run", "demo", other)
     message = str(caught.value)
-    differences = ('model: now "large", there "tiny"', "decoding.max_new_tokens: now 64, there 32", "probe: now true, there not set")
+    differences = (
+        'model: now "large", there "tiny"',
+        "decoding.max_new_tokens: now 64, there 32",
+        "probe: now true, there not set",
+    )
     for part in (*differences, "--overwrite", "--run_name"):
         assert part in message
     assert "prompt" not in message and "temperature" not in message and "\n" not in message
 
 
 def test_settings_are_compared_as_json_and_free_ones_may_differ(tmp_path):
-    identity = {"layers": (1, 2), "scale": np.float32(0.5), "none": None, "nan": float("nan"), "path": Path("a/b"), 3: {"x": ()}}
+    identity = {
+        "layers": (1, 2),
+        "scale": np.float32(0.5),
+        "none": None,
+        "nan": float("nan"),
+        "path": Path("a/b"),
+        3: {"x": ()},
+    }
     open_run(tmp_path / "run", "demo", identity, free={"max_images": 20})
     open_run(tmp_path / "run", "demo", identity, free={"max_images": 5000})
 
 
 def test_another_experiment_or_schema_is_refused(tmp_path):
     run = new_run(tmp_path / "run", 1)
-    for call in (lambda: open_run(run.path, "other", SETTINGS), lambda: read_run(run.path, "other")):
+    for call in (
+        lambda: open_run(run.path, "other", SETTINGS),
+        lambda: read_run(run.path, "other"),
+    ):
         with pytest.raises(UsageError, match="'demo'"):
             call()
     meta = run.path / "meta.json"
@@ -219,7 +312,11 @@ def test_overwrite_removes_what_a_run_owns_and_nothing_else(tmp_path):
     run.stack(["norm"])
     (run.path / "notes.txt").write_text("mine")
     again = open_run(run.path, "demo", SETTINGS | {"model": "large"}, overwrite=True)
-    assert again.ids() == [] and again.counters() == {} and sorted(files(run.path)) == ["meta.json", "notes.txt"]
+    assert (
+        again.ids() == []
+        and again.counters() == {}
+        and sorted(files(run.path)) == ["meta.json", "notes.txt"]
+    )
 
 
 @pytest.mark.parametrize("name, text", [("holiday.jpg", "x"), ("meta.json", '{"album": 1}')])
@@ -251,8 +348,8 @@ def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path):
 OPEN = """
 import sys, time
 from pathlib import Path
-from cli import UsageError
-from rundirs import open_run
+from vlmdiag.cli import UsageError
+from vlmdiag.runs.rundirs import open_run
 assert "torch" not in sys.modules, "rundirs must not import torch"
 folder, who = Path(sys.argv[1]), sys.argv[2]
 (folder / f"ready-{who}").touch()
@@ -268,12 +365,16 @@ except UsageError as error:
 
 def test_of_racing_processes_one_creates_meta_and_the_others_compare(tmp_path):
     racers = [python(OPEN, tmp_path, who) for who in range(3)]
-    while len(list(tmp_path.glob("ready-*"))) < len(racers) and all(racer.poll() is None for racer in racers):
+    while len(list(tmp_path.glob("ready-*"))) < len(racers) and all(
+        racer.poll() is None for racer in racers
+    ):
         time.sleep(0.01)
     (tmp_path / "go").touch()
     said = [racer.communicate(timeout=30) for racer in racers]
     winner = json.loads((tmp_path / "run/meta.json").read_text())["settings"]["who"]
-    assert [out.strip() == "created" for out, _ in said] == [str(who) == winner for who in range(3)], said
+    assert [out.strip() == "created" for out, _ in said] == [
+        str(who) == winner for who in range(3)
+    ], said
     assert all(f'there "{winner}"' in out for out, _ in said if out.strip() != "created")
     assert list((tmp_path / "run").rglob("*.tmp")) == []
 
@@ -281,7 +382,9 @@ def test_of_racing_processes_one_creates_meta_and_the_others_compare(tmp_path):
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_of_racing_threads_exactly_one_creates_meta(tmp_path, monkeypatch, hard_links):
     if not hard_links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no hard links here")))
+        monkeypatch.setattr(
+            os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no hard links here"))
+        )
     barrier, outcome = threading.Barrier(8), {}
 
     def race(who):
@@ -306,7 +409,7 @@ def test_of_racing_threads_exactly_one_creates_meta(tmp_path, monkeypatch, hard_
 FULL_DISK = """
 import resource, sys
 import numpy as np
-from rundirs import open_run
+from vlmdiag.runs.rundirs import open_run
 run = open_run(sys.argv[1], "demo", {})
 run.write("small", {"n": 1}, {"a": np.zeros(10)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -319,7 +422,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     process = python(FULL_DISK, tmp_path / "run")
     _, said = process.communicate(timeout=30)
     assert process.returncode == 2, said
-    assert said.count("\n") == 1 and "full" in said and "large.npz" in said and "nothing already computed is lost" in said
+    assert (
+        said.count("\n") == 1
+        and "full" in said
+        and "large.npz" in said
+        and "nothing already computed is lost" in said
+    )
     run = read_run(tmp_path / "run", "demo")
     assert run.ids() == ["small"] and run.arrays("small")["a"].shape == (10,)
     assert sorted(files(run.path / "per_image")) == ["small.json", "small.npz"]
@@ -344,7 +452,11 @@ def test_temporary_files_of_killed_processes_are_removed_and_of_living_ones_kept
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     folder, host = run.path / "per_image", rundirs._HOST
-    living = [folder / f".b.json.{host}.{os.getppid()}-0.tmp", folder / ".c.json.elsewhere.1-0.tmp", folder / ".mine.tmp"]
+    living = [
+        folder / f".b.json.{host}.{os.getppid()}-0.tmp",
+        folder / ".c.json.elsewhere.1-0.tmp",
+        folder / ".mine.tmp",
+    ]
     dead = [folder / f".a.b.npz.{host}.{gone.pid}-3.tmp", folder / ".d.json.elsewhere.1-1.tmp"]
     for file in living + dead:
         file.touch()
@@ -361,7 +473,12 @@ def test_readers_name_the_broken_file(tmp_path):
     np.savez(pickled, share=np.array([{}]), norm=np.array([{}]))
     np.save(tmp_path / "single.npy", np.arange(3))
     truncated = [b"", b"PK", whole[:40], whole[: len(whole) // 2], whole[:-1]]
-    for damaged in (*truncated, whole[:60] + b"\xff" * 20 + whole[80:], pickled.read_bytes(), (tmp_path / "single.npy").read_bytes()):
+    for damaged in (
+        *truncated,
+        whole[:60] + b"\xff" * 20 + whole[80:],
+        pickled.read_bytes(),
+        (tmp_path / "single.npy").read_bytes(),
+    ):
         npz.write_bytes(damaged)
         for call in (lambda: run.arrays("001"), lambda: run.stack(["share", "norm"])):
             with pytest.raises(UsageError, match=r"001\.npz cannot be read.*delete it"):
@@ -388,7 +505,11 @@ def test_any_flipped_byte_of_an_npz_is_noticed_or_harmless(tmp_path):
         except UsageError as error:
             assert "000.npz" in str(error)
         else:
-            assert all(np.array_equal(array, expected[key]) for key, array in arrays.items() if key in expected)
+            assert all(
+                np.array_equal(array, expected[key])
+                for key, array in arrays.items()
+                if key in expected
+            )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}'])
@@ -415,7 +536,11 @@ def test_a_stack_is_cached_until_an_item_changes(tmp_path, monkeypatch):
     run = new_run(tmp_path / "run", 3)
     run.write("003", {}, {"share": np.zeros((2, 3))})  # lacks norm
     ids, stacked = run.stack(["share", "norm"])
-    assert ids == ["000", "001", "002"] and stacked["share"].shape == (3, 2, 3) and stacked["norm"][2, 0] == 2
+    assert (
+        ids == ["000", "001", "002"]
+        and stacked["share"].shape == (3, 2, 3)
+        and stacked["norm"][2, 0] == 2
+    )
     assert run.stack("share")[0] == ["000", "001", "002", "003"]
     with monkeypatch.context() as patched:
         patched.setattr(np, "stack", None)  # the second call reads the cache
@@ -446,7 +571,9 @@ def test_stacking_unlike_shapes_names_the_key_and_two_items(tmp_path):
 
 def test_stacking_what_no_item_has_says_what_there_is(tmp_path):
     run = new_run(tmp_path / "run", 1)
-    with pytest.raises(UsageError, match="none of its 1 items has all of delta_gv; the first has norm, share"):
+    with pytest.raises(
+        UsageError, match="none of its 1 items has all of delta_gv; the first has norm, share"
+    ):
         run.stack(["delta_gv"])
     with pytest.raises(UsageError, match="none of its 0 items"):
         new_run(tmp_path / "empty").stack(["norm"])
@@ -460,5 +587,7 @@ def test_coco_runs_are_found_by_system_prompt_and_labelled(tmp_path):
     assert [run.label for run in find_runs(tmp_path, 0)] == ["base__long", "tiny"]
     assert [run.label for run in find_runs(tmp_path, "1")] == ["tiny (no system prompt)"]
     assert read_run(tmp_path / "other__sp-0", "demo").label == "other__sp-0"
-    with pytest.raises(UsageError, match="run_coco_diagnostics.py --model_path MODEL --strip_system_prompt"):
+    with pytest.raises(
+        UsageError, match="run_coco_diagnostics.py --model_path MODEL --strip_system_prompt"
+    ):
         find_runs(tmp_path / "nowhere", 1)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-import samples
-from cli import UsageError
-from samples import Sample, load_image, read_coco, read_mmhal, read_questions
+from vlmdiag.cli import UsageError
+from vlmdiag.pictures import samples
+from vlmdiag.pictures.samples import Sample, load_image, read_coco, read_mmhal, read_questions
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -38,7 +38,13 @@ def test_coco_pictures_come_in_file_order_each_once(tmp_path):
     folder, file = coco(tmp_path, images)
     found = read_coco(folder, file, question="What is this?")
     assert [sample.id for sample in found] == ["000000006818", "000000000139", "x1"]
-    assert found[0] == Sample("000000006818", folder / "a.jpg", "What is this?", None, {"image_id": 6818, "width": 4, "height": 3})
+    assert found[0] == Sample(
+        "000000006818",
+        folder / "a.jpg",
+        "What is this?",
+        None,
+        {"image_id": 6818, "width": 4, "height": 3},
+    )
     assert [sample.id for sample in read_coco(folder, file, max_images=1)] == ["000000006818"]
     assert len(read_coco(folder, file, max_images=100)) == 3 and len({*found}) == 3
 
@@ -65,7 +71,11 @@ def test_a_file_that_is_not_coco_is_named(tmp_path, content, words):
 
 def test_coco_without_its_pictures_is_a_usage_error(tmp_path):
     folder, file = coco(tmp_path, [{"id": 1, "file_name": "missing.jpg"}])
-    for call in (lambda: read_coco(folder, file), lambda: read_coco(tmp_path / "no", file), lambda: read_coco(folder, tmp_path / "no.json")):
+    for call in (
+        lambda: read_coco(folder, file),
+        lambda: read_coco(tmp_path / "no", file),
+        lambda: read_coco(folder, tmp_path / "no.json"),
+    ):
         with pytest.raises(UsageError, match="none of the 1 pictures|no such"):
             call()
     with pytest.raises(UsageError, match="--max_images 0"):
@@ -81,28 +91,50 @@ def test_questions_are_numbered_within_their_image(tmp_path):
     file = put(tmp_path / "q.json", entries)
     found = read_questions(file)
     assert [sample.id for sample in found] == ["000000000007-0", "cat-0", "000000000007-1"]
-    assert [sample.image for sample in found] == [tmp_path / "000000000007.jpg", tmp_path / "b/cat.png", tmp_path / "x.jpg"]
+    assert [sample.image for sample in found] == [
+        tmp_path / "000000000007.jpg",
+        tmp_path / "b/cat.png",
+        tmp_path / "x.jpg",
+    ]
     assert [sample.answer for sample in found] == ["left", None, "3"]
-    assert found[0].extra == {"image_id": 7, "kind": "left_right"} and found[1].extra == {"image_id": "cat"}
+    assert found[0].extra == {"image_id": 7, "kind": "left_right"} and found[1].extra == {
+        "image_id": "cat"
+    }
     assert read_questions(file, tmp_path / "pics")[1].image == tmp_path / "pics/b/cat.png"
 
 
 def test_mmhal_keeps_its_urls_and_takes_both_names_of_the_answer(tmp_path):
     entries = [
-        {"image_id": "ab12", "image_src": "https://host/2/9_o%20x.jpg?size=3", "question": "Which?", "gold_answer": "white", "question_type": "attribute"},
+        {
+            "image_id": "ab12",
+            "image_src": "https://host/2/9_o%20x.jpg?size=3",
+            "question": "Which?",
+            "gold_answer": "white",
+            "question_type": "attribute",
+        },
         {"image_id": "cd34", "image_src": "pics/b.jpg", "question": "Where?", "gt_answer": "here"},
         {"image_id": "ab12", "image_src": "/abs/c.jpg", "question": "Why?"},
     ]
     found = read_mmhal(put(tmp_path / "mmhal.json", entries), tmp_path / "base")
     assert [sample.id for sample in found] == ["ab12", "cd34", "ab12-1"]
-    assert [str(sample.image) for sample in found] == [f"{tmp_path}/base/9_o x.jpg", f"{tmp_path}/base/pics/b.jpg", "/abs/c.jpg"]
+    assert [str(sample.image) for sample in found] == [
+        f"{tmp_path}/base/9_o x.jpg",
+        f"{tmp_path}/base/pics/b.jpg",
+        "/abs/c.jpg",
+    ]
     assert [sample.answer for sample in found] == ["white", "here", None]
-    assert found[0].extra == {"image_id": "ab12", "image_src": "https://host/2/9_o%20x.jpg?size=3", "question_type": "attribute"}
+    assert found[0].extra == {
+        "image_id": "ab12",
+        "image_src": "https://host/2/9_o%20x.jpg?size=3",
+        "question_type": "attribute",
+    }
 
 
 def test_a_list_entry_without_a_field_is_named(tmp_path):
     with pytest.raises(UsageError, match="q.json: entry 1 has no question"):
-        read_questions(put(tmp_path / "q.json", [{"image_id": 1, "question": "a"}, {"image_id": 1}]))
+        read_questions(
+            put(tmp_path / "q.json", [{"image_id": 1, "question": "a"}, {"image_id": 1}])
+        )
     with pytest.raises(UsageError, match="entry 0 has no image_id or image"):
         read_questions(put(tmp_path / "q.json", [{"question": "a"}]))
     with pytest.raises(UsageError, match="entry 0 has no image_src"):
@@ -119,7 +151,12 @@ def saved(path, image, **options):
 
 def gradient(mode="RGB", size=(8, 6)):
     width, height = size
-    values = np.stack(np.broadcast_arrays(np.linspace(0, 255, width)[None], np.linspace(255, 0, height)[:, None], 90), -1).astype(np.uint8)
+    values = np.stack(
+        np.broadcast_arrays(
+            np.linspace(0, 255, width)[None], np.linspace(255, 0, height)[:, None], 90
+        ),
+        -1,
+    ).astype(np.uint8)
     return Image.fromarray(values).convert(mode)
 
 
@@ -129,7 +166,9 @@ MODES = "RGB.png RGB.bmp L.png 1.png P.png P.gif CMYK.tif YCbCr.tif RGBA.png LA.
 @pytest.mark.parametrize("kind", MODES.split())
 def test_every_mode_loads_as_the_rgb_that_pil_converts_to(tmp_path, kind):
     mode, ending = kind.split(".")
-    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 12 cannot read an uncompressed one that it wrote
+    options = (
+        {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
+    )  # Pillow 12 cannot read an uncompressed one that it wrote
     path = saved(tmp_path / f"a.{ending}", gradient(mode), **options)
     image = load_image(path)
     assert image.mode == "RGB" and image.size == (8, 6)
@@ -139,7 +178,13 @@ def test_every_mode_loads_as_the_rgb_that_pil_converts_to(tmp_path, kind):
 
 def test_cmyk_jpeg_keeps_its_colours(tmp_path):
     red = Image.new("RGB", (16, 16), (250, 10, 10))
-    assert np.abs(np.asarray(load_image(saved(tmp_path / "a.jpg", red.convert("CMYK"), quality=95)), int) - [250, 10, 10]).max() < 12
+    assert (
+        np.abs(
+            np.asarray(load_image(saved(tmp_path / "a.jpg", red.convert("CMYK"), quality=95)), int)
+            - [250, 10, 10]
+        ).max()
+        < 12
+    )
 
 
 def test_palette_with_transparency_keeps_its_colours(tmp_path):
@@ -160,7 +205,11 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 
 
 def test_values_of_unknown_range_are_refused(tmp_path):
-    for values in (np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32)):
+    for values in (
+        np.ones((2, 2), np.float32),
+        np.full((2, 2), 70000, np.int32),
+        np.full((2, 2), -1, np.int32),
+    ):
         Image.fromarray(values).save(tmp_path / "a.tif")
         with pytest.raises(ValueError, match="a.tif: .*range of values is unknown"):
             load_image(tmp_path / "a.tif")
@@ -178,7 +227,11 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation):
 
 
 def test_damaged_exif_does_not_cost_the_picture(tmp_path):
-    for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0"):
+    for exif in (
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0",
+    ):
         path = saved(tmp_path / "a.jpg", gradient(), exif=exif)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow may say that the EXIF data are corrupt
@@ -190,8 +243,12 @@ def test_pictures_of_extreme_shape_load(tmp_path, size):
     assert load_image(saved(tmp_path / "a.png", gradient(size=size))).size == size
 
 
-def test_a_picture_over_pillows_warning_loads_and_one_over_our_limit_does_not(tmp_path, monkeypatch):
-    path = saved(tmp_path / "a.png", Image.new("1", (10000, 10000)))  # 100 Mpixel: Pillow alone would warn
+def test_a_picture_over_pillows_warning_loads_and_one_over_our_limit_does_not(
+    tmp_path, monkeypatch
+):
+    path = saved(
+        tmp_path / "a.png", Image.new("1", (10000, 10000))
+    )  # 100 Mpixel: Pillow alone would warn
     with Image.open(path) as image:
         assert image.size == (10000, 10000)
     monkeypatch.setattr(samples, "PIXEL_LIMIT", 99_000_000)
@@ -223,7 +280,9 @@ def test_a_damaged_picture_loads_or_raises_one_of_the_two_errors(tmp_path_factor
     content = bytearray(buffer.getvalue())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    content = (
+        content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    )
     path = tmp_path_factory.getbasetemp() / "fuzzed"
     path.write_bytes(content)
     with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"""The self-check passes on sound models and names what is wrong with unsound ones; edits prove themselves on the kernel's own output."""
+"""The self-check passes on sound models and names what is wrong with unsound ones; edits prove
+themselves on the kernel's own output."""
 
 from dataclasses import replace
 
@@ -6,13 +7,16 @@ import pytest
 import torch
 
 import common
-import models.generic
-from capturing import Block, GroupMass, capture, edit, generate, prefill
-from cli import UsageError
-from common import GROUPS
-from grid import PatchGrid
-from models import Rotary
-from selfcheck import check
+from vlmdiag.cli import UsageError
+from vlmdiag.families import Rotary
+from vlmdiag.families import generic as generic_family
+from vlmdiag.groups import GROUPS
+from vlmdiag.model.attention import Block, Row, capture, edit
+from vlmdiag.model.decoding import generate
+from vlmdiag.model.probes import GroupMass
+from vlmdiag.model.selfcheck import check
+from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.grid import PatchGrid
 
 NAMES = ["llava", "llava-gqa", "qwen"]
 
@@ -41,7 +45,9 @@ def test_layers_in_the_wrong_order_are_found(load):
 
 def test_positions_that_ignore_padding_are_found(load):
     def wrong(vlm, input_ids, mask, inputs):
-        ids = torch.arange(input_ids.shape[1]) * (1 + (mask == 0).any(-1, keepdim=True).long())  # padded rows stretched
+        ids = torch.arange(input_ids.shape[1]) * (
+            1 + (mask == 0).any(-1, keepdim=True).long()
+        )  # padded rows stretched
         return ids, ids[:, -1] + 1
 
     vlm = load("qwen")
@@ -62,7 +68,9 @@ def test_a_transposed_grid_is_found(load):
 
     def wrong(vlm_, size, inputs):
         grid = vlm.family.grid(vlm, size, inputs)
-        return PatchGrid(grid.boxes.reshape(*grid.shape, 4).transpose(1, 0, 2).reshape(-1, 4), None, grid.size)
+        return PatchGrid(
+            grid.boxes.reshape(*grid.shape, 4).transpose(1, 0, 2).reshape(-1, 4), None, grid.size
+        )
 
     with pytest.raises(UsageError, match="the pixels of a cell"):
         check(broken(vlm, grid=wrong))
@@ -73,7 +81,14 @@ def test_attention_that_bypasses_the_interface_is_found(load, monkeypatch):
     attention = vlm.parts.layers[2].self_attn
     own = type(attention).forward
 
-    def eager_only(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def eager_only(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
         return hidden_states * 0, None
 
     monkeypatch.setattr(attention, "forward", eager_only.__get__(attention), raising=False)
@@ -83,22 +98,23 @@ def test_attention_that_bypasses_the_interface_is_found(load, monkeypatch):
 
 
 def test_a_wrong_weight_is_found_by_attention_times_v(load, monkeypatch):
-    import capturing
 
     vlm = load("llava-gqa")
-    monkeypatch.setattr(capturing.Row, "dot", lambda self, query: capturing.Row.__dict__["_true_dot"](self, query) * 1.5, raising=True)
-    capturing.Row._true_dot = DOT
+    monkeypatch.setattr(
+        Row, "dot", lambda self, query: Row.__dict__["_true_dot"](self, query) * 1.5, raising=True
+    )
+    Row._true_dot = DOT
     with pytest.raises(UsageError, match="times V"):
         check(vlm)
 
 
-DOT = __import__("capturing").Row.dot
+DOT = Row.dot
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generic_reads_the_same_numbers_as_the_family_file(load, batch_of, name):
     vlm = load(name)
-    generic = replace(vlm.family, parts=models.generic.parts, rotary=models.generic.rotary)
+    generic = replace(vlm.family, parts=generic_family.parts, rotary=generic_family.rotary)
     other = replace(vlm, family=generic)
     batch = batch_of(vlm)
     a, b = GroupMass(batch), GroupMass(batch)
@@ -161,7 +177,9 @@ def test_rows_before_the_first_blocked_query_are_bit_identical(load, batch_of):
     states = []
     for blocks in ([], [Block(queries, batch.groups == GROUPS.index("vision"))]):
         kept = []
-        hook = vlm.parts.layers[-1].register_forward_hook(lambda m, a, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out))
+        hook = vlm.parts.layers[-1].register_forward_hook(
+            lambda m, a, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
         with torch.inference_mode(), edit(vlm, blocks=blocks):
             prefill(vlm, batch)
         hook.remove()
@@ -209,7 +227,9 @@ def test_a_block_that_leaves_a_row_without_keys_is_refused(load, batch_of):
 
 def test_turning_and_its_rate_agree():
     rotary, x = Rotary(torch.tensor([1.0, 0.3])), torch.randn(2, 6)
-    assert torch.allclose((rotary.turn(x, 1e-3) - rotary.turn(x, -1e-3)) / 2e-3, rotary.rate(x), atol=1e-3)
+    assert torch.allclose(
+        (rotary.turn(x, 1e-3) - rotary.turn(x, -1e-3)) / 2e-3, rotary.rate(x), atol=1e-3
+    )
     assert torch.allclose(rotary.turn(rotary.turn(x, 2.0), -2.0), x, atol=1e-6)
 
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-import plots
-import stats
-from cli import UsageError
+from vlmdiag.cli import UsageError
+from vlmdiag.figures import plots, stats
 
 ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(7)
@@ -31,21 +30,33 @@ def test_mean_interval_equals_a_naive_loop_over_the_same_draws():
     for cell in np.ndindex(2, 3):
         column = values[(slice(None), *cell)]
         kept = [value for value in column if not np.isnan(value)]
-        means = [np.mean(chosen) for draw in draws if len(chosen := [column[i] for i in draw if not np.isnan(column[i])])]
+        means = [
+            np.mean(chosen)
+            for draw in draws
+            if len(chosen := [column[i] for i in draw if not np.isnan(column[i])])
+        ]
         low, high = np.percentile(means, [5, 95])
         assert found.n[cell] == len(kept)
-        np.testing.assert_allclose([found.mean[cell], found.low[cell], found.high[cell]], [np.mean(kept), low, high], rtol=1e-12)
+        np.testing.assert_allclose(
+            [found.mean[cell], found.low[cell], found.high[cell]],
+            [np.mean(kept), low, high],
+            rtol=1e-12,
+        )
 
 
 def test_mean_interval_agrees_with_scipy():
     values = RNG.gamma(2, size=(60, 4))
     found = stats.mean_interval(values, num_resamples=20000)
-    expected = scipy.stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=1).confidence_interval
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20000, method="percentile", rng=1
+    ).confidence_interval
     np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], atol=0.02)
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
-    found = stats.mean_interval(np.random.default_rng(0).normal(size=(40, 2000)), level=0.9, num_resamples=1000)
+    found = stats.mean_interval(
+        np.random.default_rng(0).normal(size=(40, 2000)), level=0.9, num_resamples=1000
+    )
     assert 0.86 < np.mean((found.low < 0) & (found.high > 0)) < 0.92
 
 
@@ -64,19 +75,33 @@ def test_one_image_has_no_interval_and_none_has_no_mean():
     np.testing.assert_array_equal(found.mean, [1, np.nan, 3])
     np.testing.assert_array_equal(found.low, [np.nan, np.nan, 2])
     assert np.isnan(stats.mean_interval(np.empty((0, 2))).mean).all()
-    assert stats.mean_interval([4.0, 6.0]).mean == 5 and np.ndim(stats.mean_interval([4.0, 6.0]).low) == 0
+    assert (
+        stats.mean_interval([4.0, 6.0]).mean == 5
+        and np.ndim(stats.mean_interval([4.0, 6.0]).low) == 0
+    )
     infinite = stats.mean_interval([[np.inf, 1.0], [1.0, 3.0]])
-    assert infinite.mean.tolist() == [np.inf, 2] and np.isnan(infinite.low[0]) and infinite.low[1] == 1
+    assert (
+        infinite.mean.tolist() == [np.inf, 2] and np.isnan(infinite.low[0]) and infinite.low[1] == 1
+    )
     assert stats.mean_interval([[None, 1.0]]).n.tolist() == [0, 1]  # null in a JSON file
-    for wrong in (lambda: stats.mean_interval(3.0), lambda: stats.mean_interval([1.0, 2.0], level=95), lambda: stats.paired_difference([1.0], [1.0, 2.0])):
+    for wrong in (
+        lambda: stats.mean_interval(3.0),
+        lambda: stats.mean_interval([1.0, 2.0], level=95),
+        lambda: stats.paired_difference([1.0], [1.0, 2.0]),
+    ):
         with pytest.raises(ValueError):
             wrong()
 
 
 @settings(max_examples=30, deadline=None)
-@given(hnp.arrays(float, (6, 2), elements=st.floats(-100, 100)), st.floats(0.1, 10), st.floats(-50, 50))
+@given(
+    hnp.arrays(float, (6, 2), elements=st.floats(-100, 100)), st.floats(0.1, 10), st.floats(-50, 50)
+)
 def test_the_interval_moves_and_stretches_with_the_values(values, scale, shift):
-    plain, moved = stats.mean_interval(values, num_resamples=100), stats.mean_interval(values * scale + shift, num_resamples=100)
+    plain, moved = (
+        stats.mean_interval(values, num_resamples=100),
+        stats.mean_interval(values * scale + shift, num_resamples=100),
+    )
     np.testing.assert_allclose(np.array(moved[:3]), np.array(plain[:3]) * scale + shift, atol=1e-9)
     assert (plain.low <= plain.high).all()
 
@@ -101,18 +126,47 @@ def test_wilson_interval_agrees_with_scipy(successes, n):
 
 def test_a_label_keeps_its_colour_and_equal_models_share_it():
     for ending in ("", "-normWmean", "-multilayerNorm"):
-        assert plots.color_of("tiny-llava" + ending) == plots.color_of("llava-v1.5-7b" + ending) == plots.color_of(f"llava-v1.5-7b{ending} (no system prompt)")
-    assert len({plots.color_of("tiny-llava" + ending) for ending in ("", "-normWmean", "-multilayerNorm")}) == 3
+        assert (
+            plots.color_of("tiny-llava" + ending)
+            == plots.color_of("llava-v1.5-7b" + ending)
+            == plots.color_of(f"llava-v1.5-7b{ending} (no system prompt)")
+        )
+    assert (
+        len(
+            {
+                plots.color_of("tiny-llava" + ending)
+                for ending in ("", "-normWmean", "-multilayerNorm")
+            }
+        )
+        == 3
+    )
     assert plots.color_of("vision") == plots.GROUP_COLORS["vision"]
-    labels = ["tiny-llava", "qwen", "tiny-llava (no system prompt)", "other", "tiny-llava-normWmean", "blip"]
+    labels = [
+        "tiny-llava",
+        "qwen",
+        "tiny-llava (no system prompt)",
+        "other",
+        "tiny-llava-normWmean",
+        "blip",
+    ]
     colors = plots.model_colors(labels)
-    assert list(colors) == labels and colors == plots.model_colors(labels[::-1]) and len(set(colors.values())) == len(labels)
-    assert colors["tiny-llava"] == plots.color_of("tiny-llava") and plots.model_colors(["qwen"])["qwen"] == plots.color_of("qwen")
+    assert (
+        list(colors) == labels
+        and colors == plots.model_colors(labels[::-1])
+        and len(set(colors.values())) == len(labels)
+    )
+    assert colors["tiny-llava"] == plots.color_of("tiny-llava") and plots.model_colors(["qwen"])[
+        "qwen"
+    ] == plots.color_of("qwen")
     assert len(plots.model_colors([f"model {number}" for number in range(25)])) == 25
 
 
 def test_n_in_the_legend():
-    assert plots.with_n("a", 5) == "a (n = 5)" and plots.with_n("a", [3, 0, 5]) == "a (n = 3 to 5)" and plots.with_n("a", [0, 0]) == "a (n = 0)"
+    assert (
+        plots.with_n("a", 5) == "a (n = 5)"
+        and plots.with_n("a", [3, 0, 5]) == "a (n = 3 to 5)"
+        and plots.with_n("a", [0, 0]) == "a (n = 0)"
+    )
 
 
 def example_figure():
@@ -128,32 +182,60 @@ def test_lines_have_bands_and_whole_layers_and_nan_cells_are_grey():
     fig = example_figure()
     fig.canvas.draw()
     left, right = fig.axes
-    assert left.get_legend().get_texts()[0].get_text() == "tiny-llava (n = 5)" and len(left.collections) == 1
+    assert (
+        left.get_legend().get_texts()[0].get_text() == "tiny-llava (n = 5)"
+        and len(left.collections) == 1
+    )
     assert all(float(tick).is_integer() for tick in left.get_xticks())
     image = right.images[0]
-    assert image.get_array().mask.tolist() == [[False, True], [False, False]] and image.cmap.get_bad()[0] == image.cmap.get_bad()[1]
+    assert (
+        image.get_array().mask.tolist() == [[False, True], [False, False]]
+        and image.cmap.get_bad()[0] == image.cmap.get_bad()[1]
+    )
     plots.plt.close(fig)
 
 
-SAVE = "import sys; sys.path[:0] = sys.argv[1:3]; import test_stats_plots as t; t.plots.save(t.example_figure(), sys.argv[3], {'b': 1, 'a': t.Path('x')})"
+SAVE = (
+    "import sys; from tests import test_stats_plots as t; t.plots.save(t.example_figure(),"
+    " sys.argv[1], {'b': 1, 'a': t.Path('x')})"
+)
 
 
 def test_saved_figures_have_reproducible_bytes_and_carry_their_settings(tmp_path, capsys):
     stem = tmp_path / "new" / "llava-v1.5-7b"
     written = plots.save(example_figure(), f"{stem}.png", {"a": Path("x"), "b": 1})
-    assert written == [Path(f"{stem}.png"), Path(f"{stem}.pdf")] and capsys.readouterr().out.splitlines() == [f"wrote {path}" for path in written]
+    assert written == [
+        Path(f"{stem}.png"),
+        Path(f"{stem}.pdf"),
+    ] and capsys.readouterr().out.splitlines() == [f"wrote {path}" for path in written]
     first = [path.read_bytes() for path in written]
     assert not plots.plt.get_fignums()
     for name in (stem, f"{stem}.pdf"):
         plots.save(example_figure(), name, {"b": 1, "a": Path("x")})
         assert [path.read_bytes() for path in written] == first
     again = tmp_path / "again" / stem.name
-    environment = dict(os.environ, PYTHONHASHSEED="11", PYTHONWARNINGS="error", MPLBACKEND="agg", TZ="Asia/Tokyo")
-    subprocess.run([sys.executable, "-c", SAVE, ROOT, ROOT / "tests", again], check=True, env=environment, capture_output=True)
+    environment = dict(
+        os.environ, PYTHONHASHSEED="11", PYTHONWARNINGS="error", MPLBACKEND="agg", TZ="Asia/Tokyo"
+    )
+    subprocess.run(
+        [sys.executable, "-c", SAVE, again],
+        check=True,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+    )
     assert [Path(f"{again}{ending}").read_bytes() for ending in (".png", ".pdf")] == first
     with Image.open(written[0]) as image:
-        assert json.loads(image.text["settings"]) == {"a": "x", "b": 1} and "Software" not in image.text
-    assert b"/Subject" in first[1] and b'"b": 1' in first[1] and b"CreationDate" not in first[1] and b"/FontFile2" in first[1]
+        assert (
+            json.loads(image.text["settings"]) == {"a": "x", "b": 1}
+            and "Software" not in image.text
+        )
+    assert (
+        b"/Subject" in first[1]
+        and b'"b": 1' in first[1]
+        and b"CreationDate" not in first[1]
+        and b"/FontFile2" in first[1]
+    )
     assert matplotlib.get_backend().lower() == "agg"
 
 
@@ -167,5 +249,10 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
 
 
 def test_csv_keeps_all_digits_and_leaves_unmeasured_cells_empty(tmp_path):
-    plots.save_csv(tmp_path / "t.csv", {"layer": range(3), "a, b": np.array([1 / 3, np.nan]), "c": np.float32([0.5, np.nan, 1])})
-    assert (tmp_path / "t.csv").read_text() == 'layer,"a, b",c\n0,0.3333333333333333,0.5\n1,,\n2,,1.0\n'
+    plots.save_csv(
+        tmp_path / "t.csv",
+        {"layer": range(3), "a, b": np.array([1 / 3, np.nan]), "c": np.float32([0.5, np.nan, 1])},
+    )
+    assert (
+        tmp_path / "t.csv"
+    ).read_text() == 'layer,"a, b",c\n0,0.3333333333333333,0.5\n1,,\n2,,1.0\n'

@@ -1,25 +1,26 @@
-"""States and answers of swap pairs: against a plain pass per prompt, alone and in batches; how often tower, decoder and transfer run; when an answer is
-decided; killed runs."""
+"""States and answers of swap pairs: against a plain pass per prompt, alone and in batches; how
+often tower, decoder and transfer run; when an answer is decided; killed runs."""
 
 import dataclasses
 import os
 from types import SimpleNamespace
 
 import numpy as np
-import pairs
 import pytest
-import states
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
-import engine
-import rundirs
-from capturing import Probe, capture, generate
 from data import make_shapes
-from samples import Sample
+from tests.conftest import ROOT
+from vlmdiag.model import prompts
+from vlmdiag.model.attention import capture
+from vlmdiag.model.decoding import generate
+from vlmdiag.model.probes import Probe
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.runs import engine, rundirs
+from vlmdiag.swap import pairs, states
 
 LAYERS = [0, 2, 3]
 
@@ -27,21 +28,44 @@ LAYERS = [0, 2, 3]
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swap-states") / "set"
-    assert make_shapes.main(["--out_dir", str(folder), "--num_images", "8", "--num_train", "1", "--seed", "3", "--num_workers", "1"]) == 0
+    assert (
+        make_shapes.main(
+            [
+                "--out_dir",
+                str(folder),
+                "--num_images",
+                "8",
+                "--num_train",
+                "1",
+                "--seed",
+                "3",
+                "--num_workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def work(shapes):
-    """(items, quads by id, pictures by id): two pairs a category, with pictures of several sizes, so that Qwen's prompts differ in their vision tokens."""
+    """(items, quads by id, pictures by id): two pairs a category, with pictures of several sizes,
+    so that Qwen's prompts differ in their vision tokens."""
     path = shapes / "swap_pairs_ready.tsv"
     found, _ = pairs.read_pairs(path, limit=2)
     order = [found[k] for k in (8, 0, 9, 4, 10, 11)]  # distance pairs among others
     pictures = {pair["id"]: pairs.picture_at(path, pair["offset"]) for pair in order}
-    quads, _ = pairs.place(order, pairs.read_boxes(shapes / "bboxes.json"), {pair["id"]: pictures[pair["id"]].height for pair in order})
+    quads, _ = pairs.place(
+        order,
+        pairs.read_boxes(shapes / "bboxes.json"),
+        {pair["id"]: pictures[pair["id"]].height for pair in order},
+    )
     assert len(quads) >= 2
     sizes = [(168, 168), (140, 252), (224, 112), (168, 168)]
-    pictures = {key: picture.resize(sizes[k % 4]) for k, (key, picture) in enumerate(pictures.items())}
+    pictures = {
+        key: picture.resize(sizes[k % 4]) for k, (key, picture) in enumerate(pictures.items())
+    }
     return (
         [SimpleNamespace(pair=pair, row=row, id=pair["id"]) for row, pair in enumerate(order)],
         {quad["id"]: quad | {"row": row} for row, quad in enumerate(quads)},
@@ -60,21 +84,42 @@ def measured(vlm, work, folder, batch, tokens=3, layers=LAYERS):
     """(states, quad states, records) of all items in batches."""
     items, quads, pictures = work
     width = vlm.model.get_input_embeddings().weight.shape[1]
-    kept = states.open_states(folder / f"{batch}.npy", (len(items), 2, len(layers), width), "float32")
-    quad_kept = states.open_states(folder / f"{batch}-quads.npy", (len(quads), 4, len(layers), width), "float32")
+    kept = states.open_states(
+        folder / f"{batch}.npy", (len(items), 2, len(layers), width), "float32"
+    )
+    quad_kept = states.open_states(
+        folder / f"{batch}-quads.npy", (len(quads), 4, len(layers), width), "float32"
+    )
     process = states.make_process(vlm, layers, kept, quad_kept, quads, tokens)
     loaded = [(item, pictures[item.id]) for item in items]
-    return kept, quad_kept, [record for at in range(0, len(items), batch) for record, _ in process(loaded[at : at + batch])]
+    return (
+        kept,
+        quad_kept,
+        [
+            record
+            for at in range(0, len(items), batch)
+            for record, _ in process(loaded[at : at + batch])
+        ],
+    )
 
 
 def plain(vlm, question, picture, layers=LAYERS):
-    """States (layers, d) at the last prompt token, and logits there, of one ordinary forward pass of the whole prompt."""
+    """States (layers, d) at the last prompt token, and logits there, of one ordinary forward pass
+    of the whole prompt."""
     batch, kept = vlm.encode([Sample("0", None, question)], [picture]), []
-    hooks = [layer.register_forward_hook(lambda m, a, out: kept.append((out[0] if isinstance(out, tuple) else out)[0, -1])) for layer in vlm.parts.layers]
+    hooks = [
+        layer.register_forward_hook(
+            lambda m, a, out: kept.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+        )
+        for layer in vlm.parts.layers
+    ]
     try:
         with torch.no_grad():
             out = vlm.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask, mm_encoder_outputs={"image": vlm.vision(batch)}
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+                mm_encoder_outputs={"image": vlm.vision(batch)},
             )
     finally:
         for hook in hooks:
@@ -97,10 +142,13 @@ def assert_plain(vlm, work, found):
             logits = close(kept[item.row, k], item.pair["questions"][k], pictures[item.id])
             if "llava" in vlm.family.name:  # whose prompt ends without a space
                 mass = {
-                    category: logits[first_ids(vlm, item.pair["questions"][k], forms)].logsumexp(0) for category, forms in pairs.spellings(item.pair).items()
+                    category: logits[first_ids(vlm, item.pair["questions"][k], forms)].logsumexp(0)
+                    for category, forms in pairs.spellings(item.pair).items()
                 }
                 want = item.pair["category"] if k == 0 else pairs.OPPOSITE[item.pair["category"]]
-                assert record[f"margin_{name}"] == pytest.approx((mass[want] - mass[pairs.OPPOSITE[want]]).item(), abs=1e-3)
+                assert record[f"margin_{name}"] == pytest.approx(
+                    (mass[want] - mass[pairs.OPPOSITE[want]]).item(), abs=1e-3
+                )
         if item.id in quads:
             quad = quads[item.id]
             for k, question in enumerate(quad["questions"]):
@@ -110,7 +158,7 @@ def assert_plain(vlm, work, found):
 
 def first_ids(vlm, question, forms):
     """First token of each answer, by tokenizing the whole prompt with it."""
-    prompt = common.prompt_for(vlm, question)[0]
+    prompt = prompts.prompt_for(vlm, question)[0]
     start = len(vlm.tokenizer(prompt).input_ids)
     return sorted({vlm.tokenizer(f"{prompt} {form}").input_ids[start] for form in forms})
 
@@ -122,11 +170,14 @@ def test_states_are_those_of_plain_passes_alone_and_in_batches(models, work, tmp
     assert_plain(vlm, work, many)
     for a, b in zip(many[:2], single[:2], strict=True):
         assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max())
-    assert [record["pred_orig"] for record in many[2]] == [record["pred_orig"] for record in single[2]]
+    assert [record["pred_orig"] for record in many[2]] == [
+        record["pred_orig"] for record in single[2]
+    ]
 
 
 def watched(vlm, monkeypatch):
-    """Counts of what runs: pictures through the tower, positions through the decoder, tensors that leave the device."""
+    """Counts of what runs: pictures through the tower, positions through the decoder, tensors that
+    leave the device."""
     seen = SimpleNamespace(pictures=0, tower=0, positions=0, moved=[])
     features, cpu = type(vlm.model).get_image_features, torch.Tensor.cpu
 
@@ -140,22 +191,38 @@ def watched(vlm, monkeypatch):
         seen.positions += kwargs["inputs_embeds"].shape[:2].numel()
 
     monkeypatch.setattr(type(vlm.model), "get_image_features", tower)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, *args: seen.moved.append(tuple(self.shape)) or cpu(self, *args))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "cpu",
+        lambda self, *args: seen.moved.append(tuple(self.shape)) or cpu(self, *args),
+    )
     return seen, vlm.parts.decoder.register_forward_pre_hook(decoder, with_kwargs=True)
 
 
 @pytest.mark.parametrize("name", ["llava-gqa", "qwen"])
-def test_a_batch_runs_the_tower_once_a_picture_the_shared_beginning_once_and_moves_once(models, work, tmp_path, monkeypatch, name):
+def test_a_batch_runs_the_tower_once_a_picture_the_shared_beginning_once_and_moves_once(
+    models, work, tmp_path, monkeypatch, name
+):
     vlm = models(name)
     items, quads, pictures = work
-    batch = vlm.encode([Sample("0", None, item.pair["questions"][0]) for item in items], [pictures[item.id] for item in items])
-    rest = max(batch.lengths[row] - (batch.groups[row] >= 0).nonzero()[0, 0] - batch.vision_positions(row)[-1] for row in range(len(items)))
+    batch = vlm.encode(
+        [Sample("0", None, item.pair["questions"][0]) for item in items],
+        [pictures[item.id] for item in items],
+    )
+    rest = max(
+        batch.lengths[row]
+        - (batch.groups[row] >= 0).nonzero()[0, 0]
+        - batch.vision_positions(row)[-1]
+        for row in range(len(items))
+    )
     seen, hook = watched(vlm, monkeypatch)
     measured(vlm, work, tmp_path, len(items), tokens=1)
     hook.remove()
     assert seen.tower == 1 and seen.pictures == len(set(batch.pictures))
     width = vlm.model.get_input_embeddings().weight.shape[1]
-    assert [shape for shape in seen.moved if shape[-1] == width] == [(2, len(items) + len(quads), len(LAYERS), width)]
+    assert [shape for shape in seen.moved if shape[-1] == width] == [
+        (2, len(items) + len(quads), len(LAYERS), width)
+    ]
     begin = batch.groups.shape[1]
     asked = 2 * (len(items) + len(quads))
     assert seen.positions <= len(items) * begin + asked * (rest + 12)  # not asked * begin
@@ -164,18 +231,24 @@ def test_a_batch_runs_the_tower_once_a_picture_the_shared_beginning_once_and_mov
 
 def test_a_family_that_is_not_causal_runs_whole_prompts(models, work, tmp_path, monkeypatch):
     vlm = models("llava-gqa")
-    other = dataclasses.replace(vlm, family=dataclasses.replace(vlm.family, has=vlm.family.has - {"causal"}))
+    other = dataclasses.replace(
+        vlm, family=dataclasses.replace(vlm.family, has=vlm.family.has - {"causal"})
+    )
     seen, hook = watched(other, monkeypatch)
     found = measured(other, work, tmp_path, len(work[0]))
     hook.remove()
     assert seen.tower == 2  # for all pictures, and for those with a quad
     assert_plain(vlm, work, found)
-    assert [record["pred_swap"] for record in found[2]] == [record["pred_swap"] for record in measured(vlm, work, tmp_path, 4)[2]]
+    assert [record["pred_swap"] for record in found[2]] == [
+        record["pred_swap"] for record in measured(vlm, work, tmp_path, 4)[2]
+    ]
 
 
 def test_a_picture_after_the_question_shares_nothing_and_is_right(models, work, tmp_path):
     vlm = models("llava-gqa")
-    turned = dataclasses.replace(vlm, options=vlm.options | {"prompt_template": "USER: {question} {image} ASSISTANT:"})
+    turned = dataclasses.replace(
+        vlm, options=vlm.options | {"prompt_template": "USER: {question} {image} ASSISTANT:"}
+    )
     assert_plain(turned, work, measured(turned, work, tmp_path, 4))
 
 
@@ -189,27 +262,75 @@ def test_a_wrong_row_or_layer_is_noticed(models, work, tmp_path):
         assert_plain(vlm, work, (kept, quad_kept[:, [1, 0, 2, 3]], records))
 
 
-# --- answers ------------------------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "decided"),
     [
-        ("", False), ("left", False), ("left ", False), ("left.", True), ("Left\n", True), ("leftmost.", False), ("left or", False), ("left or right", False),
-        ("left or right,", True), ("left, right", False), ("left, right.", True), ("not left.", False), ("It is not left, it is clearly right.", True), ("To the left of the", False),
-        ("It is red. It is right!", True), ("It is red.", False), ("neither left nor right.", False), ("left 3.", False), ("left\ufffd", False), ("left。", True),
+        ("", False),
+        ("left", False),
+        ("left ", False),
+        ("left.", True),
+        ("Left\n", True),
+        ("leftmost.", False),
+        ("left or", False),
+        ("left or right", False),
+        ("left or right,", True),
+        ("left, right", False),
+        ("left, right.", True),
+        ("not left.", False),
+        ("It is not left, it is clearly right.", True),
+        ("To the left of the", False),
+        ("It is red. It is right!", True),
+        ("It is red.", False),
+        ("neither left nor right.", False),
+        ("left 3.", False),
+        ("left\ufffd", False),
+        ("left。", True),
     ],
-)  # fmt: skip
+)
 def test_an_answer_is_decided_when_its_sentence_is(text, decided):
     assert states.is_decided(text, "left") is decided
 
 
-@pytest.mark.parametrize(("text", "decided"), [("A", False), ("(A", False), ("(A)", True), ("A.", True), ("B)", True), ("A red", False), ("left.", True)])
+@pytest.mark.parametrize(
+    ("text", "decided"),
+    [
+        ("A", False),
+        ("(A", False),
+        ("(A)", True),
+        ("A.", True),
+        ("B)", True),
+        ("A red", False),
+        ("left.", True),
+    ],
+)
 def test_a_letter_is_decided_when_it_is_closed(text, decided):
     assert states.is_decided(text, "left", {"A": "left", "B": "right"}) is decided
 
 
-PIECES = ["left", "right", " left", " right", " or", " not", "most", " neither", " the", ".", ",", " x.", "\n", " 3", "!", " nor", " Right", "er", "\ufffd"]
+PIECES = [
+    "left",
+    "right",
+    " left",
+    " right",
+    " or",
+    " not",
+    "most",
+    " neither",
+    " the",
+    ".",
+    ",",
+    " x.",
+    "\n",
+    " 3",
+    "!",
+    " nor",
+    " Right",
+    "er",
+    "\ufffd",
+]
 
 
 @settings(max_examples=300, deadline=None)
@@ -218,7 +339,9 @@ def test_a_decided_answer_is_read_the_same_whatever_follows(begin, more):
     text, whole = "".join(begin), "".join(begin + more)
     if states.is_decided(text, "left"):
         read, note = pairs.read_answer(text, "left")
-        assert pairs.read_answer(whole, "left")[0] == read or (note != "tie" and pairs.read_answer(whole, "left")[1] == "tie" and " or" in whole)
+        assert pairs.read_answer(whole, "left")[0] == read or (
+            note != "tie" and pairs.read_answer(whole, "left")[1] == "tie" and " or" in whole
+        )
         assert states.is_decided(whole, "left")
 
 
@@ -228,9 +351,14 @@ def test_stopping_changes_no_answer_of_a_trained_model(models, work, tmp_path, m
     monkeypatch.setattr(states, "is_decided", lambda *args: False)
     late = measured(vlm, work, tmp_path / "late", 4, tokens=8)
     assert early[2] == late[2] and np.array_equal(early[0], late[0])
-    monkeypatch.setattr(states, "is_decided", lambda *args: True)  # the rule does reach the decoding
+    monkeypatch.setattr(
+        states, "is_decided", lambda *args: True
+    )  # the rule does reach the decoding
     first = measured(vlm, work, tmp_path / "first", 4, tokens=8)
-    assert all(b["pred_orig"].startswith(a["pred_orig"]) and len(a["pred_orig"].split()) <= 1 for a, b in zip(first[2], late[2], strict=True))
+    assert all(
+        b["pred_orig"].startswith(a["pred_orig"]) and len(a["pred_orig"].split()) <= 1
+        for a, b in zip(first[2], late[2], strict=True)
+    )
     assert np.array_equal(first[0], late[0])
 
 
@@ -243,17 +371,27 @@ def test_rows_stop_by_themselves_and_the_passes_end_with_the_last(models, batch_
 
     def stop(ids):
         asked.append(ids)
-        return [len(own) == limit for own, limit in zip(ids, limits, strict=True)]  # true once: it must hold
+        return [
+            len(own) == limit for own, limit in zip(ids, limits, strict=True)
+        ]  # true once: it must hold
 
     with capture(vlm, [probe := Probe()]):
         found = generate(vlm, batch, 6, stop=stop)
-    assert found.ids == [ids[:limit] for ids, limit in zip(full.ids, limits, strict=True)] and found.steps.tolist() == limits
+    assert (
+        found.ids == [ids[:limit] for ids, limit in zip(full.ids, limits, strict=True)]
+        and found.steps.tolist() == limits
+    )
     assert probe.step + 1 == len(asked) == 3 and asked[2] == found.ids
-    wanted = torch.stack([torch.where(torch.arange(3) < limit, row[:3], torch.nan) for row, limit in zip(full.logprobs, limits, strict=True)])
+    wanted = torch.stack(
+        [
+            torch.where(torch.arange(3) < limit, row[:3], torch.nan)
+            for row, limit in zip(full.logprobs, limits, strict=True)
+        ]
+    )
     assert torch.allclose(found.logprobs, wanted, atol=1e-6, equal_nan=True)
 
 
-# --- files --------------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -261,11 +399,15 @@ class Killed(BaseException):
 
 
 def test_a_killed_and_resumed_run_gives_the_same_bytes(models, work, tmp_path, monkeypatch):
-    """Killed at every point in turn: before each pass, within the writing of a row (half of it written), before and after each file."""
+    """Killed at every point in turn: before each pass, within the writing of a row (half of it
+    written), before and after each file."""
     vlm, (items, quads, pictures) = models("llava-gqa"), work
     items = sorted(items, key=lambda item: item.id not in quads)[1:3]
     items = [SimpleNamespace(pair=item.pair, row=row, id=item.id) for row, item in enumerate(items)]
-    quads = {item.id: quads[item.id] | {"row": k} for k, item in enumerate(item for item in items if item.id in quads)}
+    quads = {
+        item.id: quads[item.id] | {"row": k}
+        for k, item in enumerate(item for item in items if item.id in quads)
+    }
     points = SimpleNamespace(left=None, seen=0)
 
     def point(effect=lambda: None):
@@ -277,11 +419,15 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(models, work, tmp_path, m
     def run(folder):
         own = rundirs.open_run(folder, "swap_analysis", {"seed": 1})
         kept = states.open_states(folder / "states.npy", (len(items), 2, 3, 128), "float16")
-        quad_kept = states.open_states(folder / "quad_states.npy", (len(quads), 4, 3, 128), "float16")
+        quad_kept = states.open_states(
+            folder / "quad_states.npy", (len(quads), 4, 3, 128), "float16"
+        )
         process = states.make_process(vlm, LAYERS, kept, quad_kept, quads, 2)
         engine.run_items(own, items, lambda item: (item, pictures[item.id]), process, 1)
         contents = {path.name: path.read_bytes() for path in (folder / "per_image").iterdir()}
-        return contents | {name: (folder / name).read_bytes() for name in ("states.npy", "quad_states.npy")}
+        return contents | {
+            name: (folder / name).read_bytes() for name in ("states.npy", "quad_states.npy")
+        }
 
     def before(owner, name, after=False):
         original = getattr(owner, name)
@@ -321,7 +467,9 @@ def test_two_that_begin_at_once_use_one_array(tmp_path, monkeypatch):
     real = os.link
 
     def link(*args):
-        np.lib.format.open_memmap(tmp_path / "s.npy", mode="w+", shape=(2, 2, 1, 4), dtype="float32")[:1] = 5  # another shard is first, and has written
+        np.lib.format.open_memmap(
+            tmp_path / "s.npy", mode="w+", shape=(2, 2, 1, 4), dtype="float32"
+        )[:1] = 5  # another shard is first, and has written
         real(*args)
 
     monkeypatch.setattr(os, "link", link)
@@ -338,10 +486,19 @@ def test_states_that_do_not_fit_into_float16_are_an_error():
 def test_multiple_choice_answers_are_read_and_weighed_by_letters(models, shapes, work, tmp_path):
     vlm = models("tiny-llava")
     found, _ = pairs.read_pairs(shapes / "swap_pairs_ready.tsv", limit=1, multiple_choice=True)
-    items = [SimpleNamespace(pair=pair | {"split": None}, row=row, id=pair["id"]) for row, pair in enumerate(found)]
-    pictures = {item.id: pairs.picture_at(shapes / "swap_pairs_ready.tsv", item.pair["offset"]) for item in items}
+    items = [
+        SimpleNamespace(pair=pair | {"split": None}, row=row, id=pair["id"])
+        for row, pair in enumerate(found)
+    ]
+    pictures = {
+        item.id: pairs.picture_at(shapes / "swap_pairs_ready.tsv", item.pair["offset"])
+        for item in items
+    }
     _, _, records = measured(vlm, (items, {}, pictures), tmp_path, 4)
     for item, record in zip(items, records, strict=True):
         logits = plain(vlm, item.pair["questions"][0], pictures[item.id])[1]
-        right, wrong = (logits[first_ids(vlm, item.pair["questions"][0], forms)].item() for forms in pairs.spellings(item.pair).values())
+        right, wrong = (
+            logits[first_ids(vlm, item.pair["questions"][0], forms)].item()
+            for forms in pairs.spellings(item.pair).values()
+        )
         assert record["margin_orig"] == pytest.approx(right - wrong, abs=1e-3)

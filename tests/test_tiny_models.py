@@ -1,4 +1,5 @@
-"""The committed tiny models: real LLaVA folders that load without our code, small, and able to see."""
+"""The committed tiny models: real LLaVA folders that load without our code, small, and able to
+see."""
 
 import subprocess
 import sys
@@ -10,10 +11,18 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import common
-from capturing import generate
-from data.questions import AXES, ask_caption, ask_color, ask_presence, ask_shape, relation, relations
-from data.scenes import floor_scene, render
-from samples import Sample
+from vlmdiag.model.decoding import generate
+from vlmdiag.pictures.samples import Sample
+from vlmdiag.scenes.questions import (
+    AXES,
+    ask_caption,
+    ask_color,
+    ask_presence,
+    ask_shape,
+    relation,
+    relations,
+)
+from vlmdiag.scenes.scene import floor_scene, render
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 NAMES = ["tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm"]
@@ -25,7 +34,9 @@ def tiny_model():
     loaded = {}
 
     def get(name):
-        assert (CHECKPOINTS / name / "config.json").exists(), f"checkpoints/{name} is missing: python checkpoints/train_tiny.py makes it"
+        assert (CHECKPOINTS / name / "config.json").exists(), (
+            f"checkpoints/{name} is missing: python checkpoints/train_tiny.py makes it"
+        )
         if name not in loaded:
             loaded[name] = common.load_model(CHECKPOINTS / name)  # with the self-check
         return loaded[name]
@@ -37,21 +48,30 @@ def tiny_model():
 def test_a_folder_is_small_and_whole(tiny_model, name):
     tiny_model(name)
     assert sum(file.stat().st_size for file in (CHECKPOINTS / name).iterdir()) <= 5_000_000
-    assert (CHECKPOINTS / name / "tokenizer.json").exists() and (CHECKPOINTS / name / "chat_template.jinja").exists()
+    assert (CHECKPOINTS / name / "tokenizer.json").exists() and (
+        CHECKPOINTS / name / "chat_template.jinja"
+    ).exists()
 
 
 def test_the_base_loads_with_nothing_of_ours():
     code = (
-        "import torch\nfrom PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
-        f"path = {str(CHECKPOINTS / 'tiny-llava')!r}\n"
-        "processor, model = AutoProcessor.from_pretrained(path), AutoModelForImageTextToText.from_pretrained(path)\n"
-        "chat = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Describe the image.'}]}]\n"
-        "prompt = processor.apply_chat_template(chat, add_generation_prompt=True)\n"
-        "inputs = processor(images=Image.new('RGB', (50, 40)), text=prompt, return_tensors='pt')\n"
-        "print(type(model).__name__, len(model.generate(**inputs, max_new_tokens=3)[0]))\n"
+        "import torch\nfrom PIL import Image\nfrom transformers import"
+        " AutoModelForImageTextToText, AutoProcessor\npath ="
+        f" {str(CHECKPOINTS / 'tiny-llava')!r}\nprocessor, model ="
+        " AutoProcessor.from_pretrained(path),"
+        " AutoModelForImageTextToText.from_pretrained(path)\nchat = [{'role': 'user', 'content':"
+        " [{'type': 'image'}, {'type': 'text', 'text': 'Describe the image.'}]}]\nprompt ="
+        " processor.apply_chat_template(chat, add_generation_prompt=True)\ninputs ="
+        " processor(images=Image.new('RGB', (50, 40)), text=prompt,"
+        " return_tensors='pt')\nprint(type(model).__name__, len(model.generate(**inputs,"
+        " max_new_tokens=3)[0]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
-    assert done.returncode == 0 and done.stdout.startswith("LlavaForConditionalGeneration"), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("LlavaForConditionalGeneration"), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,13 +83,22 @@ def test_the_models_see(tiny_model, name):
         picture = render(scene)
         for kind in AXES:
             asked += [(relation(kind, a, b), picture) for a, b in relations(scene, kind, 0.2)[:2]]
-        asked += [(question, picture) for ask in (ask_presence, ask_color, ask_shape, ask_caption) if (question := ask(rng, scene)) is not None]
+        asked += [
+            (question, picture)
+            for ask in (ask_presence, ask_color, ask_shape, ask_caption)
+            if (question := ask(rng, scene)) is not None
+        ]
     right, count = {}, {}
     for start in range(0, len(asked), 40):
         rows = asked[start : start + 40]
-        batch = vlm.encode([Sample("0", None, question.text) for question, _ in rows], [picture for _, picture in rows])
+        batch = vlm.encode(
+            [Sample("0", None, question.text) for question, _ in rows],
+            [picture for _, picture in rows],
+        )
         for ids, (question, _) in zip(generate(vlm, batch, 40).ids, rows, strict=True):
-            right[question.kind] = right.get(question.kind, 0) + (vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() == question.answer)
+            right[question.kind] = right.get(question.kind, 0) + (
+                vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() == question.answer
+            )
             count[question.kind] = count.get(question.kind, 0) + 1
     accuracy = {kind: right[kind] / count[kind] for kind in count}
     for kind in ("left_right", "above_below", "far_close", "color", "shape", "yes_no"):
@@ -78,7 +107,8 @@ def test_the_models_see(tiny_model, name):
 
 
 def test_vision_tokens_enter_as_the_paper_says(tiny_model):
-    """Far longer than text tokens in the base; all of one length in the variants (RMS norm, clip, scale: Beyond Semantics)."""
+    """Far longer than text tokens in the base; all of one length in the variants (RMS norm, clip,
+    scale: Beyond Semantics)."""
     picture = render(floor_scene(Random(1), 3, square=True))
     norms = {}
     for name in NAMES:
@@ -86,16 +116,26 @@ def test_vision_tokens_enter_as_the_paper_says(tiny_model):
         batch = vlm.encode([Sample("0", None, "Describe the image.")], [picture])
         with torch.no_grad():
             norms[name] = vlm.vision(batch).pooler_output[0].norm(dim=-1)
-        text = vlm.model.get_input_embeddings().weight[vlm.tokenizer.encode("The image shows a red circle.")].norm(dim=-1)
+        text = (
+            vlm.model.get_input_embeddings()
+            .weight[vlm.tokenizer.encode("The image shows a red circle.")]
+            .norm(dim=-1)
+        )
         if name == "tiny-llava":
             assert norms[name].median() > 3 * text.median()
         else:
             settings = vlm.model.config.vision_embed_norm
-            assert torch.allclose(norms[name], torch.tensor(settings["max_norm"] * settings["scale"]), rtol=2e-2)
+            assert torch.allclose(
+                norms[name], torch.tensor(settings["max_norm"] * settings["scale"]), rtol=2e-2
+            )
 
 
 def test_the_variants_are_read_by_our_family_and_refused_by_none(tiny_model):
     assert AutoProcessor.from_pretrained(CHECKPOINTS / NAMES[1]) is not None
-    plain = AutoModelForImageTextToText.from_pretrained(CHECKPOINTS / NAMES[1])  # transformers alone leaves the norm out
+    plain = AutoModelForImageTextToText.from_pretrained(
+        CHECKPOINTS / NAMES[1]
+    )  # transformers alone leaves the norm out
     ours = tiny_model(NAMES[1])
-    assert not hasattr(plain.model.multi_modal_projector, "norm") and ours.model.model.multi_modal_projector.norm.weight.shape == (128,)
+    assert not hasattr(
+        plain.model.multi_modal_projector, "norm"
+    ) and ours.model.model.multi_modal_projector.norm.weight.shape == (128,)

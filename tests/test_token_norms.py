@@ -1,4 +1,5 @@
-"""vlm_token_norms.py by its real command line, on three pictures with captions and small random models of every layout."""
+"""vlm_token_norms.py by its real command line, on three pictures with captions and small random
+models of every layout."""
 
 import json
 import os
@@ -9,16 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_llava, build_qwen
 from PIL import Image
-from test_llava_original import sources, to_original, write_tower  # noqa: F401 -- sources is a fixture
-from test_reading_scripts import script
 
 import common
-from samples import Sample, load_image
+from tests.conftest import build_llava, build_qwen
+from tests.test_llava_original import to_original, write_tower  # noqa: F401 -- sources is a fixture
+from tests.test_reading_scripts import script
+from vlmdiag.pictures.samples import Sample, load_image
 
 TOOL = Path(__file__).resolve().parents[1] / "diagnostic_tools" / "vlm_token_norms.py"
-CAPTIONS = {139: ["A red circle.", "A blue square and a red circle"], 285: ["A green triangle on the floor"], 632: ["Nothing", "No objects", "A picture"]}
+CAPTIONS = {
+    139: ["A red circle.", "A blue square and a red circle"],
+    285: ["A green triangle on the floor"],
+    632: ["Nothing", "No objects", "A picture"],
+}
 
 
 SHARDS = [f"{i:05d}-of-00003" for i in (1, 2, 3)]
@@ -26,12 +31,16 @@ SHARDS = [f"{i:05d}-of-00003" for i in (1, 2, 3)]
 
 def connector_in(folder, index):
     weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    return any("mm_projector" in name and file == f"model-{index}.safetensors" for name, file in weights.items())
+    return any(
+        "mm_projector" in name and file == f"model-{index}.safetensors"
+        for name, file in weights.items()
+    )
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory, pictures):
-    """A folder like COCO's: three pictures of different shapes, six captions, one of them of a picture that is not listed."""
+    """A folder like COCO's: three pictures of different shapes, six captions, one of them of a
+    picture that is not listed."""
     root = tmp_path_factory.mktemp("coco")
     (root / "val2017").mkdir()
     (root / "annotations").mkdir()
@@ -39,7 +48,11 @@ def coco(tmp_path_factory, pictures):
         picture.save(root / "val2017" / f"{id:012d}.png")
     content = {
         "images": [{"id": id, "file_name": f"{id:012d}.png"} for id in CAPTIONS],
-        "annotations": [{"image_id": id, "caption": text} for id, texts in ({7: ["of no picture here"]} | CAPTIONS).items() for text in texts],
+        "annotations": [
+            {"image_id": id, "caption": text}
+            for id, texts in ({7: ["of no picture here"]} | CAPTIONS).items()
+            for text in texts
+        ],
     }
     (root / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
     return root
@@ -47,7 +60,8 @@ def coco(tmp_path_factory, pictures):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, sources):  # noqa: F811
-    """{name: folder}: transformers' layout, two families; the authors' layout with sharded safetensors and .bin files, the latter with its tower beside it."""
+    """{name: folder}: transformers' layout, two families; the authors' layout with sharded
+    safetensors and .bin files, the latter with its tower beside it."""
     root = tmp_path_factory.mktemp("checkpoints")
     write_tower(sources["base"], root / "tiny-tower")
     return {
@@ -61,8 +75,14 @@ def models(tmp_path_factory, sources):  # noqa: F811
 
 def run(*arguments, cwd, code=0):
     command = [sys.executable, "-W", "error", str(TOOL), *(str(part) for part in arguments)]
-    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True, env=environment)
+    environment = os.environ | {
+        "PYTHONPATH": str(TOOL.parents[1]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, check=False, cwd=cwd, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == code, done.stderr
     return done.stdout if code != 2 else done.stderr
 
@@ -79,42 +99,93 @@ def slow(folder, coco, tower=None):
     vlm = common.load_model(folder, vision_tower_path=tower, self_check=False)
     images, texts = [], []
     for id, captions in CAPTIONS.items():
-        batch = vlm.encode([Sample("0", None, "?")], [load_image(coco / "val2017" / f"{id:012d}.png")])
-        inputs = {key: value for key, value in batch.image_inputs.items() if key in ("pixel_values", "image_grid_thw")}
+        batch = vlm.encode(
+            [Sample("0", None, "?")], [load_image(coco / "val2017" / f"{id:012d}.png")]
+        )
+        inputs = {
+            key: value
+            for key, value in batch.image_inputs.items()
+            if key in ("pixel_values", "image_grid_thw")
+        }
         pooled = vlm.model.get_image_features(**inputs, return_dict=True).pooler_output
         images += [row.norm().item() for row in torch.cat(list(pooled)).flatten(0, -2)]
         for caption in captions:
-            ids = ([1] if vlm.family.name != "qwen2_5_vl" else []) + vlm.tokenizer(caption, add_special_tokens=False)["input_ids"]
+            ids = ([1] if vlm.family.name != "qwen2_5_vl" else []) + vlm.tokenizer(
+                caption, add_special_tokens=False
+            )["input_ids"]
             texts += [vlm.model.get_input_embeddings()(torch.tensor(i)).norm().item() for i in ids]
     return np.array(texts), np.array(images)
 
 
 def test_the_documented_command_measures_what_the_definition_says(models, coco, tmp_path):
-    """As in the user's document, on the CPU: two weight shards in .bin, the tower in a folder of its own."""
+    """As in the user's document, on the CPU: two weight shards in .bin, the tower in a folder of
+    its own."""
     out = run(
-        "--model_path", models["bin"], "--vision_tower_path", models["tower"], "--coco_root", coco, "--device", "cpu", "--weights_type", "bin",
-        "--max_images", 20, "--save_vectors", "--out_dir", "outputs/token_norms", cwd=tmp_path,
-    )  # fmt: skip
+        "--model_path",
+        models["bin"],
+        "--vision_tower_path",
+        models["tower"],
+        "--coco_root",
+        coco,
+        "--device",
+        "cpu",
+        "--weights_type",
+        "bin",
+        "--max_images",
+        20,
+        "--save_vectors",
+        "--out_dir",
+        "outputs/token_norms",
+        cwd=tmp_path,
+    )
     folder = tmp_path / "outputs" / "token_norms"
-    assert {file.name for file in folder.iterdir()} == {*(f"token_norms_comparison.{ending}" for ending in ("png", "pdf", "json")), "vectors.npz"}
-    vectors, summary = np.load(folder / "vectors.npz"), json.loads((folder / "token_norms_comparison.json").read_text())
+    assert {file.name for file in folder.iterdir()} == {
+        *(f"token_norms_comparison.{ending}" for ending in ("png", "pdf", "json")),
+        "vectors.npz",
+    }
+    vectors, summary = (
+        np.load(folder / "vectors.npz"),
+        json.loads((folder / "token_norms_comparison.json").read_text()),
+    )
     text, vision = slow(models["bin"], coco, str(models["tower"]))
     assert vectors["txt"].dtype == vectors["img"].dtype == np.float64
     np.testing.assert_allclose(vectors["img"], vision, rtol=1e-5)
     np.testing.assert_allclose(vectors["txt"], text, rtol=1e-6)
     assert summary["decoder_left_out"] is True
-    assert summary["vision"]["tokens"] == 3 * 144 == len(vision) and summary["text"]["tokens"] == len(text)
-    assert summary["text"]["median"] == pytest.approx(np.median(text)) and summary["vision"]["max"] == pytest.approx(vision.max())
-    assert summary["vision"]["mean_over_images"] == pytest.approx(vision.mean()) and summary["vision"]["low"] < vision.mean() < summary["vision"]["high"]
-    assert [line.split()[:2] for line in out.splitlines() if line.split()[0] in ("text", "vision")] == [["text", str(len(text))], ["vision", "432"]]
-    assert Image.open(folder / "token_norms_comparison.png").text["settings"].count("tiny-tower") == 1
+    assert summary["vision"]["tokens"] == 3 * 144 == len(vision) and summary["text"][
+        "tokens"
+    ] == len(text)
+    assert summary["text"]["median"] == pytest.approx(np.median(text)) and summary["vision"][
+        "max"
+    ] == pytest.approx(vision.max())
+    assert (
+        summary["vision"]["mean_over_images"] == pytest.approx(vision.mean())
+        and summary["vision"]["low"] < vision.mean() < summary["vision"]["high"]
+    )
+    assert [
+        line.split()[:2] for line in out.splitlines() if line.split()[0] in ("text", "vision")
+    ] == [["text", str(len(text))], ["vision", "432"]]
+    assert (
+        Image.open(folder / "token_norms_comparison.png").text["settings"].count("tiny-tower") == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen", "multilayerNorm"])
-def test_every_layout_agrees_with_the_whole_model(models, coco, tmp_path, name, monkeypatch, capsys):
+def test_every_layout_agrees_with_the_whole_model(
+    models, coco, tmp_path, name, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     tower = str(models["tower"]) if name == "multilayerNorm" else None
-    more = ["--vision-tower-path", tower, "--safetensors-index", next(i for i in SHARDS if connector_in(models[name], i))] if tower else []
+    more = (
+        [
+            "--vision-tower-path",
+            tower,
+            "--safetensors-index",
+            next(i for i in SHARDS if connector_in(models[name], i)),
+        ]
+        if tower
+        else []
+    )
     names = ["--save-vectors", "--vectors-file", "v.npz", "--output-prefix", "p", "--out-dir", "."]
     code, _ = in_process("--model-path", models[name], "--coco-root", coco, *names, *more)
     vectors, (text, vision) = np.load("v.npz"), slow(models[name], coco, tower)
@@ -128,10 +199,22 @@ def test_every_layout_agrees_with_the_whole_model(models, coco, tmp_path, name, 
 def test_the_decoder_is_neither_built_nor_read(models, coco, monkeypatch):
     module = script("vlm_token_norms")
     for name in ("llava", "qwen", "multilayerNorm", "bin"):
-        args = module.parse_args(["--model_path", str(models[name]), "--coco_root", str(coco), "--vision_tower_path", str(models["tower"])])
+        args = module.parse_args(
+            [
+                "--model_path",
+                str(models[name]),
+                "--coco_root",
+                str(coco),
+                "--vision_tower_path",
+                str(models["tower"]),
+            ]
+        )
         vlm, headless = module.load(args)
         assert headless and len(vlm.parts.layers) == 0
-        assert not any(".layers." in key and "vision" not in key and "visual" not in key for key in vlm.model.state_dict())
+        assert not any(
+            ".layers." in key and "vision" not in key and "visual" not in key
+            for key in vlm.model.state_dict()
+        )
 
 
 def test_a_type_whose_decoder_has_no_known_name_is_loaded_whole(models, coco, monkeypatch, capsys):
@@ -145,24 +228,53 @@ def test_a_type_whose_decoder_has_no_known_name_is_loaded_whole(models, coco, mo
 
 def test_of_two_kinds_of_weight_files_the_one_asked_for_is_read(models, coco, sources, tmp_path):  # noqa: F811
     folder = to_original(sources["base"], tmp_path / "both")
-    broken = {name: value * 2 for name, value in torch.load(models["bin"] / "pytorch_model-00001-of-00002.bin").items()}
-    broken |= {name: value * 2 for name, value in torch.load(models["bin"] / "pytorch_model-00002-of-00002.bin").items()}
+    broken = {
+        name: value * 2
+        for name, value in torch.load(models["bin"] / "pytorch_model-00001-of-00002.bin").items()
+    }
+    broken |= {
+        name: value * 2
+        for name, value in torch.load(models["bin"] / "pytorch_model-00002-of-00002.bin").items()
+    }
     torch.save(broken, folder / "pytorch_model.bin")
     module, sums = script("vlm_token_norms"), {}
     for kind in ("bin", "safetensors"):
-        args = module.parse_args(["--model_path", str(folder), "--coco_root", str(coco), "--weights_type", kind, "--vision_tower_path", str(models["tower"])])
+        args = module.parse_args(
+            [
+                "--model_path",
+                str(folder),
+                "--coco_root",
+                str(coco),
+                "--weights_type",
+                kind,
+                "--vision_tower_path",
+                str(models["tower"]),
+            ]
+        )
         sums[kind] = module.load(args)[0].model.get_input_embeddings().weight.norm().item()
     assert sums["bin"] == pytest.approx(2 * sums["safetensors"])
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--weights_type", "safetensors"], "has no .safetensors file; use --weights_type bin, or leave it out"),
-    (["--safetensors_index", "00001-of-00003"], "no model-00001-of-00003.safetensors in .*, which has no safetensors file"),
-    (["--safetensors_index", "00001-of-00003", "--weights_type", "bin"], "--safetensors_index is for --weights_type safetensors"),
-    (["--caption_file", "nowhere.json"], "nowhere.json: no such file"),
-    (["--image_dir", "nowhere"], "nowhere: no such image folder"),
-    (["--scale", "0"], "--scale is above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--weights_type", "safetensors"],
+            "has no .safetensors file; use --weights_type bin, or leave it out",
+        ),
+        (
+            ["--safetensors_index", "00001-of-00003"],
+            "no model-00001-of-00003.safetensors in .*, which has no safetensors file",
+        ),
+        (
+            ["--safetensors_index", "00001-of-00003", "--weights_type", "bin"],
+            "--safetensors_index is for --weights_type safetensors",
+        ),
+        (["--caption_file", "nowhere.json"], "nowhere.json: no such file"),
+        (["--image_dir", "nowhere"], "nowhere: no such image folder"),
+        (["--scale", "0"], "--scale is above 0"),
+    ],
+)
 def test_wrong_usage_is_one_line(models, coco, flags, message):
     module = script("vlm_token_norms")
     with pytest.raises(module.UsageError, match=message):
@@ -174,7 +286,16 @@ def test_the_shard_without_the_connector_is_refused_by_name(models, coco):
     without = [index for index in SHARDS if not connector_in(models["multilayerNorm"], index)]
     assert 0 < len(without) < len(SHARDS)
     for index in without:
-        args = module.parse_args(["--model_path", str(models["multilayerNorm"]), "--coco_root", str(coco), "--safetensors_index", index])
+        args = module.parse_args(
+            [
+                "--model_path",
+                str(models["multilayerNorm"]),
+                "--coco_root",
+                str(coco),
+                "--safetensors_index",
+                index,
+            ]
+        )
         with pytest.raises(module.UsageError, match="does not hold the connector; use"):
             module.check_weights(args)
 
@@ -184,16 +305,26 @@ def test_a_missing_model_is_one_line_and_exit_code_2(coco, tmp_path):
     assert error == "error: no/such/folder/at/all: no such folder\n"
 
 
-def test_an_unreadable_picture_is_named_and_the_others_are_measured(models, coco, tmp_path, monkeypatch, capsys):
+def test_an_unreadable_picture_is_named_and_the_others_are_measured(
+    models, coco, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     damaged = tmp_path / "pictures"
     damaged.mkdir()
     for file in (coco / "val2017").iterdir():
-        (damaged / file.name).write_bytes(file.read_bytes() if "285" not in file.name else b"no picture")
-    code, _ = in_process("--model_path", models["llava"], "--coco_root", coco, "--image_dir", damaged, "--scale", 3)
+        (damaged / file.name).write_bytes(
+            file.read_bytes() if "285" not in file.name else b"no picture"
+        )
+    code, _ = in_process(
+        "--model_path", models["llava"], "--coco_root", coco, "--image_dir", damaged, "--scale", 3
+    )
     assert code == 3 and "000000000285 failed: " in capsys.readouterr().out
     summary = json.loads(Path("outputs/token_norms/token_norms_comparison.json").read_text())
-    assert list(summary["failed"]) == ["000000000285"] and summary["vision"]["images"] == 2 and summary["scale"] == 3
+    assert (
+        list(summary["failed"]) == ["000000000285"]
+        and summary["vision"]["images"] == 2
+        and summary["scale"] == 3
+    )
 
 
 def test_pictures_are_enlarged_only_when_asked(pictures):
@@ -210,4 +341,6 @@ def test_densities_are_those_of_log10_norms():
     assert at[density.argmax()] == pytest.approx(1.5, abs=0.05)
     assert density.max() == pytest.approx(1 / (0.2 * np.sqrt(2 * np.pi)), rel=0.05)
     at, density = module.log_density(np.full(100, 1.0126))  # all norms equal, as after the clip
-    assert np.isfinite(density).all() and at[density.argmax()] == pytest.approx(np.log10(1.0126), abs=1e-3)
+    assert np.isfinite(density).all() and at[density.argmax()] == pytest.approx(
+        np.log10(1.0126), abs=1e-3
+    )

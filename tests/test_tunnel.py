@@ -1,4 +1,5 @@
-"""The SpatialTunnel set: a full grid of angles in which height says nothing of depth, a sweep of sizes over the same scenes, equal bytes."""
+"""The SpatialTunnel set: a full grid of angles in which height says nothing of depth, a sweep of
+sizes over the same scenes, equal bytes."""
 
 import hashlib
 import json
@@ -11,20 +12,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import samples
-from cli import UsageError
-from data import make_shapes, tunnel
-from data.scenes import CORRIDOR_COLORS
+from data import make_shapes
+from vlmdiag.cli import UsageError
+from vlmdiag.pictures import samples
+from vlmdiag.scenes import tunnel
+from vlmdiag.scenes.scene import CORRIDOR_COLORS
 
 SMALL = ("--scene", "tunnel", "--instances", "1", "--sweep_scenes", "4")
 
 
 def make(out, *flags, workers=1):
-    return make_shapes.main(["--out_dir", str(out), "--num_workers", str(workers), *map(str, flags)])
+    return make_shapes.main(
+        ["--out_dir", str(out), "--num_workers", str(workers), *map(str, flags)]
+    )
 
 
 def bytes_of(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def read(path):
@@ -59,8 +67,11 @@ def sweeps(rows):
 
 
 def height(theta, size, z):
-    """Height above the middle, a fraction of the picture's: the square path of half side 1 - size at depth z, focal length 1.014."""
-    return 1.014 * (1 - size) * math.sin(theta) / max(abs(math.sin(theta)), abs(math.cos(theta))) / z
+    """Height above the middle, a fraction of the picture's: the square path of half side 1 - size
+    at depth z, focal length 1.014."""
+    return (
+        1.014 * (1 - size) * math.sin(theta) / max(abs(math.sin(theta)), abs(math.cos(theta))) / z
+    )
 
 
 def test_the_masks_have_116_116_and_24_cells_for_every_size_of_the_grid():
@@ -71,41 +82,72 @@ def test_the_masks_have_116_116_and_24_cells_for_every_size_of_the_grid():
             assert (tunnel.split_grid((far_size, near_size)) == reference).all()
             for far in range(16):
                 for near in range(16):
-                    dy = height(far * math.pi / 8, far_size, 4.4) - height(near * math.pi / 8, near_size, 2.25)
-                    assert reference[far, near] == ("consistent" if dy > 0.05 else "counter" if dy < -0.05 else "ambiguous")
+                    dy = height(far * math.pi / 8, far_size, 4.4) - height(
+                        near * math.pi / 8, near_size, 2.25
+                    )
+                    assert reference[far, near] == (
+                        "consistent" if dy > 0.05 else "counter" if dy < -0.05 else "ambiguous"
+                    )
                     assert abs(abs(dy) - 0.05) > 0.015  # no cell is near the band
 
 
 def test_the_ambiguous_cells_are_those_of_the_paper():
-    """Both objects at mid-height, or the far one on ceiling (floor) with the near one just above (below) mid-height on a side wall."""
+    """Both objects at mid-height, or the far one on ceiling (floor) with the near one just above
+    (below) mid-height on a side wall."""
     middle = {(far, near) for far in (0, 8) for near in (0, 8)}
     above = {(far, near) for far in range(2, 7) for near in (1, 7)}
     below = {(far + 8, near + 8) for far, near in above}
-    assert {tuple(cell) for cell in np.argwhere(tunnel.split_grid() == "ambiguous").tolist()} == middle | above | below
+    assert {
+        tuple(cell) for cell in np.argwhere(tunnel.split_grid() == "ambiguous").tolist()
+    } == middle | above | below
 
 
 def test_upside_down_consistent_and_counter_change_places():
     grid, turned = tunnel.split_grid(), [-k % 16 for k in range(16)]
-    swapped = np.vectorize({"consistent": "counter", "counter": "consistent", "ambiguous": "ambiguous"}.get)(grid)
+    swapped = np.vectorize(
+        {"consistent": "counter", "counter": "consistent", "ambiguous": "ambiguous"}.get
+    )(grid)
     assert (grid[np.ix_(turned, turned)] == swapped).all()
 
 
 def test_every_cell_has_its_pictures(rows):
     found = part(rows, "angles")
-    assert Counter(tuple(row["cell"]) for row in found) == {(far, near): 1 for far in range(16) for near in range(16)}
-    assert [row["image_id"] for row in found] == list(range(1, 257)) and {row["instance"] for row in found} == {0}
+    assert Counter(tuple(row["cell"]) for row in found) == {
+        (far, near): 1 for far in range(16) for near in range(16)
+    }
+    assert [row["image_id"] for row in found] == list(range(1, 257)) and {
+        row["instance"] for row in found
+    } == {0}
     grid = tunnel.split_grid()
     for row in found:
         far, near = row["far"], row["near"]
-        assert row["split"] == grid[tuple(row["cell"])] and row["degrees"] == [22.5 * place for place in row["cell"]]
-        assert (far["depth"], near["depth"]) == (4.4, 2.25) and 0.2 <= far["size"] <= 0.3 and 0.1 <= near["size"] <= 0.15
+        assert row["split"] == grid[tuple(row["cell"])] and row["degrees"] == [
+            22.5 * place for place in row["cell"]
+        ]
+        assert (
+            (far["depth"], near["depth"]) == (4.4, 2.25)
+            and 0.2 <= far["size"] <= 0.3
+            and 0.1 <= near["size"] <= 0.15
+        )
         for thing, z in ((far, 4.4), (near, 2.25)):
-            assert math.degrees(thing["theta"]) == pytest.approx(22.5 * row["cell"][thing is near], abs=0.01)
-            assert 0.5 - thing["center"][1] / row["height"] == pytest.approx(height(thing["theta"], thing["size"], z), abs=1e-3)
-            assert thing["color"] in CORRIDOR_COLORS and thing["shape"] in ("sphere", "cube") and thing["visible"] == 1
+            assert math.degrees(thing["theta"]) == pytest.approx(
+                22.5 * row["cell"][thing is near], abs=0.01
+            )
+            assert 0.5 - thing["center"][1] / row["height"] == pytest.approx(
+                height(thing["theta"], thing["size"], z), abs=1e-3
+            )
+            assert (
+                thing["color"] in CORRIDOR_COLORS
+                and thing["shape"] in ("sphere", "cube")
+                and thing["visible"] == 1
+            )
         assert far["name"] != near["name"]
-        assert row["dy"] == pytest.approx((near["center"][1] - far["center"][1]) / row["height"], abs=1e-4)
-    assert len({(row["far"]["name"], row["near"]["name"]) for row in found}) > 100  # drawn for every picture
+        assert row["dy"] == pytest.approx(
+            (near["center"][1] - far["center"][1]) / row["height"], abs=1e-4
+        )
+    assert (
+        len({(row["far"]["name"], row["near"]["name"]) for row in found}) > 100
+    )  # drawn for every picture
     assert 0.2 < np.mean([row["far"]["size"] > 0.25 for row in found]) < 0.8
 
 
@@ -114,13 +156,56 @@ def test_every_cell_has_its_pictures(rows):
 
 def test_the_sweep_keeps_the_scene_while_the_objects_trade_their_sizes(made, rows):
     found = sweeps(rows)
-    assert len(found) == 4 and [row["image_id"] for row in part(rows, "sizes")] == list(range(100_001, 100_045))
+    assert len(found) == 4 and [row["image_id"] for row in part(rows, "sizes")] == list(
+        range(100_001, 100_045)
+    )
     for number, scene in enumerate(found):
-        assert [row["far"]["size"] for row in scene] == [0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.22, 0.24, 0.26, 0.28, 0.3]
-        assert [row["near"]["size"] for row in scene] == [0.3, 0.28, 0.26, 0.24, 0.22, 0.2, 0.18, 0.16, 0.14, 0.12, 0.1]
-        same = [(row["cell"], row["degrees"], row["far"]["name"], row["near"]["name"], row["questions"], row["split"]) for row in scene]
-        assert all(other == same[0] for other in same) and scene[0]["split"] == ("consistent", "counter")[number % 2]
-        sky = {Image.open(made / row["image"]).getpixel((140, 196)) for row in scene if row["far"]["size"] < 0.2}
+        assert [row["far"]["size"] for row in scene] == [
+            0.1,
+            0.12,
+            0.14,
+            0.16,
+            0.18,
+            0.2,
+            0.22,
+            0.24,
+            0.26,
+            0.28,
+            0.3,
+        ]
+        assert [row["near"]["size"] for row in scene] == [
+            0.3,
+            0.28,
+            0.26,
+            0.24,
+            0.22,
+            0.2,
+            0.18,
+            0.16,
+            0.14,
+            0.12,
+            0.1,
+        ]
+        same = [
+            (
+                row["cell"],
+                row["degrees"],
+                row["far"]["name"],
+                row["near"]["name"],
+                row["questions"],
+                row["split"],
+            )
+            for row in scene
+        ]
+        assert (
+            all(other == same[0] for other in same)
+            and scene[0]["split"] == ("consistent", "counter")[number % 2]
+        )
+        sky = {
+            Image.open(made / row["image"]).getpixel((140, 196))
+            for row in scene
+            if row["far"]["size"] < 0.2
+        }
         assert len(sky) == 1  # the open end, drawn alike
         assert min(row["far"]["visible"] for row in scene) >= 0.6
 
@@ -138,7 +223,12 @@ def test_a_scene_that_some_size_hides_is_drawn_again():
 def test_the_four_questions_stand_in_the_papers_order_in_the_words_of_the_training(rows):
     for row in rows:
         far, near = row["far"]["name"], row["near"]["name"]
-        wanted = [(far, "closer to", near), (near, "closer to", far), (near, "farther from", far), (far, "farther from", near)]
+        wanted = [
+            (far, "closer to", near),
+            (near, "closer to", far),
+            (near, "farther from", far),
+            (far, "farther from", near),
+        ]
         for (asked, how, other), found in zip(wanted, row["questions"], strict=True):
             assert found["question"] == f"Is the {asked} {how} the camera than the {other}?"
             assert found["answer"] == ("Yes" if (asked == near) == (how == "closer to") else "No")
@@ -156,10 +246,19 @@ def test_equal_flags_give_equal_bytes_with_any_number_of_workers(made, tmp_path)
 def test_a_picture_does_not_depend_on_how_many_there_are(made, tmp_path):
     for index in (0, 77, 255):
         path = tmp_path / f"{index}.jpg"
-        make_shapes.draw({"scene": "tunnel", "seed": 0, "instances": 12, "sweep_scenes": 100}, ("angles", index, path))
+        make_shapes.draw(
+            {"scene": "tunnel", "seed": 0, "instances": 12, "sweep_scenes": 100},
+            ("angles", index, path),
+        )
         assert path.read_bytes() == (made / f"val2017/{1 + index:012d}.jpg").read_bytes()
-    assert [tunnel.count(name, 12, 100) for name in ("angles", "sizes")] == [3072, 1100]  # the paper's numbers
-    assert tunnel.FIRST_ID["sizes"] > 256 * tunnel.MOST["instances"] and tunnel.FIRST_ID["sizes"] + 11 * tunnel.MOST["sweep_scenes"] <= 500_001
+    assert [tunnel.count(name, 12, 100) for name in ("angles", "sizes")] == [
+        3072,
+        1100,
+    ]  # the paper's numbers
+    assert (
+        tunnel.FIRST_ID["sizes"] > 256 * tunnel.MOST["instances"]
+        and tunnel.FIRST_ID["sizes"] + 11 * tunnel.MOST["sweep_scenes"] <= 500_001
+    )
 
 
 def test_it_is_a_coco_set(made, rows):
@@ -167,13 +266,20 @@ def test_it_is_a_coco_set(made, rows):
     assert [int(sample.id) for sample in found] == [row["image_id"] for row in rows]
     shown = samples.read_instances(made / "annotations/instances_val2017.json")
     for row in rows[::40]:
-        assert [(thing["category"], thing["bbox"], thing["depth"]) for thing in shown[row["image_id"]]] == [
-            (thing["name"], thing["bbox"], thing["depth"]) for thing in (row["far"], row["near"])
-        ]
-    assert sorted(path.name for path in made.iterdir()) == ["annotations", "manifest.json", "tunnel.json", "val2017"]
+        assert [
+            (thing["category"], thing["bbox"], thing["depth"]) for thing in shown[row["image_id"]]
+        ] == [(thing["name"], thing["bbox"], thing["depth"]) for thing in (row["far"], row["near"])]
+    assert sorted(path.name for path in made.iterdir()) == [
+        "annotations",
+        "manifest.json",
+        "tunnel.json",
+        "val2017",
+    ]
     assert read(made / "manifest.json") == {
-        "complete": True, "settings": {"schema": 1, "scene": "tunnel", "seed": 0, "instances": 1, "sweep_scenes": 4}, "rows": {"angles": 256, "sizes": 44},
-    }  # fmt: skip
+        "complete": True,
+        "settings": {"schema": 1, "scene": "tunnel", "seed": 0, "instances": 1, "sweep_scenes": 4},
+        "rows": {"angles": 256, "sizes": 44},
+    }
 
 
 def test_what_is_lost_is_made_again_and_a_finished_set_is_left_alone(made, tmp_path, capsys):
@@ -191,11 +297,20 @@ def test_other_settings_are_refused_and_overwrite_leaves_nothing_of_them(made, t
     shutil.copytree(made, out)
     with pytest.raises(UsageError, match="sweep_scenes 4 there, 0 asked.*--overwrite"):
         make(out, "--scene", "tunnel", "--instances", 1, "--sweep_scenes", 0)
-    with pytest.raises(UsageError, match="scene tunnel there, floor asked.*num_images None there, 2 asked"):
+    with pytest.raises(
+        UsageError, match="scene tunnel there, floor asked.*num_images None there, 2 asked"
+    ):
         make(out, "--num_images", 2, "--num_train", 1)
     assert make(out, "--num_images", 2, "--num_train", 1, "--overwrite") == 0
     assert not (out / "tunnel.json").exists() and len(list((out / "val2017").iterdir())) == 2
-    assert list(read(out / "manifest.json")["settings"]) == ["schema", "scene", "num_images", "num_train", "seed", "height_depth_correlation"]
+    assert list(read(out / "manifest.json")["settings"]) == [
+        "schema",
+        "scene",
+        "num_images",
+        "num_train",
+        "seed",
+        "height_depth_correlation",
+    ]
     assert make(out, *SMALL, "--overwrite") == 0
     assert bytes_of(out) == bytes_of(made)
 
@@ -203,9 +318,18 @@ def test_other_settings_are_refused_and_overwrite_leaves_nothing_of_them(made, t
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--scene", "tunnel", "--num_images", "5"], "--num_images is for --scene floor and corridor; --instances and --sweep_scenes say"),
-        (["--scene", "tunnel", "--num-train", "0"], "--num_train is for --scene floor and corridor"),
-        (["--instances", "3"], "--instances is for --scene tunnel; --num_images and --num_train say"),
+        (
+            ["--scene", "tunnel", "--num_images", "5"],
+            "--num_images is for --scene floor and corridor; --instances and --sweep_scenes say",
+        ),
+        (
+            ["--scene", "tunnel", "--num-train", "0"],
+            "--num_train is for --scene floor and corridor",
+        ),
+        (
+            ["--instances", "3"],
+            "--instances is for --scene tunnel; --num_images and --num_train say",
+        ),
         (["--scene", "corridor", "--sweep-scenes", "3"], "--sweep_scenes is for --scene tunnel"),
         (["--scene", "tunnel", "--instances", "0"], "--instances 0: 1 to 390"),
         (["--scene", "tunnel", "--sweep_scenes", "-1"], "--sweep_scenes -1: 0 to 36363"),

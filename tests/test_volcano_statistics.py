@@ -1,4 +1,5 @@
-"""Stages of the critique loop compared: slow references, texts of one distribution and unequal length, planted effects, and the script on planted runs."""
+"""Stages of the critique loop compared: slow references, texts of one distribution and unequal
+length, planted effects, and the script on planted runs."""
 
 import csv
 import itertools
@@ -9,12 +10,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, in_process
 
-import plots
-import rundirs
-from visualize.maps import top_l_mean
-from visualize.stage_statistics import (
+from tests.conftest import ROOT, in_process
+from vlmdiag.figures import plots
+from vlmdiag.runs import rundirs
+from vlmdiag.volcano.maps import top_l_mean
+from vlmdiag.volcano.stage_statistics import (
     STATISTICS,
     by_image,
     checked,
@@ -26,16 +27,23 @@ from visualize.stage_statistics import (
     statistics_over_images,
     subsample_weights,
     weights,
-)  # fmt: skip
+)
 
 SCRIPT = ROOT / "visualize" / "analyze_attention_by_stage.py"
-FILES = {"attention_by_stage.json", "attention_by_stage.csv", "attention_by_stage.png", "attention_by_stage.pdf"}
+FILES = {
+    "attention_by_stage.json",
+    "attention_by_stage.csv",
+    "attention_by_stage.png",
+    "attention_by_stage.pdf",
+}
 MAPS = {"stage_maps.png", "stage_maps.pdf"}
 STAGES = ("initial", "feedback", "revision")
 
 
 def some(tokens, patches=12, seed=0, scale=1.0):
-    return (scale * np.random.default_rng([seed, tokens]).exponential(size=(tokens, patches))).astype(np.float32)
+    return (
+        scale * np.random.default_rng([seed, tokens]).exponential(size=(tokens, patches))
+    ).astype(np.float32)
 
 
 def slow(c, mass, shorter):
@@ -43,12 +51,21 @@ def slow(c, mass, shorter):
     best = [sorted(column, reverse=True) for column in c.astype(float).T.tolist()]
     half = (shorter + 1) // 2
     subsets = list(itertools.combinations(range(len(c)), shorter))
-    halves = [sum(sorted((float(column[t]) for t in subset), reverse=True)[:half]) / half for subset in subsets for column in c.T]
+    halves = [
+        sum(sorted((float(column[t]) for t in subset), reverse=True)[:half]) / half
+        for subset in subsets
+        for column in c.T
+    ]
     top = np.mean([sum(column[:shorter]) / shorter for column in best])
-    return [top, np.mean([np.mean(column) for column in best]), sum(map(float, mass)) / len(mass), np.mean(halves)]
+    return [
+        top,
+        np.mean([np.mean(column) for column in best]),
+        sum(map(float, mass)) / len(mass),
+        np.mean(halves),
+    ]
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("first", "second"), [(3, 7), (7, 3), (1, 6), (5, 5), (1, 1), (2, 8)])
@@ -63,15 +80,23 @@ def test_each_statistic_is_its_definition(first, second):
 def test_the_published_statistic_is_that_of_the_maps():
     initial, other = some(6), some(40)
     observed, _ = compare(initial, other, initial.sum(1), other.sum(1), 1, np.random.default_rng(0))
-    np.testing.assert_allclose(observed[:, 0], [top_l_mean(c.astype(float), 6).mean() for c in (initial, other)], rtol=1e-6)
+    np.testing.assert_allclose(
+        observed[:, 0], [top_l_mean(c.astype(float), 6).mean() for c in (initial, other)], rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize(("tokens", "size", "l"), [(9, 4, 2), (30, 8, 4), (30, 30, 7), (12, 1, 1), (500, 200, 100)])
+@pytest.mark.parametrize(
+    ("tokens", "size", "l"), [(9, 4, 2), (30, 8, 4), (30, 30, 7), (12, 1, 1), (500, 200, 100)]
+)
 def test_subsample_weights_are_the_mean_over_random_draws(tokens, size, l):  # noqa: E741
     w, c, rng = subsample_weights(tokens, size, l), some(tokens, 5), np.random.default_rng(3)
     assert w.min() >= 0 and w.sum() == pytest.approx(1)
-    draws = [np.sort(c[rng.permutation(tokens)[:size]], axis=0)[size - l :].mean() for _ in range(3000)]
-    assert w @ profile(c) == pytest.approx(np.mean(draws), abs=5 * float(np.std(draws)) / 3000**0.5 + 1e-6)
+    draws = [
+        np.sort(c[rng.permutation(tokens)[:size]], axis=0)[size - l :].mean() for _ in range(3000)
+    ]
+    assert w @ profile(c) == pytest.approx(
+        np.mean(draws), abs=5 * float(np.std(draws)) / 3000**0.5 + 1e-6
+    )
 
 
 def test_subsampling_with_the_published_l_is_the_mean_over_tokens():
@@ -81,17 +106,23 @@ def test_subsampling_with_the_published_l_is_the_mean_over_tokens():
 
 @pytest.mark.parametrize("wrong", [(5, 3, 0), (5, 3, 4), (5, 6, 2)])
 def test_impossible_subsamples_are_refused(wrong):
-    with pytest.raises(ValueError, match=f"the {wrong[2]} largest of {wrong[1]} of {wrong[0]} tokens"):
+    with pytest.raises(
+        ValueError, match=f"the {wrong[2]} largest of {wrong[1]} of {wrong[0]} tokens"
+    ):
         subsample_weights(*wrong)
 
 
 def test_the_null_pools_all_tokens_and_splits_them_at_the_lengths():
-    """With 2 and 3 tokens there are ten splits: the null holds exactly their values, and each of them."""
+    """With 2 and 3 tokens there are ten splits: the null holds exactly their values, and each of
+    them."""
     initial, other = some(2), some(3, seed=1, scale=3)
     masses = initial.sum(1), other.sum(1)
     _, null = compare(initial, other, *masses, 400, np.random.default_rng(0))
     pooled, mass = np.concatenate([initial, other]), np.concatenate(masses)
-    splits = [(list(chosen), [t for t in range(5) if t not in chosen]) for chosen in itertools.combinations(range(5), 2)]
+    splits = [
+        (list(chosen), [t for t in range(5) if t not in chosen])
+        for chosen in itertools.combinations(range(5), 2)
+    ]
     wanted = np.array([[slow(pooled[part], mass[part], 2) for part in split] for split in splits])
     distance = np.abs(null[:, None] - wanted[None]).max(axis=(2, 3))
     assert distance.min(1).max() < 1e-6 and set(distance.argmin(1)) == set(range(10))
@@ -102,18 +133,26 @@ def test_no_token_and_no_number_are_refused():
         compare(some(3)[:0], some(3), np.zeros(0), np.zeros(3), 1, np.random.default_rng(0))
     broken = some(3)
     broken[1, 2:4] = np.nan, np.inf
-    with pytest.raises(ValueError, match="feedback_mean has 2 of 36 values that are NaN or infinite"):
+    with pytest.raises(
+        ValueError, match="feedback_mean has 2 of 36 values that are NaN or infinite"
+    ):
         checked(broken, "feedback_mean")
     with pytest.raises(ValueError, match=r"\(tokens, patches\) was wanted"):
         checked(np.zeros(3), "x")
 
 
 def planted(effect=1.0, instances=30, patches=50, seed=0, sigma=0.6):
-    """observed, null of instances whose two texts have 8 and 70 tokens of one distribution, the second times effect."""
+    """observed, null of instances whose two texts have 8 and 70 tokens of one distribution, the
+    second times effect."""
     rng, observed, null = np.random.default_rng(seed), [], []
     for _ in range(instances):
-        initial, other = (rng.lognormal(0, sigma, (tokens, 1)) * rng.exponential(size=(tokens, patches)) for tokens in (8, 70))
-        one, many = compare(initial, effect * other, initial.sum(1), effect * other.sum(1), 100, rng)
+        initial, other = (
+            rng.lognormal(0, sigma, (tokens, 1)) * rng.exponential(size=(tokens, patches))
+            for tokens in (8, 70)
+        )
+        one, many = compare(
+            initial, effect * other, initial.sum(1), effect * other.sum(1), 100, rng
+        )
         observed.append(one)
         null.append(many)
     return np.array(observed), np.array(null)
@@ -124,17 +163,32 @@ def test_equal_distributions_and_unequal_lengths_give_a_published_ratio_far_over
     assert found["top_l"]["ratio"]["low"] > 2 and found["top_l"]["null_ratio"]["low"] > 2
     for name in STATISTICS[1:]:
         row = found[name]
-        assert row["ratio"]["low"] < 1 < row["ratio"]["high"] and abs(row["null_ratio"]["mean"] - 1) < 0.05
+        assert (
+            row["ratio"]["low"] < 1 < row["ratio"]["high"]
+            and abs(row["null_ratio"]["mean"] - 1) < 0.05
+        )
     for row in found.values():
-        assert row["null_ratio"]["low"] < row["ratio"]["mean"] < row["null_ratio"]["high"] and row["p"] > 0.05
+        assert (
+            row["null_ratio"]["low"] < row["ratio"]["mean"] < row["null_ratio"]["high"]
+            and row["p"] > 0.05
+        )
 
 
 @pytest.mark.parametrize("effect", [1.5, 0.6])
-def test_a_planted_effect_is_found_at_its_size_and_the_published_ratio_hides_a_smaller_attention(effect):
+def test_a_planted_effect_is_found_at_its_size_and_the_published_ratio_hides_a_smaller_attention(
+    effect,
+):
     found = statistics_over_images(*planted(effect), list(range(30)))
     for name in STATISTICS[1:]:
-        assert found[name]["ratio"]["low"] < effect < found[name]["ratio"]["high"] and found[name]["p"] < 0.02
-        assert np.sign(found[name]["difference"]["low"]) == np.sign(found[name]["difference"]["high"]) == np.sign(effect - 1)
+        assert (
+            found[name]["ratio"]["low"] < effect < found[name]["ratio"]["high"]
+            and found[name]["p"] < 0.02
+        )
+        assert (
+            np.sign(found[name]["difference"]["low"])
+            == np.sign(found[name]["difference"]["high"])
+            == np.sign(effect - 1)
+        )
     assert found["top_l"]["ratio"]["low"] > 1 and found["top_l"]["p"] < 0.02
 
 
@@ -142,10 +196,17 @@ def test_p_values_are_uniform_where_nothing_differs():
     values = []
     for seed in range(200):
         initial, other = some(6, 8, seed), some(25, 8, seed + 1000)
-        observed, null = compare(initial, other, initial.sum(1), other.sum(1), 60, np.random.default_rng(seed))
-        values.append([p_value(*pair) for pair in zip(observed[1] - observed[0], (null[:, 1] - null[:, 0]).T)])
+        observed, null = compare(
+            initial, other, initial.sum(1), other.sum(1), 60, np.random.default_rng(seed)
+        )
+        values.append(
+            [p_value(*pair) for pair in zip(observed[1] - observed[0], (null[:, 1] - null[:, 0]).T)]
+        )
     for level in (0.1, 0.3, 0.5):
-        assert np.abs((np.array(values) <= level).mean(0) - level).max() < 3.5 * (level * (1 - level) / 200) ** 0.5 + 1 / 61
+        assert (
+            np.abs((np.array(values) <= level).mean(0) - level).max()
+            < 3.5 * (level * (1 - level) / 200) ** 0.5 + 1 / 61
+        )
 
 
 def test_p_value_counts_the_observed_and_both_sides():
@@ -172,32 +233,61 @@ def test_each_image_counts_once():
     np.testing.assert_allclose(by_image(values, [5, 5, 6]), [[2, 3], [10, 20]])
     observed, null = planted(instances=3)
     twice = np.concatenate([observed, observed[:1]]), np.concatenate([null, null[:1]])
-    once, again = statistics_over_images(observed, null, ["a", "b", "c"]), statistics_over_images(*twice, ["a", "b", "c", "a"])
+    once, again = (
+        statistics_over_images(observed, null, ["a", "b", "c"]),
+        statistics_over_images(*twice, ["a", "b", "c", "a"]),
+    )
     assert again["top_l"]["ratio"]["n"] == 3
-    np.testing.assert_allclose(again["token_mean"]["ratio"]["mean"], once["token_mean"]["ratio"]["mean"])
+    np.testing.assert_allclose(
+        again["token_mean"]["ratio"]["mean"], once["token_mean"]["ratio"]["mean"]
+    )
 
 
-# --- the script -------------------------------------------------------------------------------------------------------------
+# --- the script -----------------------------------------------------------------------------------
 
 
 def plant(root, n=12, grid=(4, 5), name=None, extra=0, effect=1.0):
-    """A run of n instances on n - 1 pictures. Instances 0, 4, 8: no revision accepted. Odd: corrected, but 1 cannot be judged. The stop token's row is 1000."""
+    """A run of n instances on n - 1 pictures. Instances 0, 4, 8: no revision accepted. Odd:
+    corrected, but 1 cannot be judged. The stop token's row is 1000."""
     rng, patches = np.random.default_rng(0), grid[0] * grid[1] + extra
-    run = rundirs.open_run(rundirs.run_path(root, "tiny", "volcano", name), "volcano", {"model_name": "tiny"})
+    run = rundirs.open_run(
+        rundirs.run_path(root, "tiny", "volcano", name), "volcano", {"model_name": "tiny"}
+    )
     for i in range(n):
         stages, arrays = dict.fromkeys(STAGES), {}
         for stage, tokens in zip(STAGES, (5, 40, 9)):
             if stage != "initial" and i % 4 == 0:
                 continue
             ended = i % 3 > 0
-            c = rng.lognormal(0, 0.4, (tokens, 1)) * rng.exponential(0.01, (tokens, patches)) * (effect if stage == "feedback" else 1)
+            c = (
+                rng.lognormal(0, 0.4, (tokens, 1))
+                * rng.exponential(0.01, (tokens, patches))
+                * (effect if stage == "feedback" else 1)
+            )
             c = np.concatenate([c, np.full((int(ended), patches), 1000.0)]).astype(np.float32)
             arrays |= {f"{stage}_top_k_mean": c, f"{stage}_mean": c / 4, f"{stage}_max": c**0.5}
-            facts = {"text": stage, "tokens": ["a"] * len(c), "ended": ended, "prompt_tokens": 30 + tokens, "vision_tokens": patches}
+            facts = {
+                "text": stage,
+                "tokens": ["a"] * len(c),
+                "ended": ended,
+                "prompt_tokens": 30 + tokens,
+                "vision_tokens": patches,
+            }
             stages[stage] = facts
-        correct = {"initial": i % 2 == 0, "final": True} if i != 1 else {"initial": None, "final": None}
-        record = {"index": i, "image_id": max(i, 1), "question": "?", "enhanced": i % 4 != 0, "correct": correct, "stages": stages}
-        run.write(f"{i}_{i:04d}", record | {"grid": {"shape": list(grid), "size": [84, 84]}}, arrays)
+        correct = (
+            {"initial": i % 2 == 0, "final": True} if i != 1 else {"initial": None, "final": None}
+        )
+        record = {
+            "index": i,
+            "image_id": max(i, 1),
+            "question": "?",
+            "enhanced": i % 4 != 0,
+            "correct": correct,
+            "stages": stages,
+        }
+        run.write(
+            f"{i}_{i:04d}", record | {"grid": {"shape": list(grid), "size": [84, 84]}}, arrays
+        )
     return run
 
 
@@ -239,44 +329,95 @@ def edit(run, id, change):
 
 
 def test_real_command_line_writes_its_files_without_torch(run):
-    code = f"import sys, runpy; sys.argv = {['x', '--run_dir', str(run.path), '--num-permutations', '5']!r}\ntry: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code, end.code\nassert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    code = (
+        "import sys, runpy; sys.argv ="
+        f" {['x', '--run_dir', str(run.path), '--num-permutations', '5']!r}\ntry:"
+        f" runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\nexcept SystemExit as end: assert"
+        " not end.code, end.code\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert written(run) == FILES | MAPS
-    assert "feedback against initial answer (n = 9 instances, 9 images; mean length 40.0 against 5.0 tokens)" in done.stdout
+    assert (
+        "feedback against initial answer (n = 9 instances, 9 images; mean length 40.0 against 5.0"
+        " tokens)" in done.stdout
+    )
 
 
-def test_numbers_are_those_of_the_functions_and_the_stop_token_counts_in_none(run, analyze, unsaved):
+def test_numbers_are_those_of_the_functions_and_the_stop_token_counts_in_none(
+    run, analyze, unsaved
+):
     assert analyze(run).returncode == 0
     content = result(run)
-    assert content["instances"] == 9 and content["instances_in_run"] == 12 and content["settings"]["filter"] == "enhanced"
+    assert (
+        content["instances"] == 9
+        and content["instances_in_run"] == 12
+        and content["settings"]["filter"] == "enhanced"
+    )
     for stage, tokens in (("feedback", 40), ("revision", 9)):
         part = content["comparisons"][stage]
-        assert part["instances"] == part["images"] == 9 and part["mean_tokens"] == {"initial": 5, stage: tokens}
+        assert part["instances"] == part["images"] == 9 and part["mean_tokens"] == {
+            "initial": 5,
+            stage: tokens,
+        }
         assert part["mean_prompt_tokens"] == {"initial": 35, stage: 30 + tokens}
         ids = [f"{i}_{i:04d}" for i in range(12) if i % 4]
-        pairs = [[run.arrays(id)[f"{name}_top_k_mean"][:count] for name, count in (("initial", 5), (stage, tokens))] for id in ids]
+        pairs = [
+            [
+                run.arrays(id)[f"{name}_top_k_mean"][:count]
+                for name, count in (("initial", 5), (stage, tokens))
+            ]
+            for id in ids
+        ]
         means = np.array([[c.astype(float).mean() for c in pair] for pair in pairs]).mean(0)
         row = part["statistics"]["token_mean"]
-        np.testing.assert_allclose([row["initial"], row["other"], row["ratio"]["mean"]], [*means, means[1] / means[0]], rtol=1e-6)
+        np.testing.assert_allclose(
+            [row["initial"], row["other"], row["ratio"]["mean"]],
+            [*means, means[1] / means[0]],
+            rtol=1e-6,
+        )
         np.testing.assert_allclose(row["difference"]["mean"], means[1] - means[0], rtol=1e-5)
         mass = part["statistics"]["image_mass"]
         np.testing.assert_allclose([mass["initial"], mass["other"]], means * 20 / 4, rtol=1e-6)
         top = part["statistics"]["top_l"]
-        np.testing.assert_allclose(top["other"], np.mean([top_l_mean(pair[1].astype(float), 5).mean() for pair in pairs]), rtol=1e-6)
+        np.testing.assert_allclose(
+            top["other"],
+            np.mean([top_l_mean(pair[1].astype(float), 5).mean() for pair in pairs]),
+            rtol=1e-6,
+        )
     assert content["comparisons"]["feedback"]["statistics"]["top_l"]["null_ratio"]["low"] > 1.3
-    rows = list(csv.DictReader((run.path / "analysis" / "attention_by_stage.csv").read_text().splitlines()))
-    assert [(row["comparison"], row["statistic"]) for row in rows] == [(f"{stage}/initial", name) for stage in STAGES[1:] for name in STATISTICS]
+    rows = list(
+        csv.DictReader((run.path / "analysis" / "attention_by_stage.csv").read_text().splitlines())
+    )
+    assert [(row["comparison"], row["statistic"]) for row in rows] == [
+        (f"{stage}/initial", name) for stage in STAGES[1:] for name in STATISTICS
+    ]
     for row in rows:
-        wanted = content["comparisons"][row["comparison"].split("/")[0]]["statistics"][row["statistic"]]
-        assert float(row["ratio_low"]) == wanted["ratio"]["low"] and float(row["p"]) == wanted["p"] and row["instances"] == "9"
+        wanted = content["comparisons"][row["comparison"].split("/")[0]]["statistics"][
+            row["statistic"]
+        ]
+        assert (
+            float(row["ratio_low"]) == wanted["ratio"]["low"]
+            and float(row["p"]) == wanted["p"]
+            and row["instances"] == "9"
+        )
 
 
 def test_filters_choose_the_instances(run, analyze, unsaved):
-    for flags, n, left_out in (((), 9, 0), (("--filter", "corrected"), 5, 0), (("--filter", "all"), 12, 3)):
+    for flags, n, left_out in (
+        ((), 9, 0),
+        (("--filter", "corrected"), 5, 0),
+        (("--filter", "all"), 12, 3),
+    ):
         done = analyze(run, *flags)
         content = result(run)
-        assert done.returncode == 0 and content["instances"] == n and len(content["left_out"]["feedback"]["missing"]) == left_out
+        assert (
+            done.returncode == 0
+            and content["instances"] == n
+            and len(content["left_out"]["feedback"]["missing"]) == left_out
+        )
         assert content["comparisons"]["feedback"]["instances"] == n - left_out
         assert ("3 left out that have none stored" in done.stdout) == bool(left_out)
 
@@ -286,9 +427,15 @@ def test_pools_read_their_own_arrays_and_the_mass_stays(run, analyze, unsaved):
     for pool in ("top_k_mean", "mean", "max"):
         assert analyze(run, "--pool-method", pool).returncode == 0
         found[pool] = result(run)["comparisons"]["feedback"]["statistics"]
-    assert found["mean"]["token_mean"]["initial"] == pytest.approx(found["top_k_mean"]["token_mean"]["initial"] / 4)
+    assert found["mean"]["token_mean"]["initial"] == pytest.approx(
+        found["top_k_mean"]["token_mean"]["initial"] / 4
+    )
     assert found["max"]["token_mean"]["initial"] > 5 * found["top_k_mean"]["token_mean"]["initial"]
-    assert found["max"]["image_mass"] == found["mean"]["image_mass"] == found["top_k_mean"]["image_mass"]
+    assert (
+        found["max"]["image_mass"]
+        == found["mean"]["image_mass"]
+        == found["top_k_mean"]["image_mass"]
+    )
 
 
 def test_the_same_call_gives_the_same_bytes_and_another_seed_another_null(run, analyze):
@@ -310,10 +457,20 @@ def test_a_text_of_a_stop_token_only_is_left_out_and_counted(run, analyze, unsav
 
     edit(run, "5_0005", empty)
     done = analyze(run)
-    assert done.returncode == 0 and "feedback: 1 left out in which a text has no token but the one that ends it" in done.stdout
+    assert (
+        done.returncode == 0
+        and "feedback: 1 left out in which a text has no token but the one that ends it"
+        in done.stdout
+    )
     content = result(run)
-    assert content["left_out"]["feedback"]["empty"] == ["5_0005"] and content["left_out"]["revision"]["empty"] == []
-    assert content["comparisons"]["feedback"]["instances"] == 8 and content["comparisons"]["revision"]["instances"] == 9
+    assert (
+        content["left_out"]["feedback"]["empty"] == ["5_0005"]
+        and content["left_out"]["revision"]["empty"] == []
+    )
+    assert (
+        content["comparisons"]["feedback"]["instances"] == 8
+        and content["comparisons"]["revision"]["instances"] == 9
+    )
 
 
 def test_nan_is_refused_with_the_instance_and_the_array(run, analyze):
@@ -334,7 +491,11 @@ def test_maps_are_left_out_where_pictures_share_no_grid(run, analyze):
 
     edit(run, "5_0005", other)
     done = analyze(run)
-    assert done.returncode == 0 and "no stage_maps: the pictures have no regular grid" in done.stdout and written(run) == FILES
+    assert (
+        done.returncode == 0
+        and "no stage_maps: the pictures have no regular grid" in done.stdout
+        and written(run) == FILES
+    )
 
 
 @pytest.mark.parametrize("grid", [None, {"shape": None, "size": [9, 9]}])
@@ -351,7 +512,11 @@ def test_tokens_without_a_place_follow_the_grid_and_pictures_may_differ_in_size(
     for id in other.ids():
         run.write(f"9{id}", other.record(id), other.arrays(id))
     done = analyze(run)
-    assert done.returncode == 0 and result(run)["comparisons"]["feedback"]["instances"] == 12 and "no stage_maps" in done.stdout
+    assert (
+        done.returncode == 0
+        and result(run)["comparisons"]["feedback"]["instances"] == 12
+        and "no stage_maps" in done.stdout
+    )
 
 
 def test_one_instance_and_no_revision_work(run, analyze, tmp_path):
@@ -361,30 +526,59 @@ def test_one_instance_and_no_revision_work(run, analyze, tmp_path):
     for id in run.ids():
         edit(run, id, lambda record, arrays: record["stages"].update(revision=None))
     done = analyze(run)
-    assert done.returncode == 0 and set(result(run)["comparisons"]) == {"feedback"} and "no instance has all three texts" in done.stdout
+    assert (
+        done.returncode == 0
+        and set(result(run)["comparisons"]) == {"feedback"}
+        and "no instance has all three texts" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--filter", "right"), "--filter"), (("--num_permutations", "0"), "--num_permutations counts from 1"), (("--seed", "-1"), "--seed from 0"),
-        (("--pool_method", "sum"), "--pool_method"), (("--run_dir", "nowhere"), "no such folder"),
+        (("--filter", "right"), "--filter"),
+        (("--num_permutations", "0"), "--num_permutations counts from 1"),
+        (("--seed", "-1"), "--seed from 0"),
+        (("--pool_method", "sum"), "--pool_method"),
+        (("--run_dir", "nowhere"), "no such folder"),
     ],
-)  # fmt: skip
+)
 def test_wrong_usage_is_one_line_and_exit_code_2(run, analyze, flags, words):
     done = analyze(run, *flags)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and words in done.stderr
+    )
 
 
 def test_runs_without_what_is_wanted_are_refused(run, analyze, tmp_path):
     for id in run.ids():
-        edit(run, id, lambda record, arrays: record.update(enhanced=False, correct={"initial": None, "final": None}))
-    for flags, words in (((), "leaves none of the 12 instances"), (("--filter", "corrected"), "12 cannot be judged by their gold answer")):
+        edit(
+            run,
+            id,
+            lambda record, arrays: record.update(
+                enhanced=False, correct={"initial": None, "final": None}
+            ),
+        )
+    for flags, words in (
+        ((), "leaves none of the 12 instances"),
+        (("--filter", "corrected"), "12 cannot be judged by their gold answer"),
+    ):
         done = analyze(run, *flags)
-        assert done.returncode == 2 and words in done.stderr and "try another --filter" in done.stderr and not written(run)
+        assert (
+            done.returncode == 2
+            and words in done.stderr
+            and "try another --filter" in done.stderr
+            and not written(run)
+        )
     for id in run.ids():
         edit(run, id, lambda record, arrays: record["stages"].update(feedback=None, revision=None))
-    assert "none of the 12 instances has a token both in its initial answer and in a feedback or revision" in analyze(run, "--filter", "all").stderr
+    assert (
+        "none of the 12 instances has a token both in its initial answer and in a feedback or"
+        " revision" in analyze(run, "--filter", "all").stderr
+    )
     empty = rundirs.open_run(tmp_path / "empty", "volcano", {})
     assert "has no finished instance yet" in analyze(empty).stderr
     foreign = rundirs.open_run(tmp_path / "psi", "psi", {})

@@ -1,17 +1,25 @@
-"""How much of the picture does a model look at while it answers, criticises and revises? One map over the picture per text, and one per chosen span of tokens.
+"""How much of the picture does a model look at while it answers, criticises and revises? One map
+over the picture per text, and one per chosen span of tokens.
 
-    c[t, p] = mean of the k largest heads of the mean of the k largest layers of the attention to vision token p, in the step that predicted token t
-    map of a text [p] = mean over its tokens of c[t, p], stop token not counted; map of a span = mean over its tokens
-    --paper_compat: of initial response and feedback, the mean of the l largest over t, l = tokens of the shorter one, so that the longer text looks brighter
+    c[t, p] = mean of the k largest heads of the mean of the k largest layers of the attention to
+    vision token p, in the step that predicted token t
+    map of a text [p] = mean over its tokens of c[t, p], stop token not counted; map of a span =
+    mean over its tokens
+    --paper_compat: of initial response and feedback, the mean of the l largest over t, l = tokens
+    of the shorter one, so that the longer text looks brighter
 Volcano (arXiv 2311.07362), figure 4 below; our study, sections 1.3 and 2.3 to 2.8.
 
-    python visualize/image_attention_heatmap.py --input-dir outputs/volcano --output-dir outputs/volcano/figures --instance-idx 8 \\
+    python visualize/image_attention_heatmap.py --input-dir outputs/volcano \\
+        --output-dir outputs/volcano/figures --instance-idx 8 \\
         --feedback-target-tokens the,red,circle a,blue,square
 
-It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in --input-dir; text_attention_heatmap.py prints spans to choose from:
-chosen for their attention, they are bright by construction. Writes image_heatmap_<idx>_<spans> as .png, .pdf and .csv. All maps share one scale, the smallest
-value of all panels to their --quantile; what is above saturates. Below each map its coverage in numbers: entropy over the log of the number of patches,
-1 = even, and the share of patches that hold 50 % and 90 % of the map's sum. The span that names a thing should light the thing up."""
+It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in
+--input-dir; text_attention_heatmap.py prints spans to choose from: chosen for their attention, they
+are bright by construction. Writes image_heatmap_<idx>_<spans> as .png, .pdf and .csv. All maps
+share one scale, the smallest value of all panels to their --quantile; what is above saturates.
+Below each map its coverage in numbers: entropy over the log of the number of patches, 1 = even, and
+the share of patches that hold 50 % and 90 % of the map's sum. The span that names a thing should
+light the thing up."""
 
 import hashlib
 import re
@@ -24,14 +32,14 @@ import numpy as np
 from matplotlib.colors import ListedColormap, Normalize
 from PIL import Image
 
-import cli
-import plots
-from cli import UsageError
-from grid import PatchGrid
-from plots import drawable, visible
-from samples import load_image
-from visualize.maps import coverage, normalized_entropy, top_l_mean
-from visualize.tensors import STAGES, find_span, numbers, read_instance, token_maps
+from vlmdiag import cli
+from vlmdiag.cli import UsageError
+from vlmdiag.figures import plots
+from vlmdiag.figures.plots import drawable, visible
+from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures.samples import load_image
+from vlmdiag.volcano.maps import coverage, normalized_entropy, top_l_mean
+from vlmdiag.volcano.tensors import STAGES, find_span, numbers, read_instance, token_maps
 
 SHOWN = 1024  # pixels of the longer side of a picture in a figure
 ALPHA = 0.75  # opacity of a map over the grey picture
@@ -41,7 +49,8 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 @dataclass(frozen=True)
 class Panel:
-    """One map. values (P,); tokens: indices that it is the mean over; text: what they say; title and statistic are for people."""
+    """One map. values (P,); tokens: indices that it is the mean over; text: what they say; title
+    and statistic are for people."""
 
     title: str
     stage: str
@@ -55,19 +64,58 @@ class Panel:
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--input-dir", required=True, help="folder with the <index>_<image id> folders of run_volcano_with_image_attention.py")
+    parser.add_argument(
+        "--input-dir",
+        required=True,
+        help="folder with the <index>_<image id> folders of run_volcano_with_image_attention.py",
+    )
     parser.add_argument("--output-dir", required=True, help="where the figure goes")
-    encoder = "cross-check of the stored grid: patches per side = resolution // patch in the encoder's name, such as openai/clip-vit-large-patch14-336"
+    encoder = (
+        "cross-check of the stored grid: patches per side = resolution // patch in the encoder's"
+        " name, such as openai/clip-vit-large-patch14-336"
+    )
     parser.add_argument("--vision-encoder-name", help=encoder)
-    parser.add_argument("--instance-idx", type=int, required=True, help="index of the instance in the list of questions, from 0")
+    parser.add_argument(
+        "--instance-idx",
+        type=int,
+        required=True,
+        help="index of the instance in the list of questions, from 0",
+    )
     targets = r"spans, each a comma list of consecutive tokens; \, is a comma"
     parser.add_argument("--feedback-target-tokens", nargs="+", default=[], help=targets)
-    parser.add_argument("--occurrence", nargs="+", type=int, default=[1], help="which occurrence of a span, from 1; one number for all or one for each")
-    parser.add_argument("--stage", choices=list(STAGES), default="feedback", help="text that the spans are looked up in")
-    parser.add_argument("--hidden-top-k", type=int, default=3, help="k largest over layers and heads; at most what the run stored")
-    parser.add_argument("--quantile", type=float, default=0.995, help="of the values of all panels: the top of the colour scale")
-    parser.add_argument("--no_overlay", action="store_true", help="plain patches without the picture")
-    parser.add_argument("--paper_compat", action="store_true", help="the published mean of the l largest and its panels, see above")
+    parser.add_argument(
+        "--occurrence",
+        nargs="+",
+        type=int,
+        default=[1],
+        help="which occurrence of a span, from 1; one number for all or one for each",
+    )
+    parser.add_argument(
+        "--stage",
+        choices=list(STAGES),
+        default="feedback",
+        help="text that the spans are looked up in",
+    )
+    parser.add_argument(
+        "--hidden-top-k",
+        type=int,
+        default=3,
+        help="k largest over layers and heads; at most what the run stored",
+    )
+    parser.add_argument(
+        "--quantile",
+        type=float,
+        default=0.995,
+        help="of the values of all panels: the top of the colour scale",
+    )
+    parser.add_argument(
+        "--no_overlay", action="store_true", help="plain patches without the picture"
+    )
+    parser.add_argument(
+        "--paper_compat",
+        action="store_true",
+        help="the published mean of the l largest and its panels, see above",
+    )
     args = parser.parse_args(argv)
     if args.instance_idx < 0 or min(args.hidden_top_k, *args.occurrence) < 1:
         parser.error("--instance-idx starts at 0, --hidden-top-k and --occurrence at 1")
@@ -76,7 +124,10 @@ def parse_args(argv=None):
     if len(args.occurrence) == 1:
         args.occurrence *= len(args.feedback_target_tokens)
     if len(args.occurrence) != len(args.feedback_target_tokens):
-        parser.error(f"--occurrence has {len(args.occurrence)} numbers for {len(args.feedback_target_tokens)} spans; give one, or one for each")
+        parser.error(
+            f"--occurrence has {len(args.occurrence)} numbers for"
+            f" {len(args.feedback_target_tokens)} spans; give one, or one for each"
+        )
     return args
 
 
@@ -84,10 +135,14 @@ def parse_args(argv=None):
 
 
 def side_of(encoder):
-    """Patches per side that an encoder's name says: resolution // patch, resolution 224 where it names none."""
+    """Patches per side that an encoder's name says: resolution // patch, resolution 224 where it
+    names none."""
     found = re.findall(r"patch[-_]?(\d+)(?:[-_](\d+))?", encoder)
     if not found or not int(found[-1][0]):
-        raise UsageError(f"--vision-encoder-name {encoder}: no patch size in the name, such as in openai/clip-vit-large-patch14-336; leave the flag out")
+        raise UsageError(
+            f"--vision-encoder-name {encoder}: no patch size in the name, such as in"
+            " openai/clip-vit-large-patch14-336; leave the flag out"
+        )
     patch, resolution = found[-1]
     return int(resolution or 224) // int(patch)
 
@@ -96,43 +151,89 @@ def check_encoder(instance, encoder):
     side, shape = side_of(encoder), instance.grid.shape
     if shape != (side, side):
         stored = f"{shape[0]} x {shape[1]} patches" if shape else "no single regular grid"
-        own = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in instance.vision_encoder.items() if value)
+        own = ", ".join(
+            f"{name.replace('_', ' ')} {value}"
+            for name, value in instance.vision_encoder.items()
+            if value
+        )
         said = f"{stored}{f' ({own})' if own else ''}"
-        raise UsageError(f"--vision-encoder-name {encoder} means {side} x {side} patches, but {instance.folder.name} has {said}; leave the flag out")
+        raise UsageError(
+            f"--vision-encoder-name {encoder} means {side} x {side} patches, but"
+            f" {instance.folder.name} has {said}; leave the flag out"
+        )
 
 
 def panels_of(instance, args):
     """The maps of the texts, then of the spans."""
     maps = {name: token_maps(instance, name, args.hidden_top_k) for name in instance.stages}
-    texts = [name for name, stage in instance.stages.items() if stage.steps and not (args.paper_compat and name == "revision")]
+    texts = [
+        name
+        for name, stage in instance.stages.items()
+        if stage.steps and not (args.paper_compat and name == "revision")
+    ]
     if args.paper_compat and {"initial", "feedback"} - set(texts):
-        raise UsageError(f"--paper_compat compares initial response and feedback; {instance.missing() or 'one of them has no token'}")
+        raise UsageError(
+            "--paper_compat compares initial response and feedback;"
+            f" {instance.missing() or 'one of them has no token'}"
+        )
     limit = min((instance.stages[name].steps for name in texts), default=0)
     panels = []
     for name in texts:
         stage, steps = instance.stages[name], instance.stages[name].steps
         kept = limit if args.paper_compat else steps
-        statistic = f"mean of the {kept} largest of {steps} steps" if args.paper_compat else f"mean over {steps} step{'s' * (steps > 1)}"
+        statistic = (
+            f"mean of the {kept} largest of {steps} steps"
+            if args.paper_compat
+            else f"mean over {steps} step{'s' * (steps > 1)}"
+        )
         values = top_l_mean(maps[name][:steps], kept)
-        panels.append(Panel(f"{name.capitalize()} (all tokens)", name, statistic, "", 0, list(range(steps)), stage.text.strip(), values))
+        panels.append(
+            Panel(
+                f"{name.capitalize()} (all tokens)",
+                name,
+                statistic,
+                "",
+                0,
+                list(range(steps)),
+                stage.text.strip(),
+                values,
+            )
+        )
     if args.feedback_target_tokens and args.stage not in instance.stages:
-        raise UsageError(f"{instance.missing()}; --stage initial takes the spans from the initial response")
+        raise UsageError(
+            f"{instance.missing()}; --stage initial takes the spans from the initial response"
+        )
     for target, occurrence in zip(args.feedback_target_tokens, args.occurrence):
         stage = instance.stages[args.stage]
         tokens = find_span(stage.tokens, stage.spans, stage.text, target, occurrence)
         pieces = stage.pieces()
         text = "".join(pieces[i] for i in tokens).strip()
         said = text if len(text) <= 40 else text[:39].rstrip() + ELLIPSIS
-        title = f"{args.stage.capitalize()} \N{LEFT DOUBLE QUOTATION MARK}{said}\N{RIGHT DOUBLE QUOTATION MARK}"
+        title = (
+            f"{args.stage.capitalize()}"
+            f" \N{LEFT DOUBLE QUOTATION MARK}{said}\N{RIGHT DOUBLE QUOTATION MARK}"
+        )
         statistic = f"mean over token{'s' * (len(tokens) > 1)} {numbers(tokens)}"
-        panels.append(Panel(title, args.stage, statistic, target, occurrence, tokens, text, maps[args.stage][tokens].mean(0)))
+        panels.append(
+            Panel(
+                title,
+                args.stage,
+                statistic,
+                target,
+                occurrence,
+                tokens,
+                text,
+                maps[args.stage][tokens].mean(0),
+            )
+        )
     if not panels:
         raise UsageError(f"{instance.folder}: no text has a token that counts, so there is no map")
     return panels
 
 
 def scale_of(panels, grid, quantile):
-    """(vmin, vmax): the smallest value of all panels and their quantile, a value that occurs (the nearest rank, as published). Tokens with a box only."""
+    """(vmin, vmax): the smallest value of all panels and their quantile, a value that occurs (the
+    nearest rank, as published). Tokens with a box only."""
     values = np.concatenate([panel.values[grid.has_box] for panel in panels])
     return float(values.min()), float(np.quantile(values, quantile, method="nearest"))
 
@@ -141,17 +242,32 @@ def numbers_of(panel, grid):
     """Coverage of a map, over the vision tokens that have a box."""
     values = panel.values[grid.has_box]
     return {
-        "mean": float(values.mean()), "min": float(values.min()), "max": float(values.max()), "normalized_entropy": normalized_entropy(values),
-        "share_of_patches_with_50_percent": coverage(values, 0.5), "share_of_patches_with_90_percent": coverage(values, 0.9),
-    }  # fmt: skip
+        "mean": float(values.mean()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "normalized_entropy": normalized_entropy(values),
+        "share_of_patches_with_50_percent": coverage(values, 0.5),
+        "share_of_patches_with_90_percent": coverage(values, 0.9),
+    }
 
 
 def tag_of(args):
-    """The spans as part of a file name: rather,silver,._the,red,c; 'all' without spans; what else changes the maps behind two underscores."""
-    spans = "_".join(target + f"~{n}" * (n > 1) for target, n in zip(args.feedback_target_tokens, args.occurrence)) or "all"
+    """The spans as part of a file name: rather,silver,._the,red,c; 'all' without spans; what else
+    changes the maps behind two underscores."""
+    spans = (
+        "_".join(
+            target + f"~{n}" * (n > 1)
+            for target, n in zip(args.feedback_target_tokens, args.occurrence)
+        )
+        or "all"
+    )
     tag = re.sub(r"[^\w,.'()+=~-]", "-", spans)
     if len(tag.encode()) > 120:
-        tag = tag.encode()[:100].decode(errors="ignore") + "~" + hashlib.sha256(spans.encode()).hexdigest()[:8]
+        tag = (
+            tag.encode()[:100].decode(errors="ignore")
+            + "~"
+            + hashlib.sha256(spans.encode()).hexdigest()[:8]
+        )
     other = [args.stage] if args.feedback_target_tokens and args.stage != "feedback" else []
     other += [name for name in ("paper_compat", "no_overlay") if getattr(args, name)]
     return "".join([tag, *(f"__{name}" for name in other)])
@@ -166,21 +282,37 @@ def read_picture(instance):
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}; --no_overlay draws the patches without the picture") from error
     if picture.size != tuple(instance.grid.size):
-        sizes = f"{picture.width} x {picture.height} pixels, and {instance.grid.size[0]} x {instance.grid.size[1]} were measured"
-        raise UsageError(f"{instance.image} has {sizes}: another picture; --no_overlay draws the patches without it")
+        sizes = (
+            f"{picture.width} x {picture.height} pixels, and {instance.grid.size[0]} x"
+            f" {instance.grid.size[1]} were measured"
+        )
+        raise UsageError(
+            f"{instance.image} has {sizes}: another picture; --no_overlay draws the patches"
+            " without it"
+        )
     return picture
 
 
 def at_display_size(picture, grid):
-    """The picture with a longer side of SHOWN pixels, small ones in whole multiples, and its grid."""
+    """The picture with a longer side of SHOWN pixels, small ones in whole multiples, and its
+    grid."""
     times = SHOWN // max(picture.size)
-    size = [side * times for side in picture.size] if times else [max(1, round(side * SHOWN / max(picture.size))) for side in picture.size]
+    size = (
+        [side * times for side in picture.size]
+        if times
+        else [max(1, round(side * SHOWN / max(picture.size))) for side in picture.size]
+    )
     shown = picture.resize(size, Image.Resampling.NEAREST if times else Image.Resampling.LANCZOS)
-    return shown, PatchGrid(grid.boxes * np.array([size[0] / grid.size[0], size[1] / grid.size[1]] * 2), grid.shape, tuple(size))
+    return shown, PatchGrid(
+        grid.boxes * np.array([size[0] / grid.size[0], size[1] / grid.size[1]] * 2),
+        grid.shape,
+        tuple(size),
+    )
 
 
 def pale(picture):
-    """The picture in grey of low contrast, (height, width) in [0.35, 0.85], so that the colours of a map over it stay apart."""
+    """The picture in grey of low contrast, (height, width) in [0.35, 0.85], so that the colours of
+    a map over it stay apart."""
     grey = np.asarray(picture.convert("L"), float) / 255
     return 0.35 + 0.5 * grey
 
@@ -193,9 +325,15 @@ def draw(instance, panels, scale, args):
     count = len(panels) + (picture is not None)
     columns = count if count <= 4 else 3 if count <= 6 or count == 9 else 4
     rows = -(-count // columns)
-    left, top, right, bottom = (*np.nanmin(grid.boxes[:, :2], 0), *np.nanmax(grid.boxes[:, 2:], 0)) if picture is None else (0, 0, *grid.size)
+    left, top, right, bottom = (
+        (*np.nanmin(grid.boxes[:, :2], 0), *np.nanmax(grid.boxes[:, 2:], 0))
+        if picture is None
+        else (0, 0, *grid.size)
+    )
     ratio = float(np.clip((bottom - top) / (right - left), 0.4, 1.6))
-    figure = plots.plt.figure(figsize=(max(columns * PANEL + 0.9, 5.2), rows * (PANEL * ratio + 0.78) + 0.6))
+    figure = plots.plt.figure(
+        figsize=(max(columns * PANEL + 0.9, 5.2), rows * (PANEL * ratio + 0.78) + 0.6)
+    )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set(xticks=[], yticks=[])
@@ -214,21 +352,41 @@ def draw(instance, panels, scale, args):
         axis.set_title(textwrap.fill(drawable(panel.title), 32), fontsize=10, parse_math=False)
         shown = numbers_of(panel, instance.grid)
         half, most = (100 * shown[f"share_of_patches_with_{share}_percent"] for share in (50, 90))
-        words = f"{panel.statistic}: {shown['mean']:.3g}\nentropy {shown['normalized_entropy']:.3f}\n50 % in {half:.0f} %, 90 % in {most:.0f} % of patches"
+        words = (
+            f"{panel.statistic}: {shown['mean']:.3g}\nentropy {shown['normalized_entropy']:.3f}\n50"
+            f" % in {half:.0f} %, 90 % in {most:.0f} % of patches"
+        )
         axis.set_xlabel(words, fontsize=7.5)
     for axis in axes[count:]:
         axis.remove()
-    bar = figure.colorbar(plots.plt.cm.ScalarMappable(normalize, colors), ax=list(axes[:count]), extend="max", aspect=30, pad=0.015, fraction=0.04)
-    bar.set_label(f"attention to a vision token\n(top-{args.hidden_top_k} layers and heads)", fontsize=8)
+    bar = figure.colorbar(
+        plots.plt.cm.ScalarMappable(normalize, colors),
+        ax=list(axes[:count]),
+        extend="max",
+        aspect=30,
+        pad=0.015,
+        fraction=0.04,
+    )
+    bar.set_label(
+        f"attention to a vision token\n(top-{args.hidden_top_k} layers and heads)", fontsize=8
+    )
     bar.ax.tick_params(labelsize=7.5)
     bar.ax.ticklabel_format(style="sci", scilimits=(-2, 2), useMathText=True)
     bar.ax.yaxis.get_offset_text().set_fontsize(7.5)
     bar.ax.grid(False)
-    how = "mean of the l largest steps (published)" if args.paper_compat else "mean over the steps of each text"
+    how = (
+        "mean of the l largest steps (published)"
+        if args.paper_compat
+        else "mean over the steps of each text"
+    )
     wide = int(11.2 * figure.get_figwidth())
     refused = ", no revision accepted" if len(instance.stages) > 1 and not instance.accepted else ""
     title = textwrap.fill(f"Attention to the picture, {how}{refused}", wide)
-    question = textwrap.shorten(f"{Path(instance.model).name}, instance {instance.index}: {instance.question}", 2 * wide - 20, placeholder=ELLIPSIS)
+    question = textwrap.shorten(
+        f"{Path(instance.model).name}, instance {instance.index}: {instance.question}",
+        2 * wide - 20,
+        placeholder=ELLIPSIS,
+    )
     question = textwrap.fill(drawable(question), wide)
     figure.suptitle(f"{title}\n{question}", fontsize=10, parse_math=False)
     return figure
@@ -239,23 +397,53 @@ def draw_map(axis, values, grid, normalize, grey=None):
     if grey is not None:
         heat = grid.paint(values)
         axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
-        axis.imshow(np.ma.masked_invalid(heat), cmap="viridis", norm=normalize, alpha=ALPHA, interpolation="nearest")
+        axis.imshow(
+            np.ma.masked_invalid(heat),
+            cmap="viridis",
+            norm=normalize,
+            alpha=ALPHA,
+            interpolation="nearest",
+        )
     elif grid.shape is not None:
         rows, columns = grid.shape
         (left, top), (right, bottom) = grid.boxes[0, :2], grid.boxes[rows * columns - 1, 2:]
-        axis.imshow(values[: rows * columns].reshape(rows, columns), cmap="viridis", norm=normalize, extent=(left, right, bottom, top), interpolation="nearest")
+        axis.imshow(
+            values[: rows * columns].reshape(rows, columns),
+            cmap="viridis",
+            norm=normalize,
+            extent=(left, right, bottom, top),
+            interpolation="nearest",
+        )
     else:
-        axis.imshow(np.ma.masked_invalid(grid.paint(values, smooth=False)), cmap="viridis", norm=normalize, interpolation="nearest")
+        axis.imshow(
+            np.ma.masked_invalid(grid.paint(values, smooth=False)),
+            cmap="viridis",
+            norm=normalize,
+            interpolation="nearest",
+        )
 
 
 def save_numbers(path, panels, scale, instance, args):
     rows = [
         {
-            "panel": panel.title, "stage": panel.stage, "statistic": panel.statistic, "target": panel.target, "occurrence": panel.occurrence or "",
-            "text": visible(panel.text), "tokens": numbers(panel.tokens), "steps": len(panel.tokens),
-        } | numbers_of(panel, instance.grid) | {"vmin": scale[0], "vmax": scale[1], "quantile": args.quantile, "hidden_top_k": args.hidden_top_k}
+            "panel": panel.title,
+            "stage": panel.stage,
+            "statistic": panel.statistic,
+            "target": panel.target,
+            "occurrence": panel.occurrence or "",
+            "text": visible(panel.text),
+            "tokens": numbers(panel.tokens),
+            "steps": len(panel.tokens),
+        }
+        | numbers_of(panel, instance.grid)
+        | {
+            "vmin": scale[0],
+            "vmax": scale[1],
+            "quantile": args.quantile,
+            "hidden_top_k": args.hidden_top_k,
+        }
         for panel in panels
-    ]  # fmt: skip
+    ]
     plots.save_csv(path, {name: [row[name] for row in rows] for name in rows[0]})
 
 
@@ -263,13 +451,22 @@ def main(argv=None):
     args = parse_args(argv)
     instance = read_instance(args.input_dir, args.instance_idx)
     if not instance.grid.has_box.any():
-        raise UsageError(f"{instance.folder}: where the vision tokens of {instance.model} lie in the picture (grid) is unknown, so no map can be drawn")
+        raise UsageError(
+            f"{instance.folder}: where the vision tokens of {instance.model} lie in the picture"
+            " (grid) is unknown, so no map can be drawn"
+        )
     if args.vision_encoder_name:
         check_encoder(instance, args.vision_encoder_name)
     panels = panels_of(instance, args)
     scale = scale_of(panels, instance.grid, args.quantile)
     path = Path(args.output_dir) / f"image_heatmap_{instance.index}_{tag_of(args)}"
-    settings = vars(args) | {"vmin": scale[0], "vmax": scale[1], "model": instance.model, "image": instance.image, "panels": [panel.title for panel in panels]}
+    settings = vars(args) | {
+        "vmin": scale[0],
+        "vmax": scale[1],
+        "model": instance.model,
+        "image": instance.image,
+        "panels": [panel.title for panel in panels],
+    }
     figure = draw(instance, panels, scale, args)
     save_numbers(f"{path}.csv", panels, scale, instance, args)
     plots.save(figure, f"{path}.png", settings)

@@ -1,15 +1,21 @@
-"""Which tokens of an answer, a critique and a revision look at the picture? The texts of one instance, each token coloured by its attention to the picture.
+"""Which tokens of an answer, a critique and a revision look at the picture? The texts of one
+instance, each token coloured by its attention to the picture.
 
-    w[t] = mean over the P vision tokens of c[t, p], c[t, p] = mean of the k largest heads of the mean of the k largest layers, k = --hidden_top_k,
-    in the step that predicted token t: its query is the token before. Weights are those of the softmax over the whole prompt, stop token not counted.
+    w[t] = mean over the P vision tokens of c[t, p], c[t, p] = mean of the k largest heads of the
+    mean of the k largest layers, k = --hidden_top_k,
+    in the step that predicted token t: its query is the token before. Weights are those of the
+    softmax over the whole prompt, stop token not counted.
 Volcano (arXiv 2311.07362), figure 4 above; our study, sections 1.2 and 2.6.
 
-    python visualize/text_attention_heatmap.py --input-dir outputs/volcano --output-dir outputs/volcano/figures --instance-idx 8
+    python visualize/text_attention_heatmap.py --input-dir outputs/volcano \\
+        --output-dir outputs/volcano/figures --instance-idx 8
 
-It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in --input-dir. Writes text_heatmap_<idx>_q2i_attention (initial
-response), _f2i_ (feedback) and _r2i_ (revision), each as .html, .png and .pdf, and prints the strongest spans as comma lists for
-image_attention_heatmap.py --feedback-target-tokens. One colour scale for the three, smallest to largest weight, so that colours compare; --own_scale gives
-each text its own, as published. Words that name things should be darker than those between them."""
+It reads what run_volcano_with_image_attention.py --output-visualization-tensors left in
+--input-dir. Writes text_heatmap_<idx>_q2i_attention (initial response), _f2i_ (feedback) and _r2i_
+(revision), each as .html, .png and .pdf, and prints the strongest spans as comma lists for
+image_attention_heatmap.py --feedback-target-tokens. One colour scale for the three, smallest to
+largest weight, so that colours compare; --own_scale gives each text its own, as published. Words
+that name things should be darker than those between them."""
 
 import base64
 import hashlib
@@ -24,10 +30,18 @@ from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
-import cli
-import plots
-from plots import BREAK, drawable, visible
-from visualize.tensors import STAGES, find_spans, join_target, read_instance, strongest_spans, token_maps, token_weights
+from vlmdiag import cli
+from vlmdiag.figures import plots
+from vlmdiag.figures.plots import BREAK, drawable, visible
+from vlmdiag.volcano.tensors import (
+    STAGES,
+    find_spans,
+    join_target,
+    read_instance,
+    strongest_spans,
+    token_maps,
+    token_weights,
+)
 
 PAGES = {"initial": "q2i", "feedback": "f2i", "revision": "r2i"}
 COLORS = plots.plt.get_cmap("BuGn")
@@ -64,16 +78,38 @@ summary { cursor: pointer; margin: 26px 0 6px; font-size: 14px; font-weight: 650
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--input-dir", required=True, help="folder with the <index>_<image id> folders of run_volcano_with_image_attention.py")
+    parser.add_argument(
+        "--input-dir",
+        required=True,
+        help="folder with the <index>_<image id> folders of run_volcano_with_image_attention.py",
+    )
     parser.add_argument("--output-dir", required=True, help="where pages and figures go")
-    parser.add_argument("--instance-idx", type=int, required=True, help="index of the instance in the list of questions, from 0")
-    parser.add_argument("--hidden-top-k", type=int, default=3, help="k largest over layers and heads; at most what the run stored")
-    parser.add_argument("--own_scale", action="store_true", help="a colour scale for each text; else one for all, so that colours compare")
-    parser.add_argument("--top_spans", type=int, default=5, help="how many of the strongest spans to print")
+    parser.add_argument(
+        "--instance-idx",
+        type=int,
+        required=True,
+        help="index of the instance in the list of questions, from 0",
+    )
+    parser.add_argument(
+        "--hidden-top-k",
+        type=int,
+        default=3,
+        help="k largest over layers and heads; at most what the run stored",
+    )
+    parser.add_argument(
+        "--own_scale",
+        action="store_true",
+        help="a colour scale for each text; else one for all, so that colours compare",
+    )
+    parser.add_argument(
+        "--top_spans", type=int, default=5, help="how many of the strongest spans to print"
+    )
     parser.add_argument("--span_length", type=int, default=3, help="tokens of such a span")
     args = parser.parse_args(argv)
     if args.instance_idx < 0 or args.top_spans < 0 or min(args.hidden_top_k, args.span_length) < 1:
-        parser.error("--instance-idx and --top_spans start at 0, --hidden-top-k and --span_length at 1")
+        parser.error(
+            "--instance-idx and --top_spans start at 0, --hidden-top-k and --span_length at 1"
+        )
     return args
 
 
@@ -83,18 +119,38 @@ def named_spans(stage, weights, count, length):
     for start, end in strongest_spans(weights[: stage.steps], stage.tokens, count, length):
         target = join_target(stage.tokens[start:end])
         places = find_spans(stage.tokens, stage.spans, stage.text, target)
-        rows.append((target, places.index(list(range(start, end))) + 1, start, end, float(weights[start:end].mean())))
+        rows.append(
+            (
+                target,
+                places.index(list(range(start, end))) + 1,
+                start,
+                end,
+                float(weights[start:end].mean()),
+            )
+        )
     return rows
 
 
 def print_spans(instance, stage, rows, mean):
-    print(f"{instance.title(stage.name)}: {size_of(stage)}, mean weight {mean:.3g}" + ("; strongest spans:" if rows else ""))
+    print(
+        f"{instance.title(stage.name)}: {size_of(stage)}, mean weight {mean:.3g}"
+        + ("; strongest spans:" if rows else "")
+    )
     for target, occurrence, start, end, weight in rows:
         place = f"tokens {start}-{end - 1}" if end - start > 1 else f"token {start}"
-        print(f"  {weight:.3g}  {times(weight, mean)}  {shlex.quote(target)}  {place}" + (f", occurrence {occurrence}" if occurrence > 1 else ""))
+        print(
+            f"  {weight:.3g}  {times(weight, mean)}  {shlex.quote(target)}  {place}"
+            + (f", occurrence {occurrence}" if occurrence > 1 else "")
+        )
     if rows:
-        targets = " ".join(shlex.quote(" " * row[0].startswith("-") + row[0]) for row in rows)  # a leading blank keeps argparse from seeing a flag
-        occurrences = f" --occurrence {' '.join(str(row[1]) for row in rows)}" if any(row[1] > 1 for row in rows) else ""
+        targets = " ".join(
+            shlex.quote(" " * row[0].startswith("-") + row[0]) for row in rows
+        )  # a leading blank keeps argparse from seeing a flag
+        occurrences = (
+            f" --occurrence {' '.join(str(row[1]) for row in rows)}"
+            if any(row[1] > 1 for row in rows)
+            else ""
+        )
         where = "" if stage.name == "feedback" else f" --stage {stage.name}"
         print(f"  --feedback-target-tokens {targets}{occurrences}{where}")
 
@@ -118,7 +174,8 @@ def title_of(instance, stage):
 
 
 def scale_of(weights):
-    """Colour scale from the smallest to the largest weight, others clipped; from 0 where all are the same, to 1 without weights."""
+    """Colour scale from the smallest to the largest weight, others clipped; from 0 where all are
+    the same, to 1 without weights."""
     low, high = min(weights, default=0.0), max(weights, default=1.0)
     return Normalize(float(low) if low < high else 0.0, float(high) or 1.0, clip=True)
 
@@ -129,42 +186,82 @@ def ticks_of(scale):
 
 def whose_scale(instance, args):
     """The texts whose weights end the colour scale."""
-    return "this text" if args.own_scale or len(instance.stages) == 1 else f"{', '.join(STAGES[name] for name in instance.stages)} together"
+    return (
+        "this text"
+        if args.own_scale or len(instance.stages) == 1
+        else f"{', '.join(STAGES[name] for name in instance.stages)} together"
+    )
 
 
 # ---- page ----
 
 
 def page_of(instance, stage, weights, scale, rows, args):
-    """A page that works offline: no script, style allowed by its hash, all that comes from outside escaped."""
+    """A page that works offline: no script, style allowed by its hash, all that comes from outside
+    escaped."""
     mean = float(weights[: stage.steps].mean()) if stage.steps else 0.0
     levels = [round(255 * float(scale(w))) for w in weights]
     colors = {level: to_hex(COLORS(level)) for level in sorted(set(levels))}
-    style = STYLE + "".join(f".c{level} {{ background: {color}; color: {ink(color)}; }}\n" for level, color in colors.items())
-    style += f".ramp {{ background: linear-gradient(to right, {', '.join(to_hex(COLORS(level)) for level in range(0, 256, 15))}); }}\n"
+    style = STYLE + "".join(
+        f".c{level} {{ background: {color}; color: {ink(color)}; }}\n"
+        for level, color in colors.items()
+    )
+    style += (
+        ".ramp { background: linear-gradient(to right,"
+        f" {', '.join(to_hex(COLORS(level)) for level in range(0, 256, 15))}); }}\n"
+    )
     style += f".mean {{ left: {100 * float(scale(mean)):.2f}%; }}\n"
-    policy = f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        "default-src 'none'; style-src"
+        f" 'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'; base-uri"
+        " 'none'; form-action 'none'"
+    )
     body, cells = [], []
     for i, (token, weight, level) in enumerate(zip(stage.pieces(), weights, levels)):
         stop, name = stage.ended and i == len(stage.tokens) - 1, visible(token.strip(" "))
-        tip = f"token {i} {name!r}: {weight:.3g}, " + ("stop token, not counted" if stop else f"{times(weight, mean)} the mean of this text")
-        shown = html.escape(visible(token.strip() if stop else re.sub(r"(?<=.) | (?=\s|$)", "\N{NO-BREAK SPACE}", token))).replace(BREAK, f"{BREAK}<br>")
-        body.append(f'<span class="t c{level}{" stop" * stop}" title="{html.escape(tip)}">{shown}</span>')
-        cells.append(
-            f'<tr><td class="n">{i}<td>{html.escape(name)}<td class="n">{weight:.4g}<td class="n">{"stop token" if stop else times(weight, mean)}</tr>\n'
+        tip = f"token {i} {name!r}: {weight:.3g}, " + (
+            "stop token, not counted" if stop else f"{times(weight, mean)} the mean of this text"
         )
-    facts = {"Question": instance.question, "Gold answer": instance.gold_answer, "Model": instance.model}
+        shown = html.escape(
+            visible(
+                token.strip() if stop else re.sub(r"(?<=.) | (?=\s|$)", "\N{NO-BREAK SPACE}", token)
+            )
+        ).replace(BREAK, f"{BREAK}<br>")
+        body.append(
+            f'<span class="t c{level}{" stop" * stop}" title="{html.escape(tip)}">{shown}</span>'
+        )
+        cells.append(
+            f'<tr><td class="n">{i}<td>{html.escape(name)}<td class="n">{weight:.4g}<td'
+            f' class="n">{"stop token" if stop else times(weight, mean)}</tr>\n'
+        )
+    facts = {
+        "Question": instance.question,
+        "Gold answer": instance.gold_answer,
+        "Model": instance.model,
+    }
     facts |= {
         "Instance": f"{instance.index}, {instance.image_id}",
-        "Tokens": f"{stage.steps}" + (", and the stop token" if stage.ended else ", cut off at the limit"),
+        "Tokens": (
+            f"{stage.steps}" + (", and the stop token" if stage.ended else ", cut off at the limit")
+        ),
     }
-    listed = "".join(f"<dt>{name}<dd>{html.escape(''.join(map(visible, text)))}\n" for name, text in facts.items() if text)
+    listed = "".join(
+        f"<dt>{name}<dd>{html.escape(''.join(map(visible, text)))}\n"
+        for name, text in facts.items()
+        if text
+    )
     spans = "".join(
         f"<tr><td><code>{html.escape(visible(target))}</code>"
-        + "".join(f'<td class="n">{number}' for number in (start, occurrence, f"{weight:.4g}", times(weight, mean)))
+        + "".join(
+            f'<td class="n">{number}'
+            for number in (start, occurrence, f"{weight:.4g}", times(weight, mean))
+        )
         for target, occurrence, start, _, weight in rows
     )
-    heads = "".join(f'<th class="n">{head}' for head in ("first token", "occurrence", "mean weight", "times the mean"))
+    heads = "".join(
+        f'<th class="n">{head}'
+        for head in ("first token", "occurrence", "mean weight", "times the mean")
+    )
     k = args.hidden_top_k
     return f"""<!doctype html>
 <html lang="en">
@@ -205,7 +302,8 @@ def advance(text):
 
 
 def boxes_of(stage, room):
-    """[(token, text, x, line)] and the number of lines; a line ends before a blank, or after a line break; a word is split only if it is wider than a line."""
+    """[(token, text, x, line)] and the number of lines; a line ends before a blank, or after a line
+    break; a word is split only if it is wider than a line."""
     words = []
     for i, token in enumerate(stage.pieces()[: stage.steps]):
         if not words or token.startswith(" ") or BREAK in words[-1][-1][1]:
@@ -225,7 +323,11 @@ def boxes_of(stage, room):
             x, line = 0.0, line + 1
     if stage.ended:
         text = drawable(stage.tokens[-1].strip())
-        x, line = (0.0, line + 1) if x > 0 and x + 0.2 + advance(text) > room else (x + 0.2 * (x > 0), line)
+        x, line = (
+            (0.0, line + 1)
+            if x > 0 and x + 0.2 + advance(text) > room
+            else (x + 0.2 * (x > 0), line)
+        )
         placed.append((len(stage.tokens) - 1, text, x, line))
     return placed, 1 + max((line for *_, line in placed), default=0)
 
@@ -252,20 +354,50 @@ def draw(instance, stage, weights, scale, args):
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
-    axes.text(MARGIN, 0.26, title_of(instance, stage), fontsize=12, fontweight="bold", parse_math=False)
+    axes.text(
+        MARGIN, 0.26, title_of(instance, stage), fontsize=12, fontweight="bold", parse_math=False
+    )
     n = size_of(stage) + (" and the stop token" if stage.ended else "")
     axes.text(MARGIN, 0.46, question, fontsize=8.5, color="#3d4653", parse_math=False)
-    axes.text(MARGIN, 0.62, shorten(f"{Path(instance.model).name}, instance {instance.index}, {n}", room), fontsize=8.5, color="#3d4653", parse_math=False)
+    axes.text(
+        MARGIN,
+        0.62,
+        shorten(f"{Path(instance.model).name}, instance {instance.index}, {n}", room),
+        fontsize=8.5,
+        color="#3d4653",
+        parse_math=False,
+    )
     for i, text, x, line in placed:
         color, stop = COLORS(float(scale(weights[i]))), stage.ended and i == len(stage.tokens) - 1
         baseline, wide = above + line * LINE + 0.2, advance(text)
-        edge = {"edgecolor": "#5d6775", "linewidth": 0.8, "linestyle": (0, (3, 2))} if stop else {"edgecolor": "white", "linewidth": 0.5}
-        axes.add_patch(Rectangle((x + MARGIN - PAD * stop, baseline - 0.165), wide + 2 * PAD * stop, 0.235, facecolor=color, **edge))
+        edge = (
+            {"edgecolor": "#5d6775", "linewidth": 0.8, "linestyle": (0, (3, 2))}
+            if stop
+            else {"edgecolor": "white", "linewidth": 0.5}
+        )
+        axes.add_patch(
+            Rectangle(
+                (x + MARGIN - PAD * stop, baseline - 0.165),
+                wide + 2 * PAD * stop,
+                0.235,
+                facecolor=color,
+                **edge,
+            )
+        )
         lead = advance(text[: len(text) - len(text.lstrip(" "))])
-        axes.text(x + MARGIN + lead, baseline, text.strip(" "), fontsize=SIZE, color=ink(color), parse_math=False)
+        axes.text(
+            x + MARGIN + lead,
+            baseline,
+            text.strip(" "),
+            fontsize=SIZE,
+            color=ink(color),
+            parse_math=False,
+        )
     mean = float(weights[: stage.steps].mean()) if stage.steps else 0.0
     bar_axes = figure.add_axes((MARGIN / WIDTH, 0.42 / height, 2.6 / WIDTH, 0.12 / height))
-    bar = figure.colorbar(plots.plt.cm.ScalarMappable(scale, COLORS), cax=bar_axes, orientation="horizontal")
+    bar = figure.colorbar(
+        plots.plt.cm.ScalarMappable(scale, COLORS), cax=bar_axes, orientation="horizontal"
+    )
     bar.set_ticks(ticks_of(scale), labels=[f"{tick:.3g}" for tick in ticks_of(scale)])
     bar.ax.tick_params(labelsize=7.5, length=2)
     for label, side in zip(bar.ax.get_xticklabels(), ("left", "center", "right")):
@@ -274,9 +406,27 @@ def draw(instance, stage, weights, scale, args):
     bar.outline.set_linewidth(0.5)
     bar.ax.plot([mean, mean], [-0.25, 1.25], color=plots.VERMILION, linewidth=1.4, clip_on=False)
     bar.ax.set_xlim(scale.vmin, scale.vmax)
-    words = f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\nsmallest to largest of {whose_scale(instance, args)}"
-    axes.text(MARGIN + 2.9, height - 0.56, words, fontsize=7.5, color="#3d4653", va="center", linespacing=1.35)
-    axes.text(MARGIN + 2.9, height - 0.29, f"mean of this text {mean:.3g}", fontsize=7.5, color="#B34D00", va="center")
+    words = (
+        f"mean attention to a vision token, top-{args.hidden_top_k} layers and heads\nsmallest to"
+        f" largest of {whose_scale(instance, args)}"
+    )
+    axes.text(
+        MARGIN + 2.9,
+        height - 0.56,
+        words,
+        fontsize=7.5,
+        color="#3d4653",
+        va="center",
+        linespacing=1.35,
+    )
+    axes.text(
+        MARGIN + 2.9,
+        height - 0.29,
+        f"mean of this text {mean:.3g}",
+        fontsize=7.5,
+        color="#B34D00",
+        va="center",
+    )
     return figure
 
 
@@ -291,15 +441,25 @@ def shorten(text, room):
 def main(argv=None):
     args = parse_args(argv)
     instance = read_instance(args.input_dir, args.instance_idx)
-    weights = {name: token_weights(token_maps(instance, name, args.hidden_top_k)) for name in instance.stages}
+    weights = {
+        name: token_weights(token_maps(instance, name, args.hidden_top_k))
+        for name in instance.stages
+    }
     counts = {name: weights[name][: stage.steps] for name, stage in instance.stages.items()}
     for name, stage in instance.stages.items():
         scale = scale_of(counts[name] if args.own_scale else np.concatenate(list(counts.values())))
         rows = named_spans(stage, weights[name], args.top_spans, args.span_length)
         print_spans(instance, stage, rows, float(counts[name].mean()) if stage.steps else 0.0)
         path = Path(args.output_dir) / f"text_heatmap_{instance.index}_{PAGES[name]}_attention"
-        plots.write_file(f"{path}.html", page_of(instance, stage, weights[name], scale, rows, args).encode())
-        settings = vars(args) | {"stage": name, "model": instance.model, "vmin": scale.vmin, "vmax": scale.vmax}
+        plots.write_file(
+            f"{path}.html", page_of(instance, stage, weights[name], scale, rows, args).encode()
+        )
+        settings = vars(args) | {
+            "stage": name,
+            "model": instance.model,
+            "vmin": scale.vmin,
+            "vmax": scale.vmax,
+        }
         plots.save(draw(instance, stage, weights[name], scale, args), path, settings)
     if instance.missing():
         absent = " and ".join(page for name, page in PAGES.items() if name not in instance.stages)

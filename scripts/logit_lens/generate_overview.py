@@ -1,19 +1,21 @@
-"""Which pictures has the logit lens seen, and what did it find? An index.html over a folder of lens pages: thumbnails, prompts, top words, search, 20 a page.
+"""Which pictures has the logit lens seen, and what did it find? An index.html over a folder of lens
+pages: thumbnails, prompts, top words, search, 20 a page.
 
     python scripts/logit_lens/generate_overview.py outputs/logit_lens outputs/logit_lens
 
-The second folder, made if need be, may be another one: the links are relative to it. What a page of create_logit_lens.py shows about itself is read from its
-head; of any other HTML file only the name is shown. On the tiny model the words under a picture are the shapes and colours in it."""
+The second folder, made if need be, may be another one: the links are relative to it. What a page of
+create_logit_lens.py shows about itself is read from its head; of any other HTML file only the name
+is shown. On the tiny model the words under a picture are the shapes and colours in it.
+"""
 
 import os
 import re
 from pathlib import Path
 from urllib.parse import quote
 
-from page import json_block, read_facts, write_html
-
-import cli
-from cli import UsageError
+from vlmdiag import cli
+from vlmdiag.cli import UsageError
+from vlmdiag.interp.lens_page import json_block, read_facts, write_html
 
 TEMPLATE = r"""<!doctype html>
 <html lang="en">
@@ -184,7 +186,9 @@ choose(0);
 
 def natural(name):
     """Sort key: 2 before 10, case ignored where nothing else differs."""
-    return [int(part) if i % 2 else part.casefold() for i, part in enumerate(re.split("([0-9]+)", name))], name
+    return [
+        int(part) if i % 2 else part.casefold() for i, part in enumerate(re.split("([0-9]+)", name))
+    ], name
 
 
 def link(page, folder):
@@ -193,13 +197,19 @@ def link(page, folder):
 
 
 def entry(page, folder):
-    """What the index shows of one page: strings and the list of its top words; whatever else an unknown file has in its head is left out."""
+    """What the index shows of one page: strings and the list of its top words; whatever else an
+    unknown file has in its head is left out."""
     facts = read_facts(page)
-    text = {name: facts[name] if isinstance(facts.get(name), str) else "" for name in ("title", "model", "picture", "prompt", "question", "thumbnail")}
+    text = {
+        name: facts[name] if isinstance(facts.get(name), str) else ""
+        for name in ("title", "model", "picture", "prompt", "question", "thumbnail")
+    }
     if not text["thumbnail"].startswith("data:image/jpeg;base64,"):
         text["thumbnail"] = ""
     words = facts.get("top_words") if isinstance(facts.get("top_words"), list) else []
-    words = [pair[0] for pair in words if isinstance(pair, list) and pair and isinstance(pair[0], str)]
+    words = [
+        pair[0] for pair in words if isinstance(pair, list) and pair and isinstance(pair[0], str)
+    ]
     return text | {"name": page.name, "link": link(page, folder), "words": words}
 
 
@@ -218,13 +228,24 @@ def main(argv=None):
     args = parse_args(argv)
     source, target = Path(args.input_dir), Path(args.output_dir)
     if not source.is_dir():
-        raise UsageError(f"no folder {source}; make the pages with python scripts/logit_lens/create_logit_lens.py")
-    pages = sorted((file for file in source.glob("*.html") if file.name != "index.html" and file.is_file()), key=lambda file: natural(file.name))
+        raise UsageError(
+            f"no folder {source}; make the pages with python"
+            " scripts/logit_lens/create_logit_lens.py"
+        )
+    pages = sorted(
+        (file for file in source.glob("*.html") if file.name != "index.html" and file.is_file()),
+        key=lambda file: natural(file.name),
+    )
     if not pages:
-        raise UsageError(f"{source} has no .html file besides index.html; make the pages with python scripts/logit_lens/create_logit_lens.py")
+        raise UsageError(
+            f"{source} has no .html file besides index.html; make the pages with python"
+            " scripts/logit_lens/create_logit_lens.py"
+        )
     data = {"entries": [entry(page, target) for page in pages], "per_page": args.per_page}
     frames = "'self' file:"  # from a server, and from a disk
-    print(f"wrote {write_html(target / 'index.html', TEMPLATE, {'DATA': json_block(data)}, frames)}")
+    print(
+        f"wrote {write_html(target / 'index.html', TEMPLATE, {'DATA': json_block(data)}, frames)}"
+    )
 
 
 if __name__ == "__main__":

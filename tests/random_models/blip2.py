@@ -2,9 +2,14 @@
 
 from functools import partial
 
-from conftest import build_blip
+from tests.conftest import build_blip
 
 MODELS = {
     f"{kind}-{text}": partial(build_blip, instruct=kind == "instructblip", text=text)
-    for kind, text in (("blip2", "opt"), ("blip2", "t5"), ("instructblip", "llama"), ("instructblip", "t5"))
+    for kind, text in (
+        ("blip2", "opt"),
+        ("blip2", "t5"),
+        ("instructblip", "llama"),
+        ("instructblip", "t5"),
+    )
 }

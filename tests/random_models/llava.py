@@ -1,10 +1,19 @@
-"""Random LLaVA: with as many key as query heads, with grouped queries, on Phi-3, Qwen2 and Mistral; ViP-LLaVA."""
+"""Random LLaVA: with as many key as query heads, with grouped queries, on Phi-3, Qwen2 and Mistral;
+ViP-LLaVA."""
 
 import torch
-from conftest import build_llava, sharpen, tiny
-from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, Phi3Config, Qwen2Config, VipLlavaConfig, VipLlavaForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
 
-from random_models.llava_next import local
+from tests.conftest import build_llava, sharpen, tiny
+from tests.random_models.llava_next import local
 
 TEXTS = {"phi3": Phi3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
 
@@ -15,13 +24,25 @@ def on(folder, text):
     tokenizer = tiny.make_tokenizer(folder)
     known = tiny.make_config(tokenizer)
     kind = TEXTS[text](
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, sliding_window=None,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     config = LlavaConfig(
-        vision_config=known.vision_config, text_config=kind, image_token_index=known.image_token_index, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=known.image_seq_length,
-    )  # fmt: skip
+        vision_config=known.vision_config,
+        text_config=kind,
+        image_token_index=known.image_token_index,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=known.image_seq_length,
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     local(model.model.vision_tower)
@@ -37,9 +58,12 @@ def build_vip(folder):
     tokenizer = tiny.make_tokenizer(folder)
     known = tiny.make_config(tokenizer)
     config = VipLlavaConfig(
-        vision_config=known.vision_config, text_config=known.text_config, image_token_index=known.image_token_index, vision_feature_layers=[-2, -1],
+        vision_config=known.vision_config,
+        text_config=known.text_config,
+        image_token_index=known.image_token_index,
+        vision_feature_layers=[-2, -1],
         image_seq_length=known.image_seq_length,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = VipLlavaForConditionalGeneration(config)
     local(model.model.vision_tower)
@@ -48,5 +72,9 @@ def build_vip(folder):
     return folder
 
 
-MODELS = {"llava": build_llava, "llava-gqa": lambda folder: build_llava(folder, num_key_value_heads=2), "vipllava": build_vip}
+MODELS = {
+    "llava": build_llava,
+    "llava-gqa": lambda folder: build_llava(folder, num_key_value_heads=2),
+    "vipllava": build_vip,
+}
 MODELS |= {f"llava-{text}": lambda folder, text=text: on(folder, text) for text in TEXTS}

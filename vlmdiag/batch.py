@@ -1,0 +1,95 @@
+"""Prompts of several samples as one batch, padded on the left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlmdiag.groups import GROUPS, VISION
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.pictures.samples import Sample
+
+
+@dataclass
+class Batch:
+    """Prompts of several samples, padded on the left. T: longest prompt. On the model's device,
+    except grids and image inputs."""
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B T"]
+    position_ids: Int[Tensor, "... B T"]  # as the model takes them: (B, T) or (axes, B, T)
+    next_position: Int[Tensor, " B"]  # position of the first generated token
+    groups: Int[Tensor, "B T"]  # index into GROUPS, PAD for padding
+    # per sample: pixel_values and what else get_image_features takes
+    image_rows: list[dict[str, Tensor]]
+    pictures: list[bytes]  # per sample: digest of its image inputs; the tower runs once for each
+    prompts: list[str]  # text as given to the processor
+    lengths: list[int]  # prompt length without padding
+    grids: list[PatchGrid | None]
+    samples: list[Sample]
+
+    @property
+    def image_inputs(self) -> dict[str, Tensor]:
+        """The image inputs of all samples, joined as the model's forward takes them."""
+        return joined(self.image_rows)
+
+    def repeat(self, count: int) -> Batch:
+        """A batch of one prompt, `count` times."""
+        return replace(
+            self,
+            input_ids=self.input_ids.expand(count, -1),
+            attention_mask=self.attention_mask.expand(count, -1),
+            position_ids=self.position_ids.expand(*self.position_ids.shape[:-2], count, -1),
+            next_position=self.next_position.expand(count),
+            groups=self.groups.expand(count, -1),
+            image_rows=self.image_rows * count,
+            pictures=self.pictures * count,
+            prompts=self.prompts * count,
+            lengths=self.lengths * count,
+            grids=self.grids * count,
+            samples=self.samples * count,
+        )
+
+    def spans(self, row: int) -> dict[str, list[list[int]]]:
+        """{group: [[start, end), ...]} over the prompt of one sample without its padding."""
+        codes, spans = self.groups[row, self.groups.shape[1] - self.lengths[row] :].tolist(), {}
+        start = 0
+        for i in range(1, len(codes) + 1):
+            if i == len(codes) or codes[i] != codes[start]:
+                spans.setdefault(GROUPS[codes[start]], []).append([start, i])
+                start = i
+        return spans
+
+    def vision_positions(self, row: int) -> Int[Tensor, " P"]:
+        """Positions of the vision tokens in the padded row."""
+        return (self.groups[row] == VISION).nonzero()[:, 0]
+
+
+def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Image inputs of several samples as one batch, along their first dimension. What differs in
+    another size, the number of tiles, pictures of several sizes, the text that a connector reads,
+    is filled up with 0 at its end, as transformers' processors do.
+    """
+    found = {}
+    for key in rows[0]:
+        parts = [row[key] for row in rows]
+        sizes = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+        fill = lambda part, sizes=sizes: [
+            n
+            for have, want in zip(reversed(part.shape[1:]), reversed(sizes), strict=True)
+            for n in (0, want - have)
+        ]
+        found[key] = torch.cat(
+            [
+                torch.nn.functional.pad(part, fill(part)) if list(part.shape[1:]) != sizes else part
+                for part in parts
+            ]
+        )
+    return found

@@ -1,0 +1,240 @@
+"""One prefill and one cached generation per batch, measured by all probes of Beyond Semantics.
+
+Beyond Semantics (arXiv 2503.17349); formulas: docs/studies/beyond_semantics.md, sections 2.3 to
+2.6. Used by diagnostic_tools/run_coco_diagnostics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmdiag.beyond_semantics.artifacts import draw_artifacts
+from vlmdiag.beyond_semantics.balance import (
+    chance_vision_share,
+    counted_steps,
+    group_norms,
+    head_vision_share,
+    layer_shares,
+    mean_mass,
+    step_shares,
+)
+from vlmdiag.cli import UsageError
+from vlmdiag.groups import GROUPS
+from vlmdiag.model.attention import capture
+from vlmdiag.model.decoding import Generation, answer_ids, extended, generate
+from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
+from vlmdiag.model.vision import entries
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.types import VLM
+
+Record = dict[str, Any]
+Arrays = dict[str, "NDArray[np.float32]"]
+# name in the record's hidden_norms -> token group
+NORM_GROUPS = {"sys": "system", "user_text": "user", "vision": "vision"}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a run measures and how, by the flags of run_coco_diagnostics.py."""
+
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    seed: int = 0  # of the sampling noise
+    vision_scale: float = 1.0  # vision embeddings are multiplied by it
+    delta_steps: Sequence[float] = (1.0,)  # shifts of the RoPE probe, in positions
+    restrict_to_past: bool = False  # the RoPE probe leaves out the query's own key
+    pos_only: bool = False  # only the RoPE probe
+    no_rope: bool = False  # all but the RoPE probe
+    probe_hidden_norms: bool = False
+    hidden_norm_kind: str = "l2"  # or "rms" = l2 / sqrt(d)
+    save_hidden_grid: bool = False
+    save_hidden_plots: bool = False
+    paper_compat: bool = False  # the published definitions where they differ
+
+
+def check_model(vlm: VLM, measures: Measures) -> None:
+    """UsageError where a model lacks what is measured, before anything is written."""
+    rope = not measures.no_rope
+    try:
+        vlm.need("decoder-only", *(["rotary"] if rope else []))
+        text_config = vlm.model.config.get_text_config()
+        if rope and getattr(text_config, "attn_logit_softcapping", None):
+            raise UsageError(
+                f"{vlm.path}: the closed form of the RoPE probe does not hold for the softcapped"
+                f" scores of {vlm.family.name}"
+            )
+    except UsageError as error:
+        if rope and "decoder-only" in vlm.family.has:
+            raise UsageError(f"{error}; --no_rope leaves the RoPE probe out") from error
+        raise
+
+
+def make_process(
+    vlm: VLM,
+    measures: Measures,
+    strip_system: bool = False,
+    answers: Mapping[str, str | list[int]] | None = None,
+    artifacts: Path | None = None,
+) -> Callable[[Sequence[tuple[Sample, Image]]], list[tuple[Record, Arrays]]]:
+    """process([(sample, picture), ...]) -> [(record, arrays), ...]: one transfer from the device
+    per batch.
+
+    strip_system: leave the system prompt out. answers {sample id: text or ids}: measured by teacher
+    forcing in place of generated ones. artifacts: folder of --save_hidden_plots, a run's per_image.
+    """
+
+    @torch.inference_mode()
+    def process(loaded: Sequence[tuple[Sample, Image]]) -> list[tuple[Record, Arrays]]:
+        samples, images = zip(*loaded, strict=True)
+        batch = vlm.encode(samples, images, strip_system=strip_system)
+        forced = None
+        if answers is not None:
+            forced = [
+                answer_ids(vlm, prompt, answers[sample.id])
+                for prompt, sample in zip(batch.prompts, samples, strict=True)
+            ]
+        generation, on_device, shares, norms = _measure(vlm, batch, measures, forced)
+        grid = None
+        if norms is not None and (measures.save_hidden_grid or measures.save_hidden_plots):
+            grid = norms.norms.cpu().numpy()  # (B, L + 1, T)
+        arrays = {name: values.float().cpu().numpy() for name, values in on_device.items()}
+        results = []
+        for row in range(len(samples)):
+            own_grid = None
+            if grid is not None:
+                own_grid = grid[row][:, grid.shape[-1] - batch.lengths[row] :]
+            record, own = _result(vlm, batch, row, measures, generation, arrays, shares, own_grid)
+            if measures.save_hidden_plots and artifacts is not None and not measures.pos_only:
+                draw_artifacts(artifacts / f"{samples[row].id}_artifacts", own, own_grid, record)
+            results.append((record, own))
+        return results
+
+    return process
+
+
+def _measure(
+    vlm: VLM, batch: Batch, measures: Measures, forced: list[list[int]] | None
+) -> tuple[Generation, dict[str, Tensor], dict[str, list[list[float]]], HiddenNorms | None]:
+    """Generation, {array: (B, ...)} on the device, {share: [[one per step], ...]} and the norms."""
+    features = vlm.vision(batch)
+    for tokens in entries(vlm, features):
+        tokens[:] = [part * measures.vision_scale for part in tokens]
+    steps = measures.max_new_tokens if forced is None else max(map(len, forced))
+    if measures.pos_only:
+        steps = 1
+
+    def rope_probe(prompt: Batch) -> RopeShift:
+        return RopeShift(prompt, vlm.rotary, measures.delta_steps, measures.restrict_to_past)
+
+    rope = None if measures.no_rope else rope_probe(batch)
+    balance = None if measures.pos_only else GroupMass(batch, steps)
+    norms = None
+    if measures.probe_hidden_norms and not measures.pos_only:
+        # Hugging Face normalises the last hidden state, so the published code does
+        final = vlm.parts.norm if measures.paper_compat else None
+        norms = HiddenNorms(measures.hidden_norm_kind, final, len(vlm.parts.layers))
+    # the published RoPE probe looks from an EOS token after the prompt, in a pass of its own
+    probes = [None if measures.paper_compat else rope, norms, balance]
+    with capture(vlm, [probe for probe in probes if probe is not None]):
+        generation = generate(
+            vlm,
+            batch,
+            steps,
+            measures.do_sample,
+            measures.temperature,
+            seed=measures.seed,
+            answers=forced,
+            features=features,
+        )
+    if measures.paper_compat and rope is not None:
+        longer = extended(batch, [min(vlm.eos_ids)])
+        rope = rope_probe(longer)
+        with capture(vlm, [rope]):
+            generate(vlm, longer, 1, features=features)
+
+    arrays: dict[str, Tensor] = {}
+    if rope is not None:
+        for name in ("alphaV", "share_prod_notV", "delta_gv_derivative"):
+            arrays[name] = rope[name].movedim(1, 0)  # (B, L, H)
+        for name in ("delta_gv", "delta_alphaV"):
+            per_delta = rope[name].movedim(2, 0)  # (B, deltas, L, H)
+            arrays[name] = per_delta[:, 0]
+            arrays[f"{name}_all"] = per_delta
+    shares: dict[str, list[list[float]]] = {}
+    if balance is not None:
+        mass = torch.stack(balance.mass)  # (N, L, B, H, G)
+        counted = counted_steps(generation.steps, len(mass))
+        arrays["head_vision_share"] = head_vision_share(
+            mass, counted, measures.paper_compat
+        ).movedim(1, 0)
+        arrays["group_mass"] = mean_mass(mass, counted).permute(1, 3, 0, 2)  # (B, G, L, H)
+        arrays["layer_shares"] = layer_shares(mass, counted).movedim(2, 0)
+        for name, values in step_shares(mass, measures.paper_compat).items():
+            shares[name] = values.T.tolist()
+    if norms is not None:
+        for name, values in group_norms(norms.norms, batch.groups).items():
+            arrays[f"hidden_norms_{name}"] = values
+    return generation, arrays, shares, norms
+
+
+def _result(
+    vlm: VLM,
+    batch: Batch,
+    row: int,
+    measures: Measures,
+    generation: Generation,
+    arrays: Arrays,
+    shares: dict[str, list[list[float]]],
+    grid: NDArray[np.float32] | None,
+) -> tuple[Record, Arrays]:
+    """Record and arrays of one image. grid (L + 1, T): the norm of each of its prompt positions."""
+    sample, spans = batch.samples[row], batch.spans(row)
+    counts = {group: sum(end - start for start, end in parts) for group, parts in spans.items()}
+    record: Record = {
+        "image_id": sample.extra["image_id"],
+        "file_name": sample.image.name,
+        "caption": "",
+        "prompt": batch.prompts[row],
+        "spans": spans,
+        "chance_vision_share": chance_vision_share(counts),
+        "groups": list(GROUPS),
+    }
+    own = {name: values[row] for name, values in arrays.items()}
+    if measures.pos_only:
+        return record | {"pos_only": True}, own
+    ids = generation.ids[row]
+    record |= {
+        "caption": vlm.text(ids),
+        "generated_ids": ids,
+        "tokens": vlm.tokenizer.convert_ids_to_tokens(ids),
+        "n_steps": len(ids),
+        "shares": {name: values[row][: len(ids)] for name, values in shares.items()},
+    }
+    for name, values in record["shares"].items():
+        record[f"mean_{name}_share"] = sum(values) / len(ids)
+    if measures.probe_hidden_norms:
+        artifacts = f"{sample.id}_artifacts" if measures.save_hidden_plots else None
+        record["hidden_norms"] = {
+            "kind": measures.hidden_norm_kind,
+            "saved_grid": measures.save_hidden_grid,
+            "artifacts_dir": artifacts,
+        }
+        for name in ("sys", "user_text", "vision"):
+            record["hidden_norms"][f"has_{name}"] = bool(counts.get(NORM_GROUPS[name]))
+        if measures.save_hidden_grid and grid is not None:
+            own["hidden_norms_grid"] = grid
+    return record, own

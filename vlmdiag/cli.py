@@ -1,0 +1,94 @@
+"""Command lines: one parser, one error for wrong usage, one exit-code rule (0 done, 2 usage or
+missing input, 3 done with failures).
+
+Kept free of torch so that the plotting scripts start at once."""
+
+import argparse
+import os
+import sys
+
+
+class UsageError(Exception):
+    """Wrong usage or missing input: printed as one line that says what to do, exit code 2."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class _Parser(argparse.ArgumentParser):
+    def add_argument(self, *flags, **options):
+        """Every long flag is accepted in both spellings: --model_path and --model-path."""
+        if flags and flags[0].startswith("--"):
+            spellings = [
+                other
+                for flag in flags
+                for other in (
+                    flag,
+                    flag.replace("_", "-").replace("--", "--", 1),
+                    "--" + flag[2:].replace("-", "_"),
+                )
+            ]
+            flags = tuple(dict.fromkeys(spellings))
+            options.setdefault("dest", flags[0][2:].replace("-", "_"))
+            options.setdefault(
+                "help", options["dest"].replace("_", " ")
+            )  # a flag without words still shows its default
+        return super().add_argument(*flags, **options)
+
+    def error(self, message):
+        """One line and exit code 2."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+
+def parser(description):
+    """An ArgumentParser for a script's docstring: defaults in --help, both flag spellings, no
+    abbreviations."""
+    return _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+
+def shard(text):
+    """'i/n' -> (i, n) with 0 <= i < n."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 0/4") from None
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"{text!r}: shards count from 0, so 0 <= i < n is needed")
+    return index, count
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then: str = "") -> None:
+    """Flags of the scripts that fill a run directory. part: what --shard counts; then: what has to
+    follow."""
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        default=(0, 1),
+        help=f"i/n: only every n-th {part}, from the i-th{then}",
+    )
+    parser.add_argument("--out_root", default="runs", help="folder of all run directories")
+    parser.add_argument(
+        "--run_name", default=None, help="a further part of the run directory's name"
+    )
+    parser.add_argument(
+        "--overwrite", "--no_resume", action="store_true", help="start again instead of going on"
+    )
+
+
+def run(main):
+    """Call main() and end the process with its exit code; a UsageError becomes one line and exit
+    code 2."""
+    try:
+        code = main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code or 0)

@@ -1,0 +1,75 @@
+"""What the rooms ask of a loaded model. common.VLM is one, so no room has to import common.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.families import Family, Parts, Rotary
+    from vlmdiag.pictures.samples import Sample
+
+
+class ImageFeatures(Protocol):
+    """The output of get_image_features: what the decoder gets in place of the image tokens."""
+
+    pooler_output: list[Tensor]  # (P, d) per sample
+    deepstack_features: list[list[Tensor]]  # the same for each of the first layers, if any
+
+
+class VLM(Protocol):
+    """A loaded model and what its family file says of it."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    family: Family
+    path: str
+    options: dict[str, Any]  # system_prompt, prompt_template, image_aspect, quantize_type as given
+
+    @property
+    def parts(self) -> Parts:
+        """The modules of the model that the tools read."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor's tokenizer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input embeddings lie."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the input embeddings."""
+
+    @property
+    def image_token_id(self) -> int:
+        """Id that stands for a vision token in a prompt."""
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Ids that end an answer."""
+
+    @property
+    def rotary(self) -> Rotary:
+        """How positions turn queries and keys; UsageError for a model without rotary positions."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """An answer's text, without the token that ended it."""
+
+    def need(self, *capabilities: str) -> None:
+        """UsageError that names a capability which the family lacks."""
+
+    def encode(
+        self, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
+    ) -> Batch:
+        """The prompts of samples about their pictures, padded on the left."""
+
+    def vision(self, batch: Batch) -> ImageFeatures:
+        """Image features, computed once per picture of the batch."""

@@ -1,0 +1,318 @@
+"""A picture from a URL of somebody else's list, without letting that list reach into the network
+that this runs in. Volcano (arXiv 2311.07362) reads pictures by URL; section 5.10 of our study says
+what its download lacks.
+
+    path = fetch("https://c6.staticflickr.com/2/1333/965561501_0b7e9aed90_o.jpg",
+    "data/mmhal/downloads")
+
+http and https only, certificates verified, no user name in the URL. Each name is resolved once per
+hop, every address it has must be public, and the connection goes to an address that was checked;
+the same after each redirect. Limits on bytes and on the whole time. What does not decode as a
+picture is not kept. Proxies are NOT used, whatever http_proxy says: a proxy would resolve the name
+again. Behind one, download by other means and give local paths.
+"""
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import itertools
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from PIL import Image
+
+from vlmdiag.pictures.samples import load_image
+
+MAX_REDIRECTS = 5
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # no format whose reader starts another program, such as EPS
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_numbers = itertools.count()
+
+
+class DownloadError(OSError):
+    """Why a picture could not be had: one line that names the URL."""
+
+
+def picture_of(source, root, cache, **options):
+    """Path of a picture given as a path, relative to root, or as a URL: that of a file with its
+    last component in root, else fetch(source, cache, **options).
+
+    DownloadError for other schemes, file: among them, and for what fetch refuses; whether a local
+    file exists is left to load_image.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", source)
+    if not scheme:
+        return Path(root) / source
+    if not _is_web(source):
+        raise DownloadError(
+            f"{_shown(source)}: {scheme[1]}: is not read; a path, http:// or https:// was wanted"
+        )
+    name = os.path.basename(unquote(_parsed(source).path))
+    return (
+        Path(root) / name
+        if name and (Path(root) / name).is_file()
+        else fetch(source, cache, **options)
+    )
+
+
+def fetch(url, folder, timeout=20, max_bytes=50_000_000, allow_private=False):
+    """Path of the picture at url, kept in folder as <hash of the URL>-<end of its name>; what is
+    there already is used without network.
+
+    timeout: seconds for everything, redirects included. allow_private: addresses of this machine
+    and of private networks too. DownloadError says why not.
+    """
+    parts = _parsed(url)
+    tail = (
+        re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(unquote(parts.path)))[-60:].lstrip(".")
+        or "picture"
+    )
+    path = Path(folder) / f"{sha256(url.encode()).hexdigest()[:16]}-{tail}"
+    if path.is_file():
+        return path
+    try:
+        data = _download(url, time.monotonic() + timeout, max_bytes, allow_private)
+    except DownloadError as error:
+        raise DownloadError(f"{_shown(url)}: {error}") from error
+    except TimeoutError as error:
+        raise DownloadError(
+            f"{_shown(url)}: timed out, {timeout:g} s in all are allowed"
+        ) from error
+    except ssl.SSLCertVerificationError as error:
+        raise DownloadError(
+            f"{_shown(url)}: the certificate is not trusted ({error.verify_message})"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DownloadError(
+            f"{_shown(url)}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.verify()
+        load_image(io.BytesIO(data))  # a file that was cut short passes verify()
+    except Exception as error:  # whatever a decoder makes of such bytes
+        raise DownloadError(
+            f"{_shown(url)}: not a picture ({', '.join(FORMATS)}), or a damaged one"
+        ) from error
+    _keep(path, data)
+    return path
+
+
+def _keep(path, data):
+    """Write a file in one step, with its folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DownloadError(f"{path} cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+# ---- URLs and addresses ----
+
+
+def _is_web(url):
+    return re.match(r"https?://", url, re.IGNORECASE)
+
+
+def _shown(url):
+    """A URL in messages: one line, without password."""
+    return re.sub(r"//[^/?#]*@", "//...@", re.sub(r"[\x00-\x20\x7f]+", " ", url))[:300]
+
+
+def _parsed(url):
+    """urlsplit of a URL that may be fetched; DownloadError says what is wrong with another."""
+    try:
+        if not _is_web(url):
+            raise ValueError("http:// or https:// was wanted")
+        if re.search(r"[\x00-\x20\x7f\\]", url):
+            raise ValueError("a space, control character or backslash in it")
+        parts = urlsplit(url)
+        if "@" in parts.netloc:
+            raise ValueError("a user name or password in it")
+        if not parts.hostname or parts.port == 0:
+            raise ValueError("no host, or port 0")
+        parts.hostname.encode("idna")
+    except ValueError as error:  # UnicodeError, ports and brackets that urlsplit refuses among them
+        raise DownloadError(f"{_shown(url)}: not a URL to download from ({error})") from error
+    return parts
+
+
+def private_reason(address):
+    """Why an IP address is not reached without allow_private, None for a public one. IPv4 inside
+    IPv6 (mapped, NAT64, 6to4) counts as what it holds."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if ip.version == 6:
+        held = (
+            ip.ipv4_mapped
+            or ip.sixtofour
+            or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
+        )
+        if held is not None:
+            return private_reason(str(held))
+    kinds = (
+        "unspecified",
+        "loopback",
+        "link_local",
+        "site_local",
+        "multicast",
+        "private",
+        "reserved",
+    )
+    found = next(
+        (kind for kind in kinds if getattr(ip, f"is_{kind}", False)),
+        None if ip.is_global else "non-public",
+    )
+    return found and f"{ip}, address of kind {found.replace('_', '-')}"
+
+
+def _resolved(host, port, allow_private, deadline):
+    """What getaddrinfo says, once, after all its addresses were checked. In a thread, because it
+    knows no time limit."""
+    answer = []
+
+    def ask():
+        try:
+            answer.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_left(deadline))
+    if not answer:
+        raise TimeoutError
+    if isinstance(answer[0], OSError):
+        raise DownloadError(f"{host} has no address ({answer[0].strerror or answer[0]})")
+    for *_, place in answer[0]:
+        if not allow_private and (reason := private_reason(place[0])):
+            raise DownloadError(f"refused, {host} is not on the public network ({reason})")
+    return answer[0]
+
+
+# ---- the connection ----
+
+
+def _left(deadline):
+    """Seconds left; TimeoutError where there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Timed(io.RawIOBase):
+    """A connected socket as http.client uses it, each of whose calls has only the time that is left
+    of the whole."""
+
+    def __init__(self, sock, deadline):
+        self.sock, self.deadline = sock, deadline
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.sock.settimeout(_left(self.deadline))
+        return self.sock.recv_into(buffer)
+
+    def sendall(self, data):
+        self.sock.settimeout(_left(self.deadline))
+        self.sock.sendall(data)
+
+    def makefile(self, mode):
+        return io.BufferedReader(
+            _Timed(self.sock, self.deadline)
+        )  # of its own: http.client closes the connection before it reads the body
+
+
+def _connect(parts, addresses, deadline):
+    """A socket connected to the first of the addresses that answers, with TLS for https."""
+    for n, (family, kind, protocol, _, place) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(_left(deadline) / (len(addresses) - n))
+            sock.connect(place)
+            if parts.scheme == "https":
+                sock.settimeout(_left(deadline))
+                sock = ssl.create_default_context().wrap_socket(
+                    sock, server_hostname=parts.hostname
+                )
+            return sock
+        except OSError as error:
+            sock.close()
+            if isinstance(error, ssl.SSLError) or n + 1 == len(addresses):
+                raise
+    raise DownloadError(f"{parts.hostname} has no address")
+
+
+def _download(url, deadline, max_bytes, allow_private):
+    """The bytes at a URL, after at most MAX_REDIRECTS redirects."""
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = _parsed(url)
+        secure = parts.scheme == "https"
+        host, port = parts.hostname.encode("idna").decode(), parts.port or (443 if secure else 80)
+        sock = _connect(parts, _resolved(host, port, allow_private, deadline), deadline)
+        try:
+            connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
+                host, port
+            )
+            connection.sock, connection.auto_open = _Timed(sock, deadline), 0
+            target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (
+                f"?{quote(parts.query, safe='/%:@!$&()*+,;=~-._?')}" if parts.query else ""
+            )
+            connection.request(
+                "GET",
+                target,
+                headers={
+                    "User-Agent": "vlm-diagnostics",
+                    "Accept": "image/*",
+                    "Connection": "close",
+                },
+            )
+            response = connection.getresponse()
+            location = response.headers.get("Location")
+            if response.status in (301, 302, 303, 307, 308) and location:
+                url = urljoin(url, location)
+                if secure and urlsplit(url).scheme == "http":
+                    raise DownloadError("refused, a redirect from https to http")
+                continue
+            if response.status != 200:
+                raise DownloadError(f"status {response.status} {response.reason}".strip())
+            return _body(response, max_bytes)
+        finally:
+            sock.close()
+    raise DownloadError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _body(response, max_bytes):
+    """All bytes of a response, whose length is checked as announced and as it comes."""
+    announced = response.length
+    if announced is not None and announced > max_bytes:
+        raise DownloadError(f"too large, {announced} bytes where {max_bytes} are allowed")
+    data = bytearray()
+    while part := response.read(65536):
+        data += part
+        if len(data) > max_bytes:
+            raise DownloadError(f"too large, more than {max_bytes} bytes")
+    if announced is not None and len(data) < announced:
+        raise DownloadError(f"cut short, {len(data)} of {announced} bytes came")
+    return bytes(data)
