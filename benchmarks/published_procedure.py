@@ -100,7 +100,7 @@ def mean_shares(attentions, groups):
         )
         shares.append(
             [
-                part / whole if whole else 1.0
+                part / (whole or 1.0)  # a denominator of 0 is replaced by 1
                 for part, whole in (
                     (vision, vision + user),
                     (user, vision + user),

@@ -69,7 +69,7 @@ def step_shares(mass, paper_compat=False):
     per layer, layers averaged, then the ratios.
 
     vision, text: of vision + user; sys, vision_withsys, text_withsys: of all three. NaN where the
-    denominator is 0; paper_compat: 1 there.
+    denominator is 0; paper_compat: such a denominator is replaced by 1, so the share is 0.
     """
     mean = mass.mean(3)
     rest = mean[..., BOS + 1 :].sum(-1)  # BOS is the first group; 1 - BOS would lose its digits
@@ -81,7 +81,7 @@ def step_shares(mass, paper_compat=False):
     )
 
     def share(part, whole):
-        return (part / whole).where(whole > 0, 1.0 if paper_compat else float("nan"))
+        return (part / whole).where(whole > 0, 0.0 if paper_compat else float("nan"))
 
     two, three = vision + user, system + vision + user
     return {
