@@ -17,30 +17,16 @@ run. Bands and brackets are bootstrap 95 % intervals over images. A run without 
 (__sp-1) has a system share of 0.
 """
 
-import numpy as np
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
 
 from vlmdiag import cli
-from vlmdiag.cli import UsageError
-from vlmdiag.figures import plots, stats
 from vlmdiag.runs import rundirs
 
-GROUPS = ("system", "vision", "user")
-AGAIN = "make the run again with run_coco_diagnostics.py --overwrite, without --pos_only"
-PIES = {  # the groups of each pie, the fields of an image's JSON that hold their shares, the title
-    "with_system": (
-        GROUPS,
-        ("mean_sys_share", "mean_vision_withsys_share", "mean_text_withsys_share"),
-        "Attention to system prompt, image and user text",
-    ),
-    "vision_vs_user_masked": (
-        GROUPS[1:],
-        ("mean_vision_share", "mean_text_share"),
-        "Attention to image and user text, system prompt left out",
-    ),
-}
 
-
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--run_dir", nargs="+", required=True, help="run directories of run_coco_diagnostics.py"
@@ -54,142 +40,24 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def dataset_shares(run):
-    """{pie: Interval (groups,)}: shares of each image, averaged over the images."""
-    records = [record for record in run.records() if not record.get("pos_only")]
-    if not records:
-        raise UsageError(f"{run.path} has no image with attention shares; {AGAIN}")
-    missing = [key for _, keys, _ in PIES.values() for key in keys if key not in records[0]]
-    if missing:
-        raise UsageError(f"{run.path}: its images have no {', '.join(missing)}; {AGAIN}")
-    return {
-        pie: stats.mean_interval([[record[key] for key in keys] for record in records])
-        for pie, (_, keys, _) in PIES.items()
-    }
-
-
-def layer_shares(run):
-    """Interval (3, L): system, vision and user share of each layer, averaged over the images."""
-    _, arrays = plots.read_arrays(run, ["layer_shares"], AGAIN)
-    return stats.mean_interval(arrays["layer_shares"])
-
-
-def draw_pie(ax, pie, interval, label):
-    """One pie. Thick slices carry their percentage; the legend gives every share, also the thin
-    ones, with its interval."""
-    groups, _, title = PIES[pie]
-    shares = np.nan_to_num(interval.mean)
-    wedges, _ = ax.pie(
-        shares,
-        colors=[plots.color_of(group) for group in groups],
-        startangle=90,
-        counterclock=False,
-        wedgeprops={"edgecolor": "white"},
-    )
-    for group, wedge, share in zip(groups, wedges, shares):
-        angle = np.deg2rad((wedge.theta1 + wedge.theta2) / 2)
-        if share > 0.08:
-            ink = "white" if group == "vision" else "black"
-            ax.text(
-                0.62 * np.cos(angle),
-                0.62 * np.sin(angle),
-                f"{share:.1%}",
-                ha="center",
-                va="center",
-                weight="bold",
-                color=ink,
-            )
-    words = [
-        f"{group}  {mean:.1%}  [{low:.1%}, {high:.1%}]"
-        for group, mean, low, high in zip(groups, interval.mean, interval.low, interval.high)
-    ]
-    ax.legend(
-        wedges,
-        words,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.02),
-        frameon=False,
-        title="mean [95 % interval over images]",
-        title_fontsize=8.5,
-    )
-    ax.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
-    ax.set_title(f"{title}\n{plots.with_n(label, interval.n)}", fontsize=10)
-
-
-def draw_run(run, label, settings, side_by_side):
-    """The pies and the curves of one run, in its analysis folder. Returns its intervals {pie:
-    (groups,)} and layer shares (3, L)."""
-    shares, layers, analysis = dataset_shares(run), layer_shares(run), run.path / "analysis"
-    if side_by_side:
-        fig, axes = plots.plt.subplots(1, 2, figsize=(10, 5))
-        for ax, pie in zip(axes, PIES):
-            draw_pie(ax, pie, shares[pie], label)
-        plots.save(fig, analysis / "dataset_pies_side_by_side", settings)
-    else:
-        for pie in PIES:
-            fig, ax = plots.plt.subplots(figsize=(5.4, 5))
-            draw_pie(ax, pie, shares[pie], label)
-            plots.save(fig, analysis / f"dataset_pie_{pie}", settings)
-    fig, ax = plots.plt.subplots(figsize=(7.5, 4.6))
-    for group, interval in zip(GROUPS, split(layers)):
-        plots.line_with_band(
-            ax, np.arange(len(interval.mean)), interval, group, plots.color_of(group)
-        )
-    finish_layers(
-        ax,
-        f"Attention shares by layer: {label}",
-        "share of attention to\nsystem prompt, image and user text",
-    )
-    plots.save(fig, analysis / "system_vision_user_shares_by_layer", settings)
-    return shares, layers
-
-
-def split(layers):
-    """Interval (3, L) -> three of (L,)."""
-    return [stats.Interval(*(part[row] for part in layers)) for row in range(len(GROUPS))]
-
-
-def finish_layers(ax, title, ylabel):
-    ax.set(title=title, xlabel="decoder layer", ylabel=ylabel, ylim=(-0.02, 1.02))
-    plots.legends([ax])
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    from vlmdiag.beyond_semantics import share_figures
+    from vlmdiag.figures import plots
+
     runs = [rundirs.read_run(path, rundirs.COCO) for path in args.run_dir]
-    labels, settings = plots.run_labels(runs), vars(args)
-    found = {
-        label: draw_run(run, label, settings, args.side_by_side) for run, label in zip(runs, labels)
-    }
+    labels = plots.run_labels(runs)
+    settings = vars(args)
+    shares = {}
+    for run, label in zip(runs, labels):
+        shares[label] = share_figures.read_shares(run)
+        share_figures.draw_run(run, label, shares[label], settings, args.side_by_side)
     if len(runs) > 1:
-        colors = plots.model_colors(labels)
-        fig, ax = plots.plt.subplots(figsize=(7.5, 4.6))
-        for label, (_, layers) in found.items():
-            system = split(layers)[0]
-            plots.line_with_band(ax, np.arange(len(system.mean)), system, label, colors[label])
-        finish_layers(
-            ax,
-            "Attention to the system prompt by layer",
-            "system share of attention to\nsystem prompt, image and user text",
-        )
-        plots.save(fig, plots.comparison_path(runs, "compare_system_share_by_layer"), settings)
-    for run, (shares, layers) in zip(runs, found.values()) if args.save_csv else ():
-        rows = [
-            (pie, group, *(part[row] for part in shares[pie]))
-            for pie, (groups, _, _) in PIES.items()
-            for row, group in enumerate(groups)
-        ]
-        plots.save_csv(
-            run.path / "analysis" / "dataset_pies.csv",
-            dict(zip(("pie", "group", "mean", "low", "high", "n"), zip(*rows))),
-        )
-        columns = {"layer": range(layers.mean.shape[1])}
-        for group, interval in zip(GROUPS, split(layers)):
-            columns |= {
-                f"{group}{part}": value
-                for part, value in zip(("", "_low", "_high", "_n"), interval)
-            }
-        plots.save_csv(run.path / "analysis" / "system_vision_user_shares_by_layer.csv", columns)
+        path = plots.comparison_path(runs, "compare_system_share_by_layer")
+        plots.save(share_figures.system_figure(shares), path, settings)
+    if args.save_csv:
+        for run, label in zip(runs, labels):
+            share_figures.save_tables(run, shares[label])
     return 0
 
 

@@ -15,19 +15,17 @@ the mean over heads by layer with its bootstrap 95 % interval over images. The s
 image and its maps. Heads that see neither group are grey. PNG and PDF.
 """
 
-import textwrap
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from vlmdiag import cli
-from vlmdiag.cli import UsageError
-from vlmdiag.figures import plots, stats
 from vlmdiag.runs import rundirs
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--runs_dir", required=True, help="folder of the run directories of run_coco_diagnostics.py"
@@ -83,141 +81,34 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def read_maps(run, key):
-    """(ids, maps (n, L, H)) of one run."""
-    advice = (
-        "make it with run_coco_diagnostics.py without --pos_only"
-        if key == "head_vision_share"
-        else "no script writes it; leave out --use_key"
-    )
-    ids, arrays = plots.read_arrays(run, [key], advice)
-    return ids, arrays[key]
-
-
-def find_picture(args, run, id):
-    """The picture of an item: --img_path, else by file name below --coco_root and in the folder
-    that the run read."""
-    name = Path(run.record(id)["file_name"])
-    folders = (
-        [Path(args.coco_root, part) for part in ("val2017", "train2017", "")]
-        if args.coco_root
-        else []
-    )
-    places = (
-        [Path(args.img_path)]
-        if args.img_path
-        else [folder / name for folder in (*folders, Path(run.meta["free"]["image_dir"]))]
-    )
-    found = [place for place in places if place.is_file()]
-    if not found:
-        raise UsageError(
-            f"no picture for {id} at {', '.join(map(str, places))}; name it with --img_path"
-        )
-    try:
-        with Image.open(found[0]) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UsageError(f"{found[0]} cannot be read as a picture: {error}") from error
-
-
-def panel_axes(count):
-    """A figure with count panels in rows of at most four."""
-    columns = min(count, 4)
-    rows = -(-count // columns)
-    fig, axes = plots.plt.subplots(
-        rows, columns, figsize=(4.1 * columns + 0.8, 4.1 * rows + 0.3), squeeze=False
-    )
-    for ax in axes.flat[count:]:
-        ax.remove()
-    return fig, list(axes.flat[:count])
-
-
-def draw_maps(fig, axes, maps, titles, scale):
-    top = (
-        1.0
-        if scale == "fixed"
-        else np.nanpercentile(np.concatenate([each.ravel() for each in maps]), 99)
-    )
-    for ax, matrix, title in zip(axes, maps, titles):
-        image = plots.heatmap(ax, matrix, title, vmin=0, vmax=top)
-    fig.colorbar(image, ax=axes[-1], label="CMB: vision / (vision + user) attention")
-
-
-def draw_layers(ax, labels, balances, chances):
-    """Mean over heads by layer for every run. balances: (n, L, H) each; chances: one number
-    each."""
-    colors = plots.model_colors(labels)
-    for label, values, chance in zip(labels, balances, chances):
-        interval = stats.mean_interval(stats.measured_mean(values, axis=2))
-        plots.line_with_band(ax, np.arange(len(interval.mean)), interval, label, colors[label])
-        ax.axhline(chance, color=colors[label], linestyle="--", linewidth=1.1)
-    ax.plot(
-        [],
-        [],
-        color=plots.EVEN_COLOR,
-        linestyle="--",
-        linewidth=1.1,
-        label="chance: attention spread evenly",
-    )
-    ax.set(
-        title="Mean over heads, 95 % band over images",
-        xlabel="decoder layer",
-        ylabel="CMB",
-        ylim=(-0.02, 1.02),
-    )
-    plots.legends([ax], below=True)
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    from vlmdiag.beyond_semantics import cmb_figures
+    from vlmdiag.figures import plots
+
     if args.show:
         plots.use_windows()
     runs = plots.select_runs(rundirs.find_runs(args.runs_dir, args.sp), args.models)
     labels = plots.run_labels(runs)
-    found = [read_maps(run, args.use_key) for run in runs]
-    ids = plots.shared_ids(runs, [ids for ids, _ in found])
-    one = (
-        plots.find_id(ids, args.image_key, args.npz_basename)
-        if args.image_key or args.npz_basename
-        else None
-    )
-    shown = [one] if one else ids
+    measured = [cmb_figures.read_maps(run, args.use_key) for run in runs]
+    ids = plots.shared_ids(runs, [ids for ids, _ in measured])
+    image_id = None
+    if args.image_key or args.npz_basename:
+        image_id = plots.find_id(ids, args.image_key, args.npz_basename)
+    shown = [image_id] if image_id else ids
     balances = [
-        maps[np.isin(own, shown)].astype(np.float64) for own, maps in found
-    ]  # both lists are sorted
-    chances = [np.mean([run.record(id)["chance_vision_share"] for id in shown]) for run in runs]
-    means = [stats.measured_mean(maps) for maps in balances]
-    counted = "" if one else f"n = {len(ids)}, "
-    titles = [
-        f"{textwrap.fill(label, 38)}\n{counted}mean {stats.measured_mean(mean, axis=(0, 1)):.3f},"
-        f" chance {chance:.3f}"
-        for label, mean, chance in zip(labels, means, chances)
+        cmb_figures.balance_of(run, label, run_ids, maps, shown)
+        for run, label, (run_ids, maps) in zip(runs, labels, measured)
     ]
-
-    fig, axes = panel_axes(len(runs) + 1)
-    if one:
-        axes[0].imshow(find_picture(args, runs[0], one))
-        axes[0].set_title(f"image {one}")
-        axes[0].axis("off")
-        draw_maps(fig, axes[1:], means, titles, args.scale)
-    else:
-        draw_maps(fig, axes[:-1], means, titles, args.scale)
-        draw_layers(axes[-1], labels, balances, chances)
-    fig.suptitle(
-        "Cross-modality balance: share of a head's vision + user attention that goes to the image"
-    )
-    out = Path(args.out or f"cmb_panel_sp-{args.sp}_{one or 'averaged'}.png")
+    picture = None
+    if image_id:
+        picture = cmb_figures.find_picture(runs[0], image_id, args.img_path, args.coco_root)
+    figure = cmb_figures.panel_figure(balances, args.scale, image_id, picture)
+    out = Path(args.out or f"cmb_panel_sp-{args.sp}_{image_id or 'averaged'}.png")
     settings = vars(args) | {"labels": labels, "images": len(shown)}
-    stem = plots.save(fig, out, settings, show=args.show)[0].with_suffix("")
+    png = plots.save(figure, out, settings, show=args.show)[0]
     if args.save_csv:
-        cells = [
-            (label, *cell, mean[cell], len(shown))
-            for label, mean in zip(labels, means)
-            for cell in np.ndindex(mean.shape)
-        ]
-        plots.save_csv(
-            f"{stem}.csv", dict(zip(("model", "layer", "head", "cmb", "n"), zip(*cells)))
-        )
+        plots.save_csv(f"{png.with_suffix('')}.csv", cmb_figures.table_of(balances))
     return 0
 
 

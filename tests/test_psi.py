@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from diagnostic_tools import psi
 from vlmdiag.answers import is_right, read
+from vlmdiag.beyond_semantics import position_sensitivity
 from vlmdiag.beyond_semantics.position_sensitivity import psi as index
 from vlmdiag.beyond_semantics.position_sensitivity import psi_interval
 from vlmdiag.cli import UsageError
@@ -116,9 +117,9 @@ def test_every_answer_of_the_drawn_questions_is_right_and_every_other_of_its_kin
 
 
 def test_a_shuffle_is_fixed_by_seed_item_and_number():
-    assert psi.permutation(0, "000000000001-0", 0, 8) == [1, 7, 6, 0, 5, 2, 3, 4]
+    assert position_sensitivity.permutation(0, "000000000001-0", 0, 8) == [1, 7, 6, 0, 5, 2, 3, 4]
     seen = {
-        tuple(psi.permutation(seed, item, k, 100))
+        tuple(position_sensitivity.permutation(seed, item, k, 100))
         for seed in (0, 1)
         for item in ("1-0", "1-1")
         for k in (0, 1)
@@ -127,7 +128,7 @@ def test_a_shuffle_is_fixed_by_seed_item_and_number():
 
 
 def test_shuffles_are_uniform():
-    first = [psi.permutation(0, str(n), 0, 5).index(2) for n in range(2000)]
+    first = [position_sensitivity.permutation(0, str(n), 0, 5).index(2) for n in range(2000)]
     assert np.abs(np.bincount(first) / 2000 - 0.2).max() < 0.04
 
 
@@ -136,7 +137,7 @@ def test_tokens_without_a_place_stay():
 
     boxes = np.tile([0.0, 0, 1, 1], (40, 1))
     boxes[7::8] = np.nan
-    order = psi.shuffled(PatchGrid(boxes, None, (10, 10)), 0, "a", 0).numpy()
+    order = position_sensitivity.shuffled(PatchGrid(boxes, None, (10, 10)), 0, "a", 0)
     assert (
         sorted(order) == list(range(40))
         and (order[7::8] == np.arange(7, 40, 8)).all()
@@ -361,7 +362,9 @@ def test_an_identity_permutation_changes_nothing_and_a_real_one_does(name, call,
         for record in shuffled.values()
         for answer in record["permuted"]
     )
-    monkeypatch.setattr(psi, "permutation", lambda seed, item_id, k, count: list(range(count)))
+    monkeypatch.setattr(
+        position_sensitivity, "permutation", lambda seed, item_id, k, count: list(range(count))
+    )
     same = records_of(call(name, "--num_permutations", "2", "--batch_size", "3", out="same")[1])
     for id, record in same.items():
         assert (
@@ -390,7 +393,7 @@ def test_the_shuffled_answer_is_that_of_a_prompt_whose_vision_rows_changed_place
                 order = (
                     list(range(len(place)))
                     if k < 0
-                    else psi.permutation(0, sample.id, k, len(place))
+                    else position_sensitivity.permutation(0, sample.id, k, len(place))
                 )
                 embeds[0, place] = features[order]
                 logits = vlm.model(inputs_embeds=embeds, position_ids=batch.position_ids).logits[

@@ -14,6 +14,7 @@ from PIL import Image
 import common
 from data import make_shapes
 from tests.conftest import in_process
+from vlmdiag.beyond_semantics import position_sensitivity, shuffled_answers
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import Block, capture, edit
 from vlmdiag.model.decoding import extended, generate
@@ -349,7 +350,7 @@ def test_attention_of_an_answer_is_that_of_its_own_steps(run, models, shapes, tm
 def test_shuffles_reach_every_place_where_the_decoder_gets_the_picture(
     run, models, shapes, tmp_path, name, monkeypatch
 ):
-    seen, vlm, psi = [], models(name)[1], script["psi"].module
+    seen, vlm = [], models(name)[1]
 
     def kept(own, batch, *args, features, **options):
         deep = features.deepstack_features if own.family.deepstack else []
@@ -358,7 +359,7 @@ def test_shuffles_reach_every_place_where_the_decoder_gets_the_picture(
         )
         return generate(own, batch, *args, features=features, **options)
 
-    monkeypatch.setattr(psi, "generate", kept)
+    monkeypatch.setattr(shuffled_answers, "generate", kept)
     good(
         run(
             "psi",
@@ -379,8 +380,8 @@ def test_shuffles_reach_every_place_where_the_decoder_gets_the_picture(
     questions = json.loads((shapes / "questions.json").read_text())[:2]
     for row, id in enumerate(sorted(items(tmp_path, "psi", name))):
         grid = one(vlm, picture_of(shapes, questions[row]["image_id"])).grids[0]
-        order = psi.shuffled(grid, 0, id, 0)
-        assert (order.numpy() != np.arange(len(order))).sum() > 0.8 * grid.has_box.sum()
+        order = position_sensitivity.shuffled(grid, 0, id, 0)
+        assert (order != np.arange(len(order))).sum() > 0.8 * grid.has_box.sum()
         for before, after in zip(*seen, strict=True):
             assert torch.equal(after[row], before[row][order])
 

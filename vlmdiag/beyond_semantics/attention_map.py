@@ -1,33 +1,30 @@
-"""From attention to vision tokens, and from a word of the answer to its tokens. Pure functions, no
-model. Beyond Semantics, section 2.7 of our study."""
+"""From a word of the answer to its tokens, and how far attention spreads. Pure functions, no model.
+
+Beyond Semantics (arXiv 2503.17349); docs/studies/beyond_semantics.md, section 2.7.
+"""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-import numpy as np
+from vlmdiag.pictures.spread import normalized_entropy
+
+__all__ = ["find_word", "normalized_entropy"]
 
 
-def normalized_entropy(weights, epsilon=0.0):
-    """E = -sum p log2 p / log2 P of p = weights / sum: 1 where all P tokens get the same, 0 where
-    one gets everything; NaN for P < 2 or no weight at all.
+def find_word(text: str, spans: Sequence[tuple[int, int]], word: str) -> list[list[int]]:
+    """The tokens of each occurrence of a word or phrase in the text, [[index, ...], ...].
 
-    weights (P,) >= 0. epsilon: added to p, which is then normalised again (the published code:
-    1e-10).
+    spans: [start, end) of each token in the text. Whole words, case ignored.
     """
-    weights = np.asarray(weights, dtype=np.float64).ravel()
-    if len(weights) < 2 or not weights.sum() > 0:
-        return float("nan")
-    p = weights / weights.sum() + epsilon
-    p = p / p.sum()
-    inside = p[p > 0]
-    return float(max(0.0, -(inside * np.log2(inside)).sum() / np.log2(len(p))))
-
-
-def find_word(text, spans, word):
-    """The tokens of each occurrence of a word or phrase in the text, [[index, ...], ...]; whole
-    words, case ignored."""
     phrase = r"\s+".join(map(re.escape, word.split()))
-    found = re.finditer(rf"(?<!\w){phrase}(?!\w)", text, re.IGNORECASE) if phrase else ()
-    return [
-        [i for i, (start, end) in enumerate(spans) if start < match.end() and end > match.start()]
-        for match in found
-    ]
+    if not phrase:
+        return []
+    occurrences = re.finditer(rf"(?<!\w){phrase}(?!\w)", text, re.IGNORECASE)
+    return [tokens_within(spans, match.start(), match.end()) for match in occurrences]
+
+
+def tokens_within(spans: Sequence[tuple[int, int]], first: int, last: int) -> list[int]:
+    """Indices of the tokens that share a character with [first, last)."""
+    return [i for i, (start, end) in enumerate(spans) if start < last and end > first]

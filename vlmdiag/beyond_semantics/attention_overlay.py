@@ -1,17 +1,33 @@
 """Attention of one generated token over the picture: what a measurement holds, and its figures.
-Used by viz_attention_image.py and notebooks."""
+
+Beyond Semantics (arXiv 2503.17349); docs/studies/beyond_semantics.md, section 2.7. Used by
+diagnostic_tools/viz_attention_image.py and notebooks.
+"""
+
+from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from vlmdiag.figures import plots
-from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures import overlay
 
-SHOWN = 1024  # pixels of the longer side of a picture in a figure
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from vlmdiag.pictures.grid import PatchGrid
+
+PANEL = 4.6  # inches, of each panel in a comparison
 
 
 @dataclass
@@ -21,136 +37,121 @@ class AttentionVisualizationResult:
     generated_text: str
     # (rows, columns) where the vision tokens are one grid, else (P,); share of the attention that
     # is not on BOS
-    attention_map: np.ndarray
-    image_array: np.ndarray  # (height, width, 3) uint8, the original picture
+    attention_map: Float[np.ndarray, ...]
+    image_array: UInt8[np.ndarray, "height width 3"]  # the original picture
     normalized_entropy: float
     token_position: int  # of the generated tokens, from 0
     target_word: str | None
     step: str  # producing or query
-    tokens: list  # the generated tokens as text
-    answer_span: tuple  # characters of generated_text that are drawn as the target
+    tokens: list[str]  # the generated tokens
+    answer_span: tuple[int, int]  # characters of generated_text that are drawn as the target
     grid: PatchGrid
-    outside_share: (
-        float  # part of the attention on vision tokens that lies on padding around the picture
-    )
+    # part of the attention on vision tokens that lies on padding around the picture
+    outside_share: float
     model_name: str
     prompt: str
     paper_compat: bool = False
 
 
-def visualize_attention_overlay(result, alpha=0.55, axis=None):
-    """The attention map over the picture, min to max of what is shown, with a colour bar ->
-    figure."""
-    figure = (
-        axis.figure
-        if axis is not None
-        else plots.plt.figure(figsize=_figsize(result.image_array, 5.4))
-    )
-    axis = axis if axis is not None else figure.subplots()
-    picture = _at_display_size(result.image_array)
-    scale = np.array(
-        [picture.width / result.grid.size[0], picture.height / result.grid.size[1]] * 2
-    )
-    shown = PatchGrid(result.grid.boxes * scale, result.grid.shape, picture.size).paint(
-        result.attention_map.ravel()
-    )
-    _plain_picture(axis, picture)
-    heat = axis.imshow(
-        np.ma.masked_invalid(shown), cmap="RdYlBu_r", alpha=alpha, interpolation="nearest"
-    )
-    bar = figure.colorbar(heat, cax=axis.inset_axes([1.02, 0, 0.04, 1]))  # as high as the picture
-    unit = (
-        "attention, 0 = smallest, 1 = largest of all vision tokens"
-        if result.paper_compat
-        else "attention to a vision token, % of all but BOS"
-    )
-    bar.set_label(unit, fontsize=8)
+def visualize_attention_overlay(
+    result: AttentionVisualizationResult, alpha: float = 0.55, axis: Axes | None = None
+) -> Figure:
+    """The attention map over the picture, min to max of what is shown, with a colour bar.
+
+    alpha: opacity of the map. axis: where to draw; None: a figure of its own.
+    """
+    if axis is None:
+        axis = plt.figure(figsize=_figsize(result.image_array, 5.4)).subplots()
+    figure = axis.figure
+    picture = overlay.at_pixel_size(Image.fromarray(result.image_array))
+    grid = overlay.rescaled(result.grid, picture.size)
+    overlay.show_picture(axis, np.asarray(picture))
+    heat = overlay.show_map(axis, grid.paint(result.attention_map.ravel()), "RdYlBu_r", alpha)
+    beside = axis.inset_axes((1.02, 0, 0.04, 1))  # as high as the picture
+    bar = overlay.color_bar(figure, heat.norm, heat.cmap, cax=beside)
     bar.ax.tick_params(labelsize=7)
-    bar.ax.grid(False)
-    bar.solids.set_alpha(1)
-    if not result.paper_compat:
+    if result.paper_compat:
+        bar.set_label("attention, 0 = smallest, 1 = largest of all vision tokens", fontsize=8)
+    else:
+        bar.set_label("attention to a vision token, % of all but BOS", fontsize=8)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    name = (
-        result.target_word
-        if result.target_word is not None
-        else result.tokens[result.token_position].strip()
-    )
-    padding = f", {result.outside_share:.0%} on padding" if result.outside_share >= 0.005 else ""
-    where = f"{_drawable(repr(name))} (token {result.token_position}, {result.step} step)"
-    axis.set_title(
-        f"{result.model_name}\n{where}\nnormalised entropy {result.normalized_entropy:.2f}{padding}"
-    )
-    start, end = result.answer_span
-    lead = len(result.generated_text[start:end]) - len(result.generated_text[start:end].lstrip())
-    marked = f"{result.generated_text[: start + lead]}[{result.generated_text[start + lead : end]}]{result.generated_text[end:]}"
-    axis.set_xlabel(_wrapped(f"Answer: {marked.strip()}", start), fontsize=8)
+    axis.set_title(_title(result))
+    axis.set_xlabel(_marked_answer(result), fontsize=8)
     return figure
 
 
-def save_attention_overlay(result, path, alpha=0.55, settings=None):
-    """Write the overlay of one result as PNG and PDF."""
-    return plots.save(
-        visualize_attention_overlay(result, alpha),
-        path,
-        (settings or {}) | {"model": result.model_name, "prompt": result.prompt},
-    )
+def _title(result: AttentionVisualizationResult) -> str:
+    """Model, token and entropy."""
+    name = result.target_word
+    if name is None:
+        name = result.tokens[result.token_position].strip()
+    token = f"{_drawable(repr(name))} (token {result.token_position}, {result.step} step)"
+    padding = ""
+    if result.outside_share >= 0.005:
+        padding = f", {result.outside_share:.0%} on padding"
+    entropy = f"normalised entropy {result.normalized_entropy:.2f}{padding}"
+    return f"{result.model_name}\n{token}\n{entropy}"
 
 
-def plot_attention_comparison(results, question, alpha=0.55):
-    """The picture and one overlay per result, up to four panels in a row -> figure."""
-    columns = min(4, len(results) + 1)
-    rows = -(-(len(results) + 1) // columns)
-    figure = plots.plt.figure(figsize=_figsize(results[0].image_array, 4.6, columns, rows))
+def _marked_answer(result: AttentionVisualizationResult) -> str:
+    """The answer with the target in brackets, its leading space outside of them."""
+    start, end = result.answer_span
+    target = result.generated_text[start:end]
+    first = start + len(target) - len(target.lstrip())
+    before, after = result.generated_text[:first], result.generated_text[end:]
+    marked = f"{before}[{result.generated_text[first:end]}]{after}"
+    return _wrapped(f"Answer: {marked.strip()}", start)
+
+
+def save_attention_overlay(
+    result: AttentionVisualizationResult,
+    path: str | Path,
+    alpha: float = 0.55,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write the overlay of one result as PNG and PDF; returns the two paths."""
+    facts = dict(settings or {}) | {"model": result.model_name, "prompt": result.prompt}
+    return plots.save(visualize_attention_overlay(result, alpha), path, facts)
+
+
+def plot_attention_comparison(
+    results: Sequence[AttentionVisualizationResult], question: str, alpha: float = 0.55
+) -> Figure:
+    """The picture and one overlay per result, up to four panels in a row."""
+    panels = len(results) + 1
+    columns = min(4, panels)
+    rows = -(-panels // columns)
+    figure = plt.figure(figsize=_figsize(results[0].image_array, PANEL, columns, rows))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    _plain_picture(axes[0], _at_display_size(results[0].image_array))
+    picture = overlay.at_pixel_size(Image.fromarray(results[0].image_array))
+    overlay.show_picture(axes[0], np.asarray(picture))
     axes[0].set_title("Picture")
     axes[0].set_xlabel(_wrapped(f"Question: {question}"), fontsize=8)
     for axis, result in zip(axes[1:], results):
         visualize_attention_overlay(result, alpha, axis)
-    for axis in axes[len(results) + 1 :]:
+    for axis in axes[panels:]:
         axis.remove()
     return figure
 
 
-def _at_display_size(pixels):
-    """The picture with a longer side of at most SHOWN pixels, and at least half as many where it is
-    small (whole multiples)."""
-    picture = Image.fromarray(pixels)
-    times = SHOWN // max(picture.size)
-    if times > 1:
-        return picture.resize(
-            (picture.width * times, picture.height * times), Image.Resampling.NEAREST
-        )
-    picture.thumbnail((SHOWN, SHOWN))
-    return picture
-
-
-def _figsize(pixels, width, columns=1, rows=1):
+def _figsize(
+    pixels: UInt8[np.ndarray, "height width 3"], width: float, columns: int = 1, rows: int = 1
+) -> tuple[float, float]:
     """Inches for panels of a picture with its colour bar, title and answer."""
     shape = np.clip(pixels.shape[0] / pixels.shape[1], 0.3, 1.6)
     return width * columns, ((width - 1) * shape + 1.5) * rows
 
 
-def _plain_picture(axis, picture):
-    axis.imshow(np.asarray(picture))
-    axis.grid(False)
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-
-
-def _drawable(text):
+def _drawable(text: str) -> str:
     """Text without formulas, as the figures' font can draw it."""
     return plots.drawable(text).replace("$", r"\$")
 
 
-def _wrapped(text, centre=0, width=58, lines=4):
+def _wrapped(text: str, centre: int = 0, width: int = 58, lines: int = 4) -> str:
     """Text in at most so many lines, cut around a character of interest."""
     text = _drawable(" ".join(text.split()))
     room = width * lines - 8
     start = max(0, min(centre - room // 2, len(text) - room))
-    cut = (
-        ("... " if start else "")
-        + text[start : start + room]
-        + (" ..." if start + room < len(text) else "")
-    )
-    return textwrap.fill(cut, width)
+    before = "... " if start else ""
+    after = " ..." if start + room < len(text) else ""
+    return textwrap.fill(before + text[start : start + room] + after, width)

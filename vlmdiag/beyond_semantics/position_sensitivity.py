@@ -1,45 +1,116 @@
-"""Shuffles and the position sensitivity index. Pure functions. Beyond Semantics (arXiv 2503.17349),
-section 2.8 of our study."""
+"""Shuffles of vision tokens and the position sensitivity index (PSI).
+
+Beyond Semantics (arXiv 2503.17349); docs/studies/beyond_semantics.md, section 2.8. Pure
+numpy; the model runs in shuffled_answers.py.
+"""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from random import Random
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmdiag.figures import stats
 from vlmdiag.figures.stats import Interval
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
-def permutation(seed, item_id, k, count):
-    """The k-th shuffle of `count` things for an item: place i gets thing permutation[i]. Depends on
-    (seed, item id, k) only."""
+    from vlmdiag.pictures.grid import PatchGrid
+
+Record = dict[str, Any]
+
+
+def permutation(seed: int, item_id: str, k: int, count: int) -> list[int]:
+    """The k-th shuffle of `count` things for an item: place i gets thing permutation[i].
+
+    Depends on (seed, item id, k) only.
+    """
     order = list(range(count))
     Random(f"{seed}|{item_id}|{k}").shuffle(order)
     return order
 
 
-def psi(original, permuted):
+def shuffled(grid: PatchGrid, seed: int, item_id: str, k: int) -> Int[np.ndarray, " P"]:
+    """Which vision token's content each place gets; tokens that stand for no place (row ends)
+    stay."""
+    order = np.arange(len(grid.boxes))
+    places = np.flatnonzero(grid.has_box)
+    order[places] = places[permutation(seed, item_id, k, len(places))]
+    return order
+
+
+def psi(
+    original: Float[np.ndarray, "*shape"], permuted: Float[np.ndarray, "*shape"]
+) -> Float[np.ndarray, "*shape"]:
     """(original - permuted) / original, NaN where original is 0. Accuracies of any equal shape."""
-    original, permuted = np.asarray(original, float), np.asarray(permuted, float)
-    return np.divide(
-        original - permuted, original, out=np.full(original.shape, np.nan), where=original > 0
-    )
+    original = np.asarray(original, float)
+    permuted = np.asarray(permuted, float)
+    undefined = np.full(original.shape, np.nan)
+    return np.divide(original - permuted, original, out=undefined, where=original > 0)
 
 
-def psi_interval(original, permuted, level=0.95, num_resamples=2000, seed=0):
+def psi_interval(
+    original: Float[np.ndarray, " n"],
+    permuted: Float[np.ndarray, " n"],
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
     """PSI of the mean accuracies with a paired percentile-bootstrap interval. original, permuted
     (n,): accuracy of each image, in the same order.
 
-    Whole images are drawn, and the ratio is formed anew in each resample; resamples without a right
-    answer have none and are left out.
+    Whole images are drawn, and the ratio is formed anew in each resample; a resample without a
+    right answer has no PSI and is left out.
     """
-    original, permuted = np.asarray(original, float), np.asarray(permuted, float)
-    value, low, high = float(psi(original.mean(), permuted.mean())), np.nan, np.nan
-    if len(original) > 1 and not math.isnan(value):
-        drawn = np.random.default_rng(seed).integers(
-            0, len(original), (num_resamples, len(original))
-        )
-        low, high = np.nanquantile(
-            psi(original[drawn].mean(1), permuted[drawn].mean(1)),
-            [(1 - level) / 2, (1 + level) / 2],
-        )
-    return Interval(value, float(low), float(high), len(original))
+    original = np.asarray(original, float)
+    permuted = np.asarray(permuted, float)
+    images = len(original)
+    value = float(psi(original.mean(), permuted.mean()))
+    low = high = np.nan
+    if images > 1 and not math.isnan(value):
+        drawn = np.random.default_rng(seed).integers(0, images, (num_resamples, images))
+        resampled = psi(original[drawn].mean(1), permuted[drawn].mean(1))
+        low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high), images)
+
+
+def summarise(records: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy, accuracy with shuffled tokens and PSI of some items, each image counting once.
+
+    records: as those of shuffled_answers.py. Means and intervals over images.
+    """
+    correct = np.array([record["original"]["correct"] for record in records], float)
+    correct_permuted = np.array(
+        [[answer["correct"] for answer in record["permuted"]] for record in records], float
+    )
+    image_ids = [str(record["image_id"]) for record in records]
+    image = np.unique(image_ids, return_inverse=True)[1]
+
+    def per_image(item_values: Float[np.ndarray, " items"]) -> Float[np.ndarray, " images"]:
+        return np.bincount(image, item_values) / np.bincount(image)
+
+    original = per_image(correct)
+    permuted = per_image(correct_permuted.mean(1))
+    unread = np.array([_unread(record) for record in records], float)
+    return {
+        "questions": len(records),
+        "images": len(original),
+        "accuracy": stats.mean_interval(original),
+        "accuracy_permuted": stats.mean_interval(permuted),
+        "psi": psi_interval(original, permuted),
+        "accuracy_by_permutation": [per_image(column).mean() for column in correct_permuted.T],
+        "share_without_a_known_answer": {
+            "original": unread[:, 0].mean(),
+            "permuted": unread[:, 1:].mean(),
+        },
+    }
+
+
+def _unread(record: Record) -> list[bool]:
+    """For the original answer and each shuffled one: is it none of the known answers?"""
+    answers = [record["original"], *record["permuted"]]
+    return [answer["read_as"] is None for answer in answers]

@@ -1,0 +1,145 @@
+"""A map over a picture: bring picture and grid to the size at which they are shown, make the
+picture pale and grey so that colours stay apart, paint the map on it, add the colour bar.
+
+    shown, grid = at_pixel_size(picture, batch.grids[0])
+    show_picture(axis, pale(shown))
+    heat = show_map(axis, grid.paint(values), "viridis", opacity=0.75)
+    color_bar(figure, heat, label="attention", ax=axis)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from PIL import Image
+
+from vlmdiag.pictures.grid import PatchGrid
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+SHOWN = 1024  # pixels of the longer side of a picture in a figure
+
+
+# ---- size ----
+
+
+def rescaled(grid: PatchGrid, size: tuple[int, int]) -> PatchGrid:
+    """The grid in pixels of its picture at another size (width, height)."""
+    factors = np.array([size[0] / grid.size[0], size[1] / grid.size[1]] * 2)
+    return PatchGrid(grid.boxes * factors, grid.shape, tuple(size))
+
+
+def at_pixel_size(picture: Image.Image, longer_side: int = SHOWN) -> Image.Image:
+    """The picture shrunk to a longer side of so many pixels, or enlarged in whole multiples to at
+    most as many, so that each of its own pixels stays a square."""
+    times = longer_side // max(picture.size)
+    if times:
+        width, height = (side * times for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.NEAREST)
+    return at_smooth_size(picture, longer_side)
+
+
+def at_smooth_size(
+    picture: Image.Image,
+    longer_side: int,
+    most_enlarged: float = float("inf"),
+    how: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """The picture with a longer side of so many pixels, enlarged at most so many times."""
+    factor = min(most_enlarged, longer_side / max(picture.size))
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    return picture.resize((width, height), how)
+
+
+# ---- colours ----
+
+
+def pale(picture: Image.Image, darkest: float = 0.5) -> Float[np.ndarray, "height width"]:
+    """The picture in grey of half its contrast, from `darkest` to `darkest` + 0.5 of white, so that
+    the colours of a map over it stay apart."""
+    return np.asarray(picture.convert("L"), float) / 255 * 0.5 + darkest
+
+
+def painted(grid: PatchGrid, values: Float[np.ndarray, " P"]) -> Float[np.ndarray, "height width"]:
+    """Values of the vision tokens as a map over the picture, 0 where nothing lies.
+
+    Smooth between cell centres; cell by cell where a token has no value (NaN), which is left out.
+    """
+    smooth = not np.isnan(values).any()
+    return np.nan_to_num(grid.paint(np.nan_to_num(values), smooth=smooth))
+
+
+def opacity_of(heat: Float[np.ndarray, "*shape"], ceiling: float) -> Float[np.ndarray, "*shape"]:
+    """How much of a map is seen over the picture, in [0, 0.9]: what has no value shows the
+    picture. The root lets small values be seen too."""
+    return 0.9 * np.sqrt(np.clip(heat / ceiling, 0, 1))
+
+
+def blended(
+    grey: Float[np.ndarray, "height width"],
+    heat: Float[np.ndarray, "height width"],
+    ceiling: float,
+    table: UInt8[np.ndarray, "256 3"],
+) -> Image.Image:
+    """A map over the pale picture as a picture itself.
+
+    table: colours of the values from 0 to the ceiling.
+    """
+    colors = table[(np.clip(heat / ceiling, 0, 1) * 255).astype(int)]
+    opacity = opacity_of(heat, ceiling)[..., None]
+    pixels = 255 * grey[..., None] * (1 - opacity) + colors * opacity
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+# ---- axes ----
+
+
+def show_picture(
+    axis: Axes, pixels: Float[np.ndarray, "height width"] | UInt8[np.ndarray, "height width 3"]
+) -> None:
+    """Draw a picture, grey in [0, 1] or in colours, without ticks or frame."""
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, -1)
+    axis.imshow(pixels)
+    without_frame(axis)
+
+
+def without_frame(axis: Axes) -> None:
+    """Leave out the ticks, grid lines and frame of an axis that shows a picture."""
+    axis.grid(False)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def show_map(
+    axis: Axes,
+    heat: Float[np.ndarray, "height width"],
+    colors: str,
+    opacity: float | Float[np.ndarray, "height width"],
+    norm: Normalize | None = None,
+) -> AxesImage:
+    """Draw a map over the picture that the axis shows; places without a value (NaN) stay clear.
+
+    norm: which value gets which colour; None: from the smallest to the largest.
+    """
+    return axis.imshow(
+        np.ma.masked_invalid(heat), cmap=colors, norm=norm, alpha=opacity, interpolation="nearest"
+    )
+
+
+def color_bar(figure: Figure, norm: Normalize, colors: str | Colormap, **options: Any) -> Colorbar:
+    """The colour bar of maps over pictures, opaque and without lines.
+
+    options: label, and where it goes, as Figure.colorbar takes them (ax, cax, shrink, ...).
+    """
+    bar = figure.colorbar(ScalarMappable(norm, colors), **options)
+    bar.ax.grid(False)
+    return bar
