@@ -217,6 +217,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, path: bool = True) -> N
         help="pad: pad pictures to a square first, as the LLaVA papers do",
     )
     parser.add_argument(
+        "--family", default=None, help="Python file with a FAMILY of your own (models/README.md)"
+    )
+    parser.add_argument(
         "--trust_remote_code", action="store_true", help="let the checkpoint's own code run"
     )
     parser.add_argument(
@@ -237,6 +240,7 @@ def load_from_args(args: argparse.Namespace, path: str | None = None) -> VLM:
         system_prompt=args.system_prompt,
         prompt_template=args.prompt_template,
         image_aspect=args.image_aspect,
+        family=args.family,
         trust_remote_code=args.trust_remote_code,
         self_check=not args.no_self_check,
     )
@@ -253,22 +257,24 @@ def load_model(
     system_prompt: str | None = None,
     prompt_template: str | None = None,
     image_aspect: str = "processor",
+    family: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
 ) -> VLM:
-    """Load a VLM from a folder or hub id. UsageError where the type is unknown, files or parameters
-    are missing, or the self-check fails."""
+    """Load a VLM from a folder or hub id. family: a file that defines FAMILY, for a type of your
+    own. UsageError where the type is unknown, files or parameters are missing, or the self-check
+    fails."""
     from vlmdiag.model import loading
     from vlmdiag.model.selfcheck import check
 
-    config, family = loading.read_config(path, trust_remote_code)
+    config, described = loading.read_config(path, trust_remote_code, family)
     place = loading.device_of(device)
     chosen = loading.dtype_of(dtype, quantize_type, place, config)
     quantized = loading.quantization(quantize_type, chosen)
     if quantized is not None and device_map is None:
         device_map = {"": place}
     model, processor = loading.load_family(
-        family,
+        described,
         str(path),
         config,
         dtype=chosen,
@@ -288,7 +294,7 @@ def load_model(
         "conv_mode": conv_mode,
         "quantize_type": quantize_type,
     }
-    vlm = VLM(model, processor, family, str(path), options)
+    vlm = VLM(model, processor, described, str(path), options)
     if quantized is not None:
         loading.check_quantized(vlm)
     if image_aspect == "pad":

@@ -30,7 +30,7 @@ run() {
 }
 
 slug() { # the folder name of a model
-    "$python" -c 'import sys, rundirs; print(rundirs.slug(sys.argv[1]))' "$1"
+    "$python" -c 'import sys; from vlmdiag.runs import rundirs; print(rundirs.slug(sys.argv[1]))' "$1"
 }
 
 ended=0

@@ -35,4 +35,4 @@ runs=${runs:-runs}
 out=${out:-outputs/llava_interp}
 limit=()
 if [ -n "${MAX_IMAGES:-}" ]; then limit=(--max_images "$MAX_IMAGES"); fi
-name=$("$python" -c 'import sys, rundirs; print(rundirs.slug(sys.argv[1]))' "$model")
+name=$("$python" -c 'import sys; from vlmdiag.runs import rundirs; print(rundirs.slug(sys.argv[1]))' "$model")

@@ -1,9 +1,11 @@
 """The recipe of models/README.md: its family file, as it is printed there, on a small architecture
 that transformers does not have."""
 
+import os
 import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +24,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 import common
 from tests.conftest import ROOT, in_process, tiny
-from vlmdiag import families as models
 from vlmdiag.cli import UsageError
+from vlmdiag.families import find_family
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
+from vlmdiag.model.loading import identity_of
 from vlmdiag.model.probes import GroupMass, RopeShift
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import methods as attribution
@@ -117,7 +120,7 @@ class Glance(PreTrainedModel, GenerationMixin):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint of Glance, and models.glance made of the README's block."""
+    """A checkpoint of Glance, and a folder of own families with the README's block."""
     path = tmp_path_factory.mktemp("glance")
     tokenizer = tiny.make_tokenizer(path)
     tokenizer.chat_template = None
@@ -150,15 +153,17 @@ def folder(tmp_path_factory):
     source = re.search(
         r"```python\n(.*?)```", (ROOT / "models" / "README.md").read_text(), re.DOTALL
     )[1]
-    own, module = types.ModuleType("glance"), types.ModuleType("models.glance")
-    own.Glance, own.GlanceConfig = Glance, GlanceConfig
-    before = models.FAMILIES
-    sys.modules |= {"glance": own, "models.glance": module}
-    exec(compile(source, "models/glance.py", "exec"), module.__dict__)
-    models.FAMILIES = (*before, "glance")
-    yield path
-    models.FAMILIES = before
-    del sys.modules["glance"], sys.modules["models.glance"]
+    package = types.ModuleType("glance")
+    package.Glance = Glance
+    package.GlanceConfig = GlanceConfig
+    sys.modules["glance"] = package
+    own_families = tmp_path_factory.mktemp("families")
+    (own_families / "glance_family.py").write_text(source)
+    (own_families / "helper.py").write_text("raise RuntimeError('no family, so not run')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLMDIAG_FAMILIES", str(own_families))
+        yield path
+    del sys.modules["glance"]
 
 
 def test_it_loads_with_the_self_check_and_is_measured(folder, pictures):
@@ -245,8 +250,64 @@ def test_scripts_run_on_it(folder, pictures, tmp_path):
     assert done.returncode == 0 and len(list((tmp_path / "pages").iterdir())) == 1, done.stderr
 
 
+def own_file():
+    """The family file of the README, where the fixture put it."""
+    return Path(os.environ["VLMDIAG_FAMILIES"]) / "glance_family.py"
+
+
+def test_a_run_remembers_the_family_file_and_does_not_go_on_with_a_changed_one(folder, tmp_path):
+    identity = identity_of(common.load_model(folder, self_check=False))
+    copied = tmp_path / "other_name.py"
+    copied.write_text(own_file().read_text() + "# changed\n")
+    changed = common.load_model(folder, family=copied, self_check=False)
+    assert changed.family.name == "glance" and changed.family.file == copied
+    other = identity_of(changed)
+    assert other.pop("family_file") != identity.pop("family_file")
+    assert other == identity
+    builtin = common.load_model(ROOT / "checkpoints" / "tiny-llava", self_check=False)
+    assert "family_file" not in identity_of(builtin)
+
+
+def test_the_flag_takes_a_file_where_no_folder_names_one(folder, tmp_path, monkeypatch, pictures):
+    source = own_file().read_text()
+    monkeypatch.delenv("VLMDIAG_FAMILIES")
+    mine = tmp_path / "mine.py"
+    mine.write_text(source)
+    pictures[0].save(tmp_path / "a.png")
+    grid = tmp_path / "grid.png"
+    shown = in_process(ROOT / "common.py")
+    done = shown(folder, tmp_path / "a.png", "What?", "--family", mine, "--out", grid)
+    assert done.returncode == 0, done.stderr
+    assert "vision" in done.stdout and grid.exists()
+    assert shown(folder, tmp_path / "a.png", "What?", "--out", grid).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("FAMILY = (", "cannot be read as Python"),
+        ("import no_such_module\nFAMILY = 1", "does not run: ModuleNotFoundError"),
+        ("FAMILY = 'llava'", "is to be a vlmdiag.families.Family"),
+    ],
+)
+def test_a_family_file_that_does_not_work_is_named_in_one_line(
+    tmp_path, monkeypatch, source, reason
+):
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.setenv("VLMDIAG_FAMILIES", str(tmp_path))
+    with pytest.raises(UsageError, match=f"broken.py.*{reason}"):
+        common.load_model(ROOT / "checkpoints" / "tiny-llava", self_check=False)
+
+
+def test_family_files_of_the_working_folder_are_never_run(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine.py").write_text("raise SystemExit('run')\nFAMILY = 1")
+    monkeypatch.chdir(tmp_path)
+    assert find_family({"model_type": "llava"}).name == "llava"
+
+
 def test_an_unknown_type_without_its_file_is_told_how_to_be_added(folder, monkeypatch):
-    monkeypatch.setattr(models, "FAMILIES", models.FAMILIES[:-1])
+    monkeypatch.delenv("VLMDIAG_FAMILIES")
     with pytest.raises(UsageError, match="known types"):
         common.load_model(folder)
     assert np.all(

@@ -38,7 +38,7 @@ if [ -z "$input" ]; then
     [ -e data/shapes/manifest.json ] || run "$python" data/make_shapes.py --out_dir data/shapes --num_images 200 --seed 0
 fi
 index=${INDEX:-5}
-name=$("$python" -c 'import sys, rundirs; print(rundirs.slug(sys.argv[1]))' "$model")
+name=$("$python" -c 'import sys; from vlmdiag.runs import rundirs; print(rundirs.slug(sys.argv[1]))' "$model")
 
 run "$python" visualize/run_volcano_with_image_attention.py --model-path "$model" --input "$input" --output-dir "$out" --out_root "$runs" \
     --log "$runs/volcano_$name.json" --visualize-avg-attention-all

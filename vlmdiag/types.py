@@ -20,6 +20,7 @@ class ImageFeatures(Protocol):
     """The output of get_image_features: what the decoder gets in place of the image tokens."""
 
     pooler_output: list[Tensor]  # (P, d) per sample
+    was_tensor: bool  # the model gave one tensor and takes one back
     deepstack_features: list[list[Tensor]]  # the same for each of the first layers, if any
 
 

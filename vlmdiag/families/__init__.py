@@ -1,15 +1,45 @@
-"""What the tools know of a model family: where its parts are, how its prompt and image grid are
-laid out, what it has and lacks.
+"""The model families: which one describes a model, those of this package and a user's own.
 
-One file per family defines FAMILY. A new model needs one new file here, listed in FAMILIES below;
-`generic.py` serves every other type that follows the conventions of transformers 5."""
+One file per family defines FAMILY (contract.py says what a family is). generic.py serves every
+other type that follows the conventions of transformers 5. A user's own family is a file in models/
+of the repository, in the folder that VLMDIAG_FAMILIES names, or the one given by --family
+(models/README.md).
+"""
 
+from __future__ import annotations
+
+import ast
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from vlmdiag import CHECKOUT
+from vlmdiag.cli import UsageError
+from vlmdiag.families.contract import Config, Family, Parts, QFormer, Rotary
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Family",
+    "Parts",
+    "QFormer",
+    "Rotary",
+    "checked",
+    "family_of_file",
+    "find_family",
+    "known_types",
+    "read_folder",
+]
+
+# In the order in which they are asked: a family that recognises its models by more than a type,
+# such as the original layout of LLaVA (its type is "llava" too), comes before the others.
 FAMILIES = (
     "nvila",
     "convllava",
@@ -36,173 +66,114 @@ FAMILIES = (
 )
 
 
-@dataclass(frozen=True)
-class Family:
-    """Data and a few small functions. Those that take `vlm` get the loaded common.VLM."""
-
-    name: str
-    model_types: tuple  # config.model_type
-    architectures: tuple = ()  # config.architectures, for types that share a model_type
-    recognises: Callable = (
-        None  # (config.json as a dict) -> bool, where types and architectures do not tell
-    )
-    # (config.json as a dict) -> Family, where it depends on the text model what such a model has
-    variant: Callable = None
-    # (folder) -> the config as a dict, for folders without a config.json; None: not of this family
-    reads: Callable = None
-    read_config: Callable = (
-        None  # (path, config.json as a dict) -> config, for layouts that transformers does not read
-    )
-    load: Callable = None  # (path, config, **options) -> (model, processor)
-    parts: Callable = None  # (model) -> Parts
-    # (vlm, image size (width, height), image inputs of one sample) -> grid.PatchGrid, or None: the
-    # grid is unknown
-    grid: Callable = None
-    # (vlm, image size, image inputs of one sample) -> PatchGrid of the tower's patches, where
-    # vision tokens are mixed from them
-    patches: Callable = None
-    # (vlm, image size, image inputs) -> (P, k) positions in the tower's output that a vision token
-    # is made of, its tiles one after
-    sources: Callable = None
-    # the other with their CLS, -1 where there are fewer; None: one position each, in the same
-    # order, behind a CLS or not
-    # (vlm, prompt) -> more image inputs of one sample, {name: (1, m) ids or mask}, for connectors
-    # that read the prompt
-    read_text: Callable = None
-    # (vlm, input_ids, attention_mask, image inputs) -> (positions as the model takes them, next
-    # position (B,))
-    positions: Callable = None
-    # (vlm, batch) -> more inputs of the model's forward over a prompt, {name: (B, T)}: token types,
-    # a mask of the picture's positions
-    inputs: Callable = None
-    # features.deepstack_features are added to the outputs of the decoder's first layers, so its
-    # inputs are not all that it gets
-    deepstack: bool = False
-    rotary: Callable = None  # (vlm) -> Rotary, or None: no rotary positions
-    default_system: Callable = None  # (vlm) -> system prompt where the user gives none, or None
-    prompt: Callable = (
-        None  # (vlm, question, system) -> text, for processors without a chat template
-    )
-    markup: tuple = ()  # token strings that stand around or between image tokens
-    has: frozenset = field(default_factory=lambda: frozenset({"decoder-only"}))
+def own_files() -> list[Path]:
+    """The files of a user's own families, sorted by name: those of models/ in the repository (never
+    of the working folder) and of VLMDIAG_FAMILIES that define FAMILY."""
+    folders = []
+    named = os.environ.get("VLMDIAG_FAMILIES")
+    if named:
+        if not Path(named).is_dir():
+            raise UsageError(f"VLMDIAG_FAMILIES: {named} is no folder")
+        folders.append(Path(named))
+    if (CHECKOUT / "pyproject.toml").exists():  # not where a wheel was installed
+        folders.append(CHECKOUT / "models")
+    files: list[Path] = []
+    for folder in folders:
+        files += [file for file in sorted(folder.glob("*.py")) if _defines_family(file)]
+    return files
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Modules of a loaded model, and the vision token count's source: `decoder` is the module that
-    gets inputs_embeds and position_ids."""
-
-    decoder: object
-    layers: list
-    norm: object
-    lm_head: object
-    tower: object
-    connector: object
-    qformer: object = (
-        None  # QFormer, where the vision tokens are queries that read the tower's output
-    )
-    # the tower's blocks, where its positions are the vision tokens' (Family.sources), or what a
-    # QFormer reads
-    vision_blocks: list = ()
+def _defines_family(file: Path) -> bool:
+    """Whether a file assigns FAMILY; helpers beside a family do not."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read as Python: {error}") from error
+    for statement in tree.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        if any(isinstance(name, ast.Name) and name.id == "FAMILY" for name in targets):
+            return True
+    return False
 
 
-@dataclass(frozen=True)
-class QFormer:
-    """Attention modules between patches and vision tokens. P: patches; S: vision sequence, the
-    patches and, first, CLS where `cls` is True; m: instruction tokens behind the queries. Each list
-    has one module per layer; a module's call gives (output, weights), weights only with eager
-    attention. A module that is in both lists has one map (B, H, q, q + S) over the queries and,
-    behind them, S."""
-
-    queries: int  # q: the first q vision tokens; those behind them are made of no patch
-    self_attention: list  # (B, H, q + m, q + m)
-    cross_attention: (
-        list  # (B, H, q, S): instruction tokens do not read the picture; None in layers without
-    )
-    cls: bool
-    instruction: str | None = (
-        # name in Batch.image_rows of the instruction's ids (1, m) by the processor's
-        # qformer_tokenizer; None: m = 0
-        None
-    )
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions. inv_freq (h,): dimension j turns with j + h (half-split) by position *
-    inv_freq[j]; dimensions past 2h do not turn."""
-
-    inv_freq: torch.Tensor
-
-    def turn(self, x, delta):
-        """x (..., D) rotated by `delta` positions, in float32."""
-        half = len(self.inv_freq)
-        angle = delta * self.inv_freq.to(x.device)
-        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
-        return torch.cat(
-            [
-                a * angle.cos() - b * angle.sin(),
-                b * angle.cos() + a * angle.sin(),
-                x[..., 2 * half :].float(),
-            ],
-            -1,
-        )
-
-    def rate(self, x):
-        """Derivative of turn(x, delta) with respect to delta at 0."""
-        half = len(self.inv_freq)
-        speed = self.inv_freq.to(x.device)
-        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
-        return torch.cat(
-            [-b * speed, a * speed, torch.zeros_like(x[..., 2 * half :], dtype=torch.float32)], -1
-        )
+@cache
+def family_of_file(file: Path) -> Family:
+    """The FAMILY of a user's file. UsageError where the file does not run or defines none."""
+    name = f"vlmdiag_own_families.{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise UsageError(f"--family {file}: a Python file that defines FAMILY was wanted")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"{file} does not run: {type(error).__name__}: {error}") from error
+    family = getattr(module, "FAMILY", None)
+    if not isinstance(family, Family):
+        raise UsageError(f"{file}: FAMILY is to be a vlmdiag.families.Family")
+    return replace(family, file=file)
 
 
-def find_family(config):
-    """The family of a config.json (a dict); None where no file describes it."""
+def all_families() -> Iterator[Family]:
+    """A user's own families, then those of this package in the order of FAMILIES."""
+    for file in own_files():
+        yield family_of_file(file.resolve())
     for name in FAMILIES:
-        family = importlib.import_module(f"vlmdiag.families.{name}").FAMILY
-        named = config.get("model_type") in family.model_types or set(
-            config.get("architectures") or ()
-        ) & set(family.architectures)
-        if family.recognises(config) if family.recognises else named:
-            return family.variant(config) if family.variant else family
+        yield importlib.import_module(f"vlmdiag.families.{name}").FAMILY
+
+
+def _describes(family: Family, config: Config) -> bool:
+    if family.recognises is not None:
+        return family.recognises(config)
+    if config.get("model_type") in family.model_types:
+        return True
+    return bool(set(config.get("architectures") or ()) & set(family.architectures))
+
+
+def variant_of(family: Family, config: Config) -> Family:
+    """The family as it is for one config."""
+    if family.variant is None:
+        return family
+    return replace(family.variant(config), file=family.file)
+
+
+def find_family(config: Config) -> Family | None:
+    """The family of a config.json; None where no file describes it."""
+    for family in all_families():
+        if _describes(family, config):
+            return variant_of(family, config)
     return None
 
 
-def read_folder(folder):
-    """The config as a dict of a folder without config.json that a family knows how to read; None
-    where none does."""
-    for name in FAMILIES:
-        family = importlib.import_module(f"vlmdiag.families.{name}").FAMILY
-        if family.reads and (found := family.reads(folder)) is not None:
-            return found
+def read_folder(folder: str | Path) -> Config | None:
+    """The config of a folder without config.json that a family knows how to read; None where none
+    does."""
+    for family in all_families():
+        config = family.reads(str(folder)) if family.reads else None
+        if config is not None:
+            return config
     return None
 
 
-def checked(loaded):
+def known_types() -> list[str]:
+    """All model types that have a file, sorted."""
+    return sorted({kind for family in all_families() for kind in family.model_types})
+
+
+def checked(loaded: tuple[PreTrainedModel, dict[str, Any]]) -> PreTrainedModel:
     """The model of from_pretrained(..., output_loading_info=True); ValueError that names parameters
     no file filled."""
     model, info = loaded
-    missing, mismatched = (
-        sorted(info["missing_keys"]),
-        sorted(str(key) for key in info["mismatched_keys"]),
-    )
-    if missing or mismatched:
-        names = missing or mismatched
-        raise ValueError(
-            f"{len(names)} parameters are {'in no file' if missing else 'of another shape'}, such"
-            f" as {', '.join(names[:3])}"
-        )
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        examples = ", ".join(missing[:3])
+        raise ValueError(f"{len(missing)} parameters are in no file, such as {examples}")
+    if mismatched:
+        examples = ", ".join(mismatched[:3])
+        raise ValueError(f"{len(mismatched)} parameters are of another shape, such as {examples}")
     return model
-
-
-def known_types():
-    """All model types that have a file here, sorted."""
-    return sorted(
-        {
-            t
-            for name in FAMILIES
-            for t in importlib.import_module(f"vlmdiag.families.{name}").FAMILY.model_types
-        }
-    )

@@ -3,229 +3,308 @@
 Attention runs through transformers' AttentionInterface: SDPA makes the output, and only the rows
 that a probe asked for are computed a second time, in float32, from the query and keys that SDPA
 got. Layers are recognised by module identity. Nothing leaves the device before a batch is done.
+
+Shapes: B rows of a batch, H heads, H_kv key-value heads, Q queries and K keys of a pass, D head
+dimension, T prompt length with padding.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmdiag.cli import UsageError
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch.utils.hooks import RemovableHandle
+
+    from vlmdiag.model.probes import Probe
+    from vlmdiag.types import VLM
+
 NAME = "vlm_capture"
 
 
-_active = None  # the capture or edit in progress
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def scaling_of(query: Tensor, options: Mapping[str, Any]) -> float:
+    """What products of queries (..., D) and keys are multiplied by: the model's own scaling, else
+    1 / sqrt(D)."""
+    scaling: float | None = options.get("scaling")
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
+
+
+def scores(
+    products: Float[Tensor, "... Q K"],
+    mask: Tensor | None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> Float[Tensor, "... Q K"]:
+    """What the softmax gets of scaled products: softcapped, with the position bias, masked.
+
+    mask: bool, True where a key is seen, or a number that is added; None: every key is seen.
+    """
+    if softcap is not None:
+        products = softcap * torch.tanh(products / softcap)
+    if bias is not None:
+        products = products + bias.to(products.dtype)
+    if mask is None:
+        return products
+    if mask.dtype == torch.bool:
+        return products.masked_fill(~mask, float("-inf"))
+    return products + mask.to(products.dtype)
+
+
+def full_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+) -> Tensor:
+    """The mask (B, 1 or H, Q, K) of a pass as a tensor. transformers gives None where the kernel is
+    causal or full by itself, which `is_causal` of the call, else of the module, says."""
+    if mask is not None:
+        return mask
+    queries, keys = query.shape[2], key.shape[2]
+    causal = options.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    if causal:
+        seen = seen.tril(keys - queries)
+    return seen[None, None].expand(query.shape[0], 1, -1, -1)
 
 
 class Row:
-    """One query row of one layer. query (B, H, D), key (B, H_kv, K, D) as attention got them;
-    scores and weights (B, H, K) float32.
+    """One query row of one layer: query (B, H, D), key (B, H_kv, K, D) as attention got them.
 
     K counts all positions so far: those that a layer with a sliding window no longer keeps (`gone`)
     have no key and no weight.
     """
 
-    def __init__(self, module, query, key, mask, options, index=-1, gone=0):
+    def __init__(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B H_kv K D"],
+        mask: Tensor | None,
+        options: Mapping[str, Any],
+        index: int = -1,
+        gone: int = 0,
+    ) -> None:
         if gone:
-            mask = _full_mask(module, query, key, mask, options)
-            pad = torch.nn.functional.pad
-            key, mask = (
-                pad(key, (0, 0, gone, 0)),
-                pad(mask, (gone, 0), value=False if mask.dtype == torch.bool else float("-inf")),
-            )
-        self.query, self.key = query[:, :, index], key
-        scaling = options.get("scaling")
-        self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self.softcap = options.get("softcap")
-        self.bias = options.get("position_bias")
-        self.mask = None if mask is None else mask[:, :, index]
-        self.bias = None if self.bias is None else self.bias[:, :, index].float()
+            mask = full_mask(module, query, key, mask, options)
+            unseen = False if mask.dtype == torch.bool else float("-inf")
+            mask = nn.functional.pad(mask, (gone, 0), value=unseen)
+            key = nn.functional.pad(key, (0, 0, gone, 0))
+        self.query = query[:, :, index]
+        self.key = key
         self.index = index
-        self._weights = None
+        self.scaling = scaling_of(query, options)
+        self.softcap: float | None = options.get("softcap")
+        self.mask = None if mask is None else mask[:, :, index]
+        bias = options.get("position_bias")
+        self.bias: Tensor | None = None if bias is None else bias[:, :, index]
+        self._weights: Tensor | None = None
 
-    def dot(self, query):
-        """Scaled scores (B, H, K) of any query (B, H, D) against this row's keys; grouped-query
-        attention shares keys between heads. No mask."""
-        rows, heads, depth = query.shape
+    def dot(self, query: Float[Tensor, "B H D"]) -> Float[Tensor, "B H K"]:
+        """Scaled products of any query with this row's keys in float32, without a mask;
+        grouped-query attention shares keys between heads."""
+        batch, heads, depth = query.shape
         shared = self.key.shape[1]
-        scores = (query.float() * self.scaling).view(
-            rows, shared, heads // shared, depth
-        ) @ self.key.float().transpose(-1, -2)
-        return scores.flatten(1, 2)
+        grouped = (query.float() * self.scaling).view(batch, shared, heads // shared, depth)
+        return (grouped @ self.key.float().transpose(-1, -2)).flatten(1, 2)
 
     @property
-    def scores(self):
-        scores = self.dot(self.query)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        if self.bias is not None:
-            scores = scores + self.bias
-        if self.mask is not None:
-            scores = (
-                scores.masked_fill(~self.mask, float("-inf"))
-                if self.mask.dtype == torch.bool
-                else scores + self.mask.float()
-            )
-        return scores
+    def scores(self) -> Float[Tensor, "B H K"]:
+        """What the softmax gets, float32."""
+        return scores(self.dot(self.query), self.mask, self.softcap, self.bias)
 
     @property
-    def weights(self):
+    def weights(self) -> Float[Tensor, "B H K"]:
+        """Attention of this row, float32; sums to 1 over K."""
         if self._weights is None:
             self._weights = self.scores.softmax(-1)
         return self._weights
 
 
-def kernel(module, query, key, value, mask, **options):
-    """The attention's output (B, Q, H, D): SDPA, written out where scores are softcapped."""
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+def kernel(
+    module: nn.Module,
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B H_kv K D"],
+    value: Float[Tensor, "B H_kv K D"],
+    mask: Tensor | None,
+    **options: Any,
+) -> Float[Tensor, "B Q H D"]:
+    """The output of attention: SDPA, written out where scores are softcapped."""
     if options.get("softcap") is not None:
-        return _softcapped(module, query, key, value, mask, **options)
+        return _softcapped(module, query, key, value, mask, options)
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
 
-def _attention(module, query, key, value, attention_mask, **options):
+def _softcapped(
+    module: nn.Module,
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B H_kv K D"],
+    value: Float[Tensor, "B H_kv K D"],
+    mask: Tensor | None,
+    options: Mapping[str, Any],
+) -> Float[Tensor, "B Q H D"]:
+    shared_by = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(shared_by, 1)
+    value = value.repeat_interleave(shared_by, 1)
+    if mask is None and query.shape[2] > 1:
+        mask = full_mask(module, query, key, None, {"is_causal": True})
+    products = query @ key.transpose(-1, -2) * scaling_of(query, options)
+    capped = scores(products, mask, options["softcap"])
+    weights = capped.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B H_kv K D"],
+    value: Float[Tensor, "B H_kv K D"],
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Float[Tensor, "B Q H D"], None]:
     """SDPA for the output; then what the capture in progress wants of this layer."""
-
-    def attend(query, mask):
-        return kernel(module, query, key, value, mask, **options)
-
-    layer = _active.layer_of.get(module) if _active is not None else None
-    if layer is not None and _active.mask_of is not None:
+    layer = None if _active is None else _active.layer_of.get(module)
+    if _active is None or layer is None:
+        return kernel(module, query, key, value, attention_mask, **options), None
+    if _active.mask_of is not None:
         attention_mask = _active.mask_of(layer)
-    output = attend(query, attention_mask)
-    if layer is None:
-        return output, None
+    output = kernel(module, query, key, value, attention_mask, **options)
     gone = max(0, _active.total - key.shape[2])
-    blocked = _blocked(layer, query, key, gone)
-    if (
-        blocked is not None
-    ):  # only the blocked rows are made again, so that all others stay bit-identical
-        base = _full_mask(module, query, key, attention_mask, options)
-        attention_mask = (
-            base & ~blocked
-            if base.dtype == torch.bool
-            else base.masked_fill(blocked, torch.finfo(base.dtype).min)
+    blocked = _blocked(_active.blocks, layer, query, key, gone)
+    if blocked is not None:
+        attention_mask = full_mask(module, query, key, attention_mask, options)
+        attention_mask = _without(attention_mask, blocked)
+        # Only the blocked rows are computed again, so that all others stay bit-identical.
+        in_block = blocked.any(-1)[:, 0]  # (B, Q)
+        queries = in_block.any(0).nonzero()[:, 0]
+        again = kernel(
+            module, query[:, :, queries], key, value, attention_mask[:, :, queries], **options
         )
-        rows = blocked.any(-1)[:, 0]  # (B, Q)
-        if not (
-            attention_mask[rows[:, None].expand(-1, base.shape[1], -1)].any(-1)
-            if base.dtype == torch.bool
-            else torch.ones(1)
-        ).all():
-            raise UsageError("a block leaves a query row without any key")
-        index = rows.any(0).nonzero()[:, 0]
-        again = attend(query[:, :, index], attention_mask[:, :, index])
         output = output.clone()
-        output[:, index] = torch.where(rows[:, index, None, None], again, output[:, index])
-    if _active.probes or _active.inspect:
+        output[:, queries] = torch.where(
+            in_block[:, queries, None, None], again, output[:, queries]
+        )
+    if _active.probes or _active.inspect is not None:
         row = Row(module, query, key, attention_mask, options, gone=gone)
         for probe in _active.probes:
             probe.attention(layer, row)
         if _active.inspect is not None:
-            _active.inspect(layer, row, torch.nn.functional.pad(value, (0, 0, gone, 0)), output)
+            _active.inspect(layer, row, nn.functional.pad(value, (0, 0, gone, 0)), output)
     return output, None
 
 
-def _blocked(layer, query, key, gone):
-    """(B, 1, Q, K) bool of the blocks that act in a layer, None if nothing is blocked in this pass.
-    gone: positions before the first key."""
-    found = None
-    for block in _active.blocks:
-        if block.layers is not None and layer not in block.layers:
-            continue
-        total, count = gone + key.shape[2], query.shape[2]
-        reach = max(0, total - block.queries.shape[1]), max(0, total - block.keys.shape[1])
-        queries = torch.nn.functional.pad(block.queries, (0, reach[0]))[:, total - count : total]
-        keys = torch.nn.functional.pad(block.keys, (0, reach[1]))[:, gone:total]
-        here = (queries[:, :, None] & keys[:, None, :])[:, None].to(key.device)
-        found = here if found is None else found | here
-    return found if found is not None and found.any() else None
-
-
-def _full_mask(module, query, key, mask, options):
-    """The mask of a pass as a tensor: what transformers left out because the kernel is causal or
-    full by itself."""
-    if mask is not None:
-        return mask
-    count, total = query.shape[2], key.shape[2]
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    full = torch.ones(count, total, dtype=torch.bool, device=query.device)
-    return (full.tril(total - count) if causal else full)[None, None].expand(
-        query.shape[0], 1, -1, -1
-    )
-
-
-def _softcapped(module, query, key, value, mask, scaling=None, softcap=None, **_):
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (
-        torch.tanh(
-            query
-            @ key.transpose(-1, -2)
-            * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-            / softcap
-        )
-        * softcap
-    )
-    if mask is None and query.shape[2] > 1:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(
-            key.shape[2] - query.shape[2]
-        )
-    if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        )
-    return (
-        (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value)
-        .transpose(1, 2)
-        .contiguous()
-    )
-
-
 AttentionInterface.register(NAME, _attention)
-
-
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Block:
-    """Attention that is cut: no query position of `queries` sees a key position of `keys`, both (B,
-    >= T) bool over padded positions (generated tokens follow the prompt; positions past the end are
-    not blocked), in `layers` (indices; None: all)."""
+    """Attention that is cut: no query position of `queries` sees a key position of `keys`.
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    layers: frozenset | None = None
+    Both are over padded positions, T or more; generated tokens follow the prompt, and positions
+    past the end are not blocked. layers: indices; None: all layers.
+    """
+
+    queries: Bool[Tensor, "B T"]
+    keys: Bool[Tensor, "B T"]
+    layers: frozenset[int] | None = None
+
+
+def _blocked(
+    blocks: Sequence[Block], layer: int, query: Tensor, key: Tensor, gone: int
+) -> Bool[Tensor, "B 1 Q K"] | None:
+    """What the blocks of a layer cut in this pass, None if nothing. gone: positions before the
+    first key."""
+    total = gone + key.shape[2]
+    first_query = total - query.shape[2]
+    cut = None
+    for block in blocks:
+        if block.layers is not None and layer not in block.layers:
+            continue
+        queries = _reaching(block.queries, total)[:, first_query:total]
+        keys = _reaching(block.keys, total)[:, gone:total]
+        pairs = (queries[:, :, None] & keys[:, None, :])[:, None].to(key.device)
+        cut = pairs if cut is None else cut | pairs
+    return cut if cut is not None and bool(cut.any()) else None
+
+
+def _reaching(positions: Bool[Tensor, "B T"], total: int) -> Bool[Tensor, "B total"]:
+    """Positions of a block, False up to `total` past their end."""
+    return nn.functional.pad(positions, (0, max(0, total - positions.shape[1])))
+
+
+def _without(mask: Tensor, blocked: Bool[Tensor, "B 1 Q K"]) -> Tensor:
+    """A full mask (B, 1 or H, Q, K) without what is blocked; UsageError where a blocked row of a
+    boolean mask is left without any key."""
+    if mask.dtype != torch.bool:
+        return mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+    mask = mask & ~blocked
+    blocked_rows = blocked.any(-1).expand(-1, mask.shape[1], -1)  # (B, 1 or H, Q)
+    if not mask[blocked_rows].any(-1).all():
+        raise UsageError("a block leaves a query row without any key")
+    return mask
+
+
+# --- capture and edit -----------------------------------------------------------------------------
+
+Inspect = Callable[[int, Row, Tensor, Tensor], None]
+MaskOf = Callable[[int], Tensor]
 
 
 @dataclass
 class _Active:
-    layer_of: dict
-    probes: list
-    blocks: list
-    inspect: object
-    mask_of: object = None
+    """The capture in progress."""
+
+    layer_of: dict[nn.Module, int]  # every module of the decoder's layers -> layer index
+    probes: list[Probe]
+    blocks: list[Block]
+    inspect: Inspect | None
+    mask_of: MaskOf | None
     total: int = 0  # positions seen by the pass that runs, those in the cache included
 
 
+_active: _Active | None = None
+
+
 @contextlib.contextmanager
-def edit(vlm, embeddings=(), blocks=(), probes=()):
+def edit(
+    vlm: VLM,
+    embeddings: Sequence[tuple[int, Int[Tensor, " n"], Float[Tensor, "n d"]]] = (),
+    blocks: Sequence[Block] = (),
+    probes: Sequence[Probe] = (),
+) -> Iterator[None]:
     """Change what the decoder computes, and measure under the change.
 
         with edit(vlm, blocks=[Block(last_row, object_tokens, frozenset(range(8)))], probes=[mass]):
             answer = generate(vlm, batch, 1)
 
-    embeddings: (row, positions (n,), values (n, d)) to put in place of the decoder's inputs in the
-    prefill; blocks: see Block. Vision tokens as a whole are changed in features.pooler_output,
-    which generate() takes. Query rows that no block names stay bit-identical.
+    embeddings: (row, positions, values) to put in place of the decoder's inputs in the prefill;
+    blocks: see Block. Vision tokens as a whole are changed in features.pooler_output, which
+    generate() takes. Query rows that no block names stay bit-identical.
     """
 
-    def replace(module, args, kwargs):
+    def replace(
+        module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[object, ...], dict[str, Any]]:
         states = kwargs["inputs_embeds"]
         if states.shape[1] > 1:
             states = states.clone()
@@ -234,11 +313,9 @@ def edit(vlm, embeddings=(), blocks=(), probes=()):
             kwargs["inputs_embeds"] = states
         return args, kwargs
 
-    hook = (
-        vlm.parts.decoder.register_forward_pre_hook(replace, with_kwargs=True)
-        if embeddings
-        else None
-    )
+    hook = None
+    if embeddings:
+        hook = vlm.parts.decoder.register_forward_pre_hook(replace, with_kwargs=True)
     try:
         with capture(vlm, probes, blocks):
             yield
@@ -248,67 +325,83 @@ def edit(vlm, embeddings=(), blocks=(), probes=()):
 
 
 @contextlib.contextmanager
-def capture(vlm, probes=(), blocks=(), inspect=None, mask_of=None):
+def capture(
+    vlm: VLM,
+    probes: Sequence[Probe] = (),
+    blocks: Sequence[Block] = (),
+    inspect: Inspect | None = None,
+    mask_of: MaskOf | None = None,
+) -> Iterator[None]:
     """Run forward passes under measurement.
 
-        with capture(vlm, [mass := GroupMass(vlm, batch)]):
+        with capture(vlm, [mass := GroupMass(batch)]):
             answer = generate(vlm, batch, max_new_tokens=32)
 
-    probes: objects with begin(), attention(layer, Row), hidden(index, states) and end() per forward
-    pass. inspect(layer, Row, value, output): for tests. mask_of(layer) -> (1 or B, 1, Q, K) bool:
-    the mask of each layer in place of the model's own, see branches(). Leaves no trace: hooks,
-    attention setting and the capture itself are gone after it, also after an exception.
+    inspect(layer, Row, value, output) sees every layer's attention, for tests. mask_of(layer) gives
+    the mask (1 or B, 1, Q, K) of each layer in place of the model's own, see prefix.branches().
+    Leaves no trace: hooks, attention setting and the capture itself are gone after it, also after
+    an exception. RuntimeError inside another capture; UsageError for an encoder-decoder, whose
+    decoder does not see the prompt's positions.
     """
     global _active
     if _active is not None:
         raise RuntimeError("captures do not nest: give one capture all probes")
-    vlm.need(
-        "decoder-only"
-    )  # else the prompt's positions are in an encoder, and probes would read a decoder that does not see them
+    vlm.need("decoder-only")
     decoder, layers = vlm.parts.decoder, vlm.parts.layers
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
-    before, hooks = decoder.config._attn_implementation, []
-    wants_hidden = [probe for probe in probes if getattr(probe, "wants_hidden", False)]
-
-    def begin(module, args, kwargs):
-        read, cache = (
-            kwargs.get("inputs_embeds", kwargs.get("input_ids")),
-            kwargs.get("past_key_values"),
-        )
-        _active.total = (0 if read is None else read.shape[1]) + (
-            0 if cache is None else cache.get_seq_length()
-        )
-        for probe in probes:
-            probe.begin()
-
-    def end(module, args, output):
-        for probe in probes:
-            probe.end()
-
-    def state(index):
-        def hook(module, args, output):
-            states = output[0] if isinstance(output, tuple) else output
-            for probe in wants_hidden:
-                probe.hidden(index, states)
-
-        return hook
-
-    def first(module, args, kwargs):
-        states = args[0] if args else kwargs["hidden_states"]
-        for probe in wants_hidden:
-            probe.hidden(0, states)
-
+    active = _Active(layer_of, list(probes), list(blocks), inspect, mask_of)
+    implementation = decoder.config._attn_implementation
+    hooks: list[RemovableHandle] = []
     try:
-        hooks.append(decoder.register_forward_pre_hook(begin, with_kwargs=True))
-        hooks.append(decoder.register_forward_hook(end))
-        if wants_hidden:
-            hooks.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
-            hooks += [layer.register_forward_hook(state(i + 1)) for i, layer in enumerate(layers)]
+        hooks += _hooks(decoder, layers, active)
         decoder.set_attn_implementation(NAME)
-        _active = _Active(layer_of, list(probes), list(blocks), inspect, mask_of)
+        _active = active
         yield
     finally:
         _active = None
         for hook in hooks:
             hook.remove()
-        decoder.set_attn_implementation(before)
+        decoder.set_attn_implementation(implementation)
+
+
+def _hooks(
+    decoder: nn.Module, layers: Sequence[nn.Module], active: _Active
+) -> list[RemovableHandle]:
+    """Tell the probes where a pass begins and ends, and the residual stream to those that want
+    it."""
+    want_hidden = [probe for probe in active.probes if probe.wants_hidden]
+
+    def begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        states = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
+        cache = kwargs.get("past_key_values")
+        active.total = 0 if states is None else states.shape[1]
+        active.total += 0 if cache is None else cache.get_seq_length()
+        for probe in active.probes:
+            probe.begin()
+
+    def end(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        for probe in active.probes:
+            probe.end()
+
+    def embeddings(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        for probe in want_hidden:
+            probe.hidden(0, states)
+
+    def output_of(index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            for probe in want_hidden:
+                probe.hidden(index + 1, states)
+
+        return hook
+
+    hooks = [
+        decoder.register_forward_pre_hook(begin, with_kwargs=True),
+        decoder.register_forward_hook(end),
+    ]
+    if want_hidden:
+        hooks.append(layers[0].register_forward_pre_hook(embeddings, with_kwargs=True))
+        for index, layer in enumerate(layers):
+            hooks.append(layer.register_forward_hook(output_of(index)))
+    return hooks

@@ -1,165 +1,215 @@
 """Greedy, sampled and teacher-forced decoding, one producing step per token, under whatever capture
-is active."""
+is active.
+
+Shapes: B rows of a batch, N generated tokens, V vocabulary, T prompt length with padding.
+"""
+
+from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.vision import prefill
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from transformers import Cache
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.types import VLM, ImageFeatures
+
+# the id that each row produces in a step, from its logits
+Choose = Callable[["Float[Tensor, 'B V']", int], "Int[Tensor, ' B']"]
+# ids so far, a list per row -> whether each row's answer is complete without EOS
+Stop = Callable[[list[list[int]]], Sequence[bool]]
+
 
 @dataclass
 class Generation:
-    """ids: generated ids of each sample, its EOS included; steps (B,): how many producing steps
-    count; logprobs (B, N) of the chosen ids, NaN past the end; first (B, V) float32:
-    log-probabilities of the first step; cache: keys and values of all positions that were read.
-    """
+    """The answers to a batch."""
 
-    ids: list
-    steps: torch.Tensor
-    logprobs: torch.Tensor
-    first: torch.Tensor
-    cache: object
+    ids: list[list[int]]  # generated ids of each sample, its EOS included
+    steps: Int[Tensor, " B"]  # how many producing steps count
+    logprobs: Float[Tensor, "B N"]  # of the chosen ids, NaN past the end
+    first: Float[Tensor, "B V"]  # log-probabilities of the first step, float32
+    cache: Cache  # keys and values of all positions that were read
 
 
-def _noise(seed, sample_id, step, size, device):
+def _greedy(logits: Float[Tensor, "B V"], step: int) -> Int[Tensor, " B"]:
+    return logits.argmax(-1)
+
+
+@dataclass
+class _Sampled:
+    """Draws with temperature from the smallest set of tokens with probability top_p."""
+
+    sample_ids: list[str]
+    temperature: float
+    top_p: float
+    seed: int
+
+    def __call__(self, logits: Float[Tensor, "B V"], step: int) -> Int[Tensor, " B"]:
+        probabilities, order = (logits / self.temperature).softmax(-1).sort(-1, descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before > self.top_p] = 0
+        size = probabilities.shape[-1]
+        noise = torch.stack([_noise(self.seed, id, step, size) for id in self.sample_ids])
+        noise = noise.to(logits.device)
+        # exponential race: argmax of p / E with E ~ Exp(1) draws a token with probability p
+        winner = (probabilities / -noise.clamp_min(1e-20).log()).argmax(-1, keepdim=True)
+        return order.gather(-1, winner)[:, 0]
+
+
+def _noise(seed: int, sample_id: str, step: int, size: int) -> Float[Tensor, " size"]:
     """Uniform noise that depends on (seed, item, step) only."""
     digest = hashlib.sha256(f"{seed}|{sample_id}|{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-    return torch.rand(size, generator=generator).to(device)
+    return torch.rand(size, generator=generator)
 
 
-def _rows(chosen, steps):
-    """The ids of each row as lists: tokens (B,) of every step, of which the first steps[row]
-    count."""
-    return [row[:n] for row, n in zip(torch.stack(chosen, 1).tolist(), steps.tolist(), strict=True)]
+@dataclass
+class _Forced:
+    """Teacher forcing: given ids, whose last one is repeated past its end."""
+
+    answers: Sequence[Sequence[int]]
+
+    def __call__(self, logits: Float[Tensor, "B V"], step: int) -> Int[Tensor, " B"]:
+        ids = [answer[min(step, len(answer) - 1)] for answer in self.answers]
+        return torch.tensor(ids, device=logits.device)
+
+
+def _counted(chosen: list[Tensor], steps: Int[Tensor, " B"]) -> list[list[int]]:
+    """The ids of each row: tokens (B,) of every step, of which the first steps[row] count."""
+    rows = torch.stack(chosen, 1).tolist()
+    return [row[:count] for row, count in zip(rows, steps.tolist(), strict=True)]
 
 
 @torch.inference_mode()
 def generate(
-    vlm,
-    batch,
-    max_new_tokens,
-    do_sample=False,
-    temperature=1.0,
-    top_p=1.0,
-    seed=0,
-    answers=None,
-    features=None,
-    cache=None,
-    embeds=None,
-    stop=None,
-):
-    """Greedy or sampled decoding, one producing step per token, under whatever capture is active.
+    vlm: VLM,
+    batch: Batch,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    answers: Sequence[Sequence[int]] | None = None,
+    features: ImageFeatures | None = None,
+    cache: Cache | None = None,
+    embeds: Float[Tensor, "B T d"] | None = None,
+    stop: Stop | None = None,
+) -> Generation:
+    """Answer a batch, greedily or by sampling, under whatever capture is active.
 
-    answers: ids to be produced instead, one list per sample (teacher forcing); else stops at EOS.
     The forward passes are the prefill and one cached pass per further token, so step s of a probe
-    is the row that predicted token s. features, cache, embeds: see prefill(). stop(ids so far, a
-    list per row) -> bool per row: whether an answer is complete without EOS. Asked after every
-    step; once true it holds, and a row ends there whatever the others do.
+    is the row that predicted token s. A row ends at its EOS.
+
+    answers: ids to be produced instead, one list per sample (teacher forcing); ValueError if one is
+    empty. features, cache, embeds: see prefill(). stop: asked after every step whether answers are
+    complete without EOS; once true it holds, and a row ends there whatever the others do.
     """
-    eos = torch.tensor(sorted(vlm.eos_ids), device=vlm.device)
-    size, device = len(batch.samples), vlm.device
+    device = vlm.device
+    size = len(batch.samples)
+    eos = torch.tensor(sorted(vlm.eos_ids), device=device)
+    choose: Choose = _greedy
+    limit = max_new_tokens
+    lengths = None
+    if answers is not None:
+        lengths = torch.tensor([len(ids) for ids in answers], device=device)
+        if int(lengths.min()) < 1:
+            raise ValueError("an answer to be measured is empty")
+        limit = int(lengths.max())
+        choose = _Forced(answers)
+    elif do_sample:
+        choose = _Sampled([sample.id for sample in batch.samples], temperature, top_p, seed)
+
     output = prefill(vlm, batch, features, cache, embeds)
-    mask, position = batch.attention_mask, batch.next_position
-    lengths = (
-        None if answers is None else torch.tensor([len(ids) for ids in answers], device=device)
-    )
-    limit = max_new_tokens if answers is None else int(lengths.max())
-    if answers is not None and int(lengths.min()) < 1:
-        raise ValueError("an answer to be measured is empty")
-    first, chosen, logprobs = output.logits[:, -1].float().log_softmax(-1), [], []
-    steps, alive = (
-        torch.zeros(size, dtype=torch.long, device=device),
-        torch.ones(size, dtype=torch.bool, device=device),
-    )
+    first = output.logits[:, -1].float().log_softmax(-1)
+    mask = batch.attention_mask
+    chosen: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    steps = torch.zeros(size, dtype=torch.long, device=device)
+    alive = torch.ones(size, dtype=torch.bool, device=device)
     for step in range(limit):
         logits = output.logits[:, -1].float().to(device)
-        if answers is not None:
-            token = torch.tensor([ids[min(step, len(ids) - 1)] for ids in answers], device=device)
+        token = choose(logits, step)
+        if lengths is not None:
             alive = step < lengths
-        elif do_sample:
-            probabilities = (logits / temperature).softmax(-1)
-            ordered, order = probabilities.sort(-1, descending=True)
-            ordered[(ordered.cumsum(-1) - ordered) > top_p] = 0
-            noise = torch.stack(
-                [
-                    _noise(seed, sample.id, step, ordered.shape[-1], device)
-                    for sample in batch.samples
-                ]
-            )
-            token = order.gather(
-                -1, (ordered / -noise.clamp_min(1e-20).log()).argmax(-1, keepdim=True)
-            )[:, 0]  # exponential race: a draw from `ordered`
-        else:
-            token = logits.argmax(-1)
-        logprobs.append(
-            logits.log_softmax(-1).gather(-1, token[:, None])[:, 0].where(alive, float("nan"))
-        )
+        logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        logprobs.append(logprob.where(alive, float("nan")))
         chosen.append(token)
         steps += alive
-        if answers is None:
+        if lengths is None:
             alive = alive & ~torch.isin(token, eos)
             if stop is not None:
-                alive = alive & ~torch.tensor(stop(_rows(chosen, steps)), device=device)
-        if step + 1 == limit or (answers is None and not alive.any()):
+                alive = alive & ~torch.tensor(stop(_counted(chosen, steps)), device=device)
+            if not alive.any():
+                break
+        if step + 1 == limit:
             break
         mask = torch.cat([mask, mask.new_ones(size, 1)], 1)
-        now = position + step
-        positions = (
-            now[:, None]
-            if batch.position_ids.ndim == 2
-            else now[None, :, None].expand(len(batch.position_ids), -1, -1)
-        )
         output = vlm.model(
             input_ids=token[:, None],
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=_positions(batch, batch.next_position[:, None] + step),
             past_key_values=output.past_key_values,
             use_cache=True,
         )
     return Generation(
-        _rows(chosen, steps), steps, torch.stack(logprobs, 1), first, output.past_key_values
+        ids=_counted(chosen, steps),
+        steps=steps,
+        logprobs=torch.stack(logprobs, 1),
+        first=first,
+        cache=output.past_key_values,
     )
 
 
-def answer_ids(vlm, prompt, answer):
+def _positions(batch: Batch, positions: Int[Tensor, "B n"]) -> Int[Tensor, "... B n"]:
+    """Positions of text as the batch has them: (B, n), or the same on every axis, (axes, B, n)."""
+    if batch.position_ids.ndim == 2:
+        return positions
+    return positions[None].expand(len(batch.position_ids), -1, -1)
+
+
+def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
     """Ids of a given answer after a prompt, with EOS. answer: text, or ids as they were
     generated."""
     if not isinstance(answer, str):
-        return [int(i) for i in answer]
-    lead = vlm.tokenizer(prompt[-1], add_special_tokens=False)["input_ids"]
-    text = prompt[-1] + ("" if prompt[-1].isspace() else " ") + answer
-    ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return (
-        ids[len(lead) :] + [min(vlm.eos_ids)]
-        if ids[: len(lead)] == lead
-        else vlm.tokenizer(answer, add_special_tokens=False)["input_ids"] + [min(vlm.eos_ids)]
-    )
+        return [int(id) for id in answer]
+    # Tokenizers that mark a leading space need what stands before the answer.
+    last = prompt[-1]
+    lead = vlm.tokenizer(last, add_special_tokens=False)["input_ids"]
+    space = "" if last.isspace() else " "
+    ids = vlm.tokenizer(last + space + answer, add_special_tokens=False)["input_ids"]
+    if ids[: len(lead)] == lead:
+        ids = ids[len(lead) :]
+    else:
+        ids = vlm.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return [*ids, min(vlm.eos_ids)]
 
 
-def extended(batch, ids, group="generated"):
+def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batch:
     """The batch with the same ids after each prompt, as tokens of a group: an EOS token as the
     published RoPE probe's query row, an answer's beginning."""
-    size, count = len(batch.samples), len(ids)
-    steps = batch.next_position[:, None] + torch.arange(count, device=batch.next_position.device)
-    steps = (
-        steps
-        if batch.position_ids.ndim == 2
-        else steps[None].expand(len(batch.position_ids), -1, -1)
-    )
+    size = len(batch.samples)
+    count = len(ids)
+    steps = torch.arange(count, device=batch.next_position.device)
+    positions = _positions(batch, batch.next_position[:, None] + steps)
+    new_ids = batch.input_ids.new_tensor(ids).expand(size, -1)
+    new_groups = batch.groups.new_full((size, count), GROUPS.index(group))
+    new_mask = batch.attention_mask.new_ones(size, count)
     return replace(
         batch,
-        input_ids=torch.cat([batch.input_ids, batch.input_ids.new_tensor(ids).expand(size, -1)], 1),
-        attention_mask=torch.cat(
-            [batch.attention_mask, batch.attention_mask.new_ones(size, count)], 1
-        ),
-        position_ids=torch.cat([batch.position_ids, steps], -1),
+        input_ids=torch.cat([batch.input_ids, new_ids], 1),
+        attention_mask=torch.cat([batch.attention_mask, new_mask], 1),
+        position_ids=torch.cat([batch.position_ids, positions], -1),
         next_position=batch.next_position + count,
         lengths=[length + count for length in batch.lengths],
-        groups=torch.cat(
-            [batch.groups, batch.groups.new_full((size, count), GROUPS.index(group))], 1
-        ),
+        groups=torch.cat([batch.groups, new_groups], 1),
     )

@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from vlmdiag.cli import UsageError
-from vlmdiag.families import find_family, generic, known_types, read_folder
+from vlmdiag.families import (
+    family_of_file,
+    find_family,
+    generic,
+    known_types,
+    read_folder,
+    variant_of,
+)
 from vlmdiag.runs.rundirs import slug
 
 if TYPE_CHECKING:
@@ -92,10 +100,11 @@ def pad_to_square(vlm: VLM) -> None:
     image_processor.do_pad = True
 
 
-def quantization(kind, dtype):
-    """transformers' quantization config for --quantize_type, None for fp16 and None; products of
-    4-bit weights are made in dtype. Linear layers of the decoder are quantised and nothing else:
-    tower, connector and LM head stay as they are. UsageError without bitsandbytes.
+def quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """transformers' quantization config for --quantize_type, None for fp16 and None.
+
+    Products of 4-bit weights are made in dtype. Linear layers of the decoder are quantised and
+    nothing else: tower, connector and LM head stay as they are. UsageError without bitsandbytes.
     """
     if kind not in ("4bit", "int8"):
         return None
@@ -104,63 +113,76 @@ def quantization(kind, dtype):
             f"--quantize_type {kind} needs bitsandbytes (pip install bitsandbytes); --dtype float16"
             " does without"
         )
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it tells at every int8 product that float32 becomes float16
-    kept = [r"(?!.*\b(language_model|text_model)\.).*", "lm_head"]
+    # It says at every int8 product that float32 becomes float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    not_quantised = [r"(?!.*\b(language_model|text_model)\.).*", "lm_head"]
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=not_quantised)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=not_quantised
     )
 
 
-def check_quantized(vlm):
-    """UsageError where no linear layer of the decoder was quantised."""
-    of = lambda model: [
-        module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")
+def _quantised(module: nn.Module) -> list[Any]:
+    """The layers of bitsandbytes in a module."""
+    return [
+        layer for layer in module.modules() if type(layer).__module__.startswith("bitsandbytes.")
     ]
-    if not of(vlm.parts.decoder):
+
+
+def check_quantized(vlm: VLM) -> None:
+    """UsageError where no linear layer of the decoder was quantised."""
+    if not _quantised(vlm.parts.decoder):
         raise UsageError(
             f"{vlm.path}: --quantize_type 4bit and int8 find no linear layer in"
             f" {type(vlm.parts.decoder).__name__}; --dtype float16 does without"
         )
-    for layer in of(vlm.model):
-        layer.support_avx512bf16_for_cpu = (
-            False  # that kernel has no gradient, and packs the weights for good at the first pass
-        )
+    for layer in _quantised(vlm.model):
+        # That kernel has no gradient, and packs the weights for good at the first pass.
+        layer.support_avx512bf16_for_cpu = False
 
 
-def read_config(path, trust_remote_code=False):
-    """A model's config and its family; UsageError in one line where there is none."""
-    raw = None
-    if os.path.isdir(path) and not (Path(path) / "config.json").exists():
+def read_config(
+    path: str | Path, trust_remote_code: bool = False, family_file: str | Path | None = None
+) -> tuple[PreTrainedConfig, Family]:
+    """A model's config and its family, that of family_file where one is given; UsageError in one
+    line where there is none."""
+    raw: dict[str, Any] | None = None
+    own = family_of_file(Path(family_file).resolve()) if family_file else None
+    is_folder = os.path.isdir(path)
+    if is_folder and not (Path(path) / "config.json").exists():
         try:
-            raw = read_folder(path)
+            if own is None:
+                raw = read_folder(path)
+            elif own.reads is not None:
+                raw = own.reads(str(path))
         except ValueError as error:
             raise UsageError(f"{path}: {error}") from error
         if raw is None:
             raise UsageError(f"{path}: no config.json in this folder, so it is no model")
-    if not os.path.isdir(path) and (
-        str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    ):
+    looks_like_folder = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if looks_like_folder and not is_folder:
         raise UsageError(f"{path}: no such folder")
     try:
-        raw = raw or PreTrainedConfig.get_config_dict(path)[0]
-        family = find_family(raw) or generic.FAMILY
+        if raw is None:
+            raw = PreTrainedConfig.get_config_dict(path)[0]
+        if own is not None:
+            family = variant_of(own, raw)
+        else:
+            family = find_family(raw) or generic.FAMILY
         if family.read_config is not None:
             return family.read_config(str(path), raw), family
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), family
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"{path}: the config cannot be read ({' '.join(str(error).split())[:300]}); known"
-            f" types: {', '.join(known_types())}"
+            f"{path}: the config cannot be read ({reason}); known types: {', '.join(known_types())}"
         ) from error
 
 
-def fingerprint(path):
-    """What tells one model from another: config, weight index, and size, first and last bytes of
-    each weight file of a folder and its subfolders; the name of a hub id."""
+def fingerprint(path: str | Path) -> str:
+    """A digest that tells one model from another: config, weight index, and size, first and last
+    bytes of each weight file of a folder and its subfolders; the name of a hub id."""
     if not os.path.isdir(path):
         return f"hub:{path}"
     digest = hashlib.sha256()
@@ -176,9 +198,15 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def identity_of(vlm):
-    """What a run keeps of its model and goes on with only if it is the same: {model_name,
-    fingerprint, dtype}; dtype says how weights are rounded too."""
-    kind = vlm.options.get("quantize_type")
-    dtype = str(vlm.dtype).removeprefix("torch.") + (f" {kind}" if kind in ("4bit", "int8") else "")
-    return {"model_name": slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": dtype}
+def identity_of(vlm: VLM) -> dict[str, str]:
+    """What a run keeps of its model, and goes on only with the same: {model_name, fingerprint,
+    dtype}; dtype says how weights are rounded too. A family file of the user's is part of it."""
+    quantize_type = vlm.options.get("quantize_type")
+    dtype = str(vlm.dtype).removeprefix("torch.")
+    if quantize_type in ("4bit", "int8"):
+        dtype += f" {quantize_type}"
+    identity = {"model_name": slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": dtype}
+    file = vlm.family.file
+    if file is not None:
+        identity["family_file"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return identity

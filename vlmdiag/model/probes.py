@@ -1,184 +1,229 @@
-"""What a capture measures: group mass, norms and states of the residual stream, the RoPE probe,
-attention to the picture."""
+"""What a capture measures: attention mass of token groups, norms and states of the residual stream,
+the RoPE probe, attention to the picture.
+
+A probe is written once and given to capture():
+
+    class Entropy(Probe):
+        def attention(self, layer, row):
+            self.sums[layer] = -(row.weights * row.weights.clamp_min(1e-20).log()).sum(-1)
+
+Shapes: B rows of a batch, L layers, H heads, K keys, T prompt length with padding, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, PAD, VISION
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.families import Rotary
+    from vlmdiag.model.attention import Row
+
 
 class Probe:
     """What a capture calls; a probe overrides what it needs. step counts forward passes: 0 is the
-    prefill."""
+    prefill. wants_hidden: whether hidden() is called."""
 
     wants_hidden = False
     step = -1
 
-    def begin(self):
+    def begin(self) -> None:
+        """A forward pass of the decoder begins."""
         self.step += 1
 
-    def attention(self, layer, row):
-        pass
+    def attention(self, layer: int, row: Row) -> None:
+        """The last query row of a layer, once per layer and pass."""
 
-    def hidden(self, index, states):
-        pass
+    def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
+        """The residual stream: index 0 is the embeddings, l + 1 the output of layer l."""
 
-    def end(self):
-        pass
+    def end(self) -> None:
+        """The forward pass is over."""
 
 
-def group_columns(groups, length):
-    """One-hot groups of the keys (B, length, G) float32; positions after the prompt are generated
-    tokens, padding is in no group."""
-    codes = torch.nn.functional.pad(
-        groups, (0, length - groups.shape[1]), value=GROUPS.index("generated")
-    )
-    return (
-        torch.nn.functional.one_hot(codes.clamp(min=0), len(GROUPS)).float()
-        * (codes != PAD)[..., None]
-    )
+def group_columns(groups: Int[Tensor, "B T"], length: int) -> Float[Tensor, "B length G"]:
+    """One-hot groups of the keys; positions after the prompt are generated tokens, padding is in no
+    group."""
+    grown = (0, length - groups.shape[1])
+    codes = nn.functional.pad(groups, grown, value=GROUPS.index("generated"))
+    one_hot = nn.functional.one_hot(codes.clamp(min=0), len(GROUPS)).float()
+    return one_hot * (codes != PAD)[..., None]
 
 
 class GroupMass(Probe):
-    """Attention mass of each token group in the last row of every pass. mass: a list over steps of
-    (L, B, H, G) float32; sums to 1 over G."""
+    """Attention mass of each token group in the last row of every pass.
 
-    def __init__(self, batch, max_new_tokens=0):
+    mass: a list over steps of (L, B, H, G) float32 that sums to 1 over G.
+    """
+
+    def __init__(self, batch: Batch, max_new_tokens: int = 0) -> None:
         self.columns = group_columns(batch.groups, batch.groups.shape[1] + max_new_tokens)
-        self.mass = []
+        self.mass: list[Float[Tensor, "L B H G"]] = []
+        self._of_layer: dict[int, Tensor] = {}
 
-    def begin(self):
+    def begin(self) -> None:
         super().begin()
-        self.layers = {}
+        self._of_layer = {}
 
-    def attention(self, layer, row):
-        self.layers[layer] = (
-            row.weights @ self.columns[:, : row.key.shape[2]].to(row.key.device)
-        ).to(self.columns.device)
+    def attention(self, layer: int, row: Row) -> None:
+        columns = self.columns[:, : row.key.shape[2]].to(row.key.device)
+        self._of_layer[layer] = (row.weights @ columns).to(self.columns.device)
 
-    def end(self):
-        self.mass.append(torch.stack([self.layers[layer] for layer in sorted(self.layers)]))
+    def end(self) -> None:
+        self.mass.append(torch.stack([self._of_layer[layer] for layer in sorted(self._of_layer)]))
 
 
 class HiddenNorms(Probe):
-    """L2 norms of the residual stream at every prompt position, prefill only. norms (B, L + 1, T)
-    float32: index 0 the embeddings, l + 1 the output of layer l before the final norm; final: a
-    norm to apply to the last one, as Hugging Face's hidden_states do. Beyond Semantics, section 2.3
-    of our study; rms = l2 / sqrt(d)."""
+    """L2 norms of the residual stream at every prompt position, prefill only; rms = l2 / sqrt(d).
+
+    norms: index 0 the embeddings, l + 1 the output of layer l before the final norm. final: a norm
+    to apply to the last one, as Hugging Face's hidden_states do; it needs num_layers. Beyond
+    Semantics, docs/studies/beyond_semantics.md, section 2.3.
+    """
 
     wants_hidden = True
 
-    def __init__(self, kind="l2", final=None, num_layers=None):
-        self.kind, self.final, self.num_layers, self._states = kind, final, num_layers, {}
+    def __init__(
+        self, kind: str = "l2", final: nn.Module | None = None, num_layers: int | None = None
+    ) -> None:
+        self.kind = kind
+        self.final = final
+        self.num_layers = num_layers
+        self._of_index: dict[int, Tensor] = {}
 
-    def hidden(self, index, states):
-        if self.step == 0:
-            if self.final is not None and index == self.num_layers:
-                states = self.final(states)
-            norm = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
-            norm = norm.to(self._states[0].device) if self._states else norm
-            self._states[index] = norm / states.shape[-1] ** 0.5 if self.kind == "rms" else norm
+    def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
+        if self.step > 0:
+            return
+        if self.final is not None and index == self.num_layers:
+            states = self.final(states)
+        norm = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
+        if self._of_index:  # on several devices: where the embeddings are
+            norm = norm.to(self._of_index[0].device)
+        if self.kind == "rms":
+            norm = norm / states.shape[-1] ** 0.5
+        self._of_index[index] = norm
 
     @property
-    def norms(self):
-        return torch.stack([self._states[index] for index in sorted(self._states)], 1)
+    def norms(self) -> Float[Tensor, "B L+1 T"]:
+        """Norms of all prompt positions, float32."""
+        return torch.stack([self._of_index[index] for index in sorted(self._of_index)], 1)
 
 
 class HiddenStates(Probe):
-    """The residual stream at every prompt position, prefill only: states[index] (B, T, d) as the
-    model computes it, index 0 the embeddings, l + 1 the output of layer l before the final norm.
-    keep(index) -> whether an index is wanted (default: all)."""
+    """The residual stream at every prompt position, prefill only.
+
+    states[index]: (B, T, d) as the model computes it, index 0 the embeddings, l + 1 the output of
+    layer l before the final norm. keep(index): whether an index is wanted, by default all.
+    """
 
     wants_hidden = True
 
-    def __init__(self, keep=lambda index: True):
-        self.keep, self.states = keep, {}
+    def __init__(self, keep: Callable[[int], bool] | None = None) -> None:
+        self.keep = keep
+        self.states: dict[int, Float[Tensor, "B T d"]] = {}
 
-    def hidden(self, index, states):
-        if self.step == 0 and self.keep(index):
+    def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
+        if self.step == 0 and (self.keep is None or self.keep(index)):
             self.states[index] = states
 
 
 class LastStates(Probe):
-    """The residual stream at the last prompt position after chosen layers: states (B, layers, d) as
-    the model computes it, prefill only."""
+    """The residual stream at the last prompt position after chosen layers, prefill only."""
 
     wants_hidden = True
 
-    def __init__(self, layers):
-        self.layers, self._found = list(layers), {}
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = list(layers)
+        self._after_layer: dict[int, Tensor] = {}
 
-    def hidden(self, index, states):
+    def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
         if self.step == 0 and index - 1 in self.layers:
-            self._found[index - 1] = states[:, -1]
+            self._after_layer[index - 1] = states[:, -1]
 
     @property
-    def states(self):
-        device = self._found[self.layers[0]].device
-        return torch.stack([self._found[layer].to(device) for layer in self.layers], 1)
+    def states(self) -> Float[Tensor, "B layers d"]:
+        """As the model computes them, in the order of `layers`."""
+        device = self._after_layer[self.layers[0]].device
+        return torch.stack([self._after_layer[layer].to(device) for layer in self.layers], 1)
 
 
 class RopeShift(Probe):
     """How the last prompt row reacts when all vision tokens move `delta` positions towards it; each
     layer alone, nothing propagates.
 
-    q . R(delta) k = R(-delta) q . k, so one more row of scores per delta suffices. Gives (L, B, H)
-    float32 tensors: alphaV, share_prod_notV, and with a leading axis over deltas delta_gv = sum_v
-    alpha_v / alphaV (z'_v - z_v) / delta and delta_alphaV = alphaV' - alphaV; and
-    delta_gv_derivative, the limit of delta_gv. NaN where alphaV is 0. keep (B, K) bool: keys that
-    count (default all; the paper's --restrict_to_past leaves out the row's own key). Beyond
-    Semantics, section 2.6 of our study."""
+    q . R(delta) k = R(-delta) q . k, so one more row of scores per delta suffices. Gives
+    (L, B, H) float32: alphaV, share_prod_notV = alphaV (1 - alphaV), and with a leading axis over
+    deltas
 
-    def __init__(self, batch, rotary, deltas, restrict_to_past=False):
-        self.rotary, self.deltas, self.restrict = rotary, list(deltas), restrict_to_past
-        self.vision = batch.groups == VISION
-        self._found = {}
+        delta_gv     = sum_v alpha_v / alphaV (z'_v - z_v) / delta
+        delta_alphaV = alphaV' - alphaV
 
-    def attention(self, layer, row):
+    and delta_gv_derivative, the limit of delta_gv for delta -> 0. NaN where alphaV is 0.
+    restrict_to_past leaves out the row's own key, as the paper's flag does. UsageError for
+    softcapped scores, for which the closed form does not hold. Beyond Semantics,
+    docs/studies/beyond_semantics.md, section 2.6.
+    """
+
+    def __init__(
+        self, batch: Batch, rotary: Rotary, deltas: Sequence[float], restrict_to_past: bool = False
+    ) -> None:
+        self.rotary = rotary
+        self.deltas = list(deltas)
+        self.restrict_to_past = restrict_to_past
+        self.vision: Bool[Tensor, "B T"] = batch.groups == VISION
+        self._of_layer: dict[int, dict[str, Tensor]] = {}
+
+    def attention(self, layer: int, row: Row) -> None:
         if self.step > 0:
             return
         if row.softcap is not None:
             raise UsageError(
                 "the closed form of the RoPE probe does not hold for softcapped scores"
             )
-        scores, plain = row.scores, row.dot(row.query)
-        if self.restrict:
-            scores = scores.clone()
-            scores[..., -1] = float("-inf")
-        weights = scores.softmax(-1)
-        vision = self.vision[:, None].to(weights.device)
-        alpha = (weights * vision).sum(-1)
-        inside = weights * vision / alpha[..., None]
+        z, products = row.scores, row.dot(row.query)  # (B, H, K)
+        if self.restrict_to_past:
+            z = z.clone()
+            z[..., -1] = float("-inf")
+        alpha = z.softmax(-1)
+        vision = self.vision[:, None].to(alpha.device)
+        alpha_v = (alpha * vision).sum(-1)  # (B, H)
+        within = alpha * vision / alpha_v[..., None]  # alpha_v / alphaV of each vision token
 
-        def mean_over_vision(change):
-            return (inside * change).nan_to_num().sum(-1).where(alpha > 0, float("nan"))
+        def mean_over_vision(change: Tensor) -> Tensor:
+            return (within * change).nan_to_num().sum(-1).where(alpha_v > 0, float("nan"))
 
-        found = {
-            "alphaV": alpha,
-            "share_prod_notV": alpha * (1 - alpha),
-            "delta_gv": [],
-            "delta_alphaV": [],
-        }
+        delta_gv, delta_alpha = [], []
         for delta in self.deltas:
-            change = row.dot(self.rotary.turn(row.query, -delta)) - plain
-            found["delta_gv"].append(
-                mean_over_vision(change) / delta if delta else torch.zeros_like(alpha)
-            )
-            found["delta_alphaV"].append(
-                ((scores + change * vision).softmax(-1) * vision).sum(-1) - alpha
-            )
-        found["delta_gv"], found["delta_alphaV"] = (
-            torch.stack(found["delta_gv"]),
-            torch.stack(found["delta_alphaV"]),
-        )
-        found["delta_gv_derivative"] = mean_over_vision(-row.dot(self.rotary.rate(row.query)))
-        self._found[layer] = {name: value.to(self.vision.device) for name, value in found.items()}
+            change = row.dot(self.rotary.turn(row.query, -delta)) - products  # z' - z
+            no_shift = torch.zeros_like(alpha_v)
+            delta_gv.append(mean_over_vision(change) / delta if delta else no_shift)
+            shifted = (z + change * vision).softmax(-1)
+            delta_alpha.append((shifted * vision).sum(-1) - alpha_v)
+        rate = mean_over_vision(-row.dot(self.rotary.rate(row.query)))
+        measured = {
+            "alphaV": alpha_v,
+            "share_prod_notV": alpha_v * (1 - alpha_v),
+            "delta_gv": torch.stack(delta_gv),
+            "delta_alphaV": torch.stack(delta_alpha),
+            "delta_gv_derivative": rate,
+        }
+        device = self.vision.device
+        self._of_layer[layer] = {name: value.to(device) for name, value in measured.items()}
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Float[Tensor, "... L B H"]:
         """alphaV, share_prod_notV, delta_gv_derivative: (L, B, H); delta_gv, delta_alphaV: (deltas,
         L, B, H)."""
-        values = [self._found[layer][name] for layer in sorted(self._found)]
-        return torch.stack(values, 1 if values[0].ndim == 3 else 0)
+        layers = [self._of_layer[layer][name] for layer in sorted(self._of_layer)]
+        return torch.stack(layers, 1 if layers[0].ndim == 3 else 0)
 
 
 class VisionRows(Probe):
@@ -186,83 +231,94 @@ class VisionRows(Probe):
     is left out and the rest renormalised per layer.
 
     rows: a list over steps of (B, T) float32 over the padded prompt, 0 off the vision tokens.
-    Beyond Semantics, section 2.7 of our study.
+    Beyond Semantics, docs/studies/beyond_semantics.md, section 2.7.
     """
 
-    def __init__(self, batch, num_layers):
-        self.bos, self.vision, self.num_layers = (
-            batch.groups == GROUPS.index("bos"),
-            batch.groups == VISION,
-            num_layers,
-        )
-        self.rows = []
+    def __init__(self, batch: Batch, num_layers: int) -> None:
+        self.bos: Bool[Tensor, "B T"] = batch.groups == GROUPS.index("bos")
+        self.vision: Bool[Tensor, "B T"] = batch.groups == VISION
+        self.num_layers = num_layers
+        self.rows: list[Float[Tensor, "B T"]] = []
+        self._sum = torch.zeros(())
 
-    def begin(self):
+    def begin(self) -> None:
         super().begin()
-        self.sum = 0
+        self._sum = torch.zeros((), device=self.bos.device)
 
-    def attention(self, layer, row):
-        mean = row.weights.mean(1).to(self.bos.device)
-        prompt = mean[:, : self.bos.shape[1]]
-        rest = (prompt * ~self.bos).sum(-1, keepdim=True) + mean[:, self.bos.shape[1] :].sum(
-            -1, keepdim=True
-        )  # not 1 - bos, which loses its digits
-        self.sum = self.sum + prompt * self.vision / rest
+    def attention(self, layer: int, row: Row) -> None:
+        mean = row.weights.mean(1).to(self.bos.device)  # (B, K)
+        prompt_length = self.bos.shape[1]
+        prompt = mean[:, :prompt_length]
+        # summed, because 1 - alpha_bos would lose the digits of what is left
+        prompt_rest = (prompt * ~self.bos).sum(-1, keepdim=True)
+        rest = prompt_rest + mean[:, prompt_length:].sum(-1, keepdim=True)
+        self._sum = self._sum + prompt * self.vision / rest
 
-    def end(self):
-        self.rows.append(self.sum / self.num_layers)
+    def end(self) -> None:
+        self.rows.append(self._sum / self.num_layers)
 
 
 class ImageAttention(Probe):
-    """Attention of each step's row to every vision token, reduced layer by layer: the k largest
-    over layers of each head and token (a running top-k, equal to that over all layers at once), and
-    mean and maximum over layers and heads. Volcano (arXiv 2311.07362), sections 2.2 and 2.3 of our
-    study.
+    """Attention of each step's row to every vision token, reduced layer by layer: the k largest over
+    layers of each head and token, and mean and maximum over layers and heads.
 
-    Lists over steps: topk (k, B, H, P) largest first, mean and largest (B, P), float32 on the
-    model's device; P: most vision tokens of a row, 0 past a row's own. whole=True: the whole (L, B,
-    H, P) too, in `layers`."""
+    A running top-k equals that over all layers at once. Lists over steps: topk (k, B, H, P) largest
+    first, mean and largest (B, P), float32 on the model's device; P: most vision tokens of a row, 0
+    past a row's own. whole=True: the whole (L, B, H, P) too, in `layers`. UsageError where k
+    exceeds the layers. Volcano (arXiv 2311.07362), docs/studies/volcano.md, sections 2.2 and 2.3.
+    """
 
-    def __init__(self, batch, k, whole=False):
-        vision, size = batch.groups == VISION, len(batch.groups)
-        count = int(vision.sum(1).max())
-        self.index = torch.full((size, count), -1, device=vision.device)
-        for row in range(size):
-            own = vision[row].nonzero()[:, 0]
-            self.index[row, : len(own)] = own
-        self.k, self.whole, self.topk, self.mean, self.largest, self.layers = (
-            k,
-            whole,
-            [],
-            [],
-            [],
-            [],
+    def __init__(self, batch: Batch, k: int, whole: bool = False) -> None:
+        vision = batch.groups == VISION
+        self.k = k
+        self.whole = whole
+        self.topk: list[Float[Tensor, "k B H P"]] = []
+        self.mean: list[Float[Tensor, "B P"]] = []
+        self.largest: list[Float[Tensor, "B P"]] = []
+        self.layers: list[Float[Tensor, "L B H P"]] = []
+        # positions of each row's vision tokens, -1 past its own
+        self.index = torch.full(
+            (len(vision), int(vision.sum(1).max())), -1, device=vision.device, dtype=torch.long
         )
+        for row, in_picture in enumerate(vision):
+            positions = in_picture.nonzero()[:, 0]
+            self.index[row, : len(positions)] = positions
+        self._reset()
 
-    def begin(self):
+    def _reset(self) -> None:
+        self._top: Tensor | None = None
+        self._sum = torch.zeros((), device=self.index.device)
+        self._max: Tensor | None = None
+        self._of_layer: dict[int, Tensor] = {}
+        self._layers_seen = 0
+
+    def begin(self) -> None:
         super().begin()
-        self._top, self._sum, self._max, self._all = None, 0, None, {}
+        self._reset()
 
-    def attention(self, layer, row):
+    def attention(self, layer: int, row: Row) -> None:
         index = self.index.to(row.key.device)
-        here = row.weights.gather(
-            -1, index.clamp(min=0)[:, None].expand(-1, row.weights.shape[1], -1)
-        ).masked_fill((index < 0)[:, None], 0)
-        here = here.to(self.index.device)
-        self._top = here[None] if self._top is None else torch.cat([self._top, here[None]])
-        if len(self._top) > self.k:
-            self._top = self._top.topk(self.k, 0).values
-        self._sum = self._sum + here.mean(1)
-        self._max = here.amax(1) if self._max is None else torch.maximum(self._max, here.amax(1))
-        self.seen = getattr(self, "seen", 0) + (self.step == 0)
+        wanted = index.clamp(min=0)[:, None].expand(-1, row.weights.shape[1], -1)
+        to_picture = row.weights.gather(-1, wanted).masked_fill((index < 0)[:, None], 0)
+        to_picture = to_picture.to(self.index.device)  # (B, H, P)
+        top = to_picture[None]
+        if self._top is not None:
+            top = torch.cat([self._top, top])
+        self._top = top.topk(self.k, 0).values if len(top) > self.k else top
+        self._sum = self._sum + to_picture.mean(1)
+        largest = to_picture.amax(1)
+        self._max = largest if self._max is None else torch.maximum(self._max, largest)
+        self._layers_seen += 1
         if self.whole:
-            self._all[layer] = here
+            self._of_layer[layer] = to_picture
 
-    def end(self):
-        if len(self._top) < self.k:
-            raise UsageError(f"the {self.k} largest of {len(self._top)} layers were asked for")
+    def end(self) -> None:
+        if self._top is None or self._max is None or len(self._top) < self.k:
+            layers = 0 if self._top is None else len(self._top)
+            raise UsageError(f"the {self.k} largest of {layers} layers were asked for")
         self.topk.append(self._top.sort(0, descending=True).values)
-        self.mean.append(self._sum / self.seen)
+        self.mean.append(self._sum / self._layers_seen)
         self.largest.append(self._max)
         if self.whole:
-            self.layers.append(torch.stack([self._all[layer] for layer in sorted(self._all)]))
+            layers = [self._of_layer[layer] for layer in sorted(self._of_layer)]
+            self.layers.append(torch.stack(layers))

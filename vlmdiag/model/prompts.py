@@ -1,253 +1,412 @@
-"""From a sample to a batch: the prompt as text, its tokens and their groups, padded on the left."""
+"""From a sample to a batch: the prompt as text, its tokens and their groups, padded on the left.
+
+Groups come from token ids and from tokenizer offsets in the rendered prompt, never from counting:
+each token is asked which characters of the prompt it stands for, and the prompt knows where its
+system prompt and its question are.
+"""
+
+from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from vlmdiag.batch import Batch, joined
 from vlmdiag.cli import UsageError
-from vlmdiag.groups import GROUPS, PAD
+from vlmdiag.groups import GROUPS, PAD, VISION
 
-_QUESTION, _SYSTEM = (
-    "\ue010\ue011",
-    "\ue012\ue013",
-)  # stand-ins of private use while a template is rendered
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.types import VLM
+
+Span = tuple[int, int]  # characters [start, end)
+
+# Characters of private use that stand for question and system prompt while a template is rendered.
+_QUESTION = "\ue010\ue011"
+_SYSTEM = "\ue012\ue013"
 
 
-def prompt_for(vlm, question, strip_system=False):
-    """The prompt of a question as text, and the character spans of system prompt and question:
-    (text, (start, end) or None, (start, end)).
+# --- the prompt as text ---------------------------------------------------------------------------
 
-    From --prompt_template, the processor's chat template, or the family's own. strip_system leaves
-    the system prompt out.
-    """
-    template, system = vlm.options.get("prompt_template"), vlm.options.get("system_prompt")
+
+class Rendered(NamedTuple):
+    """A prompt as text, and where its system prompt (None: it has none) and its question are."""
+
+    text: str
+    system: Span | None
+    question: Span
+
+
+def prompt_for(vlm: VLM, question: str, strip_system: bool = False) -> Rendered:
+    """The prompt of a question: from --prompt_template, the processor's chat template, or the
+    family's own. strip_system leaves the system prompt out. UsageError where none of them gives
+    one, or the template changes the question."""
+    render = _renderer(vlm)
+    system: str | None = vlm.options.get("system_prompt")
     if system is None and vlm.family.default_system:
         system = vlm.family.default_system(vlm)
-
-    def render(system):
-        if template is not None:
-            image = getattr(vlm.processor, "image_token", "<image>")
-            return (
-                template.replace("{system}", system or "")
-                .replace("{image}", image)
-                .replace("{question}", _QUESTION)
-                .replace("\\n", "\n")
-            )
-        if getattr(vlm.processor, "chat_template", None) is None:
-            if vlm.family.prompt is None:
-                raise UsageError(
-                    f"{vlm.path} has no chat template; give the prompt with --prompt_template '..."
-                    " {image} ... {question} ...'"
-                )
-            return vlm.family.prompt(vlm, _QUESTION, system)
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}
-        messages = (
-            [{"role": "system", "content": [{"type": "text", "text": system}]}]
-            if system is not None
-            else []
-        ) + [user]
-        return vlm.processor.apply_chat_template(messages, add_generation_prompt=True)
-
-    if template is not None and "{question}" not in template:
-        raise UsageError("--prompt_template has no {question}")
-    text = render(None if strip_system or (system is None) else _SYSTEM)
-    if system is None or strip_system:
-        marked = render(_SYSTEM)
-        before, _, after = marked.partition(_SYSTEM)
-        own = (
-            text[len(before) : len(text) - len(after)]
-            if marked != before and text.startswith(before) and text.endswith(after)
-            else ""
-        )
-        if strip_system and own:  # the template writes a system prompt of its own
-            text = render("")
-            own = ""
-        system, text = own, text if not own else before + _SYSTEM + after
+    if system is not None and not strip_system:
+        text = render(_SYSTEM)
+    else:
+        text, system = _with_own_system(render, strip_system)
     if _QUESTION not in text:
         raise UsageError(
             f"{vlm.path}: the chat template does not keep the question as it is; give"
             " --prompt_template"
         )
-    where = {}
-    for name, stand_in, value in sorted(
-        (("system", _SYSTEM, system or ""), ("question", _QUESTION, question)),
-        key=lambda part: text.find(part[1]),
-    ):
-        at = text.find(stand_in)
-        if at >= 0:
-            text = text[:at] + value + text[at + len(stand_in) :]
-            where[name] = (at, at + len(value))
-    span = where.get("system")
-    return text, span if span and span[0] < span[1] else None, where["question"]
+    return _filled(text, system or "", question)
 
 
-def _encode_one(vlm, image, question, strip_system):
-    """ids, groups, image inputs and prompt of one sample; special strings in the question stay
-    text."""
-    text, system, (start, end) = prompt_for(vlm, question, strip_system)
-    tokenizer, processor = vlm.tokenizer, vlm.processor
-    specials = sorted(
-        {str(token) for token in tokenizer.all_special_tokens} | set(tokenizer.get_added_vocab()),
-        key=len,
-        reverse=True,
-    )
-    typed, safe, rest = [], "", text[start:end]
-    stand_in = next(chr(code) for code in range(0xE020, 0xF8FF) if chr(code) not in text)
-    while rest:  # stand-ins for special strings, put back as text after tokenizing
-        found = next((token for token in specials if token and rest.startswith(token)), None)
-        safe += stand_in if found else rest[0]
-        typed += [found] if found else []
-        rest = rest[len(found) if found else 1 :]
-    text_safe = text[:start] + safe + text[end:]
-    bos = tokenizer.bos_token
-    inputs = processor(
-        images=image,
-        text=text_safe,
-        return_tensors="pt",
-        return_offsets_mapping=True,
-        add_special_tokens=not (bos and text_safe.startswith(bos)),
-    )
-    ids, offsets = inputs.pop("input_ids")[0].tolist(), inputs.pop("offset_mapping")[0].tolist()
-    for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-        inputs.pop(key, None)
-    inputs |= vlm.family.read_text(vlm, text) if vlm.family.read_text else {}
-    vision = [i for i, token in enumerate(ids) if token == vlm.image_token_id]
-    if not vision:
-        raise ValueError(
-            f"the processor put no image token (id {vlm.image_token_id}) into the prompt"
+def _renderer(vlm: VLM) -> Callable[[str | None], str]:
+    """render(system) -> the prompt with _QUESTION for its question; None: no system message."""
+    template: str | None = vlm.options.get("prompt_template")
+    if template is not None:
+        return _template_renderer(template, getattr(vlm.processor, "image_token", "<image>"))
+    if getattr(vlm.processor, "chat_template", None) is not None:
+        return _chat_renderer(vlm)
+    family_prompt = vlm.family.prompt
+    if family_prompt is None:
+        raise UsageError(
+            f"{vlm.path} has no chat template; give the prompt with --prompt_template '..."
+            " {image} ... {question} ...'"
         )
-    # characters after the picture's placeholder moved by what it grew
-    shift = max(b for _, b in offsets) - len(text_safe)
-    placeholder = offsets[vision[0]][0] if offsets[vision[0]][1] else 0
-    if processor_token := getattr(processor, "image_token", None):
-        placeholder = text_safe.rfind(
-            processor_token, 0, offsets[vision[0]][0] + len(processor_token)
-        )
-    grown = (placeholder, offsets[vision[-1]][1])
-    moved = (
-        start + (shift if start >= placeholder else 0),
-        start + len(safe) + (shift if start >= placeholder else 0),
-    )
-    markup = {
-        tokenizer.convert_tokens_to_ids(token)
-        for token in vlm.family.markup
-        if token in tokenizer.get_added_vocab()
-    }
-    source = lambda a: a - shift if a >= grown[1] else a
-    first = next(
-        (i for i, token in enumerate(ids) if token != vlm.image_token_id), None
-    )  # BLIP's vision tokens come before the BOS
-
-    def group(i):
-        token, (a, b) = ids[i], offsets[i]
-        if token == vlm.image_token_id:
-            return "vision"
-        if token in markup or (grown[0] <= a and b <= grown[1] and a < b):
-            return "image_markup"
-        if i == first and token == tokenizer.bos_token_id:
-            return "bos"
-        text_here = text_safe[source(a) : source(a) + b - a]
-        places = (
-            {a} if text_here and not text_here.strip(" ") else set()
-        )  # blanks alone at the question's end are still its own
-        a += len(text_here) - len(text_here.lstrip(" "))
-        if any(moved[0] <= place < moved[1] for place in places | {a}):
-            return "user"
-        return "system" if system and system[0] <= source(min(a, b - 1)) < system[1] else "template"
-
-    groups = [GROUPS.index(group(i)) for i in range(len(ids))]
-    if typed:
-        ids, groups = _put_back(
-            tokenizer,
-            ids,
-            groups,
-            offsets,
-            [moved[0] + i for i, c in enumerate(safe) if c == stand_in],
-            typed,
-        )
-    return ids, groups, dict(inputs), text
+    return lambda system: family_prompt(vlm, _QUESTION, system)
 
 
-def _put_back(tokenizer, ids, groups, offsets, places, typed):
-    """Replace the tokens at each place (character of a stand-in) by the typed special string,
-    encoded as plain text."""
-    lead = tokenizer(":", add_special_tokens=False)["input_ids"]
-    out_ids, out_groups, done = [], [], set()
-    for token, group, (a, b) in zip(ids, groups, offsets, strict=True):
-        inside = [k for k, place in enumerate(places) if a <= place < b]
+def _template_renderer(template: str, image_token: str) -> Callable[[str | None], str]:
+    """--prompt_template, in which \\n stands for a line break."""
+    if "{question}" not in template:
+        raise UsageError("--prompt_template has no {question}")
+
+    def render(system: str | None) -> str:
+        text = template.replace("{system}", system or "").replace("{image}", image_token)
+        return text.replace("{question}", _QUESTION).replace("\\n", "\n")
+
+    return render
+
+
+def _chat_renderer(vlm: VLM) -> Callable[[str | None], str]:
+    def render(system: str | None) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
+        messages = [{"role": "user", "content": content}]
+        if system is not None:
+            text = [{"type": "text", "text": system}]
+            messages.insert(0, {"role": "system", "content": text})
+        return vlm.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    return render
+
+
+def _with_own_system(render: Callable[[str | None], str], strip: bool) -> tuple[str, str]:
+    """(prompt, system prompt) where the user gives none or strips it. A template may write a system
+    prompt of its own: it is what a prompt without a system message has in the place where one with
+    a system message has that message."""
+    text = render(None)
+    marked = render(_SYSTEM)
+    before, _, after = marked.partition(_SYSTEM)
+    own = ""
+    if marked != before and text.startswith(before) and text.endswith(after):
+        own = text[len(before) : len(text) - len(after)]
+    if not own:
+        return text, ""
+    if strip:
+        return render(""), ""
+    return before + _SYSTEM + after, own
+
+
+def _filled(text: str, system: str, question: str) -> Rendered:
+    """The prompt with question and system prompt in place of what stands for them."""
+    spans: dict[str, Span] = {}
+    values = {_SYSTEM: system, _QUESTION: question}
+    for stand_in in sorted(values, key=text.find):  # from left to right, so that spans stay
+        start = text.find(stand_in)
+        if start >= 0:
+            value = values[stand_in]
+            text = text[:start] + value + text[start + len(stand_in) :]
+            spans[stand_in] = (start, start + len(value))
+    return Rendered(text, spans.get(_SYSTEM) if system else None, spans[_QUESTION])
+
+
+# --- special strings in a question ----------------------------------------------------------------
+
+
+@dataclass
+class _Hidden:
+    """A prompt in whose question every special string is one character that stands for it."""
+
+    text: str
+    system: Span | None
+    question: Span
+    stand_in: str
+    typed: list[str]  # the special strings, in order
+
+    @property
+    def places(self) -> list[int]:
+        """Characters of the text that stand for special strings."""
+        start, end = self.question
+        return [i for i in range(start, end) if self.text[i] == self.stand_in]
+
+
+def _hide_typed_specials(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> _Hidden:
+    """Special strings that a person typed, such as </s>, must stay text: hide them from the
+    tokenizer; _put_back() tokenizes them as text."""
+    start, end = rendered.question
+    names = {str(token) for token in tokenizer.all_special_tokens}
+    names |= set(tokenizer.get_added_vocab())
+    specials = sorted((name for name in names if name), key=len, reverse=True)
+    stand_in = next(chr(code) for code in range(0xE020, 0xF8FF) if chr(code) not in rendered.text)
+    question = ""
+    typed = []
+    remaining = rendered.text[start:end]
+    while remaining:
+        special = next((name for name in specials if remaining.startswith(name)), None)
+        if special is None:
+            question += remaining[0]
+            remaining = remaining[1:]
+        else:
+            question += stand_in
+            typed.append(special)
+            remaining = remaining[len(special) :]
+    text = rendered.text[:start] + question + rendered.text[end:]
+    return _Hidden(text, rendered.system, (start, start + len(question)), stand_in, typed)
+
+
+def _put_back(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: _Tokens,
+    groups: list[int],
+    places: list[int],
+    typed: list[str],
+) -> tuple[list[int], list[int]]:
+    """(ids, groups) with the tokens at each place (a character of the processor's text) replaced by
+    the special string that was typed there, tokenized as text."""
+    ids_after: list[int] = []
+    groups_after: list[int] = []
+    done = set()
+    for id, group, (start, end) in zip(tokens.ids, groups, tokens.offsets, strict=True):
+        inside = [k for k, place in enumerate(places) if start <= place < end]
         if not inside:
-            out_ids.append(token)
-            out_groups.append(group)
+            ids_after.append(id)
+            groups_after.append(group)
         for k in inside:
             if k not in done:
                 done.add(k)
-                plain = tokenizer(
-                    ":" + typed[k], add_special_tokens=False, split_special_tokens=True
-                )["input_ids"]
-                plain = plain[len(lead) :] if plain[: len(lead)] == lead else plain
-                if set(plain) & {
-                    *tokenizer.all_special_ids,
-                    *tokenizer.get_added_vocab().values(),
-                }:  # T5 has its special strings as pieces too, Kosmos-2's tags are not special
-                    plain = [
-                        id
-                        for char in typed[k]
-                        for id in tokenizer(":" + char, add_special_tokens=False)["input_ids"][
-                            len(lead) :
-                        ]
-                    ]
-                out_ids += plain
-                out_groups += [GROUPS.index("user")] * len(plain)
-    return out_ids, out_groups
+                as_text = _ids_as_text(tokenizer, typed[k])
+                ids_after += as_text
+                groups_after += [GROUPS.index("user")] * len(as_text)
+    return ids_after, groups_after
 
 
-def encode(vlm, samples, images, strip_system=False):
-    """samples: objects with .question; images: their PIL pictures -> Batch. The processor sees each
-    sample alone; we pad on the left."""
-    rows = [
-        _encode_one(vlm, image, sample.question, strip_system)
+def _ids_as_text(tokenizer: PreTrainedTokenizerBase, special: str) -> list[int]:
+    """Ids of a special string as ordinary text, as they come behind other text."""
+    lead = tokenizer(":", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(":" + special, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if ids[: len(lead)] == lead:
+        ids = ids[len(lead) :]
+    # T5 has its special strings as pieces too, and Kosmos-2's tags are not special: by characters
+    if set(ids) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
+        ids = []
+        for character in special:
+            alone = tokenizer(":" + character, add_special_tokens=False)["input_ids"]
+            ids += alone[len(lead) :]
+    return list(ids)
+
+
+# --- tokens and their groups ----------------------------------------------------------------------
+
+
+@dataclass
+class _Tokens:
+    """What the processor makes of a prompt and its picture."""
+
+    ids: list[int]
+    offsets: list[Span]  # characters of the processor's text
+    image_inputs: dict[str, Tensor]
+
+
+def _tokenize_with_picture(vlm: VLM, image: Image, text: str) -> _Tokens:
+    bos = vlm.tokenizer.bos_token
+    inputs = vlm.processor(
+        images=image,
+        text=text,
+        return_tensors="pt",
+        return_offsets_mapping=True,
+        add_special_tokens=not (bos and text.startswith(bos)),
+    )
+    ids = inputs.pop("input_ids")[0].tolist()
+    offsets = [(start, end) for start, end in inputs.pop("offset_mapping")[0].tolist()]
+    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+        inputs.pop(name, None)
+    return _Tokens(ids, offsets, dict(inputs))
+
+
+@dataclass
+class _PictureShift:
+    """From characters of the prompt to those of the processor's text, and back.
+
+    The processor writes as many image tokens as the picture has in place of the one placeholder,
+    so that what stands behind it moves:
+
+        prompt      USER: <image> What is it?
+        processor   USER: <image><image><image><image> What is it?
+                          ^ start                      ^ end
+                                                       every character from here on moved by `by`
+    """
+
+    start: int
+    end: int
+    by: int
+
+    @classmethod
+    def of(cls, vlm: VLM, tokens: _Tokens, text: str) -> _PictureShift:
+        """Measured on the offsets of one prompt. ValueError where it has no image token."""
+        pictures = [i for i, id in enumerate(tokens.ids) if id == vlm.image_token_id]
+        if not pictures:
+            raise ValueError(
+                f"the processor put no image token (id {vlm.image_token_id}) into the prompt"
+            )
+        first, last = tokens.offsets[pictures[0]], tokens.offsets[pictures[-1]]
+        start = first[0] if first[1] else 0
+        placeholder = getattr(vlm.processor, "image_token", None)
+        if placeholder:
+            start = text.rfind(placeholder, 0, first[0] + len(placeholder))
+        by = max(end for _, end in tokens.offsets) - len(text)
+        return cls(start, last[1], by)
+
+    def in_prompt(self, place: int) -> int:
+        """The character of the prompt at a place of the processor's text."""
+        return place - self.by if place >= self.end else place
+
+    def moved(self, span: Span) -> Span:
+        """Where a span of the prompt is in the processor's text."""
+        by = self.by if span[0] >= self.start else 0
+        return span[0] + by, span[1] + by
+
+
+def _groups_of(vlm: VLM, tokens: _Tokens, hidden: _Hidden, shift: _PictureShift) -> list[int]:
+    """The group of every token, as an index into GROUPS."""
+    tokenizer = vlm.tokenizer
+    added = tokenizer.get_added_vocab()
+    names = [name for name in vlm.family.markup if name in added]
+    markup = {tokenizer.convert_tokens_to_ids(name) for name in names}
+    question = shift.moved(hidden.question)
+    # BLIP's vision tokens come before the BOS
+    of_text = (i for i, id in enumerate(tokens.ids) if id != vlm.image_token_id)
+    first = next(of_text, None)
+
+    def group(index: int) -> str:
+        id = tokens.ids[index]
+        start, end = tokens.offsets[index]
+        if id == vlm.image_token_id:
+            return "vision"
+        if id in markup or (shift.start <= start < end <= shift.end):
+            return "image_markup"
+        if index == first and id == tokenizer.bos_token_id:
+            return "bos"
+        in_prompt = shift.in_prompt(start)
+        text = hidden.text[in_prompt : in_prompt + end - start]
+        # A token belongs to the question by its first character that is no blank; a token of blanks
+        # alone, as at the question's end, by its first one.
+        word = start + len(text) - len(text.lstrip(" "))
+        places = {word, start} if text and not text.strip(" ") else {word}
+        if any(question[0] <= place < question[1] for place in places):
+            return "user"
+        system_place = shift.in_prompt(min(word, end - 1))
+        if hidden.system and hidden.system[0] <= system_place < hidden.system[1]:
+            return "system"
+        return "template"
+
+    return [GROUPS.index(group(index)) for index in range(len(tokens.ids))]
+
+
+class Encoded(NamedTuple):
+    """One sample's tokens, their groups, what the tower gets, and the prompt as text."""
+
+    ids: list[int]
+    groups: list[int]
+    image_inputs: dict[str, Tensor]
+    prompt: str
+
+
+def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = False) -> Encoded:
+    """Tokens and groups of a question about a picture. Special strings in the question stay text.
+    ValueError where the processor puts no image token into the prompt."""
+    rendered = prompt_for(vlm, question, strip_system)
+    hidden = _hide_typed_specials(rendered, vlm.tokenizer)
+    tokens = _tokenize_with_picture(vlm, image, hidden.text)
+    if vlm.family.read_text:
+        tokens.image_inputs |= vlm.family.read_text(vlm, rendered.text)
+    shift = _PictureShift.of(vlm, tokens, hidden.text)
+    groups = _groups_of(vlm, tokens, hidden, shift)
+    ids = tokens.ids
+    if hidden.typed:
+        by = shift.moved(hidden.question)[0] - hidden.question[0]
+        places = [place + by for place in hidden.places]
+        ids, groups = _put_back(vlm.tokenizer, tokens, groups, places, hidden.typed)
+    return Encoded(ids, groups, tokens.image_inputs, rendered.text)
+
+
+def encode(
+    vlm: VLM, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
+) -> Batch:
+    """Samples and their pictures as a batch. The processor sees each sample alone; padding goes to
+    the left. ValueError where the prompt and the grid disagree on the number of vision tokens."""
+    encoded = [
+        encode_sample(vlm, image, sample.question, strip_system)
         for sample, image in zip(samples, images, strict=True)
     ]
-    longest, size = max(len(ids) for ids, *_ in rows), len(rows)
-    pad = vlm.tokenizer.pad_token_id if vlm.tokenizer.pad_token_id is not None else 0
-    input_ids, mask = torch.full((size, longest), pad), torch.zeros(size, longest, dtype=torch.long)
-    groups = torch.full((size, longest), PAD)
-    for row, (ids, codes, _, _) in enumerate(rows):
-        input_ids[row, longest - len(ids) :], mask[row, longest - len(ids) :] = torch.tensor(ids), 1
-        groups[row, longest - len(ids) :] = torch.tensor(codes)
+    lengths = [len(sample.ids) for sample in encoded]
+    longest = max(lengths)
+    pad = vlm.tokenizer.pad_token_id
+    input_ids = torch.full((len(encoded), longest), 0 if pad is None else pad)
+    mask = torch.zeros(len(encoded), longest, dtype=torch.long)
+    groups = torch.full((len(encoded), longest), PAD)
+    for row, sample in enumerate(encoded):
+        prompt = slice(longest - len(sample.ids), longest)
+        input_ids[row, prompt] = torch.tensor(sample.ids)
+        mask[row, prompt] = 1
+        groups[row, prompt] = torch.tensor(sample.groups)
     image_rows = [
-        {key: value for key, value in inputs.items() if torch.is_tensor(value)}
-        for _, _, inputs, _ in rows
-    ]
-    pictures = [
-        hashlib.blake2b(b"".join(value.numpy().tobytes() for value in row.values())).digest()
-        for row in image_rows
+        {name: value for name, value in sample.image_inputs.items() if torch.is_tensor(value)}
+        for sample in encoded
     ]
     input_ids, mask, groups = (x.to(vlm.device) for x in (input_ids, mask, groups))
-    positions, following = vlm.family.positions(vlm, input_ids, mask, joined(image_rows))
-    grids = [
-        vlm.family.grid(vlm, image.size, inputs) if vlm.family.grid else None
-        for image, (_, _, inputs, _) in zip(images, rows, strict=True)
-    ]
-    for grid, row in zip(grids, range(size), strict=True):
-        found = int((groups[row] == GROUPS.index("vision")).sum())
-        if grid is not None and len(grid.boxes) != found:
-            raise ValueError(
-                f"the prompt has {found} vision tokens, the grid of {vlm.family.name}"
-                f" {len(grid.boxes)}"
-            )
-    prompts, lengths = [text for *_, text in rows], [len(ids) for ids, *_ in rows]
+    positions, next_position = vlm.family.positions(vlm, input_ids, mask, joined(image_rows))
+    grids: list[PatchGrid | None] = [None] * len(encoded)
+    if vlm.family.grid:
+        for row, (image, sample) in enumerate(zip(images, encoded, strict=True)):
+            grid = vlm.family.grid(vlm, image.size, sample.image_inputs)
+            tokens = int((groups[row] == VISION).sum())
+            if grid is not None and len(grid.boxes) != tokens:
+                raise ValueError(
+                    f"the prompt has {tokens} vision tokens, the grid of {vlm.family.name}"
+                    f" {len(grid.boxes)}"
+                )
+            grids[row] = grid
     return Batch(
-        input_ids,
-        mask,
-        positions,
-        following,
-        groups,
-        image_rows,
-        pictures,
-        prompts,
-        lengths,
-        grids,
-        list(samples),
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        next_position=next_position,
+        groups=groups,
+        image_rows=image_rows,
+        pictures=[_digest(row) for row in image_rows],
+        prompts=[sample.prompt for sample in encoded],
+        lengths=lengths,
+        grids=grids,
+        samples=list(samples),
     )
+
+
+def _digest(image_row: dict[str, Tensor]) -> bytes:
+    """What tells one picture from another."""
+    content = b"".join(value.numpy().tobytes() for value in image_row.values())
+    return hashlib.blake2b(content).digest()

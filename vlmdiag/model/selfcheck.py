@@ -1,29 +1,40 @@
 """Does what the tools assume of a model hold? A few short passes on a noise picture after loading;
 each check fails in one clear line."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from vlmdiag.cli import UsageError
-from vlmdiag.groups import GROUPS
-from vlmdiag.model.attention import capture
-from vlmdiag.model.decoding import generate
+from vlmdiag.groups import VISION
+from vlmdiag.model.attention import Row, capture
+from vlmdiag.model.decoding import Generation, generate
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
 
+if TYPE_CHECKING:
+    from vlmdiag.batch import Batch
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.types import VLM
+
 SIZE = (168, 126)
 QUESTIONS = ("Is there a red circle in the image?", "Describe the image.")
+ANSWER = [20, 21]  # ids of a made-up answer of two tokens
 
 
-def noise_picture(size=SIZE, seed=0):
-    from PIL import Image
-
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    )
+def noise_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
+    """A picture (width, height) of uniform noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 class _Seen(Probe):
@@ -31,14 +42,15 @@ class _Seen(Probe):
 
     wants_hidden = True
 
-    def __init__(self):
-        self.layers, self.states = [], []
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.states: list[int] = []
 
-    def attention(self, layer, row):
+    def attention(self, layer: int, row: Row) -> None:
         if self.step == 0:
             self.layers.append(layer)
 
-    def hidden(self, index, states):
+    def hidden(self, index: int, states: Tensor) -> None:
         if self.step == 0:
             self.states.append(index)
 
@@ -46,151 +58,175 @@ class _Seen(Probe):
 class _Keys(Probe):
     """The keys of each layer, prefill only."""
 
-    def __init__(self):
-        self.keys = {}
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
 
-    def attention(self, layer, row):
+    def attention(self, layer: int, row: Row) -> None:
         self.keys[layer] = row.key.float()
 
 
-def exact(vlm):
+def exact(vlm: VLM) -> bool:
     """Whether products are made in float32; int8 rounds what enters a layer too."""
     return vlm.dtype == torch.float32 and not getattr(vlm.model, "is_loaded_in_8bit", False)
 
 
+def _fail(vlm: VLM, what: str) -> NoReturn:
+    raise UsageError(
+        f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend its file in models/ or"
+        " give --no_self_check"
+    )
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    """Largest difference as a share of the reference's largest value."""
+    return float(difference.abs().max() / reference.abs().max().clamp_min(1e-6))
+
+
 @torch.inference_mode()
-def check(vlm):
+def check(vlm: VLM) -> str | None:
     """UsageError that names the first assumption which does not hold. Returns a line about vision
-    tokens without a box, or None. A model without a file in models/ whose positions do not turn as
-    most models' do loses "rotary"."""
+    tokens without a box, or None. A model without a family file whose positions do not turn as most
+    models' do loses "rotary"."""
     tolerance = 1e-4 if exact(vlm) else 3e-2
     picture = noise_picture()
-    samples = [Sample(str(i), None, question) for i, question in enumerate(QUESTIONS)]
+    samples = [Sample(str(i), Path("noise"), question) for i, question in enumerate(QUESTIONS)]
     batch = vlm.encode(samples, [picture, picture])
-
-    def fail(what):
-        raise UsageError(
-            f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend its file in models/"
-            " or give --no_self_check"
-        )
-
-    answers = [[20, 21], [20, 21]]
-    found = (
-        _check_capture(vlm, batch, answers, tolerance, fail)
-        if "decoder-only" in vlm.family.has
-        else generate(vlm, batch, 2, answers=answers)
-    )
-    logits = prefill(vlm, batch).logits[:, -1].float()
-    for i, sample in enumerate(samples):
-        alone = prefill(vlm, vlm.encode([sample], [picture])).logits[:, -1].float()[0]
-        difference = ((alone - logits[i]).abs().max() / alone.abs().max()).item()
-        if difference > tolerance * 10:
-            fail(
-                "the logits of a left-padded batch differ from those of the prompt alone by"
-                f" {difference:.1e} (relative)"
-            )
-    if not found.logprobs.isfinite().all():
-        fail("log-probabilities are not finite")
-    if {"rotary", "decoder-only"} <= vlm.family.has and not _turns(vlm, samples[0], picture):
+    decoder_only = "decoder-only" in vlm.family.has
+    if decoder_only:
+        generation = _check_capture(vlm, batch, tolerance)
+    else:
+        generation = generate(vlm, batch, 2, answers=[ANSWER, ANSWER])
+    _check_padding(vlm, batch, samples, picture, tolerance * 10)
+    if not generation.logprobs.isfinite().all():
+        _fail(vlm, "log-probabilities are not finite")
+    if decoder_only and "rotary" in vlm.family.has and not _turns(vlm, samples[0], picture):
         if vlm.family.name != "generic":
-            fail("moving all positions does not turn the keys as the family's rotary says")
+            _fail(vlm, "moving all positions does not turn the keys as the family's rotary says")
         vlm.family = replace(vlm.family, has=vlm.family.has - {"rotary"}, rotary=None)
-    return _check_grid(vlm, batch, picture, fail)
+    grid = batch.grids[0]
+    return None if grid is None else _check_grid(vlm, batch, grid, picture)
 
 
-def _turns(vlm, sample, picture, delta=7):
+def _check_padding(
+    vlm: VLM, batch: Batch, samples: Sequence[Sample], picture: Image.Image, tolerance: float
+) -> None:
+    """Logits of a left-padded batch are those of each prompt alone."""
+    logits = prefill(vlm, batch).logits[:, -1].float()
+    for row, sample in enumerate(samples):
+        alone = prefill(vlm, vlm.encode([sample], [picture])).logits[:, -1].float()[0]
+        difference = _relative(alone - logits[row], alone)
+        if difference > tolerance:
+            _fail(
+                vlm,
+                "the logits of a left-padded batch differ from those of the prompt alone by"
+                f" {difference:.1e} (relative)",
+            )
+
+
+def _turns(vlm: VLM, sample: Sample, picture: Image.Image, delta: int = 7) -> bool:
     """Whether moving all positions by delta turns the keys of every layer as Rotary.turn does."""
     if vlm.family.rotary is None or vlm.family.rotary(vlm) is None:
         return False
-    batch, found = vlm.encode([sample], [picture]), []
-    for moved in (0, delta):
+    batch = vlm.encode([sample], [picture])
+    keys = []
+    for moved_by in (0, delta):
         with capture(vlm, [probe := _Keys()]):
-            prefill(vlm, replace(batch, position_ids=batch.position_ids + moved))
-        found.append(probe.keys)
+            prefill(vlm, replace(batch, position_ids=batch.position_ids + moved_by))
+        keys.append(probe.keys)
+    before, after = keys
     tolerance = 1e-2 if exact(vlm) else 0.1
-    return all(
-        (vlm.rotary.turn(found[0][layer], delta) - keys).norm() < tolerance * keys.norm()
-        for layer, keys in found[1].items()
-    )
+    for layer, moved in after.items():
+        error = (vlm.rotary.turn(before[layer], delta) - moved).norm()
+        if not error < tolerance * moved.norm():
+            return False
+    return True
 
 
-def _check_capture(vlm, batch, answers, tolerance, fail):
-    """Decoder layers and captured attention; returns the Generation of the answers."""
-    seen, worst = _Seen(), {}
+def _check_capture(vlm: VLM, batch: Batch, tolerance: float) -> Generation:
+    """The decoder layers are those that run, and captured attention times V is what each layer's
+    attention put out, at the prefill and at a cached step; returns the generation of ANSWER."""
+    seen = _Seen()
+    worst: dict[int, float] = {}
 
-    def compare(layer, row, value, output):
-        rows, heads, _ = row.weights.shape
-        weights = row.weights.view(rows, value.shape[1], heads // value.shape[1], -1)
-        expected = (weights @ value.float()).flatten(1, 2)
-        found = output[:, -1].float()
-        worst[seen.step] = max(
-            worst.get(seen.step, 0.0),
-            ((expected - found).abs().max() / found.abs().max().clamp_min(1e-6)).item(),
-        )
+    def compare(layer: int, row: Row, value: Tensor, output: Tensor) -> None:
+        batch_size, heads, _ = row.weights.shape
+        shared = value.shape[1]
+        weights = row.weights.view(batch_size, shared, heads // shared, -1)
+        expected = (weights @ value.float()).flatten(1, 2)  # (B, H, D)
+        actual = output[:, -1].float()
+        worst[seen.step] = max(worst.get(seen.step, 0.0), _relative(expected - actual, actual))
 
     with capture(vlm, [seen], inspect=compare):
-        found = generate(vlm, batch, 2, answers=answers)
-    count = len(vlm.parts.layers)
-    alike = sum(type(module) is type(vlm.parts.layers[0]) for module in vlm.parts.decoder.modules())
+        generation = generate(vlm, batch, 2, answers=[ANSWER, ANSWER])
+    layers = vlm.parts.layers
+    count = len(layers)
+    alike = sum(type(module) is type(layers[0]) for module in vlm.parts.decoder.modules())
     if alike != count:
-        fail(f"{count} decoder layers found, but the decoder has {alike} layers of that class")
-    if seen.states != list(range(count + 1)):
-        fail(
-            f"of {count} decoder layers found, those that run are"
-            f" {[i - 1 for i in seen.states[1:]]}"
+        _fail(
+            vlm, f"{count} decoder layers found, but the decoder has {alike} layers of that class"
         )
+    if seen.states != list(range(count + 1)):
+        run = [index - 1 for index in seen.states[1:]]
+        _fail(vlm, f"of {count} decoder layers found, those that run are {run}")
     if seen.layers != list(range(count)):
         missing = sorted(set(range(count)) - set(seen.layers)) or seen.layers
-        fail(
+        _fail(
+            vlm,
             f"attention of layers {missing} does not go through transformers' AttentionInterface"
-            " once per pass"
+            " once per pass",
         )
     for step, name in ((0, "prefill"), (1, "a cached step")):
         if worst[step] > tolerance:
-            fail(
+            _fail(
+                vlm,
                 f"captured attention times V differs from the attention output at {name} by"
-                f" {worst[step]:.1e} (relative; allowed {tolerance:.0e})"
+                f" {worst[step]:.1e} (relative; allowed {tolerance:.0e})",
             )
-    return found
+    return generation
 
 
-def _check_grid(vlm, batch, picture, fail):
-    grid = batch.grids[0]
-    if grid is None:
-        return None
-    boxed, tokens = grid.has_box, int((batch.groups[0] == GROUPS.index("vision")).sum())
+def _check_grid(vlm: VLM, batch: Batch, grid: PatchGrid, picture: Image.Image) -> str | None:
+    """Painting a cell changes most the vision token that the grid gives it, for about nine cells.
+    Returns a line about tokens without a box, or None."""
+    boxed = grid.has_box
+    tokens = int((batch.groups[0] == VISION).sum())
     if len(boxed) != tokens:
-        fail(f"{tokens} vision tokens, but a grid of {len(boxed)}")
-    changed, chosen = [], []
-    low, high = grid.boxes[:, :2], grid.boxes[:, 2:]
-    area = (high - low).prod(-1)
+        _fail(vlm, f"{tokens} vision tokens, but a grid of {len(boxed)}")
+    cells, painted = [], []
     for cell in boxed.nonzero()[0][:: max(1, int(boxed.sum()) // 9)].tolist():
-        x0, y0, x1, y1 = (round(v) for v in grid.boxes[cell])
-        x0, y0, x1, y1 = max(0, x0), max(0, y0), min(picture.width, x1), min(picture.height, y1)
-        if x1 > x0 and y1 > y0:  # else padding
-            chosen.append(cell)
-            changed.append(picture.copy())
-            changed[-1].paste((255, 0, 0), (x0, y0, x1, y1))
+        x0, y0, x1, y1 = (round(float(edge)) for edge in grid.boxes[cell])
+        box = (max(0, x0), max(0, y0), min(picture.width, x1), min(picture.height, y1))
+        if box[2] > box[0] and box[3] > box[1]:  # else padding
+            copy = picture.copy()
+            copy.paste((255, 0, 0), box)
+            cells.append(cell)
+            painted.append(copy)
     plain = vlm.vision(batch).pooler_output[0].float()
-    others = vlm.vision(vlm.encode([batch.samples[0]] * len(changed), changed)).pooler_output
-
-    def is_hit(
-        other, cell
-    ):  # among boxes of about its size, for a thumbnail's box lies over many of a tile's; one that is mostly the same place counts
-        alike = torch.from_numpy(boxed & (area > area[cell] / 2) & (area < area[cell] * 2)).to(
-            plain.device
-        )
-        most = int((other.float() - plain).norm(dim=-1).masked_fill(~alike, -1).argmax())
-        shared = (
-            (np.minimum(high[most], high[cell]) - np.maximum(low[most], low[cell])).clip(0).prod()
-        )
-        return most == cell or shared > 0.5 * area[cell]
-
-    hits = [is_hit(other, cell) for other, cell in zip(others, chosen, strict=True)]
-    if sum(hits) * 2 <= len(hits):
-        fail(
+    batch_of_painted = vlm.encode([batch.samples[0]] * len(painted), painted)
+    changed = vlm.vision(batch_of_painted).pooler_output
+    hits = sum(
+        _is_hit(grid, cell, (after.float() - plain).norm(dim=-1))
+        for after, cell in zip(changed, cells, strict=True)
+    )
+    if hits * 2 <= len(cells):
+        _fail(
+            vlm,
             "changing the pixels of a cell does not change most the vision token that the grid"
-            " gives it"
+            " gives it",
         )
     without = int((~boxed).sum())
-    return f"{without} of {tokens} vision tokens have no box of their own" if without else None
+    if not without:
+        return None
+    return f"{without} of {tokens} vision tokens have no box of their own"
+
+
+def _is_hit(grid: PatchGrid, cell: int, change: Tensor) -> bool:
+    """Whether the token that changed most is the cell's, or one whose box is mostly the same place.
+    Only boxes of about its size are asked, for a thumbnail's box lies over many of a tile's."""
+    low, high = grid.boxes[:, :2], grid.boxes[:, 2:]
+    area = (high - low).prod(-1)
+    alike = grid.has_box & (area > area[cell] / 2) & (area < area[cell] * 2)
+    unlike = ~torch.from_numpy(alike).to(change.device)
+    most = int(change.masked_fill(unlike, -1).argmax())
+    shared = (np.minimum(high[most], high[cell]) - np.maximum(low[most], low[cell])).clip(0).prod()
+    return most == cell or bool(shared > 0.5 * area[cell])

@@ -1,27 +1,31 @@
-"""How the picture enters the decoder: its features as inputs, the pass over the prompt."""
+"""How the picture enters the decoder: its features as inputs, the pass over the prompt.
+
+Shapes: B rows of a batch, T prompt length with padding, P vision tokens of a sample, N of a batch,
+d width.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from vlmdiag.batch import joined
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import VISION
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from jaxtyping import Bool, Float
+    from transformers import Cache, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from vlmdiag.batch import Batch
     from vlmdiag.types import VLM, ImageFeatures
-
-
-def _takes(model, name):
-    return name in inspect.signature(model.forward).parameters
 
 
 def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
@@ -61,60 +65,72 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     return features
 
 
-def entries(vlm, features):
+def entries(vlm: VLM, features: ImageFeatures) -> list[list[Tensor]]:
     """Where the decoder gets the picture, as lists (P, d) per sample that may be changed in place:
     its input and, with deepstack, its first layers."""
-    return [features.pooler_output, *(features.deepstack_features if vlm.family.deepstack else ())]
+    deepstack = features.deepstack_features if vlm.family.deepstack else []
+    return [features.pooler_output, *deepstack]
 
 
-def entered(vlm, features):
-    """What the decoder gets for each vision token of a batch, (N, d); with deepstack (N, (1 + K)
-    d): behind the input what is added to the outputs of the first K layers."""
+def entered(vlm: VLM, features: ImageFeatures) -> Float[Tensor, "N d_in"]:
+    """What the decoder gets for each of the N vision tokens of a batch: (N, d); with deepstack (N,
+    (1 + K) d), behind the input what is added to the outputs of the first K layers."""
     return torch.cat([torch.cat(list(tokens)) for tokens in entries(vlm, features)], -1)
 
 
-def embeddings(vlm, batch, features=None):
-    """What the decoder reads: token embeddings with the image features in their places, (B, T, d).
-    UsageError where that is not all that it gets."""
+def embeddings(
+    vlm: VLM, batch: Batch, features: ImageFeatures | None = None
+) -> Float[Tensor, "B T d"]:
+    """What the decoder reads: token embeddings with the image features in their places. UsageError
+    where that is not all that it gets."""
     if vlm.family.deepstack:
         raise UsageError(
             f"{vlm.path}: {vlm.family.name} adds the picture in its decoder's first layers too"
             " (deepstack), so embeddings alone do not show it"
         )
-    with entering(
-        vlm, batch, entered(vlm, vlm.vision(batch) if features is None else features)
-    ) as embeds:
+    if features is None:
+        features = vlm.vision(batch)
+    with entering(vlm, batch, entered(vlm, features)) as embeds:
         return embeds
 
 
 @contextlib.contextmanager
-def entering(vlm, batch, rows):
-    """The decoder's inputs (B, T, d) with rows (N, d) or (N, (1 + K) d), see entered(), for the
-    vision tokens of the batch. With deepstack they hold within the context only, see deepened()."""
-    embeds, seen = vlm.model.get_input_embeddings()(batch.input_ids), batch.groups == VISION
+def entering(
+    vlm: VLM, batch: Batch, vision: Float[Tensor, "N d_in"]
+) -> Iterator[Float[Tensor, "B T d"]]:
+    """The decoder's inputs with given vectors for the vision tokens of the batch, in the form of
+    entered(). With deepstack they hold within the context only, see deepened()."""
+    embeds = vlm.model.get_input_embeddings()(batch.input_ids)
+    in_picture = batch.groups == VISION
     width = embeds.shape[-1]
-    with deepened(vlm, seen, rows[:, width:]):
-        yield embeds.masked_scatter(seen[..., None], rows[:, :width].to(embeds))
+    with deepened(vlm, in_picture, vision[:, width:]):
+        yield embeds.masked_scatter(in_picture[..., None], vision[:, :width].to(embeds))
 
 
 @contextlib.contextmanager
-def deepened(vlm, seen, rows):
-    """Within the context rows (N, K d) are added to the outputs of the first K layers at the N
-    places of seen (B, T), in passes over (B, T) positions."""
+def deepened(
+    vlm: VLM, in_picture: Bool[Tensor, "B T"], vision: Float[Tensor, "N K*d"]
+) -> Iterator[None]:
+    """Within the context the K vectors of each of the N vision tokens are added to the outputs of
+    the first K layers at its place, in passes over all T positions."""
 
-    def add(module, args, output, own):
-        states = output[0] if isinstance(output, tuple) else output
-        if states.shape[:2] != seen.shape:  # a later step
-            return None
-        here = seen.to(states.device)[..., None]
-        states = states + torch.zeros_like(states).masked_scatter(here, own.to(states))
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+    def adding(vectors: Float[Tensor, "N d"]) -> Callable[..., object]:
+        def add(module: nn.Module, args: tuple[object, ...], output: Any) -> object:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.shape[:2] != in_picture.shape:  # a later step
+                return None
+            places = in_picture.to(states.device)[..., None]
+            added = torch.zeros_like(states).masked_scatter(places, vectors.to(states))
+            states = states + added
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        return add
 
     width = vlm.model.get_input_embeddings().weight.shape[1]
-    parts = rows.split(width, -1) if rows.shape[1] else ()
+    of_layers = vision.split(width, -1) if vision.shape[1] else ()
     hooks = [
-        vlm.parts.layers[layer].register_forward_hook(lambda *all, own=own: add(*all, own))
-        for layer, own in enumerate(parts)
+        layer.register_forward_hook(adding(vectors))
+        for layer, vectors in zip(vlm.parts.layers, of_layers)
     ]
     try:
         yield
@@ -123,42 +139,51 @@ def deepened(vlm, seen, rows):
             hook.remove()
 
 
-def more_inputs(vlm, batch, start=0):
+def more_inputs(vlm: VLM, batch: Batch, start: int = 0) -> dict[str, Tensor]:
     """What else the model's forward takes over the prompts from position `start` on, {name: (B, T -
     start)}."""
-    return (
-        {name: value[..., start:] for name, value in vlm.family.inputs(vlm, batch).items()}
-        if vlm.family.inputs
-        else {}
-    )
+    if vlm.family.inputs is None:
+        return {}
+    return {name: value[..., start:] for name, value in vlm.family.inputs(vlm, batch).items()}
 
 
-def prefill(vlm, batch, features=None, cache=None, embeds=None):
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def prefill(
+    vlm: VLM,
+    batch: Batch,
+    features: ImageFeatures | None = None,
+    cache: Cache | None = None,
+    embeds: Float[Tensor, "B T d"] | None = None,
+) -> CausalLMOutputWithPast:
     """One pass over the prompt. Returns the model's output with a cache.
 
-    features: vlm.vision(batch) if it was computed before. embeds (B, T, d): inputs in place of the
-    batch's own, see embeddings(). cache: keys and values of the first positions, which are not
-    computed again (see first_positions); the rest runs."""
+    features: vlm.vision(batch) if it was computed before. embeds: inputs in place of the batch's
+    own, see embeddings(). cache: keys and values of the first positions, which are not computed
+    again (see prefix.first_positions()); the others are.
+    """
     start = 0 if cache is None or embeds is None else cache.get_seq_length()
-    positions = batch.position_ids[..., start:].contiguous()  # some models take a view of them
-    options = {
+    options: dict[str, Any] = {
         "attention_mask": batch.attention_mask,
-        "position_ids": positions,
+        # contiguous, because some models take a view of them
+        "position_ids": batch.position_ids[..., start:].contiguous(),
         "use_cache": True,
         "past_key_values": cache,
+        **more_inputs(vlm, batch, start),
     }
-    options |= more_inputs(vlm, batch, start)
     if _takes(vlm.model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     if embeds is not None:
         return vlm.model(inputs_embeds=embeds[:, start:], **options)
-    features = vlm.vision(batch) if features is None else features
-    if _takes(vlm.model, "mm_encoder_outputs"):
-        if getattr(features, "was_tensor", False):
-            features = SimpleNamespace(
-                **dict(features) | {"pooler_output": torch.cat(features.pooler_output)}
-            )
-        return vlm.model(
-            input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, **options
-        )
-    return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
+    if features is None:
+        features = vlm.vision(batch)
+    if not _takes(vlm.model, "mm_encoder_outputs"):
+        return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
+    encoded: object = features
+    if features.was_tensor:
+        fields = dict(cast(Any, features))
+        fields["pooler_output"] = torch.cat(features.pooler_output)
+        encoded = SimpleNamespace(**fields)
+    return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": encoded}, **options)

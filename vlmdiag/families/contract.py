@@ -1,0 +1,152 @@
+"""What the tools know of a model family: where its parts are, how its prompt and image grid are
+laid out, what it has and lacks.
+
+A family is data and a few small functions; those that take `vlm` get the loaded model
+(vlmdiag.types.VLM). Shapes: B rows of a batch, T prompt length with padding, P vision tokens of one
+sample, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float, Int
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.types import VLM
+
+Config = dict[str, Any]  # config.json
+Inputs = Mapping[str, Tensor]  # image inputs of one sample, or joined of a batch
+Size = tuple[int, int]  # width, height of a picture
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Modules of a loaded model. `decoder` is the module that gets inputs_embeds and
+    position_ids."""
+
+    decoder: PreTrainedModel
+    layers: list[nn.Module]
+    norm: nn.Module
+    lm_head: nn.Module
+    tower: nn.Module | None
+    connector: nn.Module | None
+    # where the vision tokens are queries that read the tower's output
+    qformer: QFormer | None = None
+    # the tower's blocks, where its positions are the vision tokens' (Family.sources), or what a
+    # QFormer reads
+    vision_blocks: Sequence[nn.Module] = ()
+
+
+@dataclass(frozen=True)
+class QFormer:
+    """Attention modules between patches and vision tokens.
+
+    P: patches; S: vision sequence, the patches and, first, CLS where `cls` is True; q: queries; m:
+    instruction tokens behind them. Each list has one module per layer; a module's call gives
+    (output, weights), weights only with eager attention. A module that is in both lists has one map
+    (B, H, q, q + S) over the queries and, behind them, S.
+    """
+
+    queries: int  # q: the first q vision tokens; those behind them are made of no patch
+    self_attention: list[nn.Module]  # (B, H, q + m, q + m)
+    # (B, H, q, S): instruction tokens do not read the picture; None in layers without
+    cross_attention: list[nn.Module | None]
+    cls: bool
+    # name in Batch.image_rows of the instruction's ids (1, m) by the processor's
+    # qformer_tokenizer; None: m = 0
+    instruction: str | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: dimension j turns with j + h (half-split) by position * inv_freq[j];
+    dimensions past 2h do not turn."""
+
+    inv_freq: Float[Tensor, " h"]
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First and second half of the dimensions that turn, and those that do not, float32."""
+        half = len(self.inv_freq)
+        return x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :].float()
+
+    def turn(self, x: Float[Tensor, "... D"], delta: float) -> Float[Tensor, "... D"]:
+        """x rotated by `delta` positions, in float32."""
+        angle = delta * self.inv_freq.to(x.device)
+        a, b, still = self._halves(x)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, still], -1)
+
+    def rate(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Derivative of turn(x, delta) with respect to delta at 0."""
+        speed = self.inv_freq.to(x.device)
+        a, b, still = self._halves(x)
+        return torch.cat([-b * speed, a * speed, torch.zeros_like(still)], -1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models. `has` names its capabilities: decoder-only, causal, rotary, grid,
+    square-pad (models/README.md)."""
+
+    name: str
+    model_types: tuple[str, ...]  # config.model_type
+
+    # --- which models are of this family, and how they are loaded ---
+    # config.architectures, for types that share a model_type
+    architectures: tuple[str, ...] = ()
+    # where types and architectures do not decide
+    recognises: Callable[[Config], bool] | None = None
+    # where it depends on the text model what such a model has
+    variant: Callable[[Config], Family] | None = None
+    # (folder) -> config, for folders without a config.json; None: not of this family
+    reads: Callable[[str], Config | None] | None = None
+    # (path, config.json) -> config, for layouts that transformers does not read
+    read_config: Callable[[str, Config], PreTrainedConfig] | None = None
+    # (path, config, **options) -> model and processor
+    load: Callable[..., tuple[PreTrainedModel, ProcessorMixin]] | None = None
+    parts: Callable[[PreTrainedModel], Parts] | None = None
+
+    # --- the prompt ---
+    # (vlm) -> system prompt where the user gives none, or None
+    default_system: Callable[[VLM], str | None] | None = None
+    # (vlm, question, system) -> text, for processors without a chat template
+    prompt: Callable[[VLM, str, str | None], str] | None = None
+    # token strings that stand around or between image tokens
+    markup: tuple[str, ...] = ()
+    # (vlm, prompt) -> more image inputs of one sample, {name: (1, m)}, for connectors that read it
+    read_text: Callable[[VLM, str], dict[str, Tensor]] | None = None
+    # (vlm, ids (B, T), mask (B, T), image inputs) -> positions as the model takes them, next (B,)
+    positions: (
+        Callable[[VLM, Tensor, Tensor, Inputs], tuple[Int[Tensor, "... B T"], Int[Tensor, " B"]]]
+        | None
+    ) = None
+    # (vlm, batch) -> more inputs of the forward over a prompt, {name: (B, T)}: token types, masks
+    inputs: Callable[[VLM, Batch], dict[str, Tensor]] | None = None
+
+    # --- where vision tokens come from ---
+    # (vlm, picture size, image inputs of one sample) -> a box per vision token; None: unknown
+    grid: Callable[[VLM, Size, Inputs], PatchGrid | None] | None = None
+    # the same for the tower's patches, where vision tokens are mixed from them
+    patches: Callable[[VLM, Size, Inputs], PatchGrid] | None = None
+    # (vlm, picture size, image inputs) -> (P, k) positions in the tower's output that a vision
+    # token is made of, its tiles one after the other with their CLS, -1 where there are fewer;
+    # None: one position each, in the same order, behind a CLS or not
+    sources: Callable[[VLM, Size, Inputs], Int[np.ndarray, "P k"]] | None = None
+    # features.deepstack_features are added to the outputs of the decoder's first layers
+    deepstack: bool = False
+
+    # (vlm) -> how positions turn queries and keys; None: no rotary positions
+    rotary: Callable[[VLM], Rotary | None] | None = None
+    has: frozenset[str] = field(default_factory=lambda: frozenset({"decoder-only"}))
+    file: Path | None = None  # a user's own file, set where it is found
