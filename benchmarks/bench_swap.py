@@ -58,6 +58,7 @@ from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import engine, rundirs
 from vlmdiag.swap import pairs, states
+from vlmdiag.swap.relations import OPPOSITE
 
 TOLERANCE = 1e-4  # of the largest state of a layer
 PUBLISHED_TOKENS, PUBLISHED_PAIRS, TOKENS, WORD = 20, 2, 8, "far"
@@ -268,9 +269,9 @@ def contains(text, category):
     before any of the opposite. Plain substrings."""
     first = {
         name: min([at for at in map(text.lower().find, SUBSTRINGS[name]) if at >= 0], default=-1)
-        for name in (category, pairs.OPPOSITE[category])
+        for name in (category, OPPOSITE[category])
     }
-    wanted, other = first[category], first[pairs.OPPOSITE[category]]
+    wanted, other = first[category], first[OPPOSITE[category]]
     return wanted >= 0 and (other < 0 or wanted < other)
 
 

@@ -15,11 +15,13 @@ import common
 from data import make_shapes
 from swap_analysis import spatial_tunnel
 from tests.conftest import ROOT, in_process
+from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
 from vlmdiag.model import prompts
 from vlmdiag.pictures.samples import load_image
 from vlmdiag.runs import rundirs
 from vlmdiag.scenes import tunnel
+from vlmdiag.swap import tunnel_scores
 
 score = in_process(ROOT / "swap_analysis" / "spatial_tunnel.py")
 plot = in_process(ROOT / "swap_analysis" / "spatial_tunnel_plot.py")
@@ -106,8 +108,8 @@ def spelled(vlm, word):
 def test_p_is_that_of_the_whole_prompt_through_the_plain_model(tunnels, load, name):
     vlm = common.load_model(TINY, self_check=False) if name == "tiny-llava" else load(name)
     items, _ = spatial_tunnel.read_set(tunnels, 3)
-    words = spatial_tunnel.yes_no_ids(vlm, prompts.prompt_for(vlm, "QUESTION")[0])
-    found = spatial_tunnel.make_process(vlm, words)(
+    words = tunnel_scores.yes_no_ids(vlm, prompts.prompt_for(vlm, "QUESTION")[0])
+    found = tunnel_scores.make_process(vlm, words)(
         [(item, load_image(item.image)) for item in items]
     )
     yes, no = spelled(vlm, "Yes"), spelled(vlm, "No")
@@ -153,7 +155,7 @@ def test_the_tower_runs_once_a_picture_and_the_beginning_once(tunnels, load, mon
         lambda module, args: passes.append(tuple(args[0].shape[:2]))
     )
     try:
-        spatial_tunnel.first_logits(
+        tunnel_scores.first_logits(
             vlm,
             [load_image(item.image) for item in items],
             [[asked["question"] for asked in item.entry["questions"]] for item in items],
@@ -175,7 +177,7 @@ def test_prompts_that_share_no_beginning_are_passed_whole(tunnels, load, monkeyp
     if change == "question before the picture":
         monkeypatch.setitem(vlm.options, "prompt_template", "USER: {question} {image} ASSISTANT:")
     whole = [
-        spatial_tunnel.first_logits(vlm, asked[0], [[texts[k], texts[k]] for texts in asked[1]])[
+        tunnel_scores.first_logits(vlm, asked[0], [[texts[k], texts[k]] for texts in asked[1]])[
             :, 0
         ]
         for k in range(4)
@@ -186,7 +188,7 @@ def test_prompts_that_share_no_beginning_are_passed_whole(tunnels, load, monkeyp
     monkeypatch.setattr(
         type(vlm), "vision", lambda self, batch: towers.append(len(batch.pictures)) or vision(batch)
     )
-    found = spatial_tunnel.first_logits(vlm, *asked)
+    found = tunnel_scores.first_logits(vlm, *asked)
     assert torch.stack(whole, 1).allclose(found, atol=1e-4, rtol=0) and towers == [2]
 
 
@@ -200,8 +202,8 @@ def test_words_that_begin_alike_are_refused(load):
     class Model:
         path, tokenizer, eos_ids = "bare", Bare(), {2}
 
-    with pytest.raises(spatial_tunnel.UsageError, match="Yes and No begin with the same token"):
-        spatial_tunnel.yes_no_ids(Model(), "ASSISTANT:")
+    with pytest.raises(UsageError, match="Yes and No begin with the same token"):
+        tunnel_scores.yes_no_ids(Model(), "ASSISTANT:")
 
 
 # ---- the command ----
@@ -370,7 +372,7 @@ def planted(part="angles", instances=2):
 
 
 def test_planted_records_give_the_planted_summary():
-    summary = spatial_tunnel.summarize(planted())
+    summary = tunnel_scores.summarize(planted())
     means = {
         name: cell["mean"] for name, cell in summary.items() if isinstance(cell.get("mean"), float)
     }
@@ -420,7 +422,7 @@ def test_rows_of_the_cells_are_the_far_object():
     records = planted(instances=1)
     for record in records:
         record["v_each"] = [record["cell"][0] / 16 + record["cell"][1] / 1000] * 4
-    cells = np.array(spatial_tunnel.summarize(records)["cells"]["mean"])
+    cells = np.array(tunnel_scores.summarize(records)["cells"]["mean"])
     assert cells[3, 5] == pytest.approx(3 / 16 + 0.005) and cells[15, 0] == pytest.approx(15 / 16)
 
 
@@ -440,7 +442,7 @@ def test_the_sweep_is_averaged_by_size_over_scenes():
                 "answers": ["No", "Yes"] * 2,
             }
             rows.append(row | {"v_each": [values[instance, column]] * 4})
-    found = spatial_tunnel.summarize(rows)["sizes"]
+    found = tunnel_scores.summarize(rows)["sizes"]
     wanted = stats.mean_interval(values)
     assert found["s1"][0] == 0.1 and found["s1"][-1] == 0.3 and len(found["s1"]) == 11
     assert (
@@ -454,7 +456,7 @@ def test_the_sweep_is_averaged_by_size_over_scenes():
 def test_the_gap_has_the_interval_of_two_independent_groups():
     rng = np.random.default_rng(1)
     high, low = rng.normal(0.8, 0.1, 300), rng.normal(0.5, 0.2, 200)
-    found = spatial_tunnel.gap_of(high, low)
+    found = tunnel_scores.gap_of(high, low)
     error = np.sqrt(high.var() / 300 + low.var() / 200)
     assert found["mean"] == pytest.approx(high.mean() - low.mean()) and found["n"] == [300, 200]
     assert (found["high"] - found["low"]) / 2 == pytest.approx(1.96 * error, rel=0.08)
@@ -465,9 +467,9 @@ def test_pictures_without_a_number_are_left_out_and_counted():
     for record in records[:10]:
         record["v_each"] = [None] * 4
     records[20]["v_each"][0] = None  # one question of four
-    summary = spatial_tunnel.summarize(records)
+    summary = tunnel_scores.summarize(records)
     assert summary["v"]["n"] == 246 and np.array(summary["cells"]["n"]).sum() == 246
-    assert spatial_tunnel.summarize([])["v"]["n"] == 0
+    assert tunnel_scores.summarize([])["v"]["n"] == 0
 
 
 # ---- figures ----

@@ -15,6 +15,7 @@ from PIL import Image
 from data import make_shapes
 from vlmdiag.cli import UsageError
 from vlmdiag.swap import pairs
+from vlmdiag.swap.relations import CATEGORIES, GROUP_OF
 from vlmdiag.swap.states import make_process, open_states
 
 SHAPES = ("Is the red circle to the left or right of the blue square?", "left")
@@ -75,7 +76,7 @@ def test_both_tables_of_the_shapes_give_the_same_directional_pairs(shapes):
             twin["image_id"],
         )
     for pair in ready + other:
-        assert pair["group"] == pairs.GROUPS[pair["category"]] and len(set(pair["questions"])) == 2
+        assert pair["group"] == GROUP_OF[pair["category"]] and len(set(pair["questions"])) == 2
         assert (
             pair["objects"][0] in pair["questions"][0]
             and pair["objects"][1] in pair["questions"][0]
@@ -158,7 +159,7 @@ def test_rows_that_give_no_pair_are_reported_and_none_stays_text(tmp_path):
 def test_the_limit_is_drawn_by_the_seed(shapes):
     one, left_out = pairs.read_pairs(shapes / "swap_pairs_ready.tsv", seed=1, limit=2)
     assert (
-        all(sum(pair["category"] == category for pair in one) == 2 for category in pairs.CATEGORIES)
+        all(sum(pair["category"] == category for pair in one) == 2 for category in CATEGORIES)
         and left_out
     )
     assert [pair["id"] for pair in one] == [

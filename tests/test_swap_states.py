@@ -21,6 +21,7 @@ from vlmdiag.model.probes import Probe
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import engine, rundirs
 from vlmdiag.swap import pairs, states
+from vlmdiag.swap.relations import OPPOSITE
 
 LAYERS = [0, 2, 3]
 
@@ -145,9 +146,9 @@ def assert_plain(vlm, work, found):
                     category: logits[first_ids(vlm, item.pair["questions"][k], forms)].logsumexp(0)
                     for category, forms in pairs.spellings(item.pair).items()
                 }
-                want = item.pair["category"] if k == 0 else pairs.OPPOSITE[item.pair["category"]]
+                want = item.pair["category"] if k == 0 else OPPOSITE[item.pair["category"]]
                 assert record[f"margin_{name}"] == pytest.approx(
-                    (mass[want] - mass[pairs.OPPOSITE[want]]).item(), abs=1e-3
+                    (mass[want] - mass[OPPOSITE[want]]).item(), abs=1e-3
                 )
         if item.id in quads:
             quad = quads[item.id]

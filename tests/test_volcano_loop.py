@@ -13,7 +13,7 @@ from tests.conftest import ROOT, in_process
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
-from vlmdiag.model.prefix import first_positions, padded_after, shared_start
+from vlmdiag.model.prefix import SharedPicture, after_picture, first_positions
 from vlmdiag.model.probes import ImageAttention
 from vlmdiag.model.vision import embeddings
 from vlmdiag.pictures.samples import Sample
@@ -95,9 +95,8 @@ def test_the_streamed_attention_is_that_of_the_eager_maps(load, batch_of, name):
 def test_a_shared_prefix_changes_nothing(load, batch_of, pictures, name):
     vlm = load(name)
     batch = batch_of(vlm)
-    start = shared_start([batch])
+    moved, start = after_picture(batch)
     assert start > 144 and (batch.groups[:, :5] == -1).any()
-    moved = padded_after(batch, start)
     assert (moved.groups[:, :start] == moved.groups[0, :start]).all() and moved.groups[
         0, start - 1
     ] == GROUPS.index("vision")
@@ -109,7 +108,9 @@ def test_a_shared_prefix_changes_nothing(load, batch_of, pictures, name):
         "Is it?",
     ]
     samples = [Sample(str(i), None, question) for i, question in enumerate(questions)]
-    again = padded_after(vlm.encode([samples[2], samples[0]], [pictures[2], pictures[0]]), start)
+    again, _ = after_picture(
+        vlm.encode([samples[2], samples[0]], [pictures[2], pictures[0]]), start
+    )
     rows = torch.tensor([2, 0])
     with torch.no_grad():
         features = vlm.vision(again)
@@ -125,12 +126,27 @@ def test_a_shared_prefix_changes_nothing(load, batch_of, pictures, name):
     )
 
 
-def test_pictures_with_unlike_grids_share_no_start(load, batch_of):
-    batch = batch_of(load("qwen"))
-    assert (
-        len({len(batch.vision_positions(row)) for row in range(3)}) > 1
-        and shared_start([batch]) == 0
-    )
+@torch.inference_mode()
+def test_pictures_with_unlike_grids_share_too(load, batch_of, pictures):
+    vlm = load("qwen")
+    batch = batch_of(vlm)
+    assert len({len(batch.vision_positions(row)) for row in range(3)}) > 1
+    shared = SharedPicture(vlm, batch)
+    first, inputs = shared.ask(batch, [0, 1, 2])
+    assert inputs["cache"] is None
+    whole = generate(vlm, first, 5, **inputs)
+    assert whole.ids == generate(vlm, batch, 5).ids
+    shared.keep(whole.cache)
+    samples = [Sample(str(row), None, "Where is it?") for row in (2, 0)]
+    again = vlm.encode(samples, [pictures[2], pictures[0]])
+    going_on, inputs = shared.ask(again, [2, 0])
+    assert inputs["cache"].get_seq_length() == shared.start
+    found = generate(vlm, going_on, 5, **inputs)
+    plain = generate(vlm, again, 5)
+    assert found.ids == plain.ids
+    assert torch.allclose(found.first, plain.first, atol=1e-4)
+    # the same prompts about other pictures have nothing to go on from
+    assert shared.ask(again, [0, 2])[1]["cache"] is None
 
 
 def test_more_than_there_are_layers_is_refused(load, batch_of):

@@ -301,7 +301,7 @@ def slow_map(topk, t, k, p):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_weights_equal_a_slow_reference_for_every_k_up_to_the_stored_one(made, monkeypatch, k):
-    monkeypatch.setattr("visualize.tensors.STEPS_AT_ONCE", 3)
+    monkeypatch.setattr("vlmdiag.volcano.tensors.STEPS_AT_ONCE", 3)
     instance = read_instance(made, 8)
     for name, stage in instance.stages.items():
         slow = np.array(

@@ -19,34 +19,43 @@ that the model says it improved. --output-visualization-tensors: <output-dir>/<i
 text_attention_heatmap.py and image_attention_heatmap.py. analyze_attention_by_stage.py compares the
 stages, also without the published figure's length bias."""
 
+from __future__ import annotations
+
+import argparse
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
-from vlmdiag.answers import is_right, token_spans
 from vlmdiag.cli import UsageError
-from vlmdiag.figures import plots
-from vlmdiag.model.loading import identity_of
-from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures.samples import Sample, load_image, read_mmhal
-from vlmdiag.runs import engine, rundirs
-from vlmdiag.volcano.conversation import Asker, converse
-from vlmdiag.volcano.downloads import picture_of
-from vlmdiag.volcano.maps import counted, top_l_mean
-from vlmdiag.volcano.protocol import judged
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 EXPERIMENT = "volcano"
-STAGES = ("initial", "feedback", "revision")
 POOLS = ("top_k_mean", "mean", "max")
+# flags that the numbers depend on
+SETTINGS = (
+    "sample",
+    "temperature",
+    "seed",
+    "engineered_prompt",
+    "max_iterations",
+    "order",
+    "max_new_tokens",
+    "hidden_top_k",
+    "paper_compat",
+    "image_aspect",
+    "output_visualization_tensors",
+    "full_tensors",
+)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--model_path", default="kaist-ai/volcano-7b", help="folder or hub id")
     parser.add_argument(
@@ -143,294 +152,60 @@ def parse_args(argv=None):
     return args
 
 
-def read_instances(args):
+def read_instances(args: argparse.Namespace) -> list[Sample]:
     """Samples of the list that --instance-idx names, or all; id '<position>_<image id>', extra
     'index'."""
-    listed = read_mmhal(args.input, args.image_root)
-    wanted = range(len(listed))
+    samples = read_mmhal(args.input, args.image_root)
+    positions = list(range(len(samples)))
     if args.instance_idx is not None:
         try:
-            wanted = sorted({int(part) for part in args.instance_idx.split(",")})
+            positions = sorted({int(position) for position in args.instance_idx.split(",")})
         except ValueError:
             raise UsageError(
                 f"--instance-idx {args.instance_idx}: a comma list of positions was wanted, such as"
                 " 3,88"
             ) from None
-        if not wanted or wanted[0] < 0 or wanted[-1] >= len(listed):
+        if not positions or positions[0] < 0 or positions[-1] >= len(samples):
             raise UsageError(
-                f"--instance-idx {args.instance_idx}: {args.input} has {len(listed)} instances,"
+                f"--instance-idx {args.instance_idx}: {args.input} has {len(samples)} instances,"
                 " counted from 0"
             )
-    return [
-        Sample(
-            f"{i}_{listed[i].extra['image_id']}",
-            listed[i].image,
-            listed[i].question,
-            listed[i].answer,
-            listed[i].extra | {"index": i},
-        )
-        for i in wanted
-    ]
+    instances = []
+    for position in positions:
+        sample = samples[position]
+        extra = sample.extra | {"index": position}
+        instances.append(replace(sample, id=f"{position}_{sample.extra['image_id']}", extra=extra))
+    return instances
 
 
-def read_given(path, instances):
+def read_given(path: str, instances: Sequence[Sample]) -> dict[str, str]:
     """{sample id: initial answer} of --answers."""
     try:
-        given = {
-            str(entry["image_id"]): str(entry["answer"])
-            for entry in json.loads(Path(path).read_text())
-        }
+        entries = json.loads(Path(path).read_text())
+        answers = {str(entry["image_id"]): str(entry["answer"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--answers {path}: a JSON list of objects with image_id and answer was wanted"
             f" ({error})"
         ) from error
-    missing = [
-        sample.id
-        for sample in instances
-        if not given.get(str(sample.extra["image_id"]), "").strip()
-    ]
+    given = {sample.id: answers.get(str(sample.extra["image_id"]), "") for sample in instances}
+    missing = [sample_id for sample_id, answer in given.items() if not answer.strip()]
     if missing:
         raise UsageError(
             f"--answers {path} has no answer for {len(missing)} instances, such as {missing[0]}"
         )
-    return {sample.id: given[str(sample.extra["image_id"])] for sample in instances}
+    return given
 
 
-# --- measuring ------------------------------------------------------------------------------------
-
-
-def make_process(args, vlm, given):
-    @torch.inference_mode()
-    def process(loaded):
-        samples, images = zip(*loaded, strict=True)
-        ask = Asker(args, vlm, samples, images)
-        talks = converse(args, ask, samples, given)
-        return [
-            result(sample, talk, grid)
-            for sample, talk, grid in zip(samples, talks, ask.grids, strict=True)
-        ]
-
-    def told(answer):
-        text, spans = token_spans(
-            answer.ids,
-            lambda some: vlm.tokenizer.decode(
-                some, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
-        )
-        special = set(vlm.tokenizer.all_special_ids)
-        tokens = [
-            vlm.tokenizer.decode([i]) if i in special else text[a:b]
-            for i, (a, b) in zip(answer.ids, spans, strict=True)
-        ]
-        facts = {
-            "text": text,
-            "tokens": tokens,
-            "spans": [list(span) for span in spans],
-            "ids": answer.ids,
-            "ended": answer.ended,
-            "prompt": answer.prompt,
-        }
-        return facts | {
-            "prompt_tokens": answer.prompt_tokens,
-            "vision_tokens": answer.attention["mean"].shape[1],
-        }
-
-    def result(sample, talk, grid):
-        extra = {name: sample.extra[name] for name in ("index", "image_id", "image_src")}
-        record = extra | {
-            "image": str(sample.image),
-            "question": sample.question,
-            "gold_answer": sample.answer,
-            "caption": talk.current,
-        }
-        record |= {
-            "outputs": talk.outputs,
-            "feedback": talk.feedbacks,
-            "revision": talk.revisions,
-            "stop_iter": talk.stop_iter,
-        }
-        record |= {
-            "decisions": talk.decisions,
-            "accepted": talk.accepted,
-            "enhanced": bool(talk.accepted),
-            "given": given is not None,
-        }
-        told_of = {"initial": talk.outputs[0], "revision": talk.revisions[0], "final": talk.current}
-        record["correct"] = {
-            name: judged(text, sample.answer, is_right) for name, text in told_of.items()
-        }
-        record["grid"] = grid and {"shape": grid.shape, "size": grid.size}
-        stages = {name: getattr(talk, name) for name in STAGES}
-        record["stages"] = {name: answer and told(answer) for name, answer in stages.items()}
-        arrays = {} if grid is None else {"boxes": grid.boxes}
-        for name, answer in stages.items():
-            if answer is not None:
-                top = answer.attention["topk"]  # (T, k, H, P)
-                heads = np.sort(top.mean(1), axis=1)[:, -args.hidden_top_k :].mean(1)
-                arrays |= {
-                    f"{name}_top_k_mean": heads,
-                    f"{name}_mean": answer.attention["mean"],
-                    f"{name}_max": answer.attention["max"],
-                }
-                if args.output_visualization_tensors:
-                    arrays[f"{name}_topk"] = top
-                if args.full_tensors:
-                    arrays[f"{name}_layers"] = answer.attention["layers"]
-        return record, arrays
-
-    return process
-
-
-# --- what comes out -------------------------------------------------------------------------------
-
-
-def write_tensors(args, run, sample, vision):
-    """<output-dir>/<idx>_<image_id>/visualization_tensors.npz and tokens.json of one instance."""
-    record, arrays = run.record(sample.id), run.arrays(sample.id)
-    folder = Path(args.output_dir) / sample.id
-    kept = {
-        name: array
-        for name, array in arrays.items()
-        if name == "boxes" or name.endswith(("_topk", "_layers"))
-    }
-    names = ("index", "image_id", "image", "question", "gold_answer", "accepted", "stages", "grid")
-    content = {
-        "schema": 1,
-        "model": run.meta["settings"]["model_name"],
-        "hidden_top_k": run.meta["settings"]["hidden_top_k"],
-        "vision_encoder": vision,
-    }
-    rundirs.write_npz(folder / "visualization_tensors.npz", kept)
-    own = {name: record[name] for name in names} | {"image": os.path.abspath(record["image"])}
-    rundirs.write_json(folder / "tokens.json", content | own)
-
-
-def write_log(args, run, instances):
-    """--log: one object per finished instance, in the list's order."""
-    names = (
-        "image_id",
-        "image_src",
-        "question",
-        "gold_answer",
-        "outputs",
-        "feedback",
-        "revision",
-        "stop_iter",
-        "accepted",
-        "decisions",
-        "correct",
-    )
-    rows = [
-        {name: run.record(sample.id)[name] for name in names}
-        for sample in instances
-        if run.is_done(sample.id)
-    ]
-    rundirs.write_json(args.log, rows)
-    print(f"wrote {args.log}")
-
-
-def print_counts(run, instances):
-    """What became of right and wrong first answers, in the first revision and in the final answer,
-    where the gold answer tells."""
-    found = [run.record(sample.id)["correct"] for sample in instances if run.is_done(sample.id)]
-    for name in ("revision", "final"):
-        pairs = [
-            (one["initial"], one[name]) for one in found if None not in (one["initial"], one[name])
-        ]
-        counts = {
-            words: pairs.count(pair)
-            for words, pair in (
-                ("right stayed right", (True, True)),
-                ("right made wrong", (True, False)),
-                ("wrong made right", (False, True)),
-                ("wrong stayed wrong", (False, False)),
-            )
-        }
-        print(
-            f"initial answer to {name}:"
-            f" {', '.join(f'{count} {words}' for words, count in counts.items())}"
-            f" ({len(found) - len(pairs)} not judged)"
-        )
-
-
-def draw_average(args, run, instances):
-    """The published figure: per patch the mean of the l largest steps (l: the shorter of initial
-    answer and critique, without stop tokens), averaged over the instances in which the model
-    preferred a revision."""
-    maps, shape = {name: [] for name in STAGES}, None
-    done = [sample.id for sample in instances if run.is_done(sample.id)]
-    for id in done:
-        record = run.record(id)
-        own = {
-            name: counted(len(part["tokens"]), part["ended"])
-            for name, part in record["stages"].items()
-            if part
-        }
-        if (
-            not record["enhanced"]
-            or not record["grid"]
-            or not record["grid"]["shape"]
-            or min(own.values()) < 1
-        ):
-            continue
-        if shape not in (None, record["grid"]["shape"]):
-            continue  # another grid cannot be averaged with the first
-        shape, arrays = record["grid"]["shape"], run.arrays(id)
-        for name, steps in own.items():
-            values = arrays[f"{name}_{args.pool_method}"][:steps]
-            maps[name].append(top_l_mean(values, min(steps, own["initial"], own["feedback"])))
-    count = len(maps["initial"])
-    print(
-        f"{count} of {len(done)} instances have an accepted revision and a regular grid of one"
-        " shape"
-    )
-    if not count:
-        print("so there is no averaged map to draw")
-        return
-    fig, axes = plots.plt.subplots(1, 3, figsize=(11, 3.9))
-    means = {
-        name: np.mean(parts, 0)[: shape[0] * shape[1]].reshape(shape)
-        for name, parts in maps.items()
-    }
-    low, high = (
-        min(mean.min() for mean in means.values()),
-        max(mean.max() for mean in means.values()),
-    )
-    for ax, (name, mean) in zip(axes, means.items()):
-        image = plots.heatmap(
-            ax,
-            mean,
-            f"{name.capitalize()} (mean {mean.mean():.4f})",
-            low,
-            high,
-            "patch column",
-            "patch row",
-        )
-        ax.set_aspect("equal")
-    fig.colorbar(
-        image,
-        ax=axes,
-        label=(
-            f"attention to the patch, {args.pool_method.replace('_', '-')}\nover layers and heads,"
-            " top-l over tokens"
-        ),
-    )
-    fig.suptitle(
-        f"{run.label}: {count} instances in which the model preferred its revision", fontsize=10
-    )
-    tag = ("sample" if args.sample else "greedy") + "_engineered" * args.engineered_prompt
-    plots.save(
-        fig,
-        Path(args.output_dir) / f"{tag}_image_attention_{args.pool_method}",
-        run.meta["settings"] | {"instances": count},
-    )
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     instances = read_instances(args)
     given = read_given(args.answers, instances) if args.answers else None
+    from vlmdiag.figures import plots
+    from vlmdiag.runs.experiment import run_experiment
+    from vlmdiag.volcano import figures, records
+    from vlmdiag.volcano.downloads import picture_of
+
     vlm = load_from_args(args)
     vlm.need("decoder-only")
     if args.hidden_top_k > len(vlm.parts.layers):
@@ -438,40 +213,8 @@ def main(argv=None):
             f"--hidden-top-k {args.hidden_top_k}: {args.model_path} has {len(vlm.parts.layers)}"
             " layers"
         )
-    names = (
-        "sample",
-        "temperature",
-        "seed",
-        "engineered_prompt",
-        "max_iterations",
-        "order",
-        "max_new_tokens",
-        "hidden_top_k",
-        "paper_compat",
-        "image_aspect",
-    )
-    names += ("output_visualization_tensors", "full_tensors")
-    identity = identity_of(vlm)
-    identity |= {
-        "prompt": prompt_for(vlm, "QUESTION")[0],
-        "input": Path(args.input).name,
-        "answers": args.answers and Path(args.answers).name,
-    }
-    identity |= {name: getattr(args, name) for name in names}
-    free = {
-        "model_path": args.model_path,
-        "input_file": args.input,
-        "batch_size": args.batch_size,
-        "device": str(vlm.device),
-    }
-    where = rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name)
-    run = rundirs.open_run(where, EXPERIMENT, identity, free, args.overwrite)
-    print(
-        f"{run.path}: {len(instances)} instances, {vlm.family.name} on {vlm.device},"
-        f" {identity['dtype']}"
-    )
 
-    def load(sample):
+    def load(sample: Sample) -> tuple[Sample, Image]:
         path = picture_of(
             sample.extra["image_src"],
             args.image_root or Path(args.input).parent,
@@ -480,41 +223,50 @@ def main(argv=None):
         )
         return replace(sample, image=path), load_image(path)
 
-    process = make_process(args, vlm, given)
-    counts = engine.run_items(
-        run,
+    settings = {"input": Path(args.input).name, "answers": args.answers and Path(args.answers).name}
+    settings |= {name: getattr(args, name) for name in SETTINGS}
+    outcome = run_experiment(
+        args,
+        vlm,
+        EXPERIMENT,
         instances,
         load,
-        process,
-        args.batch_size,
-        args.shard,
-        args.num_workers,
+        records.make_process(args, vlm, given),
+        settings,
+        {"input_file": args.input, "batch_size": args.batch_size},
+        batch_size=args.batch_size,
         progress="instances",
     )
-    run.finish()
+    run = outcome.run
+    done = records.done_records(run, instances)
     if args.output_visualization_tensors:
-        encoder = getattr(vlm.model.config, "vision_config", None)
-        vision = {
-            name: (
-                getattr(encoder, name, None)
-                if isinstance(getattr(encoder, name, None), int)
-                else None
-            )
-            for name in ("image_size", "patch_size")
-        }
-        for sample in instances:
-            if run.is_done(sample.id):
-                write_tensors(args, run, sample, vision)
+        vision_encoder = records.vision_encoder_of(vlm)
+        for sample_id in done:
+            records.write_tensors(Path(args.output_dir), run, sample_id, vision_encoder)
         print(
-            "wrote visualization_tensors.npz and tokens.json of"
-            f" {sum(run.is_done(sample.id) for sample in instances)} instances to {args.output_dir}"
+            f"wrote visualization_tensors.npz and tokens.json of {len(done)} instances to"
+            f" {args.output_dir}"
         )
-    print_counts(run, instances)
+    records.print_counts(list(done.values()))
     if args.visualize_avg_attention_all:
-        draw_average(args, run, instances)
+        means, count = figures.average_maps(run, done, args.pool_method)
+        print(
+            f"{count} of {len(done)} instances have an accepted revision and a regular grid of one"
+            " shape"
+        )
+        if count:
+            figure = figures.draw_average(run.label, means, count, args.pool_method)
+            name = "sample" if args.sample else "greedy"
+            if args.engineered_prompt:
+                name += "_engineered"
+            path = Path(args.output_dir) / f"{name}_image_attention_{args.pool_method}"
+            plots.save(figure, path, run.meta["settings"] | {"instances": count})
+        else:
+            print("so there is no averaged map to draw")
     if args.log:
-        write_log(args, run, instances)
-    return engine.exit_code(counts, run)
+        records.write_log(args.log, list(done.values()))
+        print(f"wrote {args.log}")
+    return outcome.code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Swap pairs from a table: two questions about one picture that differ only in the order of the two
-objects, and quads that join a vertical and a distance pair about the same two objects. Why Far
-Looks Up (arXiv 2605.30161); sections 1.3 to 1.5 of our study. No torch.
+objects, and quads that join a vertical and a distance pair about the same two objects.
+
+Why Far Looks Up (arXiv 2605.30161); docs/studies/swap_analysis.md, sections 1.3 to 1.8. No torch.
 """
+
+from __future__ import annotations
 
 import base64
 import binascii
@@ -12,40 +15,25 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any, TypedDict
 
 from PIL import Image
 
 from vlmdiag.cli import UsageError
 from vlmdiag.scenes.questions import ONE_WORD
+from vlmdiag.swap.relations import (
+    CATEGORIES,
+    GROUP_OF,
+    GROUPS,
+    OPPOSITE,
+    SPELLED,
+    WORDS,
+    category_of,
+)
 
-CATEGORIES = ("left", "right", "above", "under", "far", "close")
-GROUPS = {
-    "left": "horizontal",
-    "right": "horizontal",
-    "above": "vertical",
-    "under": "vertical",
-    "far": "distance",
-    "close": "distance",
-}
-OPPOSITE = {
-    "left": "right",
-    "right": "left",
-    "above": "under",
-    "under": "above",
-    "far": "close",
-    "close": "far",
-}
-SPELLED = {"under": "below"}  # what the prompt asks for
-WORDS = {
-    "left": ("left",),
-    "right": ("right",),
-    "above": ("above", "over"),
-    "under": ("below", "under", "beneath", "underneath"),
-    "far": ("far", "farther", "further", "distant"),
-    "close": ("close", "closer", "near", "nearer", "nearby"),
-}
 READY = {
     "original_question",
     "swapped_question",
@@ -55,7 +43,8 @@ READY = {
     "category",
 }
 EMBSPATIAL = {"category", "question", "image", "answer", "A", "B", "C", "D"}
-INVALID = {"", "unknown", "n/a", "none", "nan", "null"}  # option texts that name no object
+# option texts that name no object
+INVALID = {"", "unknown", "n/a", "none", "nan", "null"}
 PHRASINGS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -67,44 +56,79 @@ PHRASINGS = [
         r"\bof (?P<a>.+?) and (?P<b>.+?) (?:in|within)\b",
     )
 ]
-csv.field_size_limit(sys.maxsize)  # pictures in base64
+# the two objects of a ready pair's question; with "Compared to" the reference comes first
+READY_OBJECTS = re.compile(
+    r"(?:Is the (.+?) (?:to the left|above) or .+? the (.+?)\?)"
+    r"|(?:Compared to (.+?), is (.+?) far or)"
+)
+# pictures in base64
+csv.field_size_limit(sys.maxsize)
+
+Row = dict[str, str]  # a row of the table, {column: text}
+Box = tuple[float, ...]  # x, y, w, h
+Boxes = dict[str, list[tuple[str, Box]]]  # {question id: [(name, box), ...]}
 
 
-def category_of(text):
-    """One of CATEGORIES; below and beneath are under. None for anything else."""
-    text = text.strip().lower()
-    text = "under" if text in ("below", "beneath", "underneath") else text
-    return text if text in CATEGORIES else None
+class Pair(TypedDict, total=False):
+    """A question and the same one with its objects swapped."""
+
+    id: str
+    index: int  # row of the table
+    question_id: str
+    offset: int  # byte of the table at which the row begins
+    image_id: str  # digest of the picture
+    group: str
+    category: str  # answer of the original question
+    questions: Sequence[str]  # original, swapped
+    letters: dict[str, str] | None  # what A and B stand for in both questions
+    objects: tuple[str, str] | None  # asked, reference, where the table names them
+    # of each object: (k, of n options of that name)
+    occurrence: Sequence[tuple[int, int] | None] | None
+    split: str | None  # one of SPLITS, for distance pairs with boxes
+    dy: float
+
+
+class Quad(TypedDict, total=False):
+    """A vertical question about the two objects of a distance pair, and that pair."""
+
+    id: str  # of the distance pair
+    index: int
+    image_id: str
+    questions: Sequence[str]  # vertical: original, swapped
+    vertical: str  # above or under
+    signs: list[int]  # they turn the vertical delta into above and the distance delta into far
+    split: str | None
+    row: int  # its place in the states
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
-def rows_of(path):
+def rows_of(path: str | Path) -> Iterator[tuple[int, Row]]:
     """Yield (byte offset, row as {column: text}) of a TSV; every cell stays text."""
     with open(path, "rb") as file:
-        offset = [0]
+        offsets = [0]
 
-        def lines():
+        def lines() -> Iterator[str]:
             for line in file:
-                offset.append(offset[-1] + len(line))
+                offsets.append(offsets[-1] + len(line))
                 yield line.decode("utf-8")
 
         reader = csv.reader(lines(), delimiter="\t")
         columns = next(reader, None)
         if not columns:
             raise UsageError(f"{path} is empty")
-        seen = len(offset)
+        lines_read = len(offsets)
         for cells in reader:
             if len(cells) != len(columns):
                 raise UsageError(
                     f"{path}: a row of {len(cells)} cells where the header has {len(columns)}"
                 )
-            yield offset[seen - 1], dict(zip(columns, cells))
-            seen = len(offset)
+            yield offsets[lines_read - 1], dict(zip(columns, cells))
+            lines_read = len(offsets)
 
 
-def picture_at(path, offset):
+def picture_at(path: str | Path, offset: int) -> Image.Image:
     """The picture of the row that begins at a byte of the table, as PIL RGB; ValueError where it is
     none."""
     with open(path, "rb") as file:
@@ -114,121 +138,141 @@ def picture_at(path, offset):
         row = dict(zip(columns, next(csv.reader(stream, delimiter="\t"))))
         stream.detach()
     try:
-        return Image.open(
-            io.BytesIO(base64.b64decode(row.get("image_base64") or row["image"], validate=True))
-        ).convert("RGB")
+        text = row.get("image_base64") or row["image"]
+        encoded = base64.b64decode(text, validate=True)
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
     except (binascii.Error, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"the picture of the row at byte {offset} cannot be read ({error})"
         ) from error
 
 
-def names_in(question):
+def names_in(question: str) -> tuple[str, str] | None:
     """The two objects of a relation question, ('red circle', 'pink cross'), articles dropped; None
     for an unknown phrasing."""
+
+    def without_article(name: str) -> str:
+        return re.sub(r"^(?:the|a|an) ", "", name.strip(), flags=re.IGNORECASE)
+
     for pattern in PHRASINGS:
-        if found := pattern.search(question):
-            return tuple(
-                re.sub(r"^(?:the|a|an) ", "", found[name].strip(), flags=re.IGNORECASE)
-                for name in "ab"
-            )
+        match = pattern.search(question)
+        if match:
+            return without_article(match["a"]), without_article(match["b"])
     return None
 
 
-def question_about(group, a, b, letters=None):
+def question_about(group: str, a: str, b: str, letters: Mapping[str, str] | None = None) -> str:
     """The prompt that asks for a against b; with letters {"A": category, "B": category} it offers
     the two words to choose from."""
-    stem = {
+    stems = {
         "horizontal": f"Is the {a} to the left or right of the {b}?",
         "vertical": f"Is the {a} above or below the {b}?",
         "distance": f"Compared to {b}, is {a} far or close from you?",
-    }[group]
-    if letters:
-        return (
-            f"{stem}\n"
-            + "  ".join(f"({letter}) {SPELLED.get(name, name)}" for letter, name in letters.items())
-            + "\nAnswer with a single letter, A or B."
-        )
-    return stem + ONE_WORD
+    }
+    if not letters:
+        return stems[group] + ONE_WORD
+    options = [f"({letter}) {SPELLED.get(name, name)}" for letter, name in letters.items()]
+    return f"{stems[group]}\n{'  '.join(options)}\nAnswer with a single letter, A or B."
 
 
-def letters_for(group, number):
+def both_questions(
+    group: str, objects: tuple[str, str], letters: Mapping[str, str] | None = None
+) -> list[str]:
+    """The original and the swapped question about (asked, reference)."""
+    asked, reference = objects
+    return [
+        question_about(group, asked, reference, letters),
+        question_about(group, reference, asked, letters),
+    ]
+
+
+def letters_for(group: str, number: int) -> dict[str, str]:
     """The two options of a multiple-choice question: the canonical category is (A) in every other
     pair of a group."""
-    names = [category for category, own in GROUPS.items() if own == group]
-    return dict(zip("AB", names if number % 2 == 0 else names[::-1], strict=True))
+    canonical, other = GROUPS[group]
+    names = (canonical, other) if number % 2 == 0 else (other, canonical)
+    return dict(zip("AB", names, strict=True))
 
 
-def read_pairs(path, seed=42, limit=200, multiple_choice=False, keep_unnamed=False):
+def read_pairs(
+    path: str | Path,
+    seed: int = 42,
+    limit: int = 200,
+    multiple_choice: bool = False,
+    keep_unnamed: bool = False,
+) -> tuple[list[Pair], dict[str, int]]:
     """([pair, ...], {why: rows left out}) of a table in either form, at most `limit` of each
     category (0: all), chosen by a seeded draw.
 
-    pair: id, index, question_id, image_id (digest of the picture), offset, group, category (answer
-    of the original question), questions and answers (original, swapped), letters (None, or what A
-    and B stand for in both), objects (asked, reference) where the table names them, and occurrence
-    of each: (k, of n options of that name). A distance row of EmbSpatial's form takes its reference
-    among the other named options by a draw that depends on (seed, question id) only; keep_unnamed
-    lets 'unknown' and the like be an object, as the published code can.
+    A distance row of EmbSpatial's form takes its reference among the other named options by a draw
+    that depends on (seed, question id) only; keep_unnamed lets 'unknown' and the like be an object,
+    as the published code can. UsageError where the table cannot be read or gives no pair.
     """
     try:
-        table = list(_pairs(Path(path), seed, multiple_choice, keep_unnamed))
+        pairs_or_reasons = list(_pairs(Path(path), seed, multiple_choice, keep_unnamed))
     except OSError as error:
         raise UsageError(
             f"--data_path {path} cannot be read ({error.strerror or error})"
         ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--data_path {path} is no UTF-8 table ({error})") from error
-    left_out = Counter(why for why in table if isinstance(why, str))
-    pairs = [pair for pair in table if not isinstance(pair, str)]
+    left_out = Counter(reason for reason in pairs_or_reasons if isinstance(reason, str))
+    pairs = [pair for pair in pairs_or_reasons if not isinstance(pair, str)]
     if not pairs:
         raise UsageError(f"--data_path {path} gives no swap pair ({dict(left_out) or 'no rows'})")
     for category in CATEGORIES:
-        own = [pair for pair in pairs if pair["category"] == category]
-        if limit and len(own) > limit:
-            kept = {pair["id"] for pair in Random(seed).sample(own, limit)}
-            left_out[f"over the limit of {limit} a category"] += len(own) - limit
-            pairs = [pair for pair in pairs if pair["category"] != category or pair["id"] in kept]
+        ids = [pair["id"] for pair in pairs if pair["category"] == category]
+        if limit and len(ids) > limit:
+            chosen = set(Random(seed).sample(ids, limit))
+            left_out[f"over the limit of {limit} a category"] += len(ids) - limit
+            pairs = [pair for pair in pairs if pair["category"] != category or pair["id"] in chosen]
     return pairs, dict(left_out)
 
 
-def _pairs(path, seed, multiple_choice, keep_unnamed):
+def _pairs(
+    path: Path, seed: int, multiple_choice: bool, keep_unnamed: bool
+) -> Iterator[Pair | str]:
     """Yield each row's pair, or why it has none."""
-    ready, accepted = None, Counter()
+    is_ready = None
+    accepted: Counter[str] = Counter()  # multiple-choice pairs so far, by group
     for number, (offset, row) in enumerate(rows_of(path)):
-        if ready is None:
-            ready = set(row) >= READY
-            if not ready and not set(row) >= EMBSPATIAL:
+        if is_ready is None:
+            is_ready = set(row) >= READY
+            if not is_ready and not set(row) >= EMBSPATIAL:
                 raise UsageError(
                     f"{path}: columns {', '.join(row)}; wanted those of ready swap pairs or of"
                     " EmbSpatial-Bench, see data/README.md"
                 )
         picture = row.get("image_base64") or row.get("image") or ""
-        common = {
+        if not picture:
+            yield "no picture"
+            continue
+        common: Pair = {
             "id": f"{number:06d}",
             "index": number,
             "question_id": row.get("question_id") or row.get("index") or str(number),
             "offset": offset,
+            "image_id": hashlib.blake2b(picture.encode(), digest_size=8).hexdigest(),
         }
-        common["image_id"] = hashlib.blake2b(picture.encode(), digest_size=8).hexdigest()
-        pair = (
-            (_ready(row, common) if ready else _embspatial(row, common, seed, keep_unnamed))
-            if picture
-            else "no picture"
-        )
+        pair = _ready(row, common) if is_ready else _embspatial(row, common, seed, keep_unnamed)
         if multiple_choice and not isinstance(pair, str):
-            if pair["objects"] is None:
-                pair = "no object names from which to ask with options"
-            else:
-                pair["letters"] = letters = letters_for(pair["group"], accepted[pair["group"]])
-                pair["questions"] = [
-                    question_about(pair["group"], *names, letters)
-                    for names in (pair["objects"], pair["objects"][::-1])
-                ]
-                accepted[pair["group"]] += 1
+            pair = _with_letters(pair, accepted)
         yield pair
 
 
-def _ready(row, common):
+def _with_letters(pair: Pair, accepted: Counter[str]) -> Pair | str:
+    """The pair with its two words as options, or why it has none."""
+    if pair["objects"] is None:
+        return "no object names from which to ask with options"
+    group = pair["group"]
+    pair["letters"] = letters_for(group, accepted[group])
+    pair["questions"] = both_questions(group, pair["objects"], pair["letters"])
+    accepted[group] += 1
+    return pair
+
+
+def _ready(row: Row, common: Pair) -> Pair | str:
+    """The pair of a ready row."""
     category = category_of(row["category"])
     answers = [category_of(row[name]) for name in ("original_answer", "swapped_answer")]
     if category is None or answers != [category, OPPOSITE[category]]:
@@ -236,101 +280,114 @@ def _ready(row, common):
             f"answers {row['original_answer']!r}, {row['swapped_answer']!r} of category"
             f" {row['category']!r}"
         )
-    objects = re.match(
-        r"(?:Is the (.+?) (?:to the left|above) or .+? the (.+?)\?)|(?:Compared to (.+?), is (.+?)"
-        r" far or)",
-        row["original_question"],
+    match = READY_OBJECTS.match(row["original_question"])
+    objects = None
+    if match:
+        objects = (match[1], match[2]) if match[1] else (match[4], match[3])
+    return common | Pair(
+        group=GROUP_OF[category],
+        category=category,
+        questions=[row["original_question"], row["swapped_question"]],
+        letters=None,
+        objects=objects,
+        occurrence=None,
     )
-    found = objects and ((objects[1], objects[2]) if objects[1] else (objects[4], objects[3]))
-    questions = [row["original_question"], row["swapped_question"]]
-    return common | {
-        "group": GROUPS[category],
-        "category": category,
-        "questions": questions,
-        "letters": None,
-        "objects": found,
-        "occurrence": None,
-    }
 
 
-def _embspatial(row, common, seed, keep_unnamed=False):
+def _embspatial(row: Row, common: Pair, seed: int, keep_unnamed: bool = False) -> Pair | str:
+    """The pair of a row of EmbSpatial-Bench."""
     category = category_of(row["category"])
     if category is None:
         return f"category {row['category']!r}"
-    group, invalid, occurrence = GROUPS[category], {""} if keep_unnamed else INVALID, None
+    group = GROUP_OF[category]
+    objects = None
+    occurrence = None
     if group == "distance":
-        options = {letter: row[letter].strip() for letter in "ABCD"}
-        answer = row["answer"].strip().upper()
-        target = options.get(answer, "")
-        others = sorted(
-            {
-                text
-                for text in options.values()
-                if text.lower() not in invalid and text.lower() != target.lower()
-            }
-        )
-        if target.lower() in invalid or not others:
+        chosen = _distance_objects(row, common["question_id"], seed, keep_unnamed)
+        if chosen is None:
             return "no named target or reference among the options"
-        objects = target, Random(f"{seed}|{common['question_id']}").choice(others)
-        letters = [
-            [letter for letter, text in options.items() if text.lower() == name.lower()]
-            for name in objects
-        ]
-        occurrence = [
-            (letters[0].index(answer), len(letters[0])),
-            (0, 1) if len(letters[1]) == 1 else None,
-        ]
+        objects, occurrence = chosen
     else:
         objects = names_in(row["question"])
         if objects is None:
             return "a question of unknown phrasing"
-    questions = [question_about(group, *objects), question_about(group, *objects[::-1])]
-    return common | {
-        "group": group,
-        "category": category,
-        "questions": questions,
-        "letters": None,
-        "objects": objects,
-        "occurrence": occurrence,
+    return common | Pair(
+        group=group,
+        category=category,
+        questions=both_questions(group, objects),
+        letters=None,
+        objects=objects,
+        occurrence=occurrence,
+    )
+
+
+def _distance_objects(
+    row: Row, question_id: str, seed: int, keep_unnamed: bool
+) -> tuple[tuple[str, str], list[tuple[int, int] | None]] | None:
+    """((target, reference), occurrence of each) among the four options; None without two names."""
+    invalid = {""} if keep_unnamed else INVALID
+    options = {letter: row[letter].strip() for letter in "ABCD"}
+    answer = row["answer"].strip().upper()
+    target = options.get(answer, "")
+    others = {
+        text
+        for text in options.values()
+        if text.lower() not in invalid and text.lower() != target.lower()
     }
+    if target.lower() in invalid or not others:
+        return None
+    reference = Random(f"{seed}|{question_id}").choice(sorted(others))
+
+    def letters_of(name: str) -> list[str]:
+        return [letter for letter, text in options.items() if text.lower() == name.lower()]
+
+    of_target = letters_of(target)
+    of_reference = letters_of(reference)
+    occurrence: list[tuple[int, int] | None] = [
+        (of_target.index(answer), len(of_target)),
+        (0, 1) if len(of_reference) == 1 else None,
+    ]
+    return (target, reference), occurrence
 
 
 # --- places: strata and quads ---------------------------------------------------------------------
 
 
-def read_boxes(path):
+def read_boxes(path: str | Path) -> Boxes:
     """{question id: [(name, (x, y, w, h)), ...]} of --bbox_file: our bboxes.json, or
-    EmbSpatial-Bench's own list of records."""
+    EmbSpatial-Bench's own list of records. UsageError where it is no readable JSON."""
     try:
         content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"--bbox_file {path} is not readable JSON ({error})") from error
-    records = (
-        content
-        if isinstance(content, dict)
-        else {
+    if isinstance(content, dict):
+        records = content
+    else:
+        records = {
             str(record.get("question_id")): record for record in content if isinstance(record, dict)
         }
-    )
-    found = {}
-    for key, record in records.items():
-        objects = record.get("objects") or []
-        if isinstance(
-            objects, dict
-        ):  # lists of names and boxes, as some versions of the datasets library give them
-            objects = [
-                {"name": name, "bbox": box}
-                for name, box in zip(objects.get("name", []), objects.get("bbox", []))
-            ]
-        found[str(key)] = [
-            (str(one["name"]).lower(), tuple(map(float, one["bbox"])))
-            for one in objects
-            if one.get("name") and len(one.get("bbox", ())) == 4
+    return {str(key): _named_boxes(record) for key, record in records.items()}
+
+
+def _named_boxes(record: Mapping[str, Any]) -> list[tuple[str, Box]]:
+    """The objects of a record that have a name and a box."""
+    objects = record.get("objects") or []
+    if isinstance(objects, dict):
+        # lists of names and boxes, as some versions of the datasets library give them
+        objects = [
+            {"name": name, "bbox": box}
+            for name, box in zip(objects.get("name", []), objects.get("bbox", []))
         ]
-    return found
+    return [
+        (str(entry["name"]).lower(), tuple(map(float, entry["bbox"])))
+        for entry in objects
+        if entry.get("name") and len(entry.get("bbox", ())) == 4
+    ]
 
 
-def place(pairs, boxes, heights, band=0.05):
+def place(
+    pairs: Sequence[Pair], boxes: Boxes, heights: Mapping[str, float], band: float = 0.05
+) -> tuple[list[Quad], dict[str, int]]:
     """Give distance pairs their 'split' and 'dy', and return (quads, {why: pairs without one}).
 
     dy = (height of the reference's centre - of the asked object's centre, from the top) / height of
@@ -340,59 +397,68 @@ def place(pairs, boxes, heights, band=0.05):
     signs turn both differences into 'above' and 'far'. Objects are matched by question id and name,
     and the asked one by its occurrence among equal options where there are as many boxes of that
     name; any other name that occurs twice is no match. heights {pair id: height of the decoded
-    picture}."""
-    quads, left_out = [], Counter()
+    picture}.
+    """
+    quads: list[Quad] = []
+    left_out: Counter[str] = Counter()
     for pair in pairs:
         pair.setdefault("split", None)
         if pair["group"] != "distance":
             continue
-        listed = boxes.get(str(pair["question_id"]))
-        if listed is None or pair["objects"] is None:
+        named_boxes = boxes.get(str(pair["question_id"]))
+        objects = pair["objects"]
+        if named_boxes is None or objects is None:
             left_out["no boxes or no object names"] += 1
             continue
-        centres = []
-        for name, occurrence in zip(
-            pair["objects"], pair["occurrence"] or (None, None), strict=True
-        ):
-            own = [box for other, box in listed if other == name.lower()]
-            which = (
-                0
-                if len(own) == 1
-                else occurrence[0]
-                if occurrence and occurrence[1] == len(own)
-                else None
-            )
-            centres.append(None if which is None else own[which][1] + own[which][3] / 2)
-        if None in centres:
+        of_asked, of_reference = pair["occurrence"] or (None, None)
+        asked = _centre(named_boxes, objects[0], of_asked)
+        reference = _centre(named_boxes, objects[1], of_reference)
+        if asked is None or reference is None:
             left_out["an object without a box of its own"] += 1
             continue
-        pair["dy"] = dy = (centres[1] - centres[0]) / heights[pair["id"]]
-        farther = dy if pair["category"] == "far" else -dy
-        pair["split"] = (
-            "consistent" if farther > band else "counter" if farther < -band else "ambiguous"
-        )
+        dy = (reference - asked) / heights[pair["id"]]
+        is_far = pair["category"] == "far"
+        pair["dy"] = dy
+        pair["split"] = _split(dy if is_far else -dy, band)
         if abs(dy) <= band:
             left_out["the two objects are at one height"] += 1
             continue
         vertical = "above" if dy > 0 else "under"
         letters = letters_for("vertical", len(quads)) if pair["letters"] else None
-        questions = [
-            question_about("vertical", *names, letters)
-            for names in (pair["objects"], pair["objects"][::-1])
-        ]
-        signs = [1 if vertical == "above" else -1, 1 if pair["category"] == "far" else -1]
         quads.append(
             {
                 "id": pair["id"],
                 "index": pair["index"],
                 "image_id": pair["image_id"],
-                "questions": questions,
+                "questions": both_questions("vertical", objects, letters),
                 "vertical": vertical,
-                "signs": signs,
+                "signs": [1 if vertical == "above" else -1, 1 if is_far else -1],
                 "split": pair["split"],
             }
         )
     return quads, dict(left_out)
+
+
+def _centre(
+    named_boxes: Sequence[tuple[str, Box]], name: str, occurrence: tuple[int, int] | None
+) -> float | None:
+    """Height of an object's centre in pixels from the top, None where its box is not certain."""
+    boxes = [box for other, box in named_boxes if other == name.lower()]
+    if len(boxes) == 1:
+        box = boxes[0]
+    elif occurrence and occurrence[1] == len(boxes):
+        box = boxes[occurrence[0]]
+    else:
+        return None
+    _, top, _, height = box
+    return top + height / 2
+
+
+def _split(farther: float, band: float) -> str:
+    """The stratum; farther: by how much the farther object is higher."""
+    if farther > band:
+        return "consistent"
+    return "counter" if farther < -band else "ambiguous"
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -401,53 +467,58 @@ NEGATION = re.compile(
     r"(?:\b(?:not|never|neither|no|isn't|is not|cannot be)\b)\W+(?:(?!but\b)\w+\W+){0,2}$",
     re.IGNORECASE,
 )
-
-
 LETTER = re.compile(
     r"\s*(?:\(([AB])\)|(?:answer:?\s*|option\s*)?([AB])(?=[).:,]|\s*$))", re.IGNORECASE
 )
 
 
-def spellings(pair):
+def spellings(pair: Pair) -> dict[str, tuple[str, ...]]:
     """{category: words that answer it} of the two categories of a pair's group; the letters of a
     multiple-choice pair."""
-    names = (pair["category"], OPPOSITE[pair["category"]])
-    if pair.get("letters"):
+    categories = (pair["category"], OPPOSITE[pair["category"]])
+    letters = pair.get("letters")
+    if letters:
         return {
-            name: tuple(letter for letter, own in pair["letters"].items() if own == name)
-            for name in names
+            category: tuple(letter for letter, meant in letters.items() if meant == category)
+            for category in categories
         }
     return {
-        name: tuple(form for word in WORDS[name] for form in (word, word.capitalize()))
-        for name in names
+        category: tuple(form for word in WORDS[category] for form in (word, word.capitalize()))
+        for category in categories
     }
 
 
-def read_answer(text, category, letters=None):
-    """What an answer says of a category's axis: (category or None, note). Whole words and synonyms;
-    the first one that is not negated counts; 'left or right' and an answer that names both without
-    deciding is a tie; an answer that only negates one says the other. letters {"A": category, "B":
-    category}: an answer that begins with one of them says what it stands for."""
-    if letters and (found := LETTER.match(text)):
-        return letters[(found[1] or found[2]).upper()], "letter"
-    words = {word: name for name in (category, OPPOSITE[category]) for word in WORDS[name]}
-    found = [
-        (match.start(), words[match[0].lower()], bool(NEGATION.search(text[: match.start()])))
-        for match in re.finditer(
-            r"(?<!\w)(?:" + "|".join(sorted(words, key=len, reverse=True)) + r")(?!\w)",
-            text,
-            re.IGNORECASE,
-        )
-    ]
-    plain = [name for _, name, negated in found if not negated]
-    if len(set(plain)) == 2 and re.search(
-        r"\b\w+\s+or\s+\w+\b", text[found[0][0] :], re.IGNORECASE
-    ):
-        return None, "tie"
-    if plain:
-        return plain[0], "both named, the first counts" if len(set(plain)) == 2 else ""
-    if len({name for _, name, _ in found}) == 2:
+def read_answer(
+    text: str, category: str, letters: Mapping[str, str] | None = None
+) -> tuple[str | None, str]:
+    """What an answer says of a category's axis: (category or None, note).
+
+    Whole words and synonyms; the first one that is not negated counts; 'left or right' and an
+    answer that names both without deciding is a tie; an answer that only negates one says the
+    other. letters {"A": category, "B": category}: an answer that begins with one of them says what
+    it stands for.
+    """
+    letter = LETTER.match(text) if letters else None
+    if letters and letter:
+        return letters[(letter[1] or letter[2]).upper()], "letter"
+    category_by_word = {
+        word: name for name in (category, OPPOSITE[category]) for word in WORDS[name]
+    }
+    longest_first = sorted(category_by_word, key=len, reverse=True)
+    words = rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)"
+    mentions = list(re.finditer(words, text, re.IGNORECASE))
+    named = [category_by_word[match[0].lower()] for match in mentions]
+    negated = [bool(NEGATION.search(text[: match.start()])) for match in mentions]
+    affirmed = [name for name, is_negated in zip(named, negated, strict=True) if not is_negated]
+    if len(set(affirmed)) == 2:
+        from_first = text[mentions[0].start() :]
+        if re.search(r"\b\w+\s+or\s+\w+\b", from_first, re.IGNORECASE):
+            return None, "tie"
+        return affirmed[0], "both named, the first counts"
+    if affirmed:
+        return affirmed[0], ""
+    if len(set(named)) == 2:
         return None, "both negated"
-    if found:
-        return OPPOSITE[found[0][1]], "negated"
+    if named:
+        return OPPOSITE[named[0]], "negated"
     return None, "neither"

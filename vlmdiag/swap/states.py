@@ -1,46 +1,83 @@
-"""Hidden states of swapped questions at the last prompt token, and the answers. Section 8 of our
-study: pictures go through the vision tower once, all prompts about one share the keys and values of
-their beginning, and one transfer a batch takes the states into a memory-mapped array.
+"""Hidden states of swapped questions at the last prompt token, and the answers.
+
+Pictures go through the vision tower once, all prompts about one share the keys and values of their
+beginning, and one transfer a batch takes the states into a memory-mapped array:
+docs/studies/swap_analysis.md, section 8.
 """
+
+from __future__ import annotations
 
 import math
 import os
 import platform
 import re
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vlmdiag.groups import PAD, VISION
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import answer_ids, generate
-from vlmdiag.model.prefix import first_positions
+from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import LastStates
-from vlmdiag.model.vision import embeddings, more_inputs
 from vlmdiag.pictures.samples import Sample
-from vlmdiag.swap.pairs import OPPOSITE, SPELLED, picture_at, read_answer, spellings
+from vlmdiag.swap.pairs import picture_at, read_answer, spellings
+from vlmdiag.swap.relations import OPPOSITE, SPELLED
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from vlmdiag.swap.pairs import Pair, Quad
+    from vlmdiag.types import VLM
+
+Record = dict[str, Any]
+States = np.memmap[Any, Any]  # (n, prompts, L, d)
 SENTENCE_END = re.compile(r"(?<!\d)[.!?。！？]|\n")
 
 
-def open_states(path, shape, dtype):
-    """A memory-mapped array of a shape (n, prompts, layers, d), made on disk where it is not there
-    yet; ValueError for another shape. It appears at once and whole: a process killed meanwhile
-    leaves none, and shards that begin together use the same one.
+@dataclass(frozen=True)
+class Item:
+    """A pair as the engine takes it. row: its place in the states."""
+
+    pair: Pair
+    row: int
+
+    @property
+    def id(self) -> str:
+        return str(self.pair["id"])
+
+
+class Said(NamedTuple):
+    """An answer: its text, log-probabilities of the first step (V,), and the prompt it answers."""
+
+    text: str
+    first: Tensor
+    prompt: str
+
+
+def open_states(path: Path, shape: Sequence[int], dtype: str) -> States:
+    """A memory-mapped array of a shape (n, prompts, L, d), made on disk where it is not there yet;
+    ValueError for another shape. It appears at once and whole: a process killed meanwhile leaves
+    none, and shards that begin together use the same one.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(
-            f".{path.name}.{platform.node().split('.')[0] or 'host'}.{os.getpid()}-0.tmp"
-        )  # a name that rundirs sweeps
+        # a name that rundirs sweeps
+        host = platform.node().split(".")[0] or "host"
+        temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}-0.tmp")
         np.lib.format.open_memmap(temporary, mode="w+", shape=tuple(shape), dtype=dtype).flush()
         try:
             os.link(temporary, path)
-        except FileExistsError:  # another shard's
+        except FileExistsError:
+            # another shard made it meanwhile
             pass
-        except OSError:  # a file system without hard links
+        except OSError:
+            # a file system without hard links
             os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
     states = np.lib.format.open_memmap(path, mode="r+")
@@ -54,7 +91,7 @@ def open_states(path, shape, dtype):
 # --- answers --------------------------------------------------------------------------------------
 
 
-def is_decided(text, category, letters=None):
+def is_decided(text: str, category: str, letters: Mapping[str, str] | None = None) -> bool:
     """Whether an unfinished answer need not go on, because what read_answer says of it will stand.
 
     True once a sentence ends with an answer word in it that is not negated, once the answer is a
@@ -62,259 +99,204 @@ def is_decided(text, category, letters=None):
     then more words could change the reading: 'left' may become 'leftmost' or 'left or right', 'not
     left' may become 'not left nor right'; a tie stays one whatever follows. Past the end of that
     sentence a reading could only become a tie, by a further sentence that names the other word
-    beside an 'or': an answer is read up to the sentence that decides."""
-    until = (
-        read_answer(text[: end.end()], category, letters) for end in SENTENCE_END.finditer(text)
-    )
-    if any(said is not None and note != "negated" for said, note in until):
+    beside an 'or': an answer is read up to the sentence that decides.
+    """
+    for end in SENTENCE_END.finditer(text):
+        answer, note = read_answer(text[: end.end()], category, letters)
+        if answer is not None and note != "negated":
+            return True
+    # without its last word, which may grow
+    complete = re.sub(r"[\w\ufffd]+$", "", text)
+    if read_answer(complete, category)[1] == "tie":
         return True
-    complete = re.sub(r"[\w\ufffd]+$", "", text)  # without a last word, which may grow
-    return (
-        read_answer(complete, category)[1] == "tie"
-        or read_answer(f"{text} x", category, letters)[1] == "letter"
-    )
+    return read_answer(f"{text} x", category, letters)[1] == "letter"
 
 
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def after_picture(batch, at_least=0):
-    """(batch, start): every prompt laid out so that its picture ends at position `start`, with
-    padding before its beginning and before its rest. Positions and masks say where each token
-    stands, so nothing else changes."""
-    width, device = batch.groups.shape[1], batch.groups.device
-    ends = ((batch.groups == VISION) * torch.arange(1, width + 1, device=device)).amax(1)
-    begins = width - torch.tensor(batch.lengths, device=device)
-    start, rest = max(at_least, int((ends - begins).max())), int((width - ends).max())
-    place = torch.arange(start + rest, device=device)
-    source = torch.where(place < start, ends[:, None] - start + place, width - rest - start + place)
-    real = torch.where(place < start, source >= begins[:, None], source >= ends[:, None])
-    source = source.clamp(min=0)
-    moved = {
-        name: getattr(batch, name).gather(1, source)
-        for name in ("input_ids", "attention_mask", "groups")
-    }
-    moved |= {
-        "attention_mask": moved["attention_mask"] * real,
-        "groups": moved["groups"].masked_fill(~real, PAD),
-    }
-    positions = (
-        source
-        if batch.position_ids.ndim == 2
-        else source[None].expand(len(batch.position_ids), -1, -1)
-    )
-    return replace(batch, **moved, position_ids=batch.position_ids.gather(-1, positions)), start
-
-
 class Prompts:
-    """Asks questions about the pictures of a batch. A picture goes through the tower once; in a
-    causal family, the keys and values of what all prompts about a picture begin with are computed
-    once, and the questions then run as rows of one pass. In another family each question is a pass
-    over whole prompts.
-    """
+    """Asks questions about the pictures of a batch, see SharedPicture."""
 
-    def __init__(self, vlm, images, layers):
-        self.vlm, self.images, self.layers = vlm, images, layers
-        self.features, self.cache, self.start, self.begin, self.pictures = {}, None, 0, None, None
+    def __init__(self, vlm: VLM, images: Sequence[Image], layers: Sequence[int]) -> None:
+        self.vlm = vlm
+        self.images = images
+        self.layers = layers
+        # made of the first call, which asks about all pictures
+        self.shared: SharedPicture | None = None
 
-    def __call__(self, rows, questions, limit, pairs=None):
-        """Ask several questions about each of some pictures; in the first call, about all. rows: n
-        places in the batch; questions: q tuples of n texts; limit: most tokens of an answer; pairs
-        (n): what the answers are about, where they have more than one. Returns states (q, n,
-        layers, d), and q lists of n (text, log-probabilities of the first step (V,), prompt)."""
-        rounds = [
-            [*zip(rows, texts, pairs or [None] * len(rows), strict=True)] for texts in questions
-        ]
+    def __call__(
+        self,
+        rows: Sequence[int],
+        questions: Sequence[Sequence[str]],
+        limit: int,
+        pairs: Sequence[Pair] | None = None,
+    ) -> tuple[Float[Tensor, "q n L d"], list[list[Said]]]:
+        """Ask several questions about each of some pictures; in the first call, about all.
+
+        rows: n places in the batch; questions: q tuples of n texts; limit: most tokens of an
+        answer; pairs (n): what the answers are about, where they have more than one token. Returns
+        states and q lists of n answers.
+        """
+        about = [None] * len(rows) if pairs is None else pairs
         if "causal" in self.vlm.family.has:
-            states, said = self._ask(sum(rounds, []), limit)
+            count = len(questions)
+            texts = [text for texts_of_round in questions for text in texts_of_round]
+            states, said = self._ask([*rows] * count, texts, limit, [*about] * count)
         else:
-            parts = [self._ask(one, limit) for one in rounds]
-            states, said = (
-                torch.cat([states for states, _ in parts]),
-                sum((said for _, said in parts), []),
-            )
-        return states.unflatten(0, (len(rounds), len(rows))), [
-            said[k : k + len(rows)] for k in range(0, len(said), len(rows))
-        ]
+            # a pass over whole prompts for each of the questions
+            rounds = [self._ask(rows, texts_of_round, limit, about) for texts_of_round in questions]
+            states = torch.cat([states_of_round for states_of_round, _ in rounds])
+            said = [answer for _, answers in rounds for answer in answers]
+        size = len(rows)
+        by_question = [said[at : at + size] for at in range(0, len(said), size)]
+        return states.unflatten(0, (len(questions), size)), by_question
 
-    def _ask(self, asked, limit):
-        vlm, (rows, questions, pairs) = self.vlm, zip(*asked, strict=True)
-        batch = vlm.encode(
-            [
-                Sample(str(row), None, question)
-                for row, question in zip(rows, questions, strict=True)
-            ],
-            [self.images[row] for row in rows],
-        )
-        batch, inputs = self._inputs(batch, list(rows))
+    def _ask(
+        self,
+        rows: Sequence[int],
+        questions: Sequence[str],
+        limit: int,
+        pairs: Sequence[Pair | None],
+    ) -> tuple[Float[Tensor, "m L d"], list[Said]]:
+        """One pass: states and answers of m prompts."""
+        vlm = self.vlm
+        samples = [Sample(str(row), None, text) for row, text in zip(rows, questions, strict=True)]
+        batch = vlm.encode(samples, [self.images[row] for row in rows])
+        if self.shared is None:
+            self.shared = SharedPicture(vlm, batch, rows)
+        batch, inputs = self.shared.ask(batch, rows)
 
-        def stop(ids):
-            texts = [vlm.text(own) for own in ids]
+        def stop(ids: Sequence[Sequence[int]]) -> list[bool]:
             return [
-                is_decided(text, pair["category"], pair.get("letters"))
-                for text, pair in zip(texts, pairs, strict=True)
+                pair is not None
+                and is_decided(vlm.text(answer), pair["category"], pair.get("letters"))
+                for answer, pair in zip(ids, pairs, strict=True)
             ]
 
-        with capture(vlm, [probe := LastStates(self.layers)]):
-            found = generate(vlm, batch, limit, stop=stop if limit > 1 else None, **inputs)
-        texts = [vlm.text(ids) for ids in found.ids]
-        return probe.states, [*zip(texts, found.first, batch.prompts, strict=True)]
-
-    def _inputs(self, batch, rows):
-        """(batch, what generate() needs beside it)."""
-        vlm = self.vlm
-        if "causal" not in vlm.family.has:
-            if self.pictures != batch.pictures:
-                self.pictures, self.features = batch.pictures, vlm.vision(batch)
-            return batch, {"features": self.features}
-        batch, start = after_picture(batch, self.start)
-        if not self.features.keys() >= set(
-            batch.pictures
-        ):  # a connector that reads the question makes features of its own for each
-            self.features |= dict(zip(batch.pictures, vlm.vision(batch).pooler_output, strict=True))
-        embeds = embeddings(
-            vlm,
-            batch,
-            SimpleNamespace(pooler_output=[self.features[picture] for picture in batch.pictures]),
-        )
-        begin, places = (
-            (batch.input_ids * batch.attention_mask)[:, :start],
-            torch.tensor(rows, device=vlm.device),
-        )
-        if first_call := self.begin is None:
-            first = [rows.index(row) for row in range(len(self.images))]
-            self.start, self.begin, self.pictures = (
-                start,
-                begin[first],
-                [batch.pictures[k] for k in first],
-            )
-        shared = (
-            start == self.start
-            and torch.equal(begin, self.begin[places])
-            and batch.pictures == [self.pictures[row] for row in rows]
-        )
-        if first_call and shared:
-            more = {name: value[first, :start] for name, value in more_inputs(vlm, batch).items()}
-            self.cache = vlm.parts.decoder(
-                inputs_embeds=embeds[first, :start],
-                attention_mask=batch.attention_mask[first, :start],
-                position_ids=batch.position_ids[..., first, :start],
-                use_cache=True,
-                **more,
-            ).past_key_values
-        cache = (
-            first_positions(vlm, self.cache, start, rows=places)
-            if shared and self.cache is not None
-            else None
-        )
-        return batch, {"embeds": embeds, "cache": cache}
+        probe = LastStates(self.layers)
+        with capture(vlm, [probe]):
+            answers = generate(vlm, batch, limit, stop=stop if limit > 1 else None, **inputs)
+        texts = [vlm.text(ids) for ids in answers.ids]
+        said = zip(texts, answers.first, batch.prompts, strict=True)
+        return probe.states, [Said(*answer) for answer in said]
 
 
 # --- the batch ------------------------------------------------------------------------------------
 
 
-def make_process(vlm, layers, states, quad_states, quad_of, max_new_tokens):
+def make_process(
+    vlm: VLM,
+    layers: Sequence[int],
+    states: States,
+    quad_states: States | None,
+    quad_of: Mapping[str, Quad],
+    max_new_tokens: int,
+) -> Callable[[Sequence[tuple[Item, Image]]], list[tuple[Record, dict[str, Any]]]]:
     """process([(item, picture), ...]) -> [(record, {}), ...]; writes the states of item.row, and of
     its quad, before the record is committed."""
 
     @torch.inference_mode()
-    def process(loaded):
+    def process(loaded: Sequence[tuple[Item, Image]]) -> list[tuple[Record, dict[str, Any]]]:
         items, images = zip(*loaded, strict=True)
-        ask, rows, pairs = (
-            Prompts(vlm, images, layers),
-            list(range(len(items))),
-            [item.pair for item in items],
-        )
-        found, said = ask(rows, questions_of(pairs), max_new_tokens, pairs)
-        quads = [(row, quad_of[item.id]) for row, item in enumerate(items) if item.id in quad_of]
+        pairs = [item.pair for item in items]
+        ask = Prompts(vlm, images, layers)
+        asked, said = ask(range(len(items)), questions_of(pairs), max_new_tokens, pairs)
+        rows_with_quad = [row for row, item in enumerate(items) if item.id in quad_of]
+        quads = [quad_of[items[row].id] for row in rows_with_quad]
         if quads:
-            others, _ = ask([row for row, _ in quads], questions_of([quad for _, quad in quads]), 1)
-            found = torch.cat([found, others], 1)
-        kept = on_cpu(found, states.dtype)  # (2, pairs, then quads, layers, d)
+            of_quads, _ = ask(rows_with_quad, questions_of(quads), 1)
+            asked = torch.cat([asked, of_quads], 1)
+        # (2, pairs, then quads, L, d)
+        measured = on_cpu(asked, states.dtype)
         for row, item in enumerate(items):
-            states[item.row] = kept[:, row]
-        for k, (row, quad) in enumerate(quads, len(items)):
-            quad_states[quad["row"], :2], quad_states[quad["row"], 2:] = kept[:, k], kept[:, row]
-        for part in (states, quad_states):
-            if part is not None:
-                part.flush()
+            states[item.row] = measured[:, row]
+        if quad_states is not None:
+            for at, (row, quad) in enumerate(zip(rows_with_quad, quads), len(items)):
+                quad_states[quad["row"], :2] = measured[:, at]
+                quad_states[quad["row"], 2:] = measured[:, row]
+            quad_states.flush()
+        states.flush()
         gaps = margins(vlm, pairs, said)
         return [
-            (record(pair, [one[row] for one in said], gaps[row]), {})
+            (record(pair, [answers[row] for answers in said], gaps[row]), {})
             for row, pair in enumerate(pairs)
         ]
 
     return process
 
 
-def questions_of(asked):
+def questions_of(asked: Sequence[Pair] | Sequence[Quad]) -> list[tuple[str, ...]]:
     """[first questions, second questions] of pairs or quads."""
-    return [*zip(*(one["questions"] for one in asked), strict=True)]
+    return [*zip(*(pair["questions"] for pair in asked), strict=True)]
 
 
-def margins(vlm, pairs, said):
-    """[(original, swapped), ...]: log-probability of all spellings of the right word at the first
+def margins(vlm: VLM, pairs: Sequence[Pair], said: Sequence[Sequence[Said]]) -> list[list[float]]:
+    """[[original, swapped], ...]: log-probability of all spellings of the right word at the first
     step, minus that of the opposite's. said: of Prompts."""
-    known, gaps = {}, []
+    # the first token after a prompt depends on nothing else of it than its last character
+    known: dict[tuple[tuple[str, ...], str], Tensor] = {}
 
-    def mass(forms, first, prompt):
-        key = (forms, prompt[-1])  # the first token after a prompt depends on nothing else of it
+    def mass(forms: tuple[str, ...], answer: Said) -> Tensor:
+        key = (forms, answer.prompt[-1])
         if key not in known:
-            known[key] = torch.tensor(
-                sorted({answer_ids(vlm, prompt, form)[0] for form in forms}), device=first.device
-            )
-        return first[known[key]].logsumexp(0)
+            ids = sorted({answer_ids(vlm, answer.prompt, form)[0] for form in forms})
+            known[key] = torch.tensor(ids, device=answer.first.device)
+        return answer.first[known[key]].logsumexp(0)
 
+    gaps = []
     for pair, *both in zip(pairs, *said, strict=True):
         forms = spellings(pair)
-        for want, (_, first, prompt) in zip(
-            (pair["category"], OPPOSITE[pair["category"]]), both, strict=True
-        ):
-            gaps.append(
-                mass(forms[want], first, prompt) - mass(forms[OPPOSITE[want]], first, prompt)
-            )
+        for right, answer in zip(expected_of(pair), both, strict=True):
+            gaps.append(mass(forms[right], answer) - mass(forms[OPPOSITE[right]], answer))
     return torch.stack(gaps).view(-1, 2).tolist()
 
 
-def record(pair, said, gaps):
-    """What is kept of a pair beside its states. said: (text, ...) of its original and swapped
-    question; gaps: their margins."""
-    out, expected = {}, (pair["category"], OPPOSITE[pair["category"]])
-    for name, want, (text, *_), margin in zip(("orig", "swap"), expected, said, gaps, strict=True):
-        read, note = read_answer(text, pair["category"], pair.get("letters"))
-        out |= {
-            f"pred_{name}": text,
-            f"read_{name}": read,
-            f"note_{name}": note,
-            f"is_correct_{name}": read == want,
-        }
-        out[f"margin_{name}"] = margin if math.isfinite(margin) else None
-    facts = {
-        name: pair[name]
-        for name in ("index", "question_id", "image_id", "group", "category", "split")
+def expected_of(pair: Pair) -> tuple[str, str]:
+    """The categories that answer the original and the swapped question."""
+    return pair["category"], OPPOSITE[pair["category"]]
+
+
+def record(pair: Pair, said: Sequence[Said], gaps: Sequence[float]) -> Record:
+    """What is kept of a pair beside its states. said: of its original and swapped question; gaps:
+    their margins."""
+    kept: Record = {
+        "index": pair["index"],
+        "question_id": pair["question_id"],
+        "image_id": pair["image_id"],
+        "group": pair["group"],
+        "category": pair["category"],
+        "split": pair["split"],
     }
-    return (
-        facts
-        | out
-        | {
-            "questions": pair["questions"],
-            "answers": [SPELLED.get(word, word) for word in expected],
-            "caption": out["pred_orig"],
-        }
-    )
+    expected = expected_of(pair)
+    for order, right, answer, gap in zip(("orig", "swap"), expected, said, gaps, strict=True):
+        category, note = read_answer(answer.text, pair["category"], pair.get("letters"))
+        kept[f"pred_{order}"] = answer.text
+        kept[f"read_{order}"] = category
+        kept[f"note_{order}"] = note
+        kept[f"is_correct_{order}"] = category == right
+        kept[f"margin_{order}"] = gap if math.isfinite(gap) else None
+    kept["questions"] = pair["questions"]
+    kept["answers"] = [SPELLED.get(word, word) for word in expected]
+    kept["caption"] = kept["pred_orig"]
+    return kept
 
 
-def on_cpu(states, dtype):
+def on_cpu(states: Tensor, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """States in one transfer, as an array of a dtype; ValueError where one does not fit into it."""
-    kept = states.to(getattr(torch, str(dtype))).cpu().numpy()
-    if not np.isfinite(kept).all():
+    array = states.to(getattr(torch, str(dtype))).cpu().numpy()
+    if not np.isfinite(array).all():
         raise ValueError(
             f"hidden states are not finite as {dtype}; the largest is"
             f" {states.abs().max().item():.3g} (--state_dtype float32 holds more)"
         )
-    return kept
+    return array
 
 
-def load_picture(path):
+def load_picture(path: str) -> Callable[[Item], tuple[Item, Image]]:
     """load(item) -> (item, picture) for a table."""
-    return lambda item: (item, picture_at(path, item.pair["offset"]))
+
+    def load(item: Item) -> tuple[Item, Image]:
+        return item, picture_at(path, item.pair["offset"])
+
+    return load

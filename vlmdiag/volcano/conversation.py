@@ -1,209 +1,252 @@
 """The critique - revise - decide loop of a batch of pictures, with the attention of each answer's
-steps to its picture. Volcano (arXiv 2311.07362), algorithm 1; sections 2 to 4 of our study. What a
-decision means is in protocol.py, the prompts in vlmdiag/scenes/questions.py.
+steps to its picture.
+
+Volcano (arXiv 2311.07362), algorithm 1; docs/studies/volcano.md, sections 2 to 4. What a decision
+means is in protocol.py, the prompts are in vlmdiag/scenes/questions.py.
 """
 
-from types import SimpleNamespace
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import answer_ids, generate
-from vlmdiag.model.prefix import first_positions, padded_after, shared_start
+from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import ImageAttention
-from vlmdiag.model.vision import embeddings
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.scenes.questions import critique_prompt, decide_prompt, revise_prompt
 from vlmdiag.volcano.protocol import decision, decision_published, order_of
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.model.decoding import Generation
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.types import VLM
+
+
+class Settings(Protocol):
+    """The flags of run_volcano_with_image_attention.py that the conversation depends on."""
+
+    sample: bool
+    temperature: float
+    seed: int
+    engineered_prompt: bool
+    max_iterations: int
+    order: str  # fixed or random
+    max_new_tokens: int
+    hidden_top_k: int
+    full_tensors: bool
+    paper_compat: bool
+
+
+@dataclass
+class Answer:
+    """What a model said to one prompt. attention of its N steps to the P vision tokens: topk (N, k,
+    H, P), mean (N, P), max (N, P) and, on request, layers (N, L, H, P); empty if not measured."""
+
+    text: str
+    ids: list[int]
+    prompt: str
+    prompt_tokens: int
+    ended: bool  # by an EOS token
+    attention: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+
+class Ask(Protocol):
+    """Asks some instances (rows) a prompt each, see Asker."""
+
+    def __call__(
+        self,
+        rows: Sequence[int],
+        texts: Sequence[str],
+        tag: str,
+        measure: bool = False,
+        given: Sequence[str] | None = None,
+    ) -> list[Answer]: ...
+
 
 class Asker:
-    """Asks the pictures of one batch, the vision tower once and the keys and values of system
-    prompt and picture shared by all prompts about a picture."""
+    """Asks about the pictures of one batch, see SharedPicture; the first prompts are about all."""
 
-    def __init__(self, args, vlm, samples, images):
-        self.args, self.vlm, self.samples, self.images = args, vlm, samples, images
-        self.features, self.start, self.cache, self.prefix = None, 0, None, None
+    def __init__(
+        self, args: Settings, vlm: VLM, samples: Sequence[Sample], images: Sequence[Image]
+    ) -> None:
+        self.args = args
+        self.vlm = vlm
+        self.samples = samples
+        self.images = images
+        # both of the first prompts
+        self.shared: SharedPicture | None = None
+        self.grids: list[PatchGrid | None] = []
 
-    def __call__(self, rows, texts, tag, measure=False, given=None):
-        """[answer, ...] of some instances (rows) to a prompt each: text, ids, prompt, and with
-        `measure` the attention of its steps."""
-        args, vlm = self.args, self.vlm
+    def __call__(
+        self,
+        rows: Sequence[int],
+        texts: Sequence[str],
+        tag: str,
+        measure: bool = False,
+        given: Sequence[str] | None = None,
+    ) -> list[Answer]:
+        """Answers of some instances (rows) to a prompt each, with the attention of their steps
+        where `measure` is set. given: texts that are read as answers by teacher forcing."""
+        args = self.args
+        vlm = self.vlm
         samples = [
             Sample(f"{self.samples[row].id}|{tag}", None, text)
             for row, text in zip(rows, texts, strict=True)
         ]
         batch = vlm.encode(samples, [self.images[row] for row in rows])
-        if self.features is None:
+        is_first = self.shared is None
+        if self.shared is None:
+            self.shared = SharedPicture(vlm, batch)
             self.grids = batch.grids
-        if (
-            self.features is None or vlm.family.read_text
-        ):  # a connector that reads the question gives each its own features
-            self.features = dict(zip(rows, vlm.vision(batch).pooler_output, strict=True))
-        start = shared_start([batch])
-        batch = padded_after(batch, start) if start else batch
-        chosen = torch.tensor(rows, device=vlm.device)
-        cache = None
-        if (
-            self.cache is not None
-            and start == self.start
-            and torch.equal(batch.input_ids[:, :start], self.prefix[chosen])
-        ):
-            cache = first_positions(vlm, self.cache, start, rows=chosen)
-        if vlm.family.deepstack:
-            inputs = {"features": vlm.vision(batch)}
-        else:
-            inputs = {
-                "embeds": embeddings(
-                    vlm, batch, SimpleNamespace(pooler_output=[self.features[row] for row in rows])
-                ),
-                "cache": cache,
-            }
-        answers = (
-            None
-            if given is None
-            else [
+        batch, inputs = self.shared.ask(batch, rows)
+        forced = None
+        if given is not None:
+            forced = [
                 answer_ids(vlm, prompt, text)
                 for prompt, text in zip(batch.prompts, given, strict=True)
             ]
-        )
         probe = ImageAttention(batch, args.hidden_top_k, args.full_tensors) if measure else None
-        sampled = args.sample and tag != "decide"
         with capture(vlm, [probe] if probe else []):
-            found = generate(
+            generation = generate(
                 vlm,
                 batch,
                 args.max_new_tokens,
-                sampled,
+                args.sample and tag != "decide",
                 args.temperature,
                 seed=args.seed,
-                answers=answers,
+                answers=forced,
                 **inputs,
             )
-        if self.cache is None and start and len(rows) == len(self.samples):
-            self.cache, self.start, self.prefix = (
-                first_positions(vlm, found.cache, start),
-                start,
-                batch.input_ids[:, :start],
-            )
-        return [self.answer(row, k, batch, found, probe) for k, row in enumerate(rows)]
+        if is_first:
+            self.shared.keep(generation.cache)
+        return [self._answer(batch, row, generation, probe) for row in range(len(rows))]
 
-    def answer(self, row, k, batch, found, probe):
-        """What one instance said. attention: {name: array over its steps}, from the device once per
-        answer."""
-        vlm, ids = self.vlm, found.ids[k]
-        answer = SimpleNamespace(
+    def _answer(
+        self, batch: Batch, row: int, generation: Generation, probe: ImageAttention | None
+    ) -> Answer:
+        """The answer of one row of a batch, its attention from the device once."""
+        ids = generation.ids[row]
+        answer = Answer(
+            text=self.vlm.text(ids),
             ids=ids,
-            prompt=batch.prompts[k],
-            prompt_tokens=batch.lengths[k],
-            ended=ids[-1] in vlm.eos_ids,
-            attention={},
+            prompt=batch.prompts[row],
+            prompt_tokens=batch.lengths[row],
+            ended=ids[-1] in self.vlm.eos_ids,
         )
-        answer.text = vlm.text(ids)
-        if probe is not None:
-            steps, count = len(ids), len(self.features[row])
-            stack = lambda parts, axis: (
-                torch.stack([part.select(axis, k) for part in parts[:steps]])[..., :count]
-                .cpu()
-                .numpy()
-            )
-            answer.attention = {
-                "topk": stack(probe.topk, 1),
-                "mean": stack(probe.mean, 0),
-                "max": stack(probe.largest, 0),
-            }
-            if probe.whole:
-                answer.attention["layers"] = stack(probe.layers, 1)
+        if probe is None:
+            return answer
+        patches = len(batch.vision_positions(row))
+
+        def over_steps(per_step: Sequence[Tensor], axis: int) -> Float[np.ndarray, "N ... P"]:
+            """This row, along `axis`, of the steps that its answer has."""
+            of_row = [step.select(axis, row) for step in per_step[: len(ids)]]
+            return torch.stack(of_row)[..., :patches].cpu().numpy()
+
+        answer.attention = {
+            "topk": over_steps(probe.topk, 1),
+            "mean": over_steps(probe.mean, 0),
+            "max": over_steps(probe.largest, 0),
+        }
+        if probe.whole:
+            answer.attention["layers"] = over_steps(probe.layers, 1)
         return answer
 
 
-def converse(args, ask, samples, given):
-    """The loop for all instances of a batch at once. [{initial, feedback, revision: answers or
-    None, outputs, ...}, ...]"""
+@dataclass
+class Talk:
+    """The loop of one instance. feedback, revision: those of the last accepted revision, of the
+    last one where none was accepted."""
+
+    initial: Answer
+    current: str
+    outputs: list[str]  # the initial answer and the accepted revisions
+    feedback: Answer | None = None
+    revision: Answer | None = None
+    feedbacks: list[str] = field(default_factory=list)
+    revisions: list[str] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)  # iterations
+    stop_iter: int = 0
+
+    def take(
+        self, iteration: int, critique: Answer, revision: Answer, decided: Mapping[str, Any]
+    ) -> None:
+        """Write down one iteration and what was decided in it."""
+        self.feedbacks.append(critique.text)
+        self.revisions.append(revision.text)
+        self.decisions.append(dict(decided))
+        self.stop_iter = iteration
+        is_accepted = decided["choice"] == "revision"
+        if is_accepted or not self.accepted:
+            self.feedback = critique
+            self.revision = revision
+        if is_accepted:
+            self.current = revision.text
+            self.outputs.append(revision.text)
+            self.accepted.append(iteration)
+
+
+def converse(
+    args: Settings, ask: Ask, samples: Sequence[Sample], given: Mapping[str, str] | None
+) -> list[Talk]:
+    """The loop for all instances of a batch at once. given {sample id: initial answer}."""
     rows = list(range(len(samples)))
-    first = ask(
-        rows,
-        [sample.question for sample in samples],
-        "initial",
-        True,
-        None if given is None else [given[sample.id] for sample in samples],
-    )
+    questions = [sample.question for sample in samples]
+    initial = None if given is None else [given[sample.id] for sample in samples]
     talks = [
-        SimpleNamespace(
-            initial=answer,
-            feedback=None,
-            revision=None,
-            current=answer.text,
-            outputs=[answer.text],
-            feedbacks=[],
-            revisions=[],
-            decisions=[],
-            accepted=[],
-            stop_iter=0,
-        )
-        for answer in first
+        Talk(answer, answer.text, [answer.text])
+        for answer in ask(rows, questions, "initial", True, initial)
     ]
-    going = rows
+    # an unparsed decision is asked for again where the next iteration can differ from this one
+    ask_again = args.sample or args.order == "random"
     for iteration in range(1, args.max_iterations + 1):
         texts = [
-            critique_prompt(samples[row].question, talks[row].current, args.engineered_prompt)
-            for row in going
+            critique_prompt(questions[row], talks[row].current, args.engineered_prompt)
+            for row in rows
         ]
-        critiques = ask(going, texts, f"feedback-{iteration}", True)
-        pairs = list(zip(going, critiques, strict=True))
+        critiques = ask(rows, texts, f"feedback-{iteration}", True)
         texts = [
-            revise_prompt(
-                samples[row].question, talks[row].current, critique.text, args.engineered_prompt
-            )
-            for row, critique in pairs
+            revise_prompt(questions[row], talks[row].current, critique.text, args.engineered_prompt)
+            for row, critique in zip(rows, critiques, strict=True)
         ]
-        revisions = ask(going, texts, f"revision-{iteration}", True)
+        revisions = ask(rows, texts, f"revision-{iteration}", True)
         orders = [
-            order_of(args.seed, samples[row].id, iteration, args.order == "random") for row in going
+            order_of(args.seed, samples[row].id, iteration, args.order == "random") for row in rows
         ]
-        options = [
-            [{"current": talks[row].current, "revision": revision.text}[name] for name in order]
-            for row, revision, order in zip(going, revisions, orders, strict=True)
+        texts = []
+        for row, revision, order in zip(rows, revisions, orders, strict=True):
+            options = {"current": talks[row].current, "revision": revision.text}
+            texts.append(decide_prompt(questions[row], *(options[name] for name in order)))
+        decisions = [
+            _decided(args, answer.text, order)
+            for answer, order in zip(ask(rows, texts, "decide"), orders, strict=True)
         ]
-        decided = ask(
-            going,
-            [
-                decide_prompt(samples[row].question, *two)
-                for row, two in zip(going, options, strict=True)
-            ],
-            "decide",
-        )
-        still = []
-        for row, critique, revision, order, answer in zip(
-            going, critiques, revisions, orders, decided, strict=True
+        for row, critique, revision, decided in zip(
+            rows, critiques, revisions, decisions, strict=True
         ):
-            talk = talks[row]
-            letter = (decision_published if args.paper_compat else decision)(answer.text)
-            choice = None if letter is None else order["AB".index(letter)]
-            talk.feedbacks.append(critique.text)
-            talk.revisions.append(revision.text)
-            talk.decisions.append(
-                {
-                    "answer": answer.text,
-                    "letter": letter,
-                    "order": list(order),
-                    "choice": choice or "unparsed",
-                }
-            )
-            talk.stop_iter = iteration
-            if (
-                choice == "revision" or not talk.accepted
-            ):  # the last accepted ones, or the last ones where none was
-                talk.feedback, talk.revision = critique, revision
-            if choice == "revision":
-                talk.current = revision.text
-                talk.outputs.append(revision.text)
-                talk.accepted.append(iteration)
-            if choice == "revision" or (choice is None and (args.sample or args.order == "random")):
-                still.append(
-                    row
-                )  # unparsed and all else equal, the next iteration would be the same again
-        going = still
-        if not going:
+            talks[row].take(iteration, critique, revision, decided)
+        go_on = {"revision", "unparsed"} if ask_again else {"revision"}
+        rows = [
+            row for row, decided in zip(rows, decisions, strict=True) if decided["choice"] in go_on
+        ]
+        if not rows:
             break
     return talks
+
+
+def _decided(args: Settings, text: str, order: tuple[str, str]) -> dict[str, Any]:
+    """What an answer to the decide prompt says. order: what A and B stood for."""
+    letter = decision_published(text) if args.paper_compat else decision(text)
+    choice = "unparsed" if letter is None else order["AB".index(letter)]
+    return {"answer": text, "letter": letter, "order": list(order), "choice": choice}
