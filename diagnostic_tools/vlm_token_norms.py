@@ -23,35 +23,37 @@ tiny model the vision violin stands right of the text violin; on tiny-llava-norm
 Published and here: the published script enlarges each picture three times before the processor
 shrinks it again, which changes pixels: --scale 3 does the same, the default 1 gives the model the
 pictures that it gets elsewhere. It cannot read the multi-layer model and estimates densities of the
-norms themselves, shown on a logarithmic axis; ours are densities of log10 norms."""
+norms themselves, shown on a logarithmic axis; ours are densities of log10 norms.
+"""
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import io
 import json
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from matplotlib.ticker import LogLocator
-from PIL import Image
-from safetensors import safe_open
-from tqdm import tqdm
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.figures import plots, stats
-from vlmdiag.pictures.samples import load_image, read_coco
+from vlmdiag.pictures.samples import read_coco
 from vlmdiag.runs import rundirs
 
+if TYPE_CHECKING:
+    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.types import VLM
+
 ENDINGS = {"bin": ".bin", "safetensors": ".safetensors"}
-GROUPS = ("text", "vision")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument(
@@ -118,10 +120,10 @@ def parse_args(argv=None):
     return args
 
 
-# --- loading tower, connector and embedding table -------------------------------------------------
+# ---- loading tower, connector and embedding table ----
 
 
-def check_weights(args):
+def check_weights(args: argparse.Namespace) -> str | None:
     """UsageError where --weights_type or --safetensors_index do not fit the folder. Returns the
     ending to leave out, or None."""
     folder = Path(args.model_path)
@@ -140,60 +142,69 @@ def check_weights(args):
             f" --weights_type {there[0]}, or leave it out"
         )
     if args.safetensors_index:
-        if args.weights_type == "bin":
-            raise UsageError("--safetensors_index is for --weights_type safetensors")
-        shard = folder / f"model-{args.safetensors_index}.safetensors"
-        if not shard.exists():
-            names = (
-                ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:5])
-                or "no safetensors file"
-            )
-            raise UsageError(
-                f"--safetensors_index {args.safetensors_index}: no {shard.name} in {folder}, which"
-                f" has {names}"
-            )
-        if not holds_connector(shard):
-            right = ", ".join(
-                file.stem.removeprefix("model-")
-                for file in sorted(folder.glob("model-*.safetensors"))
-                if holds_connector(file)
-            )
-            raise UsageError(
-                f"--safetensors_index {args.safetensors_index}: {shard.name} does not hold the"
-                f" connector; use {right or 'none'} or leave it out"
-            )
-    return next(
-        (ENDINGS[kind] for kind in there if args.weights_type and kind != args.weights_type), None
-    )
+        check_shard(folder, args.safetensors_index, args.weights_type)
+    if args.weights_type:
+        others = [kind for kind in there if kind != args.weights_type]
+        return ENDINGS[others[0]] if others else None
+    return None
 
 
-def holds_connector(shard):
+def check_shard(folder: Path, index: str, weights_type: str | None) -> None:
+    """UsageError where --safetensors_index does not name the shard that holds the connector."""
+    if weights_type == "bin":
+        raise UsageError("--safetensors_index is for --weights_type safetensors")
+    shard = folder / f"model-{index}.safetensors"
+    if not shard.exists():
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        raise UsageError(
+            f"--safetensors_index {index}: no {shard.name} in {folder}, which has"
+            f" {', '.join(names[:5]) or 'no safetensors file'}"
+        )
+    if not holds_connector(shard):
+        shards = sorted(folder.glob("model-*.safetensors"))
+        right = [file.stem.removeprefix("model-") for file in shards if holds_connector(file)]
+        raise UsageError(
+            f"--safetensors_index {index}: {shard.name} does not hold the connector; use"
+            f" {', '.join(right) or 'none'} or leave it out"
+        )
+
+
+def holds_connector(shard: Path) -> bool:
+    """Is a tensor of the connector in this file?"""
+    from safetensors import safe_open
+
     names = ("mm_projector", "multi_modal_projector", "connector", "merger", "aligner")
     with safe_open(shard, "pt") as file:
         return any(name in key for key in file.keys() for name in names)  # noqa: SIM118 -- no dict
 
 
-def headless_view(folder, view, left_out):
+def headless_view(folder: Path, view: Path, left_out: str | None) -> bool:
     """Links to a model's files in `view`, without those that end in left_out, and with a config
-    whose decoder has no layers. False if it names none."""
+    whose decoder has no layers. False if the config names no decoder."""
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config", config)
-    if not isinstance(text, dict) or not (text is not config or "num_hidden_layers" in text):
+    if not isinstance(text, dict):
         return False
-    for part in (
-        (text, config) if "num_hidden_layers" in config else (text,)
-    ):  # older Qwen-VL configs have the decoder's keys at the top
-        part |= {"num_hidden_layers": 0} | ({"layer_types": []} if "layer_types" in part else {})
+    if text is config and "num_hidden_layers" not in text:
+        return False
+    # older Qwen-VL configs have the decoder's keys at the top
+    places = [text, config] if "num_hidden_layers" in config else [text]
+    for place in places:
+        place["num_hidden_layers"] = 0
+        if "layer_types" in place:
+            place["layer_types"] = []
     for file in folder.iterdir():
-        if file.name != "config.json" and not (left_out and left_out in file.suffixes):
+        unwanted = bool(left_out) and left_out in file.suffixes
+        if file.name != "config.json" and not unwanted:
             os.symlink(file.resolve(), view / file.name)
     (view / "config.json").write_text(json.dumps(config))
     return True
 
 
-def load(args):
-    """The model without its decoder layers: (VLM, whether the decoder was left out)."""
-    left_out, folder = check_weights(args), Path(args.model_path)
+def load(args: argparse.Namespace) -> tuple[VLM, bool]:
+    """The model without its decoder layers, and whether they were left out."""
+    left_out = check_weights(args)
+    folder = Path(args.model_path)
     args.no_self_check = True  # its checks are about the decoder
     if (folder / "config.json").exists():
         with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(UsageError):
@@ -211,10 +222,7 @@ def load(args):
     return vlm, False
 
 
-# --- measuring ------------------------------------------------------------------------------------
-
-
-def read_captions(path, samples):
+def read_captions(path: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
     """{sample id: its captions} of a COCO captions file."""
     annotations = json.loads(Path(path).read_bytes()).get("annotations")
     if not isinstance(annotations, list) or not all(
@@ -224,7 +232,7 @@ def read_captions(path, samples):
             f"{path} has no list 'annotations' of objects with image_id and caption, so it is no"
             " captions file"
         )
-    captions = {sample.extra["image_id"]: [] for sample in samples}
+    captions: dict[object, list[str]] = {sample.extra["image_id"]: [] for sample in samples}
     for entry in annotations:
         if entry["image_id"] in captions and isinstance(entry.get("caption"), str):
             captions[entry["image_id"]].append(entry["caption"])
@@ -236,266 +244,45 @@ def read_captions(path, samples):
     return {sample.id: captions[sample.extra["image_id"]] for sample in samples}
 
 
-def enlarged(image, scale):
-    return (
-        image
-        if scale == 1
-        else image.resize(
-            (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
-            Image.Resampling.LANCZOS,
-        )
-    )
-
-
-def open_picture(sample, scale):
-    """A picture, or the error that it is unreadable by."""
-    try:
-        return enlarged(load_image(sample.image), scale)
-    except (OSError, ValueError) as error:
-        return error
-
-
-@torch.inference_mode()
-def measure(vlm, samples, captions, scale, batch_size, num_workers):
-    """({sample id: (norms of its vision tokens, norms of its caption tokens)}, {sample id: error}),
-    float64."""
-    table = (
-        torch.linalg.vector_norm(
-            vlm.model.get_input_embeddings().weight, dim=-1, dtype=torch.float32
-        )
-        .double()
-        .cpu()
-        .numpy()
-    )
-    found, failed = {}, {}
-    with (
-        ThreadPoolExecutor(num_workers) as pool,
-        tqdm(total=len(samples), desc="pictures", unit="img", disable=None) as bar,
-    ):
-        groups = [
-            samples[start : start + batch_size] for start in range(0, len(samples), batch_size)
-        ]
-        coming = [pool.submit(open_picture, sample, scale) for sample in groups[0]]
-        for group, following in zip(groups, [*groups[1:], []], strict=True):
-            opened = [future.result() for future in coming]
-            coming = [
-                pool.submit(open_picture, sample, scale) for sample in following
-            ]  # while the tower works
-            failed |= {
-                sample.id: str(picture)
-                for sample, picture in zip(group, opened, strict=True)
-                if isinstance(picture, Exception)
-            }
-            good = [
-                (sample, picture)
-                for sample, picture in zip(group, opened, strict=True)
-                if not isinstance(picture, Exception)
-            ]
-            bar.update(len(group))
-            if not good:
-                continue
-            batch = vlm.encode(*zip(*good, strict=True))
-            features = vlm.vision(batch).pooler_output
-            bos = [vlm.tokenizer.bos_token_id] if "bos" in batch.spans(0) else []
-            for (sample, _), tokens in zip(good, features, strict=True):
-                ids = [
-                    i
-                    for text in captions[sample.id]
-                    for i in bos + vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-                ]
-                found[sample.id] = (
-                    torch.linalg.vector_norm(tokens.float(), dim=-1).double().cpu().numpy(),
-                    table[ids],
-                )
-    return found, failed
-
-
-def summarize(norms):
-    """Numbers of one group over all tokens, and the mean over images of the image means. norms: one
-    array (tokens,) an image."""
-    pooled = np.concatenate(norms)
-    if not len(pooled):
-        raise UsageError("no token was measured")
-    interval = stats.mean_interval([part.mean() for part in norms if len(part)])
-    numbers = {
-        "tokens": len(pooled),
-        "mean": pooled.mean(),
-        "min": pooled.min(),
-        "max": pooled.max(),
-    }
-    numbers |= dict(
-        zip(("q25", "median", "q75"), np.quantile(pooled, (0.25, 0.5, 0.75)), strict=True)
-    )
-    numbers |= {
-        "images": interval.n,
-        "mean_over_images": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-    }
-    return {
-        name: None if np.isnan(value) else value.item() if isinstance(value, np.generic) else value
-        for name, value in numbers.items()
-    }
-
-
-# --- figure ---------------------------------------------------------------------------------------
-
-
-def log_density(norms, bins=2048):
-    """Gaussian kernel density of log10 norms: (log10 norm (bins,), density per decade (bins,)).
-    Silverman's bandwidth, at least 0.01 decades."""
-    logs = np.log10(norms[norms > 0])
-    spread = min(logs.std(), np.subtract(*np.quantile(logs, (0.75, 0.25))) / 1.349 or np.inf)
-    width = max(0.9 * spread * len(logs) ** -0.2, 0.01)
-    counts, edges = np.histogram(logs, bins, (logs.min() - 4 * width, logs.max() + 4 * width))
-    step = edges[1] - edges[0]
-    offsets = np.arange(-int(4 * width / step), int(4 * width / step) + 1) * step
-    kernel = np.exp(-0.5 * (offsets / width) ** 2)
-    return (edges[:-1] + edges[1:]) / 2, np.convolve(
-        counts / len(logs), kernel / kernel.sum(), "same"
-    ) / step
-
-
-def draw(pooled, summary, model):
-    """One violin a group over a logarithmic axis, each as wide as its own peak; quartiles inside,
-    mean over images with its interval below."""
-    fig, ax = plots.plt.subplots(figsize=(8.4, 4.6))
-    for row, group in enumerate(GROUPS):
-        numbers, color = summary[group], plots.color_of("user" if group == "text" else group)
-        at, density = log_density(pooled[group])
-        half = 0.38 * density / density.max()
-        label = (
-            f"{group}: n = {numbers['tokens']:,} tokens of {numbers['images']} images, mean"
-            f" {numbers['mean']:.3g}"
-        )
-        ax.fill_between(
-            10**at, row - half, row + half, color=color, alpha=0.55, linewidth=0.8, label=label
-        )
-        for name, line in (("q25", "--"), ("median", "-"), ("q75", "--")):
-            reach = np.interp(np.log10(max(numbers[name], 1e-30)), at, half)
-            ax.plot(
-                [numbers[name]] * 2,
-                [row - reach, row + reach],
-                color="#222222",
-                linewidth=1.6 if name == "median" else 0.9,
-                linestyle=line,
-            )
-        mean = numbers["mean_over_images"]
-        sides = (
-            [[mean - numbers["low"]], [numbers["high"] - mean]]
-            if numbers["low"] is not None
-            else None
-        )
-        ax.errorbar(
-            [mean],
-            [row - 0.45],
-            xerr=sides,
-            color=color,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linestyle="none",
-        )
-    ax.set(xscale="log", ylim=(-0.6, len(GROUPS) - 0.45))
-    ax.set_yticks(
-        range(len(GROUPS)),
-        ["text tokens\n(embedding table)", "vision tokens\n(after the connector)"],
-    )
-    ax.set(
-        xlabel="L2 norm of a token at the decoder's input (log scale)",
-        title=f"Norms of vision and text tokens as they enter the language model, {model}",
-    )
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    ax.xaxis.set_minor_formatter("{x:g}")
-    ax.grid(axis="y", visible=False)
-    handles = ax.get_legend_handles_labels()[0][::-1]  # in the order of the rows, top first
-    key = (
-        "width: density per decade, scaled to its peak; lines: quartiles; dot: mean over images, 95"
-        " % interval"
-    )
-    fig.legend(handles=handles, loc="outside lower center", title=key, title_fontsize=8.5)
-    return fig
-
-
-def table_of(summary):
-    rows = [
-        (
-            "",
-            "tokens",
-            "mean",
-            "min",
-            "q25",
-            "median",
-            "q75",
-            "max",
-            "images",
-            "mean over images [95 %]",
-        )
-    ]
-    for group, numbers in summary.items():
-        if group in GROUPS:
-            span = (
-                f" [{numbers['low']:.4g}, {numbers['high']:.4g}]"
-                if numbers["low"] is not None
-                else ""
-            )
-            values = [
-                f"{numbers[name]:.4g}" for name in ("mean", "min", "q25", "median", "q75", "max")
-            ]
-            rows.append(
-                (
-                    group,
-                    str(numbers["tokens"]),
-                    *values,
-                    str(numbers["images"]),
-                    f"{numbers['mean_over_images']:.4g}{span}",
-                )
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     samples = read_coco(args.image_dir, args.caption_file, args.max_images or None)
     captions = read_captions(args.caption_file, samples)
     name = rundirs.slug(args.model_path)
     settings = vars(args) | {"model_name": name}
     vlm, headless = load(args)
-    found, failed = measure(vlm, samples, captions, args.scale, args.batch_size, args.num_workers)
+
+    from vlmdiag.beyond_semantics import token_norm_figure, token_norms
+    from vlmdiag.figures import plots
+
+    norms, failed = token_norms.measure(
+        vlm, samples, captions, args.scale, args.batch_size, args.num_workers
+    )
     for id, error in failed.items():
         print(f"{id} failed: {error}")
-    if not found:
+    if not norms:
         raise UsageError(f"none of the {len(samples)} pictures of {args.image_dir} could be read")
-    vision, text = zip(*found.values(), strict=True)
-    summary = {"text": summarize(text), "vision": summarize(vision)}
-    ratio = stats.mean_interval([v.mean() / t.mean() for v, t in found.values() if len(t)])
-    summary |= {
+    text = [of_image.text for of_image in norms.values()]
+    vision = [of_image.vision for of_image in norms.values()]
+    summary = {
+        "text": token_norms.summarize(text),
+        "vision": token_norms.summarize(vision),
         "model": name,
         "scale": args.scale,
         "dtype": str(vlm.dtype).removeprefix("torch."),
         "decoder_left_out": headless,
         "failed": failed,
+        "vision_over_text": token_norms.vision_over_text(norms),
     }
-    summary["vision_over_text"] = {
-        key: None if np.isnan(value) else value.item() for key, value in ratio._asdict().items()
-    }
-    print(table_of(summary))
-    out, pooled = (
-        Path(args.out_dir),
-        {"text": np.concatenate(text), "vision": np.concatenate(vision)},
-    )
-    plots.save(draw(pooled, summary, name), out / f"{args.output_prefix}.png", settings)
-    plots.write_file(
-        out / f"{args.output_prefix}.json", (json.dumps(summary, indent=2) + "\n").encode()
-    )
+    print(token_norms.table_of(summary))
+    stem = Path(args.out_dir) / args.output_prefix
+    pooled = {"text": np.concatenate(text), "vision": np.concatenate(vision)}
+    plots.save(token_norm_figure.draw(pooled, summary, name), f"{stem}.png", settings)
+    plots.write_file(f"{stem}.json", (json.dumps(summary, indent=2) + "\n").encode())
     if args.save_vectors:
-        np.savez(vectors := io.BytesIO(), txt=pooled["text"], img=pooled["vision"])
-        plots.write_file(out / args.vectors_file, vectors.getvalue())
+        buffer = io.BytesIO()
+        np.savez(buffer, txt=pooled["text"], img=pooled["vision"])
+        plots.write_file(Path(args.out_dir) / args.vectors_file, buffer.getvalue())
     return 3 if failed else 0
 
 

@@ -17,9 +17,10 @@ from PIL import Image
 import common
 from diagnostic_tools import viz_attention_image as viz
 from vlmdiag.answers import token_spans
-from vlmdiag.beyond_semantics.attention_map import find_word, normalized_entropy
+from vlmdiag.beyond_semantics import token_attention
+from vlmdiag.beyond_semantics.attention_map import find_word
 from vlmdiag.beyond_semantics.attention_overlay import (
-    SHOWN,
+    AttentionVisualizationResult,
     save_attention_overlay,
     visualize_attention_overlay,
 )
@@ -28,7 +29,9 @@ from vlmdiag.figures import plots
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures.overlay import SHOWN
 from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.spread import normalized_entropy
 
 TOOLS = Path(__file__).resolve().parents[1] / "diagnostic_tools"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -50,7 +53,7 @@ def saying(monkeypatch):
 
     def force(text):
         monkeypatch.setattr(
-            viz,
+            token_attention,
             "generate",
             lambda vlm, batch, limit: generate(
                 vlm, batch, limit, answers=[answer_ids(vlm, batch.prompts[0], text)]
@@ -180,7 +183,9 @@ def test_the_map_is_the_row_that_predicted_the_token_or_the_one_where_it_asks(
     batch = vlm.encode([Sample("0", None, "Describe the image.")], [pictures[1]])
     ids = [300, 411, 522, 333, 444, 355]  # of unlike tokens, so that no two rows are alike
     monkeypatch.setattr(
-        viz, "generate", lambda vlm, batch, limit: generate(vlm, batch, limit, answers=[ids])
+        token_attention,
+        "generate",
+        lambda vlm, batch, limit: generate(vlm, batch, limit, answers=[ids]),
     )
     expected = eager_rows(vlm, batch, ids)
     for position in (0, 3, len(ids) - 1):
@@ -352,7 +357,7 @@ def planted(size, token, rows=6, columns=6, region=None):
     weights[token] = 0.2
     pixels = np.full((size[1], size[0], 3), 128, np.uint8)
     tokens = ["a", " [red]", " circle", " costs", " $5"]
-    return viz.AttentionVisualizationResult(
+    return AttentionVisualizationResult(
         "".join(tokens),
         weights.reshape(rows, columns),
         pixels,
@@ -589,7 +594,7 @@ def test_a_model_whose_answer_lacks_the_word_does_not_stop_the_others(
             answers=[answer_ids(vlm, batch.prompts[0], says[Path(vlm.path).name])],
         )
 
-    monkeypatch.setattr(viz, "generate", answer)
+    monkeypatch.setattr(token_attention, "generate", answer)
     monkeypatch.setattr(viz, "load_from_args", lambda args, path: load(Path(path).name))
     pictures[2].save(tmp_path / "picture.png")
     flags = [

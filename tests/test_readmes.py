@@ -36,8 +36,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import command_module
-from vlmdiag.beyond_semantics import attention_map
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures import spread
 from vlmdiag.runs import rundirs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -740,7 +740,7 @@ def differences(checkout):
         for folder in ("token_norms/tiny-llava", "paper/token_norms")
     ]
     with np.load(checkout / "outputs" / "attention" / "attention_tiny-llava.npz") as arrays:
-        entropy = attention_map.normalized_entropy
+        entropy = spread.normalized_entropy
         change = abs(entropy(arrays["map"], 1e-10) - entropy(arrays["map"]))
     system, vision, text = (
         np.array([record[f"mean_{name}_share"] for record in ours.records()])

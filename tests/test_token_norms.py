@@ -14,8 +14,10 @@ from PIL import Image
 
 import common
 from tests.conftest import build_llava, build_qwen
-from tests.test_llava_original import to_original, write_tower  # noqa: F401 -- sources is a fixture
+from tests.test_llava_original import sources, to_original, write_tower  # noqa: F401 -- a fixture
 from tests.test_reading_scripts import script
+from vlmdiag.beyond_semantics import token_norm_figure, token_norms
+from vlmdiag.figures import plots
 from vlmdiag.pictures.samples import Sample, load_image
 
 TOOL = Path(__file__).resolve().parents[1] / "diagnostic_tools" / "vlm_token_norms.py"
@@ -328,19 +330,31 @@ def test_an_unreadable_picture_is_named_and_the_others_are_measured(
 
 
 def test_pictures_are_enlarged_only_when_asked(pictures):
-    module = script("vlm_token_norms")
-    assert module.enlarged(pictures[1], 1.0) is pictures[1]
-    assert module.enlarged(pictures[1], 3.0).size == (3 * pictures[1].width, 3 * pictures[1].height)
+    assert token_norms.enlarged(pictures[1], 1.0) is pictures[1]
+    larger = token_norms.enlarged(pictures[1], 3.0)
+    assert larger.size == (3 * pictures[1].width, 3 * pictures[1].height)
 
 
-def test_densities_are_those_of_log10_norms():
-    module = script("vlm_token_norms")
-    norms = 10 ** np.random.default_rng(0).normal(1.5, 0.2, 20000)
-    at, density = module.log_density(norms)
-    assert np.sum(density) * (at[1] - at[0]) == pytest.approx(1, abs=1e-3)
+def test_violins_are_densities_of_log10_norms():
+    peak = 1 / (0.2 * np.sqrt(2 * np.pi))
+    broad = 10 ** np.random.default_rng(0).normal(1.5, 0.2, 20000)
+    equal = np.full(100, 1.0126)  # all norms equal, as after the clip
+    figure, axis = plots.plt.subplots()
+    token_norm_figure.draw_violins(axis, {"text": broad, "vision": equal})
+    outlines = [violin.get_paths()[0].vertices for violin in axis.collections]
+    plots.plt.close(figure)
+
+    at, density = upper_half(outlines[0], row=0)
+    density = density / np.trapezoid(density, at)  # drawn as wide as the peak wants
     assert at[density.argmax()] == pytest.approx(1.5, abs=0.05)
-    assert density.max() == pytest.approx(1 / (0.2 * np.sqrt(2 * np.pi)), rel=0.05)
-    at, density = module.log_density(np.full(100, 1.0126))  # all norms equal, as after the clip
-    assert np.isfinite(density).all() and at[density.argmax()] == pytest.approx(
-        np.log10(1.0126), abs=1e-3
-    )
+    assert density.max() == pytest.approx(peak, rel=0.05)
+    at, density = upper_half(outlines[1], row=1)
+    assert np.isfinite(density).all()
+    assert at[density.argmax()] == pytest.approx(np.log10(1.0126), abs=1e-3)
+
+
+def upper_half(outline, row):
+    """(log10 norm, height over the middle of the row) of a violin's outline."""
+    upper = outline[outline[:, 1] >= row]
+    order = upper[:, 0].argsort()
+    return np.log10(upper[order, 0]), upper[order, 1] - row

@@ -1,4 +1,4 @@
-"""From a word of the answer to its tokens, and how far attention spreads. Pure functions, no model.
+"""From a word of the answer to its tokens. Pure functions, no model.
 
 Beyond Semantics (arXiv 2503.17349); docs/studies/beyond_semantics.md, section 2.7.
 """
@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-from vlmdiag.pictures.spread import normalized_entropy
-
-__all__ = ["find_word", "normalized_entropy"]
 
 
 def find_word(text: str, spans: Sequence[tuple[int, int]], word: str) -> list[list[int]]:
