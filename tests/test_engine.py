@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
 from vlmdiag.runs.engine import exit_code, run_items
 from vlmdiag.runs.rundirs import open_run, read_run
 
@@ -400,14 +400,14 @@ def test_a_usage_error_while_loading_ends_the_run(tmp_path):
 
 
 def test_a_full_disk_stops_the_run_soon_and_what_is_written_stays(tmp_path, monkeypatch):
-    run, write, computed = new(tmp_path), rundirs._write, []
+    run, write, computed = new(tmp_path), disk.write, []
 
     def full(path, data, **options):
         if path.name == "005.npz":
             raise UsageError("the disk is full")
         return write(path, data, **options)
 
-    monkeypatch.setattr(rundirs, "_write", full)
+    monkeypatch.setattr(disk, "write", full)
     with pytest.raises(UsageError, match="the disk is full"):
         run_items(
             run,
@@ -420,7 +420,7 @@ def test_a_full_disk_stops_the_run_soon_and_what_is_written_stays(tmp_path, monk
         and run.ids()[:5] == [item.id for item in items(5)]
         and not run.is_done("005")
     )
-    monkeypatch.setattr(rundirs, "_write", write)
+    monkeypatch.setattr(disk, "write", write)
     run_items(run, items(60), load, process)
     assert contents(run) == reference(60, 1)
 

@@ -467,14 +467,14 @@ def test_vision_tokens_are_made_of_the_patches_that_the_family_names(vlm, pictur
 
     for picture in (pictures[1], random_picture(random.Random(1))):
         run = trace(vlm, vlm.encode([Sample("0", None, "Hi?")], [picture]), [20, 21])
-        assert run.sources.shape[0] == len(run.features) == len(run.vision)
-        whole = [block.output for block in run.tower]
+        assert run.tower.sources.shape[0] == len(run.features) == len(run.vision)
+        whole = [block.output for block in run.tower.blocks]
         for token in range(0, len(run.features), max(1, len(run.features) // 25)):
             given = torch.autograd.grad(
-                run.pooled[token].sum(), whole, retain_graph=True, allow_unused=True
+                run.tower.pooled[token].sum(), whole, retain_graph=True, allow_unused=True
             )
             reached = [part.flatten(0, 1).norm(dim=-1) for part in given if part is not None]
-            own = run.sources[token][run.sources[token] >= 0].tolist()
+            own = run.tower.sources[token][run.tower.sources[token] >= 0].tolist()
             assert reached or not own
             for part in reached:
                 assert (

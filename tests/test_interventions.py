@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vlmdiag.cli import UsageError
+from vlmdiag.families import generic
 from vlmdiag.groups import GROUPS
 from vlmdiag.interp import interventions, knockout
 from vlmdiag.interp.interventions import (
@@ -329,7 +330,7 @@ def test_prefixes_are_shared_by_causal_families_only(load, batch_of):
         cache = prefill(vlm, batch).past_key_values
     assert first_positions(vlm, cache, 7, 3).get_seq_length() == 7
     generic = type(vlm)(
-        vlm.model, vlm.processor, __import__("models.generic", fromlist=["FAMILY"]).FAMILY, vlm.path
+        vlm.model, vlm.processor, generic.FAMILY, vlm.path
     )
     assert first_positions(generic, cache, 7, 3) is None
 

@@ -200,7 +200,7 @@ def write_tower(source, folder, kind="safetensors"):
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr(
-        "models.llava_original.snapshot_download",
+        "vlmdiag.families.llava_original.snapshot_download",
         lambda name, **_: (_ for _ in ()).throw(OSError(f"no network for {name}")),
     )
 

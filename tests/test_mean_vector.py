@@ -24,7 +24,7 @@ from tests.test_llava_original import to_original, write_tower  # noqa: F401 -- 
 from vlmdiag.interp import targets
 from vlmdiag.model import loading
 from vlmdiag.pictures.samples import Sample, load_image
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
 
 SCRIPTS = ROOT / "scripts"
 TINY = ROOT / "checkpoints" / "tiny-llava"
@@ -296,7 +296,7 @@ def test_a_run_that_dies_while_it_writes_goes_on(finished, folder, tmp_path, mon
     """In the second block's file: half of it is there under its temporary name, or none of it."""
     module, write, save_file, written = (
         module_of(save),
-        rundirs._write,
+        disk.write,
         module_of(save).save_file,
         [],
     )
@@ -317,7 +317,7 @@ def test_a_run_that_dies_while_it_writes_goes_on(finished, folder, tmp_path, mon
         dies()
         save_file(tensors, path)
 
-    monkeypatch.setattr(rundirs, "_write", dying_write)
+    monkeypatch.setattr(disk, "write", dying_write)
     if stage == "acts":
         monkeypatch.setattr(module, "save_file", dying_save)
     command = (

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
 from vlmdiag.runs.rundirs import COCO, find_runs, open_run, read_run, run_path, slug
 
 REPO = Path(__file__).resolve().parent.parent
@@ -137,15 +137,15 @@ def test_an_item_comes_back_as_it_was_written(tmp_path):
 
 def test_equal_arrays_give_equal_npz_bytes_at_any_time(tmp_path, monkeypatch):
     arrays = {"a": np.random.default_rng(0).normal(size=(8, 8)), "b": np.arange(3)}
-    first = rundirs._npz(arrays)
+    first = disk.npz_bytes(arrays)
     monkeypatch.setattr(time, "time", lambda: 2e9)
     monkeypatch.setattr(time, "localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
-    assert rundirs._npz(arrays) == first
+    assert disk.npz_bytes(arrays) == first
     (tmp_path / "a.npz").write_bytes(first)
     assert {info.date_time for info in zipfile.ZipFile(tmp_path / "a.npz").infolist()} == {
         (1980, 1, 1, 0, 0, 0)
     }
-    assert len(rundirs._npz({"zeros": np.zeros(100_000)})) < 2000  # compressed
+    assert len(disk.npz_bytes({"zeros": np.zeros(100_000)})) < 2000  # compressed
 
 
 def test_pickled_arrays_are_never_written(tmp_path):
@@ -205,18 +205,18 @@ def test_preds_are_rebuilt_from_the_items(tmp_path):
 
 
 def test_preds_of_a_shard_that_finishes_late_miss_nothing(tmp_path, monkeypatch):
-    run, other, write = new_run(tmp_path / "run", 2), new_run(tmp_path / "run"), rundirs._write
+    run, other, write = new_run(tmp_path / "run", 2), new_run(tmp_path / "run"), disk.write
 
     def interleaved(
         path, data, **options
     ):  # another shard commits its last item and finishes between our listing and our writing
         if path.name == "preds.json" and "late" not in other.ids():
-            monkeypatch.setattr(rundirs, "_write", write)
+            monkeypatch.setattr(disk, "write", write)
             other.write("late", {"caption": "x"}, {})
             other.finish()
         return write(path, data, **options)
 
-    monkeypatch.setattr(rundirs, "_write", interleaved)
+    monkeypatch.setattr(disk, "write", interleaved)
     run.finish()
     assert len(json.loads((run.path / "preds.json").read_text())) == 3
 
@@ -413,7 +413,7 @@ from vlmdiag.runs.rundirs import open_run
 run = open_run(sys.argv[1], "demo", {})
 run.write("small", {"n": 1}, {"a": np.zeros(10)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-import cli
+from vlmdiag import cli
 cli.run(lambda: run.write("large", {"n": 2}, {"a": np.random.default_rng(0).normal(size=100_000)}))
 """
 
@@ -451,7 +451,7 @@ def test_temporary_files_of_killed_processes_are_removed_and_of_living_ones_kept
     run = new_run(tmp_path / "run", 1)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    folder, host = run.path / "per_image", rundirs._HOST
+    folder, host = run.path / "per_image", disk.HOST
     living = [
         folder / f".b.json.{host}.{os.getppid()}-0.tmp",
         folder / ".c.json.elsewhere.1-0.tmp",

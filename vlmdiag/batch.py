@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmdiag.groups import GROUPS, VISION
 
@@ -59,12 +59,13 @@ class Batch:
 
     def spans(self, row: int) -> dict[str, list[list[int]]]:
         """{group: [[start, end), ...]} over the prompt of one sample without its padding."""
-        codes, spans = self.groups[row, self.groups.shape[1] - self.lengths[row] :].tolist(), {}
+        codes = self.groups[row, self.groups.shape[1] - self.lengths[row] :].tolist()
+        spans: dict[str, list[list[int]]] = {}
         start = 0
-        for i in range(1, len(codes) + 1):
-            if i == len(codes) or codes[i] != codes[start]:
-                spans.setdefault(GROUPS[codes[start]], []).append([start, i])
-                start = i
+        for end in range(1, len(codes) + 1):
+            if end == len(codes) or codes[end] != codes[start]:
+                spans.setdefault(GROUPS[codes[start]], []).append([start, end])
+                start = end
         return spans
 
     def vision_positions(self, row: int) -> Int[Tensor, " P"]:
@@ -73,23 +74,25 @@ class Batch:
 
 
 def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Image inputs of several samples as one batch, along their first dimension. What differs in
-    another size, the number of tiles, pictures of several sizes, the text that a connector reads,
-    is filled up with 0 at its end, as transformers' processors do.
+    """Image inputs of several samples as one batch, along their first dimension.
+
+    What differs in another size (the number of tiles, pictures of several sizes, the text that a
+    connector reads) is filled up with 0 at its end, as transformers' processors do.
     """
-    found = {}
-    for key in rows[0]:
-        parts = [row[key] for row in rows]
-        sizes = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-        fill = lambda part, sizes=sizes: [
-            n
-            for have, want in zip(reversed(part.shape[1:]), reversed(sizes), strict=True)
-            for n in (0, want - have)
-        ]
-        found[key] = torch.cat(
-            [
-                torch.nn.functional.pad(part, fill(part)) if list(part.shape[1:]) != sizes else part
-                for part in parts
-            ]
-        )
-    return found
+    inputs = {}
+    for name in rows[0]:
+        tensors = [row[name] for row in rows]
+        shapes = [tensor.shape[1:] for tensor in tensors]
+        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        inputs[name] = torch.cat([_filled_up(tensor, largest) for tensor in tensors])
+    return inputs
+
+
+def _filled_up(tensor: Tensor, shape: list[int]) -> Tensor:
+    """A tensor (n, ...) with zeros at the end of each dimension up to (n, *shape)."""
+    if list(tensor.shape[1:]) == shape:
+        return tensor
+    padding: list[int] = []  # from the last dimension to the first: (before, after)
+    for size, wanted in zip(reversed(tensor.shape[1:]), reversed(shape), strict=True):
+        padding += [0, wanted - size]
+    return nn.functional.pad(tensor, padding)

@@ -38,7 +38,7 @@ class Parts:
     decoder: PreTrainedModel
     layers: list[nn.Module]
     norm: nn.Module
-    lm_head: nn.Module
+    lm_head: nn.Linear
     tower: nn.Module | None
     connector: nn.Module | None
     # where the vision tokens are queries that read the tower's output
@@ -94,7 +94,7 @@ class Rotary:
         return torch.cat([-b * speed, a * speed, torch.zeros_like(still)], -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models. `has` names its capabilities: decoder-only, causal, rotary, grid,
     square-pad (models/README.md)."""
@@ -114,8 +114,8 @@ class Family:
     # (path, config.json) -> config, for layouts that transformers does not read
     read_config: Callable[[str, Config], PreTrainedConfig] | None = None
     # (path, config, **options) -> model and processor
-    load: Callable[..., tuple[PreTrainedModel, ProcessorMixin]] | None = None
-    parts: Callable[[PreTrainedModel], Parts] | None = None
+    load: Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
+    parts: Callable[[PreTrainedModel], Parts]
 
     # --- the prompt ---
     # (vlm) -> system prompt where the user gives none, or None
@@ -127,10 +127,9 @@ class Family:
     # (vlm, prompt) -> more image inputs of one sample, {name: (1, m)}, for connectors that read it
     read_text: Callable[[VLM, str], dict[str, Tensor]] | None = None
     # (vlm, ids (B, T), mask (B, T), image inputs) -> positions as the model takes them, next (B,)
-    positions: (
-        Callable[[VLM, Tensor, Tensor, Inputs], tuple[Int[Tensor, "... B T"], Int[Tensor, " B"]]]
-        | None
-    ) = None
+    positions: Callable[
+        [VLM, Tensor, Tensor, Inputs], tuple[Int[Tensor, "... B T"], Int[Tensor, " B"]]
+    ]
     # (vlm, batch) -> more inputs of the forward over a prompt, {name: (B, T)}: token types, masks
     inputs: Callable[[VLM, Batch], dict[str, Tensor]] | None = None
 

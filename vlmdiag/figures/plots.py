@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from vlmdiag.cli import UsageError
+from vlmdiag.runs import disk
 
 plt.rcParams.update(
     {
@@ -352,14 +353,9 @@ def save_csv(path, columns, quiet=False):
 
 
 def write_file(path, data, quiet=False):
-    """Write bytes, with the folder, and print the path unless quiet; UsageError where that cannot
-    be."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    """Write bytes in one step, with the folder, and print the path unless quiet; UsageError where
+    that cannot be."""
+    disk.write_bytes(path, data)
     if not quiet:
         print(f"wrote {path}")
 

@@ -259,8 +259,8 @@ class VisionRows(Probe):
 
 
 class ImageAttention(Probe):
-    """Attention of each step's row to every vision token, reduced layer by layer: the k largest over
-    layers of each head and token, and mean and maximum over layers and heads.
+    """Attention of each step's row to every vision token, reduced layer by layer: the k largest
+    over layers of each head and token, and mean and maximum over layers and heads.
 
     A running top-k equals that over all layers at once. Lists over steps: topk (k, B, H, P) largest
     first, mean and largest (B, P), float32 on the model's device; P: most vision tokens of a row, 0
@@ -314,8 +314,8 @@ class ImageAttention(Probe):
 
     def end(self) -> None:
         if self._top is None or self._max is None or len(self._top) < self.k:
-            layers = 0 if self._top is None else len(self._top)
-            raise UsageError(f"the {self.k} largest of {layers} layers were asked for")
+            count = 0 if self._top is None else len(self._top)
+            raise UsageError(f"the {self.k} largest of {count} layers were asked for")
         self.topk.append(self._top.sort(0, descending=True).values)
         self.mean.append(self._sum / self._layers_seen)
         self.largest.append(self._max)

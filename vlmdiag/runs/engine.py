@@ -5,146 +5,98 @@ shard of several, into a run directory.
     return exit_code(counts, run)
 
 Batches are cut from the ordered items before anything is skipped and shards take whole batches, so
-an interrupted, sharded or resumed run computes the same batches as one run from start to end."""
+an interrupted, sharded or resumed run computes the same batches as one run from start to end.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import gc
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
 
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-)  # CUDA; the CPU allocator on Linux; on Windows
+if TYPE_CHECKING:
+    from vlmdiag.runs.disk import Arrays
+    from vlmdiag.runs.rundirs import Run
+
+# of CUDA; of the CPU allocator on Linux; on Windows
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class Item(Protocol):
+    """What a run computes: anything with an id that is unique in the run."""
+
+    @property
+    def id(self) -> str:
+        """Names the item's files."""
+
+
+Load = Callable[[Any], Any]
+Result = tuple[dict[str, Any], "Arrays"]  # record and arrays of an item
+Process = Callable[[list[Any]], Sequence[Result]]
+Loaded = tuple[Any, Any, "Exception | None"]  # item, what load() made of it, what it raised
 
 
 def run_items(
-    run, items, load, process, batch_size=1, shard=(0, 1), num_workers=0, progress="images"
-):
+    run: Run,
+    items: Sequence[Item],
+    load: Load,
+    process: Process,
+    batch_size: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+    progress: str = "images",
+) -> dict[str, int]:
     """Compute the items of this shard that are not done yet. Returns {"done": computed now,
     "skipped": done before, "failed"}, together the shard.
 
-    items: ordered, each with a unique `.id`. load(item) -> what process needs, called in
-    num_workers threads (0: in this one) at most a few batches ahead. process([loaded, ...]) ->
-    [(record, arrays), ...] in the same order. One thread writes. shard (i, n): batches i, i + n,
-    ...
+    load(item) gives what process needs, called in num_workers threads (0: in this one) at most a
+    few batches ahead. process([loaded, ...]) gives [(record, arrays), ...] in the same order. One
+    thread writes. shard (i, n): batches i, i + n, ...
 
     An exception for one item, in load or in process at batch size 1, is that item's failure; a
     batch that raises is halved where memory ran out (counter oom_halvings) and else taken apart.
     UsageError, a full disk and CUDA errors (after which the process is of no use) end the call;
-    what was computed is written first, also on Ctrl-C."""
-    items = list(items)
-    repeated = [id for id, seen in _counted(item.id for item in items) if seen == 2]
-    if repeated:
-        raise UsageError(
-            f"the id {repeated[0]} occurs more than once among the items ({len(repeated)} such"
-            " ids); ids must be unique within a run"
-        )
-    index, count = shard
-    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)][
-        index::count
-    ]
-    before = {item.id for batch in batches for item in batch if run.is_done(item.id)}
-    batches = [batch for batch in batches if any(item.id not in before for item in batch)]
-    done, failed, started = set(), set(), time.monotonic()
-
-    def fail(item, error, stage):
-        if item.id not in before:
-            failed.add(item.id)
-            run.fail(item.id, error, stage=stage, image=str(getattr(item, "image", "")) or None)
-
-    def compute(batch):
-        """process() a list of (item, loaded), in smaller parts where it does not go through."""
-        if all(item.id in before for item, _ in batch):
-            return
-        try:
-            results = process([loaded for _, loaded in batch])
-        except UsageError:
-            raise
-        except Exception as error:
-            short = _out_of_memory(error)
-            if not short and (
-                isinstance(error, getattr(torch, "AcceleratorError", ()))
-                or "CUDA error" in str(error)
-            ):
-                raise
-            if len(batch) == 1:
-                return fail(batch[0][0], error, "process")
-        else:
-            if len(results) != len(batch):
-                raise RuntimeError(
-                    f"process() returned {len(results)} results for {len(batch)} items"
-                )
-            for (item, _), (record, arrays) in zip(batch, results):
-                if item.id not in before:
-                    write(item.id, record, arrays)
-                    done.add(item.id)
-            return
-        # outside the except block, whose exception keeps the failed pass's tensors alive
-        if short:
-            run.count("oom_halvings")
-            tqdm.write(
-                f"out of memory at a batch of {len(batch)}: halved; a smaller --batch_size avoids"
-                " computing it twice"
-            )
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-        step = (len(batch) + 1) // 2 if short else 1
-        for start in range(0, len(batch), step):
-            compute(batch[start : start + step])
-
-    pending = deque()
-
-    def write(*item):
-        pending.append(writer.submit(run.write, *item))
-        while pending and (pending[0].done() or len(pending) > 2 * batch_size + 2):
-            pending.popleft().result()  # raises what the writer raised
-
-    writer = ThreadPoolExecutor(1, "writer")
-    todo = sum(map(len, batches))
+    what was computed is written first, also on Ctrl-C.
+    """
+    batches = _batches(items, batch_size, shard)
+    work = _Shard(run, process, batches)
+    todo = [batch for batch in batches if any(item.id not in work.done_before for item in batch)]
+    count = sum(map(len, todo))
+    started = time.monotonic()
     try:
         with (
-            contextlib.closing(_loaded(batches, load, num_workers)) as stream,
-            tqdm(total=todo, desc=progress, unit="image", disable=None) as bar,
+            contextlib.closing(_loaded(todo, load, num_workers)) as stream,
+            tqdm(total=count, desc=progress, unit="image", disable=None) as bar,
         ):
             for batch in stream:
-                for item, _, error in batch:
-                    if isinstance(error, UsageError):
-                        raise error
-                    if error is not None:
-                        fail(item, error, "load")
-                loaded = [(item, value) for item, value, error in batch if error is None]
-                if loaded:
-                    compute(loaded)
+                work.compute_loaded(batch)
                 bar.update(len(batch))
-        while pending:
-            pending.popleft().result()
+        work.flush()
     finally:
-        writer.shutdown(wait=True)  # finishes what is queued
-    counts = {"done": len(done), "skipped": len(before), "failed": len(failed)}
+        work.close()
     seconds = time.monotonic() - started
-    rate = todo / max(seconds, 1e-9)
     print(
-        f"{progress}: {len(done)} computed, {len(before)} done before, {len(failed)} failed,"
-        f" {seconds:.1f} s, {rate:.2f} per s",
+        f"{progress}: {len(work.done)} computed, {len(work.done_before)} done before,"
+        f" {len(work.failed)} failed, {seconds:.1f} s, {count / max(seconds, 1e-9):.2f} per s",
         flush=True,
     )
-    return counts
+    return {"done": len(work.done), "skipped": len(work.done_before), "failed": len(work.failed)}
 
 
-def exit_code(counts, run=None):
+def exit_code(counts: Mapping[str, int], run: Run | None = None) -> int:
     """0, or 3 with one line that says where the failures are."""
     if not counts["failed"]:
         return 0
-    where = f"{run.path / 'failures'}" if run else "failures/ in the run directory"
+    where = run.path / "failures" if run else "failures/ in the run directory"
     print(
         f"{counts['failed']} of {sum(counts.values())} items failed, see {where}; the same command"
         " tries them again",
@@ -153,45 +105,151 @@ def exit_code(counts, run=None):
     return 3
 
 
-def _counted(ids):
-    """Yield (id, how often it has occurred so far)."""
-    seen = {}
-    for id in ids:
-        seen[id] = seen.get(id, 0) + 1
-        yield id, seen[id]
+def _batches(
+    items: Sequence[Item], batch_size: int, shard: tuple[int, int]
+) -> Sequence[Sequence[Item]]:
+    """The batches of a shard. UsageError where an id occurs twice."""
+    items = list(items)
+    repeated = [id for id, times in Counter(item.id for item in items).items() if times > 1]
+    if repeated:
+        raise UsageError(
+            f"the id {repeated[0]} occurs more than once among the items ({len(repeated)} such"
+            " ids); ids must be unique within a run"
+        )
+    index, shards = shard
+    starts = range(0, len(items), batch_size)
+    return [items[start : start + batch_size] for start in starts][index::shards]
 
 
-def _out_of_memory(error):
+class _Shard:
+    """The items of one shard on their way into the run directory."""
+
+    def __init__(self, run: Run, process: Process, batches: Sequence[Sequence[Item]]) -> None:
+        self.run = run
+        self.process = process
+        self.done_before = {item.id for batch in batches for item in batch if run.is_done(item.id)}
+        self.done: set[str] = set()
+        self.failed: set[str] = set()
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._pending: deque[Future[bool]] = deque()
+        self._most_pending = 2 * max(map(len, batches), default=1) + 2
+
+    def compute_loaded(self, batch: Sequence[Loaded]) -> None:
+        """Compute a batch as load() gave it; items that could not be loaded are failures."""
+        loaded = []
+        for item, value, error in batch:
+            if isinstance(error, UsageError):
+                raise error
+            if error is not None:
+                self._fail(item, error, "load")
+            else:
+                loaded.append((item, value))
+        if loaded:
+            self._compute(loaded)
+
+    def _compute(self, batch: list[tuple[Any, Any]]) -> None:
+        """process() a batch, in smaller parts where it does not go through as a whole."""
+        if all(item.id in self.done_before for item, _ in batch):
+            return
+        try:
+            results = self.process([value for _, value in batch])
+        except UsageError:
+            raise
+        except Exception as error:
+            memory_ran_out = _is_out_of_memory(error)
+            if not memory_ran_out and _is_cuda_error(error):
+                raise
+            if len(batch) == 1:
+                self._fail(batch[0][0], error, "process")
+                return
+        else:
+            self._commit(batch, results)
+            return
+        # Outside the except block, whose exception keeps the failed pass's tensors alive.
+        size = 1
+        if memory_ran_out:
+            self.run.count("oom_halvings")
+            tqdm.write(
+                f"out of memory at a batch of {len(batch)}: halved; a smaller --batch_size avoids"
+                " computing it twice"
+            )
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            size = (len(batch) + 1) // 2
+        for start in range(0, len(batch), size):
+            self._compute(batch[start : start + size])
+
+    def _commit(self, batch: list[tuple[Any, Any]], results: Sequence[Result]) -> None:
+        if len(results) != len(batch):
+            raise RuntimeError(f"process() returned {len(results)} results for {len(batch)} items")
+        for (item, _), (record, arrays) in zip(batch, results):
+            if item.id in self.done_before:
+                continue
+            self._pending.append(self._writer.submit(self.run.write, item.id, record, arrays))
+            while self._pending and self._is_due():
+                self._pending.popleft().result()  # raises what the writer raised
+            self.done.add(item.id)
+
+    def _is_due(self) -> bool:
+        """Whether the oldest write is over, or too many wait behind it."""
+        return self._pending[0].done() or len(self._pending) > self._most_pending
+
+    def _fail(self, item: Any, error: Exception, stage: str) -> None:
+        if item.id in self.done_before:
+            return
+        self.failed.add(item.id)
+        image = str(getattr(item, "image", "")) or None
+        self.run.fail(item.id, error, stage=stage, image=image)
+
+    def flush(self) -> None:
+        """Wait for the writer; raises what it raised."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Finish what is queued."""
+        self._writer.shutdown(wait=True)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in OUT_OF_MEMORY
-    )
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
 
 
-def _attempt(load, item):
+def _is_cuda_error(error: Exception) -> bool:
+    """Whether the process is of no use after this error."""
+    accelerator_error = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator_error) or "CUDA error" in str(error)
+
+
+def _attempt(load: Load, item: Item) -> Loaded:
     try:
         return item, load(item), None
-    except Exception as error:  # noqa: BLE001 -- whatever it is, it is the failure of this item alone
+    except Exception as error:  # noqa: BLE001 -- whatever it is, it is this item's failure alone
         return item, None, error
 
 
-def _loaded(batches, load, num_workers):
-    """Yield batch after batch as [(item, loaded, error), ...], decoded in threads just far enough
-    ahead to keep them busy."""
+def _loaded(
+    batches: Sequence[Sequence[Item]], load: Load, num_workers: int
+) -> Generator[list[Loaded], None, None]:
+    """Yield batch after batch, decoded in threads just far enough ahead to keep them busy."""
     if not num_workers:
         for batch in batches:
             yield [_attempt(load, item) for item in batch]
         return
     pool = ThreadPoolExecutor(num_workers, "load")
     try:
-        waiting, remaining = deque(), iter(batches)
+        waiting: deque[list[Future[Loaded]]] = deque()
+        remaining = iter(batches)
         while True:
             while len(waiting) < 2 or sum(map(len, waiting)) < 2 * num_workers:
-                batch = next(remaining, None)
-                if batch is None:
+                next_batch = next(remaining, None)
+                if next_batch is None:
                     break
-                waiting.append([pool.submit(_attempt, load, item) for item in batch])
+                waiting.append([pool.submit(_attempt, load, item) for item in next_batch])
             if not waiting:
                 return
             yield [future.result() for future in waiting.popleft()]

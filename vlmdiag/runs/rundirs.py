@@ -6,82 +6,89 @@ sums that analyses cache.
         meta.json  preds.json  per_image/<id>.json + <id>.npz  failures/<id>.json
                    counters/<key>.txt  analysis/
 
-Every file is written under a temporary name in its folder, flushed and renamed, the NPZ before the
-JSON, and the JSON marks an item done: a process may be killed at any point. Several processes may
-share a run (shards). Kept free of torch so that the plotting scripts start at once.
+An item's NPZ is written before its JSON, and the JSON marks it done: a process may be killed at any
+point. Several processes may share a run (shards). Kept free of torch so that the plotting scripts
+start at once.
 """
 
+from __future__ import annotations
+
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
-import io
-import itertools
 import json
-import math
 import os
 import platform
 import re
 import shutil
-import struct
 import subprocess
 import time
 import traceback
 import zipfile
-import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
+from vlmdiag.runs import disk
+from vlmdiag.runs.disk import write_bytes, write_json, write_npz
+
+__all__ = [
+    "COCO",
+    "Run",
+    "find_runs",
+    "open_run",
+    "read_run",
+    "run_path",
+    "slug",
+    "write_bytes",
+    "write_json",
+    "write_npz",
+]
 
 SCHEMA = 1
 COCO = "coco_diagnostics"
-OWNED = (
-    "per_image",
-    "failures",
-    "analysis",
-    "counters",
-    "preds.json",
-    "meta.json",
-)  # meta.json last: a run half removed is still known for what it is
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-BROKEN = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)  # what reading a damaged NPZ raises
-_HOST = platform.node().split(".")[0] or "host"
+# What a run directory owns. meta.json last: a run half removed is still known for what it is.
+OWNED = ("per_image", "failures", "analysis", "counters", "preds.json", "meta.json")
+OTHER_NAME = "use another --run_name, or remove the folder by hand"
 _UNSET = object()
-_numbers = itertools.count()
+
+Record = dict[str, Any]
+Array = np.ndarray[Any, Any]
 
 
-# ---- names ----
+# --- names ----------------------------------------------------------------------------------------
 
 
-def slug(name):
+def slug(name: str | Path) -> str:
     """Folder name for a model: the last component of its path or hub id, 'parent_checkpoint-n' for
     a folder 'checkpoint-n'."""
     path = Path(os.path.abspath(name))
-    last = f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
-    return _clean(last)
+    if path.name.startswith("checkpoint-"):
+        return _clean(f"{path.parent.name}_{path.name}")
+    return _clean(path.name)
 
 
-def _clean(text):
+def _clean(text: str) -> str:
     return re.sub(r"""[ :/\\|*?"'<>]""", "-", text)
 
 
-def run_path(out_root, model, experiment=None, run_name=None, sp=None):
+def run_path(
+    out_root: str | Path,
+    model: str | Path,
+    experiment: str | None = None,
+    run_name: str | None = None,
+    sp: int | None = None,
+) -> Path:
     """Where a run lives. With sp (0 = with system prompt, 1 = without):
     out_root/<slug>[__<run_name>]__sp-<sp>, else out_root/<experiment>/<slug>[__<run_name>]."""
-    name = slug(model) + (f"__{_clean(run_name)}" if run_name else "")
+    name = slug(model)
+    if run_name:
+        name += f"__{_clean(run_name)}"
     if sp is not None:
         return Path(out_root) / f"{name}__sp-{int(sp)}"
     if not experiment:
@@ -89,248 +96,79 @@ def run_path(out_root, model, experiment=None, run_name=None, sp=None):
     return Path(out_root) / experiment / name
 
 
-def _checked(id):
-    id = str(id)
-    if (
-        not id
-        or id.startswith(".")
-        or re.search(r"[/\\\0]", id)
-        or len(id.encode("utf-8", "replace")) > 180
-    ):
+def _checked(id: object) -> str:
+    """An item's id, which becomes a file name."""
+    name = str(id)
+    is_safe = name and not name.startswith(".") and not re.search(r"[/\\\0]", name)
+    if not is_safe or len(name.encode("utf-8", "replace")) > 180:
         raise UsageError(
-            f"{id!r} cannot be an item id: ids become file names, so no /, \\ or leading dot, and 1"
-            " to 180 bytes"
+            f"{name!r} cannot be an item id: ids become file names, so no /, \\ or leading dot, and"
+            " 1 to 180 bytes"
         )
-    return id
+    return name
 
 
-# ---- bytes on disk ----
+# --- settings -------------------------------------------------------------------------------------
 
 
-def _plain(value):
-    """What JSON can hold: numpy to python, paths to text, NaN and infinities to null."""
-    if isinstance(value, dict):
-        return {
-            (key.item() if isinstance(key, np.generic) else key): _plain(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _json(value):
-    text = json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    return text.encode(
-        "utf-8", "backslashreplace"
-    )  # a lone surrogate becomes its \uXXXX escape, which JSON reads back
-
-
-def _npz(arrays, compression=zipfile.ZIP_DEFLATED):
-    """Bytes of an NPZ file: equal arrays give equal bytes, because every member carries the same
-    date (np.savez promises none)."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for key, array in arrays.items():
-            member = io.BytesIO()
-            np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-            archive.writestr(
-                zipfile.ZipInfo(f"{key}.npy", (1980, 1, 1, 0, 0, 0)), member.getvalue(), compression
-            )
-    return buffer.getvalue()
-
-
-def _write(path, data, exclusive=False):
-    """Put bytes at path in one step. exclusive: only if nothing is there yet. Returns whether it
-    was written; UsageError where it cannot be."""
-    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}-{next(_numbers)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            return _link(temporary, path)
-        os.replace(temporary, path)
-        return True
-    except OSError as error:
-        what = (
-            "the disk is full or a size limit is reached" if error.errno in FULL else "cannot write"
-        )
-        raise UsageError(
-            f"{what} ({error.strerror or error}): {path}; nothing already computed is lost, the"
-            " same command goes on from there"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write a JSON file in one step, with its folder. UsageError where it cannot be."""
-    _write_with_folder(Path(path), _json(value))
-
-
-def write_npz(path, arrays):
-    """Write an NPZ file in one step, with its folder; equal arrays give equal bytes. UsageError
-    where it cannot be."""
-    _write_with_folder(Path(path), _npz(arrays))
-
-
-def write_bytes(path, data):
-    """Write bytes in one step, with the folder. UsageError where it cannot be."""
-    _write_with_folder(Path(path), data)
-
-
-def _write_with_folder(path, data):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    _write(path, data)
-
-
-def _link(temporary, path):
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    # a file system without hard links: exclusive creation, whose reader may see the file before its
-    # bytes (_read_meta waits)
-    except OSError:
-        try:
-            with open(path, "xb", buffering=0) as file:
-                file.write(temporary.read_bytes())
-        except FileExistsError:
-            return False
-    return True
-
-
-def _read_json(path, advice="delete it and run the command that made it again"):
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); {advice}") from error
-    if not isinstance(value, dict):
-        raise UsageError(
-            f"{path} holds a {type(value).__name__} where an object was wanted; {advice}"
-        )
-    return value
-
-
-def _read_npz(path, keys=None):
-    """Arrays of an NPZ file, all or the named ones; None if it lacks one of those."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            if keys is not None and not set(keys) <= set(archive.files):
-                return None
-            return {key: archive[key] for key in (archive.files if keys is None else keys)}
-    except (
-        *BROKEN,
-        AttributeError,
-        TypeError,
-    ) as error:  # the last two: an .npy where an NPZ was wanted
-        raise UsageError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); delete it and run the"
-            " command that made it again"
-        ) from error
-
-
-def _sweep(folder):
-    """Remove temporary files that killed processes left: of this machine and not running any more,
-    or a day old."""
-    for temporary in folder.glob(".*.tmp"):
-        _, host, process, _ = (
-            temporary.name.rsplit(".", 3) if temporary.name.count(".") >= 4 else (None,) * 4
-        )
-        with contextlib.suppress(OSError):
-            if process and (
-                time.time() - temporary.stat().st_mtime > 86400
-                or host == _HOST
-                and not _running(process.split("-")[0])
-            ):
-                temporary.unlink()
-
-
-def _running(pid):
-    if os.name != "posix" or not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # somebody else's
-    return True
-
-
-# ---- settings ----
-
-
-def _versions():
-    found = {"python": platform.python_version()}
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("numpy", "torch", "transformers", "pillow"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    here = CHECKOUT
-    if (here / ".git").exists():
+            versions[name] = None
+    if (CHECKOUT / ".git").exists():
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            command = ["git", "-C", str(here), "rev-parse", "--verify", "HEAD"]
-            found["commit"] = subprocess.run(
+            command = ["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "HEAD"]
+            done = subprocess.run(
                 command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
-            ).stdout.strip()
-    return found
+            )
+            versions["commit"] = done.stdout.strip()
+    return versions
 
 
-def _flat(settings, prefix=""):
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as {'outer.inner': value}, so that a difference is named by itself."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _differences(now, then):
+def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     """['key: value now, value then'] for every setting that differs."""
     now, then = _flat(now), _flat(then)
-    different = [
-        key for key in dict.fromkeys([*now, *then]) if now.get(key, _UNSET) != then.get(key, _UNSET)
-    ]
-    return [f"{key}: now {_shown(now, key)}, there {_shown(then, key)}" for key in different]
+    lines = []
+    for key in dict.fromkeys([*now, *then]):
+        if now.get(key, _UNSET) != then.get(key, _UNSET):
+            lines.append(f"{key}: now {_shown(now, key)}, there {_shown(then, key)}")
+    return lines
 
 
-def _shown(settings, key):
+def _shown(settings: Mapping[str, Any], key: str) -> str:
     return json.dumps(settings[key], ensure_ascii=False) if key in settings else "not set"
 
 
-def _read_meta(path):
+def _read_meta(path: Path) -> dict[str, Any]:
     """meta.json of a run folder, checked for its schema."""
-    file, advice = path / "meta.json", "use another --run_name, or remove the folder by hand"
-    for _ in range(20):  # up to a second: see _link
+    file = path / "meta.json"
+    for _ in range(20):  # up to a second: see disk.write_once()
         if file.exists() and file.stat().st_size == 0:
             time.sleep(0.05)
-    meta = _read_json(file, advice)
+    meta = disk.read_json(file, OTHER_NAME)
     if meta.get("schema") != SCHEMA or not isinstance(meta.get("settings"), dict):
         raise UsageError(
             f"{file} has schema {meta.get('schema')!r} where {SCHEMA} was wanted: another version"
-            f" of these tools wrote it; {advice}"
+            f" of these tools wrote it; {OTHER_NAME}"
         )
     return meta
 
 
-def _clear(path):
+def _clear(path: Path) -> None:
     """Remove what a run directory owns, and nothing else."""
     if not path.exists() or not any(path.iterdir()):
         return
@@ -347,7 +185,13 @@ def _clear(path):
             (path / name).unlink(missing_ok=True)
 
 
-def open_run(path, experiment, identity, free=None, overwrite=False):
+def open_run(
+    path: str | Path,
+    experiment: str,
+    identity: Mapping[str, Any],
+    free: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Run:
     """Create a run directory, or open it again with the same settings.
 
     identity: settings that the numbers depend on, compared key by key with those in meta.json
@@ -355,48 +199,20 @@ def open_run(path, experiment, identity, free=None, overwrite=False):
     creates the run. overwrite: start again; with shards, in one call before the others start. Of
     several processes that open a new run at once exactly one creates meta.json, the others compare.
     UsageError: other settings, experiment or schema, results without meta.json, a place that cannot
-    be written."""
+    be written.
+    """
     path = Path(path)
-    meta = {"schema": SCHEMA, "experiment": experiment, "settings": identity, "free": free or {}}
-    settings = json.loads(_json(identity))
     try:
         if overwrite:
             _clear(path)
         path.mkdir(parents=True, exist_ok=True)
-        orphans = (path / "per_image").is_dir() and any(
-            not name.startswith(".") for name in os.listdir(path / "per_image")
-        )
-        if not (path / "meta.json").exists():
-            if orphans:  # looked at before meta.json, which another shard may have made in between
-                raise UsageError(
-                    f"{path} holds results but no meta.json, so their settings are unknown; use"
-                    " another --run_name, or remove the folder by hand"
-                )
-            _write(
-                path / "meta.json",
-                _json(
-                    meta
-                    | {"versions": _versions(), "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-                ),
-                exclusive=True,
-            )
-        meta = _read_meta(path)
-        if meta.get("experiment") != experiment:
-            raise UsageError(
-                f"{path} belongs to experiment {meta.get('experiment')!r}, not {experiment!r}; use"
-                " another --run_name or --out_root"
-            )
-        different = _differences(settings, meta["settings"])
-        if different:
-            raise UsageError(
-                f"{path} was made with other settings ({'; '.join(different)}); use --overwrite to"
-                " start again or another --run_name"
-            )
+        _make_meta(path, experiment, identity, free or {})
+        meta = _checked_meta(path, experiment, identity)
         for name in ("per_image", "failures", "analysis"):
             (path / name).mkdir(exist_ok=True)
-            _sweep(path / name)
-        _sweep(path)
-        probe = path / "per_image" / f".writable.{_HOST}.{os.getpid()}-{next(_numbers)}.tmp"
+            disk.sweep(path / name)
+        disk.sweep(path)
+        probe = disk.temporary_name(path / "per_image" / "writable")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -408,7 +224,48 @@ def open_run(path, experiment, identity, free=None, overwrite=False):
     return run
 
 
-# ---- a run ----
+def _make_meta(
+    path: Path, experiment: str, identity: Mapping[str, Any], free: Mapping[str, Any]
+) -> None:
+    """Write meta.json unless it is there."""
+    # looked at before meta.json, which another shard may make in between
+    results = path / "per_image"
+    has_results = results.is_dir() and any(not name.startswith(".") for name in os.listdir(results))
+    if (path / "meta.json").exists():
+        return
+    if has_results:
+        raise UsageError(
+            f"{path} holds results but no meta.json, so their settings are unknown; {OTHER_NAME}"
+        )
+    meta = {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "settings": dict(identity),
+        "free": dict(free),
+        "versions": _versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    disk.write_once(path / "meta.json", disk.json_bytes(meta))
+
+
+def _checked_meta(path: Path, experiment: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """meta.json; UsageError where it is of another experiment or has other settings."""
+    meta = _read_meta(path)
+    if meta.get("experiment") != experiment:
+        raise UsageError(
+            f"{path} belongs to experiment {meta.get('experiment')!r}, not {experiment!r}; use"
+            " another --run_name or --out_root"
+        )
+    different = _differences(json.loads(disk.json_bytes(dict(identity))), meta["settings"])
+    if different:
+        raise UsageError(
+            f"{path} was made with other settings ({'; '.join(different)}); use --overwrite to"
+            " start again or another --run_name"
+        )
+    return meta
+
+
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -417,45 +274,48 @@ class Run:
     was opened."""
 
     path: Path
-    meta: dict
+    meta: dict[str, Any]
 
     @property
-    def label(self):
+    def label(self) -> str:
         """Name in figures: the folder's, for coco runs '<model>[__<run_name>]' and whether the
         system prompt was taken out."""
         name = Path(os.path.abspath(self.path)).name
-        match = (
-            re.fullmatch(r"(.+)__sp-([01])", name) if self.meta.get("experiment") == COCO else None
-        )
-        return match[1] + (" (no system prompt)" if match[2] == "1" else "") if match else name
+        match = re.fullmatch(r"(.+)__sp-([01])", name)
+        if match is None or self.meta.get("experiment") != COCO:
+            return name
+        return f"{match[1]} (no system prompt)" if match[2] == "1" else match[1]
 
-    def _file(self, id, ending):
+    def _file(self, id: str, ending: str) -> Path:
         return self.path / "per_image" / f"{_checked(id)}{ending}"
 
-    def is_done(self, id):
+    def _failure(self, id: str) -> Path:
+        return self.path / "failures" / f"{_checked(id)}.json"
+
+    def is_done(self, id: str) -> bool:
         """True if the item is finished. Its JSON marks it done; an NPZ deleted by hand makes it
         missing again."""
         return self._file(id, ".json").exists() and self._file(id, ".npz").exists()
 
-    def write(self, id, record, arrays=None, keep=True):
-        """Commit an item: its arrays {name: array} as NPZ, then its record (dict) as JSON; its
-        failure file goes away.
+    def write(
+        self, id: str, record: Record, arrays: disk.Arrays | None = None, keep: bool = True
+    ) -> bool:
+        """Commit an item: its arrays as NPZ, then its record as JSON; its failure file goes away.
 
         Returns True if written, False if it was done already (keep=False writes it anyway).
         UsageError on a full disk.
         """
         written = not (keep and self.is_done(id))
         if written:
-            contents = {
-                ".npz": _npz(arrays or {}),
-                ".json": _json(record),
-            }  # both made before either is written
-            for ending, data in contents.items():
-                _write(self._file(id, ending), data)
-        (self.path / "failures" / f"{_checked(id)}.json").unlink(missing_ok=True)
+            # both made before either is written
+            npz = disk.npz_bytes(arrays or {})
+            text = disk.json_bytes(record)
+            disk.write(self._file(id, ".npz"), npz)
+            disk.write(self._file(id, ".json"), text)
+        self._failure(id).unlink(missing_ok=True)
         return written
 
-    def fail(self, id, error, **facts):
+    def fail(self, id: str, error: BaseException, **facts: object) -> None:
         """Note why an item that is not done could not be computed, in failures/<id>.json."""
         if self.is_done(id):
             return
@@ -466,73 +326,70 @@ class Run:
             "facts": facts,
             "traceback": trace,
         }
-        _write(self.path / "failures" / f"{_checked(id)}.json", _json(failure))
+        disk.write(self._failure(id), disk.json_bytes(failure))
 
-    def failed(self):
+    def failed(self) -> dict[str, Record]:
         """{id: failure} of the items that failed and are not done."""
-        folder = self.path / "failures"
-        return {
-            id: _read_json(folder / f"{id}.json") for id in _stems(folder) if not self.is_done(id)
-        }
+        ids = _stems(self.path / "failures")
+        return {id: disk.read_json(self._failure(id)) for id in ids if not self.is_done(id)}
 
-    def count(self, key, by=1):
+    def count(self, key: str, by: int = 1) -> None:
         """Add to a counter of the run, such as oom_halvings; safe between shards."""
+        folder = self.path / "counters"
         try:
-            (self.path / "counters").mkdir(exist_ok=True)
-            with open(self.path / "counters" / f"{_checked(key)}.txt", "ab", buffering=0) as file:
+            folder.mkdir(exist_ok=True)
+            with open(folder / f"{_checked(key)}.txt", "ab", buffering=0) as file:
                 file.write(b"%d\n" % by)
         except OSError as error:
             raise UsageError(
-                f"cannot write ({error.strerror or error}): {self.path / 'counters'}; nothing"
-                " already computed is lost"
+                f"cannot write ({error.strerror or error}): {folder}; nothing already computed is"
+                " lost"
             ) from error
 
-    def counters(self):
+    def counters(self) -> dict[str, int]:
         """{key: sum} of everything counted so far."""
-        folder = self.path / "counters"
-        return {
-            file.name[:-4]: sum(
-                int(line) for line in re.findall(rb"^\d+$", file.read_bytes(), re.MULTILINE)
-            )
-            for file in sorted(folder.glob("*.txt"))
-        }
+        sums = {}
+        for file in sorted((self.path / "counters").glob("*.txt")):
+            lines = re.findall(rb"^\d+$", file.read_bytes(), re.MULTILINE)
+            sums[file.name[:-4]] = sum(map(int, lines))
+        return sums
 
-    def finish(self):
+    def finish(self) -> Path:
         """Rebuild preds.json, [{"image_id", "caption"}] sorted by item id, from the done items that
         have a caption. Returns its path."""
-        preds, ids = self.path / "preds.json", None
-        while (
-            ids != (ids := self.ids())
-        ):  # once more if another shard committed items meanwhile, whose own preds.json this one may have replaced
-            records = [{"image_id": id} | self.record(id) for id in ids]
-            captions = [
-                {"image_id": record["image_id"], "caption": record["caption"]}
-                for record in records
-                if record.get("caption") is not None
-            ]
-            _write(preds, _json(captions))
+        preds = self.path / "preds.json"
+        ids = None
+        # once more if another shard committed items meanwhile, whose own preds.json this one may
+        # have replaced
+        while ids != (ids := self.ids()):
+            captions = []
+            for id in ids:
+                record = {"image_id": id} | self.record(id)
+                if record.get("caption") is not None:
+                    captions.append({name: record[name] for name in ("image_id", "caption")})
+            disk.write(preds, disk.json_bytes(captions))
         for id in _stems(self.path / "failures"):
             if self.is_done(id):
-                (self.path / "failures" / f"{id}.json").unlink(missing_ok=True)
+                self._failure(id).unlink(missing_ok=True)
         return preds
 
-    def ids(self):
+    def ids(self) -> list[str]:
         """Sorted ids of the done items."""
         return _stems(self.path / "per_image")
 
-    def record(self, id):
+    def record(self, id: str) -> Record:
         """The JSON record of an item. UsageError names a broken file."""
-        return _read_json(self._file(id, ".json"))
+        return disk.read_json(self._file(id, ".json"))
 
-    def records(self):
+    def records(self) -> list[Record]:
         """The records of all done items, in the order of ids()."""
         return [self.record(id) for id in self.ids()]
 
-    def arrays(self, id):
+    def arrays(self, id: str) -> dict[str, Array]:
         """{name: array} of an item. UsageError names a broken file."""
-        return _read_npz(self._file(id, ".npz"))
+        return disk.read_npz(self._file(id, ".npz")) or {}
 
-    def stack(self, keys):
+    def stack(self, keys: str | Sequence[str]) -> tuple[list[str], dict[str, Array]]:
         """(ids, {key: array (n, ...)}): NPZ arrays of the n items that have all the keys, in the
         order of ids().
 
@@ -541,78 +398,88 @@ class Run:
         """
         keys = [keys] if isinstance(keys, str) else list(keys)
         files = [self._file(id, ".npz") for id in self.ids()]
-        try:
-            state = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-        except OSError as error:
-            raise UsageError(
-                f"{error.filename} is missing; run the command that made {self.path} again"
-            ) from error
+        state = self._state_of(files)
         digest = hashlib.sha256(json.dumps([SCHEMA, keys, state]).encode()).hexdigest()
-        cache = (
-            self.path
-            / "analysis"
-            / f"stack-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]}.npz"
-        )
-        names = [f"array_{n}" for n in range(len(keys))]
+        name = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+        cache = self.path / "analysis" / f"stack-{name}.npz"
+        columns = [f"array_{n}" for n in range(len(keys))]
         with contextlib.suppress(UsageError):  # no cache, or a broken one: made again below
-            cached = _read_npz(cache, ["digest", "ids", *names])
+            cached = disk.read_npz(cache, ["digest", "ids", *columns])
             if cached and str(cached["digest"]) == digest:
-                return cached["ids"].tolist(), dict(zip(keys, (cached[name] for name in names)))
-        found = [
-            (file.name[:-4], arrays)
-            for file in files
-            if (arrays := _read_npz(file, keys)) is not None
-        ]
-        if not found:
-            known = (
-                f"; the first has {', '.join(sorted(_read_npz(files[0]))) or 'no arrays'}"
-                if files
-                else ""
-            )
+                stacked = {key: cached[column] for key, column in zip(keys, columns)}
+                return cached["ids"].tolist(), stacked
+        ids, stacked = self._stacked(files, keys)
+        contents = {"digest": np.array(digest), "ids": np.array(ids)}
+        contents |= {column: stacked[key] for key, column in zip(keys, columns)}
+        with contextlib.suppress(UsageError):  # a folder that may only be read has no cache
+            disk.write(cache, disk.npz_bytes(contents, zipfile.ZIP_STORED))
+        return ids, stacked
+
+    def _state_of(self, files: Sequence[Path]) -> list[tuple[str, int, int]]:
+        """Name, size and time of files: what a cache of them is valid for."""
+        state = []
+        for file in files:
+            try:
+                stat = file.stat()
+            except OSError as error:
+                raise UsageError(
+                    f"{error.filename} is missing; run the command that made {self.path} again"
+                ) from error
+            state.append((file.name, stat.st_size, stat.st_mtime_ns))
+        return state
+
+    def _stacked(
+        self, files: Sequence[Path], keys: Sequence[str]
+    ) -> tuple[list[str], dict[str, Array]]:
+        items = dict(_items_with(files, keys))
+        if not items:
+            known = ""
+            if files:
+                names = sorted(disk.read_npz(files[0]) or {})
+                known = f"; the first has {', '.join(names) or 'no arrays'}"
             raise UsageError(
                 f"{self.path}: none of its {len(files)} items has all of {', '.join(keys)}{known}"
             )
-        first_id, first = found[0]
-        for id, arrays in found:
+        ids = list(items)
+        first = items[ids[0]]
+        for id, arrays in items.items():
             for key in keys:
                 if arrays[key].shape != first[key].shape:
-                    shapes = f"{first[key].shape} for {first_id} but {arrays[key].shape} for {id}"
                     raise UsageError(
-                        f"{self.path}: {key} has shape {shapes}, so they cannot be stacked"
+                        f"{self.path}: {key} has shape {first[key].shape} for {ids[0]} but"
+                        f" {arrays[key].shape} for {id}, so they cannot be stacked"
                     )
-        ids = [id for id, _ in found]
-        stacked = {key: np.stack([arrays[key] for _, arrays in found]) for key in keys}
-        with contextlib.suppress(UsageError):  # a folder that may only be read has no cache
-            contents = {"digest": np.array(digest), "ids": np.array(ids)} | dict(
-                zip(names, stacked.values())
-            )
-            _write(cache, _npz(contents, zipfile.ZIP_STORED))
-        return ids, stacked
+        return ids, {key: np.stack([items[id][key] for id in ids]) for key in keys}
 
 
-def _stems(folder):
+def _items_with(
+    files: Sequence[Path], keys: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Array]]]:
+    """(id, arrays) of the NPZ files that have all the keys."""
+    for file in files:
+        arrays = disk.read_npz(file, keys)
+        if arrays is not None:
+            yield file.name[:-4], arrays
+
+
+def _stems(folder: Path) -> list[str]:
     """Sorted names of a folder's finished JSON files, without ending."""
     if not folder.is_dir():
         return []
-    return sorted(
-        name[:-5]
-        for name in os.listdir(folder)
-        if name.endswith(".json") and not name.startswith(".")
-    )
+    names = (name for name in os.listdir(folder) if not name.startswith("."))
+    return sorted(name[:-5] for name in names if name.endswith(".json"))
 
 
-# ---- readers ----
+# --- readers --------------------------------------------------------------------------------------
 
 
-def read_run(path, experiment):
+def read_run(path: str | Path, experiment: str) -> Run:
     """Open a run for reading. UsageError names the folder or file that is missing, broken or of
     another experiment."""
     path = Path(path)
     if not (path / "meta.json").is_file():
-        raise UsageError(
-            f"{path} is not a run directory: "
-            + ("it has no meta.json" if path.is_dir() else "no such folder")
-        )
+        reason = "it has no meta.json" if path.is_dir() else "no such folder"
+        raise UsageError(f"{path} is not a run directory: {reason}")
     meta = _read_meta(path)
     if meta.get("experiment") != experiment:
         raise UsageError(
@@ -623,20 +490,18 @@ def read_run(path, experiment):
     return run
 
 
-def find_runs(runs_dir, sp):
+def find_runs(runs_dir: str | Path, sp: int) -> list[Run]:
     """The coco runs <runs_dir>/*__sp-<sp>, sorted by folder name. UsageError if there are none."""
-    folders = sorted(
-        folder
-        for folder in Path(runs_dir).glob(f"*__sp-{int(sp)}")
-        if (folder / "meta.json").is_file()
-    )
+    folders = sorted(Path(runs_dir).glob(f"*__sp-{int(sp)}"))
     runs = [
-        read_run(folder, COCO) for folder in folders if _read_meta(folder).get("experiment") == COCO
+        read_run(folder, COCO)
+        for folder in folders
+        if (folder / "meta.json").is_file() and _read_meta(folder).get("experiment") == COCO
     ]
     if not runs:
-        command = "python diagnostic_tools/run_coco_diagnostics.py --model_path MODEL" + (
-            " --strip_system_prompt" if int(sp) else ""
-        )
+        command = "python diagnostic_tools/run_coco_diagnostics.py --model_path MODEL"
+        if int(sp):
+            command += " --strip_system_prompt"
         raise UsageError(
             f"no runs with --sp {int(sp)} in {runs_dir}; make one with: {command} --out_root"
             f" {runs_dir}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
 from vlmdiag.volcano.maps import counted, pool_heads
 
 SCHEMA = 1
@@ -155,7 +155,7 @@ def _read_arrays(path):
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; {AGAIN}") from error
     except (
-        *rundirs.BROKEN,
+        *disk.BROKEN,
         AttributeError,
         TypeError,
     ) as error:  # the last two: an .npy where an NPZ was wanted

@@ -1,0 +1,252 @@
+"""Files written in one step, and read with an error that names them.
+
+Bytes go to a temporary name in the same folder, are flushed to the disk and renamed, so a process
+may be killed at any point and no reader sees half a file. Kept free of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmdiag.cli import UsageError
+
+HOST = platform.node().split(".")[0] or "host"
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+DAY = 86_400.0  # seconds after which a temporary file belongs to nobody
+# what reading a damaged NPZ raises; the last two: an .npy where an NPZ was wanted
+BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    AttributeError,
+    TypeError,
+)
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+_numbers = itertools.count()
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def temporary_name(path: Path) -> Path:
+    """A name of its own in the folder of path, which sweep() knows: .<name>.<host>.<pid>-<n>.tmp"""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}-{next(_numbers)}.tmp")
+
+
+@contextlib.contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; at the end of the context it is flushed and becomes path.
+
+    With an exception nothing is left behind and path stays as it was. UsageError where the file
+    cannot be written.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> UsageError:
+    """The line for a file that cannot be written, which says if the disk is full."""
+    is_full = error.errno in FULL
+    what = "the disk is full or a size limit is reached" if is_full else "cannot write"
+    return UsageError(
+        f"{what} ({error.strerror or error}): {path}; nothing already computed is lost, the same"
+        " command goes on from there"
+    )
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put bytes at path, whose folder is there. UsageError where that cannot be."""
+    with in_one_step(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+def write_once(path: Path, data: bytes) -> bool:
+    """Put bytes at path only if nothing is there yet; whether they were written. Of several
+    processes that do so at once exactly one does."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return _link(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without hard links: exclusive creation, whose reader may see the file before
+        # its bytes (rundirs waits for them).
+        try:
+            with open(path, "xb", buffering=0) as file:
+                file.write(temporary.read_bytes())
+        except FileExistsError:
+            return False
+    return True
+
+
+def make_folder(path: Path) -> None:
+    """The folder of a file, with those above it. UsageError where it cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write bytes, with the folder. UsageError where that cannot be."""
+    make_folder(Path(path))
+    write(Path(path), data)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file, with its folder. UsageError where that cannot be."""
+    write_bytes(path, json_bytes(value))
+
+
+def write_npz(path: str | Path, arrays: Arrays) -> None:
+    """Write an NPZ file, with its folder; equal arrays give equal bytes. UsageError where that
+    cannot be."""
+    write_bytes(path, npz_bytes(arrays))
+
+
+# --- contents -------------------------------------------------------------------------------------
+
+
+def plain(value: object) -> object:
+    """What JSON can hold: numpy to python, paths to text, NaN and infinities to null."""
+    if isinstance(value, dict):
+        return {
+            key.item() if isinstance(key, np.generic) else key: plain(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def json_bytes(value: object) -> bytes:
+    """A value as the text of a JSON file."""
+    text = json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    # a lone surrogate becomes its \uXXXX escape, which JSON reads back
+    return text.encode("utf-8", "backslashreplace")
+
+
+def npz_bytes(arrays: Arrays, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Bytes of an NPZ file: equal arrays give equal bytes, because every member carries the same
+    date (np.savez promises none)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+            date = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            archive.writestr(date, member.getvalue(), compression)
+    return buffer.getvalue()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+AGAIN = "delete it and run the command that made it again"
+
+
+def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+    """The object of a JSON file. UsageError names a file that cannot be read or holds none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise UsageError(f"{path} holds a {kind} where an object was wanted; {advice}")
+    return value
+
+
+def read_npz(
+    path: Path, keys: Sequence[str] | None = None
+) -> dict[str, np.ndarray[Any, Any]] | None:
+    """Arrays of an NPZ file, all or the named ones; None if it lacks one of those. UsageError names
+    a file that cannot be read."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            names = archive.files if keys is None else keys
+            if not set(names) <= set(archive.files):
+                return None
+            return {name: archive[name] for name in names}
+    except BROKEN as error:
+        raise UsageError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}"
+        ) from error
+
+
+# --- leftovers ------------------------------------------------------------------------------------
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that killed processes left: of this machine and not running any more,
+    or a day old."""
+    for temporary in folder.glob(".*.tmp"):
+        if temporary.name.count(".") < 4:  # not of temporary_name()
+            continue
+        _, host, process, _ = temporary.name.rsplit(".", 3)
+        with contextlib.suppress(OSError):
+            is_old = time.time() - temporary.stat().st_mtime > DAY
+            is_orphan = host == HOST and not _is_running(process.split("-")[0])
+            if is_old or is_orphan:
+                temporary.unlink()
+
+
+def _is_running(pid: str) -> bool:
+    if os.name != "posix" or not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
