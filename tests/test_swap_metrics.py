@@ -12,27 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmdiag.cli import UsageError
-from vlmdiag.swap import metrics, results
+from vlmdiag.swap import results
+from vlmdiag.swap.accuracy import category_validity, prediction_stats
 from vlmdiag.swap.metrics import (
-    CATEGORIES,
-    GROUPS,
-    SIGNS,
     axis_coherence,
-    category_validity,
     cross_alignment,
     delta_similarity,
-    draws,
     energy,
     entanglement_of_similarity,
     outlier_report,
     pairwise_cosine,
-    prediction_stats,
     recommend_layer,
     shuffled_label_moments,
     squared_norms,
     vd_entanglement,
     within_category_consistency,
 )
+from vlmdiag.swap.relations import CATEGORIES, GROUP_OF, GROUPS, SIGNS
+from vlmdiag.swap.resampling import draws
 
 FEW = {"num_resamples": 50}
 
@@ -74,7 +71,7 @@ def planted(
     for image in range(n_per_category):
         shared = scene * rng.standard_normal(d) / math.sqrt(d)
         for category in CATEGORIES:
-            group = metrics.GROUP_OF[category]
+            group = GROUP_OF[category]
             delta = SIGNS[category] * (axes[group] + shared * (group != "horizontal"))
             rows.append(delta + spread * rng.standard_normal((layers, d)) / math.sqrt(d))
             names.append(category)
@@ -656,7 +653,7 @@ def tree(n_per_category=6, seed=0, right="all"):
         {
             "id": f"p{k}",
             "index": k,
-            "group": metrics.GROUP_OF[c],
+            "group": GROUP_OF[c],
             "category": c,
             "image_id": images[k],
             "split": splits[k // 6 % 3] if c in ("far", "close") else None,

@@ -9,40 +9,96 @@ answers. No model, no drawing.
     npz/   vectors_{scale}  cross_group_vectors_{scale}
 
 tag = all_pairs, both_correct (original and swapped question answered right). An entry with too
-little data is there with null values and too_few = true. Names of the user's overview ("Saved
-Outputs"); fields of our study's sections 2 and 3.1, with intervals, nulls and strata added.
+little data is there with null values and too_few = true. Names as in docs/studies/swap_analysis.md,
+sections 2 and 3.1, with intervals, nulls and strata added.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlmdiag.figures import plots
 from vlmdiag.runs import rundirs
 from vlmdiag.swap import metrics
-from vlmdiag.swap.metrics import CATEGORIES, GROUPS, SPLITS
+from vlmdiag.swap.accuracy import category_validity, prediction_stats
+from vlmdiag.swap.layer_keys import Cells, key_of, spelled
+from vlmdiag.swap.relations import CATEGORIES, GROUPS, SPLITS
 from vlmdiag.swap.saved import find_scales, read_json
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    from vlmdiag.swap.metrics import Numbers
+    from vlmdiag.swap.pairs import Pair, Quad
+
+    Flags = Bool[np.ndarray, " n"]
+    Deltas = Float[np.ndarray, "n 1 d"]
+    States = np.ndarray[Any, Any]  # (n, prompts, L, d)
+
+Record = dict[str, Any]
 TAGS = ("all_pairs", "both_correct")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the n computed pairs, one entry each."""
+
+    ids: np.ndarray[Any, Any]
+    indices: np.ndarray[Any, Any]
+    categories: np.ndarray[Any, Any]
+    groups: np.ndarray[Any, Any]
+    images: np.ndarray[Any, Any]
+    splits: np.ndarray[Any, Any]  # "None" without one
+    orig: Flags  # the original question was answered right
+    swap: Flags
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], answers: Sequence[Record]) -> Facts:
+        def column(name: str, kind: type) -> np.ndarray[Any, Any]:
+            return np.array([kind(dict(pair)[name]) for pair in pairs], dtype=kind)
+
+        def is_correct(order: str) -> Flags:
+            name = f"is_correct_{order}"
+            return np.array([bool(answer[name]) for answer in answers], dtype=bool)
+
+        return cls(
+            ids=column("id", str),
+            indices=np.array([pair["index"] for pair in pairs]),
+            categories=column("category", str),
+            groups=column("group", str),
+            images=column("image_id", str),
+            splits=np.array([str(pair.get("split")) for pair in pairs], dtype=str),
+            orig=is_correct("orig"),
+            swap=is_correct("swap"),
+        )
+
+    def of_tag(self, tag: str) -> Flags:
+        """Which pairs a tag stands for."""
+        return self.orig & self.swap if tag == "both_correct" else np.ones(len(self.ids), bool)
+
+
 def write_results(
-    folder,
-    scale,
-    pairs,
-    states,
-    answers,
-    layers,
-    rep_layers,
-    quads=None,
-    quad_states=None,
-    mask=None,
-    quad_mask=None,
-    total_layers=None,
-    k=3,
-    frac=0.07,
-    **bootstrap,
-):
+    folder: str | Path,
+    scale: str,
+    pairs: Sequence[Pair],
+    states: States,
+    answers: Sequence[Record | None],
+    layers: Sequence[int],
+    rep_layers: Sequence[int],
+    quads: Sequence[Quad] | None = None,
+    quad_states: States | None = None,
+    mask: Flags | None = None,
+    quad_mask: Flags | None = None,
+    total_layers: int | None = None,
+    k: int = 3,
+    frac: float = 0.07,
+    **bootstrap: int,
+) -> Record:
     """Write the tree of one scale below folder and return the recommended layer's record.
 
     pairs: n dicts {id, index, group, category, image_id, split}; states (n, 2, L, d) of original
@@ -51,9 +107,11 @@ def write_results(
     quad_states (q, 4, L, d) of vertical original, swapped, distance original, swapped; None: not
     asked for. mask (n,), quad_mask (q,) bool: rows that are computed, all by default; others are
     counted as n_missing. States may be memory maps and are read one layer at a time. k, frac: of
-    the recommended layers. bootstrap: num_resamples, seed."""
-    folder, layers = Path(folder), [int(layer) for layer in layers]
-    rows = _computed(pairs, states, layers, mask, 2, "pairs")
+    the recommended layers. bootstrap: num_resamples, seed. ValueError where they do not fit.
+    """
+    folder = Path(folder)
+    layers = [int(layer) for layer in layers]
+    rows = _computed(len(pairs), states, layers, mask, 2, "pairs")
     if len(answers) != len(pairs):
         raise ValueError(f"{len(answers)} answers for {len(pairs)} pairs")
     absent = sorted(set(rep_layers) - set(layers))
@@ -61,307 +119,303 @@ def write_results(
         raise ValueError(
             f"representative layers {absent} are not among the layers of the states, {layers}"
         )
-    kept, said = [pairs[row] for row in rows], [answers[row] for row in rows]
-    facts = _facts(kept, said)
-    predictions(folder, scale, kept, said, facts, len(pairs) - len(rows))
-    coherence, vd = _per_layer(folder, scale, facts, states, rows, layers, bootstrap)
-    vectors(folder, scale, facts, states, rows, layers, rep_layers)
-    if quads is not None:
-        cross_group(folder, scale, quads, quad_states, layers, rep_layers, quad_mask, bootstrap)
-    chosen = metrics.recommend_layer(coherence, total_layers or max(layers) + 1, k, frac, vd=vd)
-    rundirs.write_json(
-        folder / "json" / f"recommended_layer_{scale}.json", {"scale": scale} | chosen
+    computed_pairs = [pairs[row] for row in rows]
+    computed_answers = [answers[row] or {} for row in rows]
+    facts = Facts.of(computed_pairs, computed_answers)
+    _write_predictions(
+        folder, scale, computed_pairs, computed_answers, facts, len(pairs) - len(rows)
     )
+    coherence, vd = _write_deltas(folder, scale, facts, states, rows, layers, bootstrap)
+    _write_vectors(folder, scale, facts, states, rows, layers, rep_layers)
+    if quads is not None and quad_states is not None:
+        _write_alignment(
+            folder, scale, quads, quad_states, layers, rep_layers, quad_mask, bootstrap
+        )
+    chosen = metrics.recommend_layer(coherence, total_layers or max(layers) + 1, k, frac, vd=vd)
+    path = folder / "json" / f"recommended_layer_{scale}.json"
+    rundirs.write_json(path, {"scale": scale} | chosen)
     return chosen
 
 
-def _computed(items, states, layers, mask, parts, what):
+def _computed(
+    count: int, states: States, layers: Sequence[int], mask: Flags | None, prompts: int, of: str
+) -> Int[np.ndarray, " m"]:
     """Indices of the computed rows; ValueError where states do not fit the items."""
-    if states.ndim != 4 or states.shape[:3] != (len(items), parts, len(layers)):
+    wanted = (count, prompts, len(layers))
+    if states.ndim != 4 or states.shape[:3] != wanted:
         raise ValueError(
-            f"{what}: states of shape ({len(items)}, {parts}, {len(layers)}, d) are wanted, got"
+            f"{of}: states of shape ({count}, {prompts}, {len(layers)}, d) are wanted, got"
             f" {states.shape}"
         )
-    mask = np.ones(len(items), bool) if mask is None else np.asarray(mask, bool)
-    if mask.shape != (len(items),):
-        raise ValueError(f"{what}: a mask of shape ({len(items)},) is wanted, got {mask.shape}")
+    mask = np.ones(count, bool) if mask is None else np.asarray(mask, bool)
+    if mask.shape != (count,):
+        raise ValueError(f"{of}: a mask of shape ({count},) is wanted, got {mask.shape}")
     return np.flatnonzero(mask)
 
 
-def _facts(pairs, answers):
-    """{field: (n,) array} of the pairs that are there."""
-
-    def column(items, key, kind):
-        return np.array([kind(item[key]) for item in items], dtype=kind)
-
-    facts = {
-        "categories": column(pairs, "category", str),
-        "groups": column(pairs, "group", str),
-        "images": column(pairs, "image_id", str),
-    }
-    facts |= {
-        "ids": column(pairs, "id", str),
-        "indices": np.array([pair["index"] for pair in pairs]),
-    }
-    facts |= {"splits": np.array([str(pair.get("split")) for pair in pairs], dtype=str)}
-    facts |= {key: column(answers, f"is_correct_{key}", bool) for key in ("orig", "swap")}
-    return facts | {
-        "both_correct": facts["orig"] & facts["swap"],
-        "all_pairs": np.ones(len(pairs), bool),
-    }
+def _difference(
+    states: States, rows: Int[np.ndarray, " m"], after: int, before: int, position: int
+) -> Float[np.ndarray, "m d"]:
+    """states[:, after] - states[:, before] at one layer's position, subtracted in float64."""
+    swapped = np.asarray(states[rows, after, position], np.float64)
+    return swapped - np.asarray(states[rows, before, position], np.float64)
 
 
-def _difference(states, rows, after, before, position):
-    """(rows, d) float64: states[:, after] - states[:, before] at one layer's position, subtracted
-    in float64."""
-    return np.asarray(states[rows, after, position], np.float64) - np.asarray(
-        states[rows, before, position], np.float64
-    )
-
-
-def _numbers(found):
-    """The entry of the only layer: {field: (1,)} -> {field: number}; deeper dicts likewise."""
+def _only_layer(numbers: Numbers) -> Numbers:
+    """What metrics say of deltas with one layer, without the axis of layers; deeper dicts
+    likewise."""
     return {
-        field: _numbers(value) if isinstance(value, dict) else value[0]
-        for field, value in found.items()
+        field: _only_layer(value) if isinstance(value, dict) else value[0]
+        for field, value in numbers.items()
     }
 
 
 # --- one kind of file each ------------------------------------------------------------------------
 
 
-def predictions(folder, scale, pairs, answers, facts, num_missing):
+def _write_predictions(
+    folder: Path,
+    scale: str,
+    pairs: Sequence[Pair],
+    answers: Sequence[Record],
+    facts: Facts,
+    num_missing: int,
+) -> None:
     """pred_stats, category_validity and the two lists of predictions."""
-    orig, swap = facts["orig"], facts["swap"]
-    found = metrics.prediction_stats(
-        facts["categories"], orig, swap, facts["images"], facts["splits"]
-    )
-    rundirs.write_json(
-        folder / "json" / f"pred_stats_{scale}.json",
-        {"scale": scale, "n_missing": num_missing} | found,
-    )
-    found = metrics.category_validity(facts["categories"], orig, swap, facts["images"])
-    rundirs.write_json(folder / "json" / f"category_validity_{scale}.json", found)
+    stats = prediction_stats(facts.categories, facts.orig, facts.swap, facts.images, facts.splits)
+    path = folder / "json" / f"pred_stats_{scale}.json"
+    rundirs.write_json(path, {"scale": scale, "n_missing": num_missing} | stats)
+    validity = category_validity(facts.categories, facts.orig, facts.swap, facts.images)
+    rundirs.write_json(folder / "json" / f"category_validity_{scale}.json", validity)
     of_pair = ("index", "group", "category")
     of_answer = ("pred_orig", "pred_swap", "is_correct_orig", "is_correct_swap")
     for tag in TAGS:
-        used = np.flatnonzero(facts[tag])
-        columns = {key: [pairs[row][key] for row in used] for key in of_pair} | {
-            key: [answers[row][key] for row in used] for key in of_answer
-        }
-        columns |= {
-            key: [pairs[row].get(key) for row in used] for key in ("id", "image_id", "split")
-        }
-        columns |= {
-            key: [answers[row].get(key) for row in used] for key in ("margin_orig", "margin_swap")
-        }
+        used = np.flatnonzero(facts.of_tag(tag))
+        columns: Record = {name: [dict(pairs[row])[name] for row in used] for name in of_pair}
+        for name in of_answer:
+            columns[name] = [answers[row][name] for row in used]
+        for name in ("id", "image_id", "split"):
+            columns[name] = [pairs[row].get(name) for row in used]
+        for name in ("margin_orig", "margin_swap"):
+            columns[name] = [answers[row].get(name) for row in used]
         plots.save_csv(folder / "csv" / f"predictions_{scale}_{tag}.csv", columns, quiet=True)
 
 
-def _per_layer(folder, scale, facts, states, rows, layers, bootstrap):
+def _write_deltas(
+    folder: Path,
+    scale: str,
+    facts: Facts,
+    states: States,
+    rows: Int[np.ndarray, " n"],
+    layers: Sequence[int],
+    bootstrap: Mapping[str, int],
+) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
     """Everything that is measured on the deltas of one layer. Returns ({group: {layer: coherence}},
     {layer: entanglement}) of all pairs."""
-    within, coherence = ({tag: {} for tag in TAGS} for _ in range(2))
-    vd, outliers = {}, {}
+    within: dict[str, Cells] = {tag: {} for tag in TAGS}
+    coherence: dict[str, Cells] = {tag: {} for tag in TAGS}
+    entanglement: Cells = {}
+    outliers: Cells = {}
     for position, layer in enumerate(layers):
-        deltas, name = _difference(states, rows, 1, 0, position)[:, None], f"L{layer}"
+        deltas = _difference(states, rows, 1, 0, position)[:, None]
+
+        def of_categories(used: Flags, deltas: Deltas = deltas) -> dict[str, Numbers]:
+            measured = metrics.within_category_consistency(
+                deltas[used], facts.categories[used], facts.images[used], **bootstrap
+            )
+            return {category: _only_layer(numbers) for category, numbers in measured.items()}
+
+        def of_groups(used: Flags, deltas: Deltas = deltas) -> dict[str, Numbers]:
+            measured = metrics.axis_coherence(
+                deltas[used], facts.categories[used], facts.images[used], **bootstrap
+            )
+            return {group: _only_layer(numbers) for group, numbers in measured.items()}
+
+        def of_distance(used: Flags) -> Numbers:
+            return of_groups(used)["distance"]
+
+        def of_both_axes(used: Flags, deltas: Deltas = deltas) -> Numbers:
+            measured = metrics.vd_entanglement(
+                deltas[used], facts.categories[used], facts.images[used], **bootstrap
+            )
+            return _only_layer(measured)
+
         for tag in TAGS:
-            used = facts[tag]
-            mine, categories, images = (
-                deltas[used],
-                facts["categories"][used],
-                facts["images"][used],
-            )
-            found = metrics.within_category_consistency(mine, categories, images, **bootstrap)
-            within[tag] |= {f"{category}_{name}": _numbers(row) for category, row in found.items()}
-            found = {
-                group: _numbers(row)
-                for group, row in metrics.axis_coherence(
-                    mine, categories, images, **bootstrap
-                ).items()
-            }
-            found["distance"]["strata"] = _strata(
-                facts,
-                used,
-                lambda of, here=deltas: _coherence(here, facts, of, bootstrap),
-                ("distance",),
-            )
-            coherence[tag] |= {f"{group}_{name}": row for group, row in found.items()}
-            _similarity(folder, f"{scale}_{name}_{tag}", metrics.delta_similarity(mine, categories))
-            found = _entanglement(deltas, facts, used, bootstrap)
-            found["strata"] = _strata(
-                facts,
-                used,
-                lambda of, here=deltas: _entanglement(here, facts, of, bootstrap),
-                ("vertical", "distance"),
-            )
-            vd[name] = found if tag == "all_pairs" else vd[name] | {tag: found}
-        outliers[name] = _numbers(metrics.outlier_report(deltas, facts["categories"]))
+            used = facts.of_tag(tag)
+            for category, numbers in of_categories(used).items():
+                within[tag][category, layer] = numbers
+            for group, numbers in of_groups(used).items():
+                coherence[tag][group, layer] = numbers
+            strata = _by_split(facts, used, of_distance, with_vertical=False)
+            coherence[tag]["distance", layer]["strata"] = strata
+            similarity = metrics.delta_similarity(deltas[used], facts.categories[used])
+            _write_similarity(folder, f"{scale}_{key_of('', layer)}_{tag}", similarity)
+            numbers = of_both_axes(used)
+            numbers["strata"] = _by_split(facts, used, of_both_axes, with_vertical=True)
+            if tag == "all_pairs":
+                entanglement["", layer] = numbers
+            else:
+                entanglement["", layer][tag] = numbers
+        outliers["", layer] = _only_layer(metrics.outlier_report(deltas, facts.categories))
+
     for tag in TAGS:
+        name = f"{scale}_{tag}.json"
+        rundirs.write_json(folder / "json" / f"within_cat_consistency_{name}", spelled(within[tag]))
         rundirs.write_json(
-            folder / "json" / f"within_cat_consistency_{scale}_{tag}.json", within[tag]
+            folder / "json" / f"sign_corrected_consistency_{name}", spelled(coherence[tag])
         )
-        rundirs.write_json(
-            folder / "json" / f"sign_corrected_consistency_{scale}_{tag}.json", coherence[tag]
-        )
-    rundirs.write_json(folder / "json" / f"vd_ei_{scale}.json", vd)
-    rundirs.write_json(folder / "json" / f"outliers_{scale}.json", outliers)
-    curves = {
-        group: {layer: coherence["all_pairs"][f"{group}_L{layer}"]["mean"] for layer in layers}
-        for group in GROUPS
-    }
-    return curves, {layer: vd[f"L{layer}"]["eq3_raw"]["value"] for layer in layers}
+    rundirs.write_json(folder / "json" / f"vd_ei_{scale}.json", spelled(entanglement))
+    rundirs.write_json(folder / "json" / f"outliers_{scale}.json", spelled(outliers))
+    of_all = coherence["all_pairs"]
+    curves = {group: {layer: of_all[group, layer]["mean"] for layer in layers} for group in GROUPS}
+    return curves, {layer: entanglement["", layer]["eq3_raw"]["value"] for layer in layers}
 
 
-def _strata(facts, used, measured, groups):
-    """{split: measured(rows)}: the distance pairs of one split, with all vertical ones where groups
-    holds both."""
-    vertical = (
-        (facts["groups"] == "vertical") if "vertical" in groups else np.zeros(len(used), bool)
-    )
+def _by_split(
+    facts: Facts, used: Flags, measured: Callable[[Flags], Numbers], with_vertical: bool
+) -> dict[str, Numbers]:
+    """{split: measured(rows)} of the distance pairs of one split, with all vertical ones beside."""
+    vertical = (facts.groups == "vertical") & with_vertical
+    distance = facts.groups == "distance"
     return {
-        split: measured(
-            used & (vertical | ((facts["groups"] == "distance") & (facts["splits"] == split)))
-        )
+        split: measured(used & (vertical | (distance & (facts.splits == split))))
         for split in SPLITS
     }
 
 
-def _coherence(deltas, facts, used, bootstrap):
-    return _numbers(
-        metrics.axis_coherence(
-            deltas[used], facts["categories"][used], facts["images"][used], **bootstrap
-        )["distance"]
-    )
-
-
-def _entanglement(deltas, facts, used, bootstrap):
-    return _numbers(
-        metrics.vd_entanglement(
-            deltas[used], facts["categories"][used], facts["images"][used], **bootstrap
-        )
-    )
-
-
-def _similarity(folder, ending, found):
+def _write_similarity(folder: Path, ending: str, similarity: Numbers) -> None:
     """The labelled 6 x 6 matrix, and each category's mean |delta|; an empty category has empty
     cells."""
-    matrix, norm = found["cosine"][0], found["norm"][0]
-    columns = {"": CATEGORIES} | {
-        category: matrix[:, k].tolist() for k, category in enumerate(CATEGORIES)
-    }
+    matrix = similarity["cosine"][0]
+    columns: Record = {"": CATEGORIES}
+    columns |= {category: matrix[:, k].tolist() for k, category in enumerate(CATEGORIES)}
     plots.save_csv(folder / "csv" / f"delta_similarity_{ending}.csv", columns, quiet=True)
-    columns = {"category": CATEGORIES, "norm": norm.tolist(), "n": found["n"][0].tolist()}
+    columns = {
+        "category": CATEGORIES,
+        "norm": similarity["norm"][0].tolist(),
+        "n": similarity["n"][0].tolist(),
+    }
     plots.save_csv(folder / "csv" / f"delta_norm_{ending}.csv", columns, quiet=True)
 
 
-def vectors(folder, scale, facts, states, rows, layers, rep_layers):
+def _write_vectors(
+    folder: Path,
+    scale: str,
+    facts: Facts,
+    states: States,
+    rows: Int[np.ndarray, " n"],
+    layers: Sequence[int],
+    rep_layers: Sequence[int],
+) -> None:
     """npz/vectors: orig_L, swap_L, delta_L (n, d) float32 of each representative layer and, under
     the same ending, what each row is."""
     arrays = {
         "layers": np.array(sorted(rep_layers)),
-        "ids": facts["ids"],
-        "image_ids": facts["images"],
-        "splits": facts["splits"],
-    }
-    of_row = {
-        "groups": "groups",
-        "categories": "categories",
-        "labels": "categories",
-        "is_correct_orig": "orig",
-        "is_correct_swap": "swap",
+        "ids": facts.ids,
+        "image_ids": facts.images,
+        "splits": facts.splits,
     }
     for layer in sorted(rep_layers):
         position = layers.index(layer)
-        arrays |= {
-            f"{name}_L{layer}": np.asarray(states[rows, part, position], np.float32)
-            for part, name in enumerate(("orig", "swap"))
+        of_layer = {
+            "orig": np.asarray(states[rows, 0, position], np.float32),
+            "swap": np.asarray(states[rows, 1, position], np.float32),
+            "delta": _difference(states, rows, 1, 0, position).astype(np.float32),
+            "groups": facts.groups,
+            "categories": facts.categories,
+            "labels": facts.categories,
+            "is_correct_orig": facts.orig,
+            "is_correct_swap": facts.swap,
+            "indices": facts.indices,
         }
-        arrays[f"delta_L{layer}"] = _difference(states, rows, 1, 0, position).astype(np.float32)
-        arrays |= {f"{name}_L{layer}": facts[key] for name, key in of_row.items()} | {
-            f"indices_L{layer}": facts["indices"]
-        }
+        arrays |= {key_of(name, layer): array for name, array in of_layer.items()}
     rundirs.write_npz(folder / "npz" / f"vectors_{scale}.npz", arrays)
 
 
-def cross_group(folder, scale, quads, quad_states, layers, rep_layers, quad_mask, bootstrap):
+def _write_alignment(
+    folder: Path,
+    scale: str,
+    quads: Sequence[Quad],
+    quad_states: States,
+    layers: Sequence[int],
+    rep_layers: Sequence[int],
+    quad_mask: Flags | None,
+    bootstrap: Mapping[str, int],
+) -> None:
     """cross_alignment and cross_group_vectors; deltas in the NPZ are as they are, signs (q, 2)
     beside them turn them into above and far."""
-    rows = _computed(quads, quad_states, layers, quad_mask, 4, "quads")
-    kept = [quads[row] for row in rows]
-    signs = np.array([quad["signs"] for quad in kept], dtype=np.float64).reshape(len(kept), 2)
-    images = np.array([str(quad["image_id"]) for quad in kept], dtype=str)
+    rows = _computed(len(quads), quad_states, layers, quad_mask, 4, "quads")
+    computed = [quads[row] for row in rows]
+    signs = np.array([quad["signs"] for quad in computed], dtype=np.float64)
+    signs = signs.reshape(len(computed), 2)
+    images = np.array([str(quad["image_id"]) for quad in computed], dtype=str)
+    splits = np.array([str(quad.get("split")) for quad in computed], dtype=str)
     arrays = {
         "layers": np.array(sorted(rep_layers)),
         "signs": signs,
         "image_ids": images,
-        "indices": np.array([quad["index"] for quad in kept]),
+        "indices": np.array([quad["index"] for quad in computed]),
     }
-    found, splits = {}, np.array([str(quad.get("split")) for quad in kept], dtype=str)
+    alignment: Cells = {}
     for position, layer in enumerate(layers):
-        vertical, distance = (
-            _difference(quad_states, rows, 1, 0, position),
-            _difference(quad_states, rows, 3, 2, position),
-        )
-        found[f"L{layer}"] = _aligned(vertical, distance, signs, images, bootstrap)
-        found[f"L{layer}"]["strata"] = {
-            split: _aligned(vertical[mine], distance[mine], signs[mine], images[mine], bootstrap)
-            for split, mine in ((name, splits == name) for name in SPLITS)
-        }
+        vertical = _difference(quad_states, rows, 1, 0, position)
+        distance = _difference(quad_states, rows, 3, 2, position)
+
+        def of_quads(
+            mine: Flags, vertical: Deltas = vertical, distance: Deltas = distance
+        ) -> Numbers:
+            measured = metrics.cross_alignment(
+                vertical[mine, None], distance[mine, None], signs[mine], images[mine], **bootstrap
+            )
+            return _only_layer(measured)
+
+        numbers = of_quads(np.ones(len(computed), bool))
+        numbers["strata"] = {split: of_quads(splits == split) for split in SPLITS}
+        alignment["", layer] = numbers
         if layer in rep_layers:
-            arrays |= {
-                f"delta_vert_L{layer}": vertical.astype(np.float32),
-                f"delta_dist_L{layer}": distance.astype(np.float32),
-            }
-    rundirs.write_json(folder / "json" / f"cross_alignment_{scale}.json", found)
+            arrays[key_of("delta_vert", layer)] = vertical.astype(np.float32)
+            arrays[key_of("delta_dist", layer)] = distance.astype(np.float32)
+    rundirs.write_json(folder / "json" / f"cross_alignment_{scale}.json", spelled(alignment))
     rundirs.write_npz(folder / "npz" / f"cross_group_vectors_{scale}.npz", arrays)
-
-
-def _aligned(vertical, distance, signs, images, bootstrap):
-    return _numbers(
-        metrics.cross_alignment(vertical[:, None], distance[:, None], signs, images, **bootstrap)
-    )
 
 
 # --- over scales ----------------------------------------------------------------------------------
 
 
-def write_summary(folder):
+def write_summary(folder: str | Path) -> Path:
     """csv/summary.csv: one row per scale with accuracies, and coherence and entanglement at the
     recommended layer. Returns its path."""
     folder = Path(folder)
-    rows = [_summary_row(folder, scale) for scale in find_scales(folder)]
-    return plots.save_csv(
-        folder / "csv" / "summary.csv",
-        {key: ["" if row[key] is None else row[key] for row in rows] for key in rows[0]},
-        quiet=True,
-    )
-
-
-def _summary_row(folder, scale):
-    stats = read_json(folder, f"pred_stats_{scale}")
-    parts = [*GROUPS, "overall", *(f"distance_{split}" for split in SPLITS)]
-    row = {"scale": scale} | {
-        f"{part}_{field}": stats[f"{part}_{field}"]
-        for part in parts
-        for field in ("n", "acc_orig", "acc_swap", "acc_both")
+    scales = [_summary_of(folder, scale) for scale in find_scales(folder)]
+    columns = {
+        name: ["" if row[name] is None else row[name] for row in scales] for name in scales[0]
     }
-    row |= {f"gap_{kind}": stats[f"gap_{kind}"]["value"] for kind in ("orig", "swap", "both")}
+    return plots.save_csv(folder / "csv" / "summary.csv", columns, quiet=True)
+
+
+def _summary_of(folder: Path, scale: str) -> Record:
+    """A row of the summary; None where something was not measured."""
+    stats = read_json(folder, f"pred_stats_{scale}") or {}
+    row: Record = {"scale": scale}
+    for part in [*GROUPS, "overall", *(f"distance_{split}" for split in SPLITS)]:
+        for field in ("n", "acc_orig", "acc_swap", "acc_both"):
+            row[f"{part}_{field}"] = stats[f"{part}_{field}"]
+    for order in ("orig", "swap", "both"):
+        row[f"gap_{order}"] = stats[f"gap_{order}"]["value"]
+
     alignment = read_json(folder, f"cross_alignment_{scale}") or {}
-    deepest = alignment.get(max(alignment, key=lambda name: int(name[1:]), default=None)) or {}
-    row |= {
-        "alignment_deepest": deepest.get("per_sample_mean"),
-        "alignment_deepest_as_published": deepest.get("as_published", {}).get("per_sample_mean"),
-    }
+    deepest = alignment.get(max(alignment, key=lambda name: int(name[1:]), default=""), None) or {}
+    row["alignment_deepest"] = deepest.get("per_sample_mean")
+    published = deepest.get("as_published", {})
+    row["alignment_deepest_as_published"] = published.get("per_sample_mean")
+
     layer = (read_json(folder, f"recommended_layer_{scale}") or {}).get("recommended")
+    row["recommended_layer"] = layer
     coherence = read_json(folder, f"sign_corrected_consistency_{scale}_all_pairs") or {}
-    row |= {"recommended_layer": layer} | {
-        f"{group}_coherence": coherence.get(f"{group}_L{layer}", {}).get("mean") for group in GROUPS
-    }
-    vd = (read_json(folder, f"vd_ei_{scale}") or {}).get(f"L{layer}", {})
-    fields = {
-        "vd_ei": ("eq3_raw", "value"),
-        "vd_ei_crossfit": ("eq3_raw", "crossfit"),
-        "vd_group_cosine": ("group_cosine_raw", "value"),
-    }
-    return row | {name: vd.get(form, {}).get(field) for name, (form, field) in fields.items()}
+    for group in GROUPS:
+        row[f"{group}_coherence"] = coherence.get(key_of(group, layer), {}).get("mean")
+    vd = (read_json(folder, f"vd_ei_{scale}") or {}).get(key_of("", layer), {})
+    row["vd_ei"] = vd.get("eq3_raw", {}).get("value")
+    row["vd_ei_crossfit"] = vd.get("eq3_raw", {}).get("crossfit")
+    row["vd_group_cosine"] = vd.get("group_cosine_raw", {}).get("value")
+    return row

@@ -1,0 +1,87 @@
+"""Bootstrap intervals of the swap analysis: whole images are drawn, each row its own image where no
+ids are given. docs/studies/swap_analysis.md, section 5.2.4.
+
+A resample is a vector w of weights: w_k says how often image k was drawn. What is measured is
+written in sums over the rows of each image, so that all resamples are one product of matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+RESAMPLES = 1000
+
+
+class ImageSums(NamedTuple):
+    """Sums over the rows of each of the k images that occur."""
+
+    images: Int[np.ndarray, " k"]  # codes
+    sums: Float[np.ndarray, "k ..."]
+    counts: Float[np.ndarray, " k"]
+
+
+def image_codes(
+    images: Sequence[Any] | np.ndarray[Any, Any] | None, n: int
+) -> Int[np.ndarray, " n"]:
+    """Codes 0..K-1 of image ids; each row its own image where images is None."""
+    if images is None:
+        return np.arange(n)
+    if len(images) != n:
+        raise ValueError(f"{len(images)} image ids for {n} rows")
+    return np.unique(np.asarray(images, dtype=str), return_inverse=True)[1].reshape(n)
+
+
+@lru_cache(maxsize=16)
+def draws(
+    num_images: int, num_resamples: int = RESAMPLES, seed: int = 0
+) -> Float[np.ndarray, "B K"]:
+    """How often each of K images is drawn in each resample, the same at every layer."""
+    if not num_images:
+        return np.zeros((num_resamples, 0))
+    even = np.full(num_images, 1 / num_images)
+    drawn = np.random.default_rng(seed).multinomial(num_images, even, num_resamples)
+    weights = drawn.astype(np.float64)
+    weights.flags.writeable = False
+    return weights
+
+
+def sums_by_image(values: Float[np.ndarray, "n ..."], codes: Int[np.ndarray, " n"]) -> ImageSums:
+    """Sums of values over the rows of each image."""
+    if not len(codes):
+        return ImageSums(codes, values, np.zeros(0))
+    order = np.argsort(codes, kind="stable")
+    present, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
+    sums = np.add.reduceat(values[order], starts, axis=0)
+    return ImageSums(present, sums, counts.astype(np.float64))
+
+
+def limits(values: Float[np.ndarray, " B"], level: float = 0.95) -> tuple[float, float]:
+    """(low, high) of resampled values, over the resamples that have one; NaN where fewer than half
+    do."""
+    known = values[np.isfinite(values)]
+    if 2 * len(known) < max(len(values), 2):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mean_limits(
+    values: Float[np.ndarray, " n"],
+    codes: Int[np.ndarray, " n"],
+    num_resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """(low, high) of the mean of values over rows; NaN with fewer than two images."""
+    _, sums, counts = sums_by_image(np.asarray(values, dtype=np.float64), codes)
+    if len(sums) < 2:
+        return math.nan, math.nan
+    weights = draws(len(sums), num_resamples, seed)
+    return limits((weights @ sums) / (weights @ counts))
