@@ -10,56 +10,24 @@ numbers, 'B' or '(B)' one of the option letters. An expected answer of no such s
 understood.
 """
 
-import re
+from __future__ import annotations
 
-NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
-COLORS = [
-    "red",
-    "green",
-    "blue",
-    "yellow",
-    "purple",
-    "violet",
-    "pink",
-    "orange",
-    "brown",
-    "black",
-    "white",
-    "cyan",
-    "magenta",
-    "turquoise",
-    "gold",
-    "silver",
-]
-SHAPES = [
-    "circle",
-    "square",
-    "triangle",
-    "cross",
-    "sphere",
-    "cube",
-    "rectangle",
-    "star",
-    "diamond",
-    "hexagon",
-    "cylinder",
-    "cone",
-]
-ALTERNATIVES = (  # what an answer may be read as: the words that say it
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+COLORS = (
+    "red green blue yellow purple violet pink orange brown black white cyan magenta turquoise gold"
+    " silver"
+).split()
+SHAPES = (
+    "circle square triangle cross sphere cube rectangle star diamond hexagon cylinder cone"
+).split()
+LETTERS = "ABCDEFGH"
+
+Alternatives = Mapping[str, tuple[str, ...]]  # what an answer may be read as: the words that say it
+
+ALTERNATIVES: tuple[Alternatives, ...] = (
     {"yes": ("yes",), "no": ("no",)},
     {"left": ("left",), "right": ("right",)},
     {"above": ("above",), "below": ("below", "under", "beneath")},
@@ -69,80 +37,74 @@ ALTERNATIVES = (  # what an answer may be read as: the words that say it
     {color: (color,) for color in COLORS} | {"grey": ("grey", "gray")},
     {shape: (shape,) for shape in SHAPES},
 )
-_WHOLE = (  # a whole word, and of 3.5 neither the 3 nor the 5
-    r"(?<!\w)(?<!\d[.,])(?:{})(?!\w)(?![.,]\d)"
-)
-_LETTER = re.compile(
-    r"(?<![\w'])(?:[B-H]|A(?!\s+[a-z]))(?![\w'])"
-)  # an option letter, not the article
+# a whole word, and of 3.5 neither the 3 nor the 5
+_WHOLE = r"(?<!\w)(?<!\d[.,])(?:{})(?!\w)(?![.,]\d)"
+# an option letter, not the article
+_LETTER = re.compile(r"(?<![\w'])(?:[B-H]|A(?!\s+[a-z]))(?![\w'])")
 
 
-def _plain(answer):
+def _plain(answer: str) -> str:
     return " ".join(answer.lower().split()).strip(" .!")
 
 
-def alternatives_of(answer):
+def alternatives_of(answer: str) -> tuple[Alternatives | None, str]:
     """The set an expected answer belongs to, {what it is read as: words}, and what it is read as:
     ({...}, 'below') for 'Under.'. (None, answer) if none."""
     plain = _plain(answer)
-    for known in ALTERNATIVES:
-        for name, words in known.items():
+    for alternatives in ALTERNATIVES:
+        for name, words in alternatives.items():
             if plain in words:
-                return known, name
+                return alternatives, name
     return None, plain
 
 
-def first_match(text, alternatives):
-    """The alternative whose word comes first in the text, as a whole word; None where none does.
-    alternatives: {name: words}."""
+def first_match(text: str, alternatives: Alternatives) -> str | None:
+    """The alternative whose word comes first in the text, as a whole word; None where none does."""
     names = {word: name for name, words in alternatives.items() for word in words}
     longest_first = sorted(names, key=len, reverse=True)
-    found = re.search(_WHOLE.format("|".join(map(re.escape, longest_first))), text.lower())
-    return names[found[0]] if found else None
+    match = re.search(_WHOLE.format("|".join(map(re.escape, longest_first))), text.lower())
+    return names[match[0]] if match else None
 
 
-def read(text, answer):
+def _option_of(answer: str) -> str | None:
+    """The option letter that an expected answer is, None for another answer."""
+    letter = answer.strip(" .()")
+    return letter if len(letter) == 1 and letter in LETTERS else None
+
+
+def read(text: str, answer: str) -> str | None:
     """What a generated text is read as, given the expected answer: the name of an alternative, or
     None."""
-    letter = answer.strip(" .()")
-    if len(letter) == 1 and letter in "ABCDEFGH":
-        found = _LETTER.search(text)
-        return (
-            found[0]
-            if found
-            else (
-                text.strip(" .()").upper()
-                if text.strip(" .()").upper() in set("ABCDEFGH")
-                else None
-            )
-        )
-    known, name = alternatives_of(answer)
-    if known is not None:
-        return first_match(text, known)
+    if _option_of(answer):
+        match = _LETTER.search(text)
+        if match:
+            return match[0]
+        return _option_of(text.upper())
+    alternatives, name = alternatives_of(answer)
+    if alternatives is not None:
+        return first_match(text, alternatives)
     phrase = r"\s+".join(map(re.escape, name.split()))
     return name if name and re.search(_WHOLE.format(phrase), text.lower()) else None
 
 
-def is_right(text, answer):
+def is_right(text: str, answer: str) -> bool:
     """Does a generated text give the expected answer?"""
-    letter = answer.strip(" .()")
-    expected = letter if len(letter) == 1 and letter in "ABCDEFGH" else alternatives_of(answer)[1]
-    return read(text, answer) == expected
+    return read(text, answer) == (_option_of(answer) or alternatives_of(answer)[1])
 
 
-def token_spans(ids, decode):
+def token_spans(
+    ids: Sequence[int], decode: Callable[[list[int]], str]
+) -> tuple[str, list[tuple[int, int]]]:
     """(text, [(start, end), ...]): the decoded answer and the characters that each token wrote,
-    none for special tokens.
-
-    decode(ids) -> text. Tokens that only together make a character (bytes) share its span."""
+    none for special tokens. Tokens that only together make a character (bytes) share its span."""
     ids = list(ids)
-    text, ends, unfinished = decode(ids), [0], []
+    text = decode(ids)
+    ends = [0]
+    unfinished = []  # whether the bytes so far decode to another character
     for count in range(1, len(ids)):
         begun = decode(ids[:count])
-        same = next(
-            (i for i, (a, b) in enumerate(zip(begun, text)) if a != b), min(len(begun), len(text))
-        )
-        unfinished.append(len(begun) > same)  # the bytes so far decode to another character
+        same = _common_start(begun, text)
+        unfinished.append(len(begun) > same)
         ends.append(max(ends[-1], same))
     ends.append(len(text))
     spans = [(ends[i], ends[i + 1]) for i in range(len(ids))]
@@ -150,3 +112,28 @@ def token_spans(ids, decode):
         if unfinished[i]:
             spans[i] = (spans[i][0], spans[i + 1][1])
     return text, spans
+
+
+def _common_start(a: str, b: str) -> int:
+    """How many first characters two texts share."""
+    for index, (left, right) in enumerate(zip(a, b)):
+        if left != right:
+            return index
+    return min(len(a), len(b))
+
+
+def find_word(text: str, spans: Sequence[tuple[int, int]], word: str) -> list[list[int]]:
+    """The tokens of each occurrence of a word or phrase in the text, [[index, ...], ...].
+
+    spans: [start, end) of each token in the text, see token_spans(). Whole words, case ignored.
+    """
+    phrase = r"\s+".join(map(re.escape, word.split()))
+    if not phrase:
+        return []
+    occurrences = re.finditer(rf"(?<!\w){phrase}(?!\w)", text, re.IGNORECASE)
+    return [tokens_within(spans, match.start(), match.end()) for match in occurrences]
+
+
+def tokens_within(spans: Sequence[tuple[int, int]], first: int, last: int) -> list[int]:
+    """Indices of the tokens that share a character with [first, last)."""
+    return [i for i, (start, end) in enumerate(spans) if start < last and end > first]

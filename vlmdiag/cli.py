@@ -1,11 +1,17 @@
 """Command lines: one parser, one error for wrong usage, one exit-code rule (0 done, 2 usage or
 missing input, 3 done with failures).
 
-Kept free of torch so that the plotting scripts start at once."""
+Kept free of torch, so that --help and a mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 class UsageError(Exception):
@@ -16,38 +22,46 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     pass
 
 
+def _spellings(flag: str) -> list[str]:
+    """--model_path and --model-path, the given one first."""
+    name = flag[2:]
+    return [flag, "--" + name.replace("_", "-"), "--" + name.replace("-", "_")]
+
+
 class _Parser(argparse.ArgumentParser):
-    def add_argument(self, *flags, **options):
+    def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
         """Every long flag is accepted in both spellings: --model_path and --model-path."""
         if flags and flags[0].startswith("--"):
-            spellings = [
-                other
-                for flag in flags
-                for other in (
-                    flag,
-                    flag.replace("_", "-").replace("--", "--", 1),
-                    "--" + flag[2:].replace("-", "_"),
-                )
-            ]
-            flags = tuple(dict.fromkeys(spellings))
+            both = [spelling for flag in flags for spelling in _spellings(flag)]
+            flags = tuple(dict.fromkeys(both))
             options.setdefault("dest", flags[0][2:].replace("-", "_"))
-            options.setdefault(
-                "help", options["dest"].replace("_", " ")
-            )  # a flag without words still shows its default
+            # a flag without words still shows its default
+            options.setdefault("help", options["dest"].replace("_", " "))
         return super().add_argument(*flags, **options)
 
-    def error(self, message):
-        """One line and exit code 2."""
+    def error(self, message: str) -> NoReturn:
+        """One line that names the nearest flag for a mistyped one; exit code 2."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            message += self._nearest(message.removeprefix(prefix).split())
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
+    def _nearest(self, words: list[str]) -> str:
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in words:
+            nearest = difflib.get_close_matches(word.split("=")[0], known, 1)
+            if word.startswith("--") and nearest:
+                return f"; did you mean {nearest[0]}?"
+        return ""
 
-def parser(description):
+
+def parser(description: str | None) -> argparse.ArgumentParser:
     """An ArgumentParser for a script's docstring: defaults in --help, both flag spellings, no
     abbreviations."""
     return _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
 
-def shard(text):
+def shard(text: str) -> tuple[int, int]:
     """'i/n' -> (i, n) with 0 <= i < n."""
     try:
         index, count = (int(part) for part in text.split("/"))
@@ -77,9 +91,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then
     )
 
 
-def run(main):
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Call main() and end the process with its exit code; a UsageError becomes one line and exit
     code 2."""
+    code: int | None
     try:
         code = main()
     except UsageError as error:
