@@ -16,9 +16,8 @@ from PIL import Image
 
 import common
 from diagnostic_tools import viz_attention_image as viz
-from vlmdiag.answers import token_spans
+from vlmdiag.answers import find_word, token_spans
 from vlmdiag.beyond_semantics import token_attention
-from vlmdiag.beyond_semantics.attention_map import find_word
 from vlmdiag.beyond_semantics.attention_overlay import (
     AttentionVisualizationResult,
     save_attention_overlay,

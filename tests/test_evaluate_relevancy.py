@@ -140,7 +140,7 @@ def test_names_are_found_once_each_where_they_are_not_ambiguous():
     text, spans = token_spans(range(len(words)), lambda ids: "".join(words[i] for i in ids))
     there = [{"category": name, "id": n} for n, name in enumerate(["teddy bear", "dog", "sofa"])]
     names = ["bear", "teddy bear", "dog", "cat", "sofa"]
-    found, left_out = perturbation.named_objects(text, spans, there, names)
+    found, left_out = perturbation.objects_named_once(text, spans, there, names)
     said = {
         annotation["category"]: "".join(words[i] for i in tokens) for tokens, annotation in found
     }
@@ -160,11 +160,11 @@ def test_names_are_found_once_each_where_they_are_not_ambiguous():
     }  # the bear alone; the second dog; "cats" is no cat
     for more in ({"category": "dog", "id": 9}, None):
         twice = there + [more] if more else [there[0], there[1] | {"iscrowd": 1}]
-        found, left_out = perturbation.named_objects(text, spans, twice, names)
+        found, left_out = perturbation.objects_named_once(text, spans, twice, names)
         assert [annotation["category"] for _, annotation in found] == ["teddy bear"] and left_out[
             "ambiguous"
         ] == 2
-    apart = perturbation.named_objects("teddy  bear", [(0, 5), (5, 7), (7, 11)], there, names)
+    apart = perturbation.objects_named_once("teddy  bear", [(0, 5), (5, 7), (7, 11)], there, names)
     assert apart[0][0][0] == [0, 2]  # blanks alone are no target
 
 
@@ -744,3 +744,10 @@ def test_gradient_relevancy_beats_random_on_the_tiny_model(shapes, command, plot
             and float(local[what, "relevancy"]["minus_centre_low"]) > 0.1
         )
         assert abs(float(local[what, "random"]["minus_area"])) < 0.12
+
+
+def test_the_command_offers_every_method():
+    from diagnostic_tools import evaluate_relevancy
+    from vlmdiag.relevancy.methods import METHODS
+
+    assert list(METHODS) == list(evaluate_relevancy.METHODS)

@@ -12,7 +12,7 @@ from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.selfcheck import noise_picture
 from vlmdiag.model.vision import embeddings, more_inputs
 from vlmdiag.pictures.samples import Sample
-from vlmdiag.relevancy import gradients, rules
+from vlmdiag.relevancy import attention_gradient, rules
 from vlmdiag.relevancy import methods as attribution
 from vlmdiag.relevancy.gradients import trace
 
@@ -85,15 +85,16 @@ def apart(a, b):
 def test_maps_are_those_of_plain_autograd_through_eager_attention(run):
     targets = [0, 2, len(run.ids) - 1]
     oracle, layers = eager(run, targets), len(run.layers)
-    found = dict(run.descend(targets))
-    gradient = found.pop(None)
+    descent = run.descend(targets)
+    found = dict(descent.maps())
+    gradient = descent.vision_gradient
     for layer in range(layers):
         assert all(close(found[layer][i], oracle["layer", layer][i]) for i in range(3))
     assert not close(found[0][0], oracle["layer", 1][0]) and not close(
         found[0][0], oracle["layer", 0][1]
     )  # another layer, another target
     assert bool(run.tower) == bool(run.vlm.parts.vision_blocks)
-    blocks = dict(run.descend_tower(gradient)) if run.tower else {}
+    blocks = dict(run.tower.descend(gradient)) if run.tower else {}
     for block, maps in blocks.items():
         assert all(close(maps[i], oracle["block", block][i]) for i in range(3))
     if run.tower:  # features come from hidden state -2: the last block has no gradient
@@ -107,8 +108,9 @@ def test_maps_are_those_of_plain_autograd_through_eager_attention(run):
 
 def test_rows_are_those_of_the_matrix_recursion(run):
     targets, depth = [1, 3], len(run.layers)
-    maps = dict(run.descend(targets))
-    gradient = maps.pop(None)
+    descent = run.descend(targets)
+    maps = dict(descent.maps())
+    gradient = descent.vision_gradient
     found = attribution.relevancy(run, targets)
     assert found.layers == list(range(depth)) and found.rows.shape == (2, depth, run.length)
     eye = torch.eye(run.length)
@@ -127,7 +129,7 @@ def test_rows_are_those_of_the_matrix_recursion(run):
             and found.rows.min() >= 0
         )
     if run.tower:
-        blocks = dict(run.descend_tower(gradient))
+        blocks = dict(run.tower.descend(gradient))
         tower = rules.self_attention([blocks[index] for index in sorted(blocks)])
         first = tower.shape[-1] - len(run.vision)
         for i in range(2):
@@ -263,7 +265,7 @@ def test_relevancy_goes_through_a_q_former(blip_folders, pictures, name):
     assert (
         (found.instruction is None) == (name == "blip2-opt")
         and found.cells.shape[-1] == 16
-        and not run.joint
+        and not run.tower.joint
     )
 
 
@@ -280,7 +282,7 @@ def test_relevancy_goes_through_queries_that_read_each_other_and_the_patches_by_
     )
     found, q = attribution.relevancy(run, [0, 2]), run.vlm.parts.qformer.queries
     assert (
-        run.joint
+        run.tower.joint
         and found.image.shape[-1] == q + 1
         and found.cells.shape[-1] == 64
         and found.instruction is None
@@ -305,9 +307,9 @@ def test_relevancy_goes_through_queries_that_read_each_other_and_the_patches_by_
         assert apart(cells, (image[:q] @ onto() @ torch.linalg.inv(scaled(r_ii)))[1:]), (
             "and so is a tower that does not count"
         )
-    *_, (_, gradient) = run.descend([0])
+    gradient = run.descend([0]).vision_gradient
     only = torch.nn.functional.one_hot(torch.tensor([q]), q + 1).float()[None]
-    assert attribution.onto_patches(run, only, gradient)[0].abs().max() == 0
+    assert attribution.onto_patches(run.tower, only, gradient)[0].abs().max() == 0
 
 
 def test_relevancy_goes_through_kosmos2s_resampler(tmp_path, pictures):
@@ -322,7 +324,7 @@ def test_relevancy_goes_through_kosmos2s_resampler(tmp_path, pictures):
         run.vlm.parts.qformer.queries,
         run.vlm.parts.connector,
     )
-    assert run.joint and found.cells.shape[-1] == 16
+    assert run.tower.joint and found.cells.shape[-1] == 16
     resampler.__class__ = Kosmos2ImageToTextProjection
     for i, (average, target) in enumerate(zip(plain(run, [0, 2])[0], [0, 2], strict=True)):
         image, r_ii = from_vision(run, average, target), through(average, "tower")[0]
@@ -431,7 +433,7 @@ def test_frozen_and_unfrozen_parameters_give_the_same_and_nothing_is_left(run):
     finally:
         vlm.model.requires_grad_(False)
     assert np.allclose(before, after, rtol=1e-4, atol=1e-6 * before.max())
-    assert vlm.parts.decoder.config._attn_implementation == "sdpa" and gradients._cores is None
+    assert vlm.parts.decoder.config._attn_implementation == "sdpa" and attention_gradient._calls.get() is None
     assert not any(
         module._forward_hooks for module in vlm.parts.layers if "keep" in str(module._forward_hooks)
     )
@@ -468,7 +470,7 @@ def test_baselines_have_their_definitions(run):
         rtol=1e-4,
         atol=1e-6 * np.abs(found.input).max(),
     )
-    top = dict(run.descend(targets))[len(run.layers) - 1]
+    top = dict(run.descend(targets).maps())[len(run.layers) - 1]
     assert np.allclose(found.last, top[[0, 1], run.rows[targets]][:, run.vision], atol=1e-7)
     one, other = (attribution.noise(run, targets, seed) for seed in (0, 1))
     assert (

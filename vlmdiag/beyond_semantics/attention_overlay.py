@@ -37,7 +37,7 @@ class AttentionVisualizationResult:
     generated_text: str
     # (rows, columns) where the vision tokens are one grid, else (P,); share of the attention that
     # is not on BOS
-    attention_map: Float[np.ndarray, ...]
+    attention_map: Float[np.ndarray, "*shape"]
     image_array: UInt8[np.ndarray, "height width 3"]  # the original picture
     normalized_entropy: float
     token_position: int  # of the generated tokens, from 0

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmdiag.answers import token_spans
-from vlmdiag.beyond_semantics.attention_map import find_word
+from vlmdiag.answers import find_word, token_spans
 from vlmdiag.beyond_semantics.attention_overlay import AttentionVisualizationResult
 from vlmdiag.cli import UsageError
 from vlmdiag.model.attention import capture

@@ -103,20 +103,18 @@ def blended(
 
 
 def show_picture(
-    axis: Axes, pixels: Float[np.ndarray, "height width"] | UInt8[np.ndarray, "height width 3"]
+    axis: Axes,
+    pixels: Float[np.ndarray, "height width"] | UInt8[np.ndarray, "height width 3"],
+    frame: bool = False,
 ) -> None:
-    """Draw a picture, grey in [0, 1] or in colours, without ticks or frame."""
+    """Draw a picture, grey in [0, 1] or in colours, without ticks; frame: keep the axis' lines."""
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, -1)
     axis.imshow(pixels)
-    without_frame(axis)
-
-
-def without_frame(axis: Axes) -> None:
-    """Leave out the ticks, grid lines and frame of an axis that shows a picture."""
-    axis.grid(False)
     axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
+    if not frame:
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
 
 
 def show_map(

@@ -2,440 +2,264 @@
 answer at once.
 
     run = trace(vlm, batch, answer_ids)          # one pass over prompt and answer
-    for layer, attention in run.descend(targets, ...)
+    descent = run.descend(targets)
+    for layer, average in descent.maps():        # Ā (C, N, N) from the last layer down
+        ...
+    descent.vision_gradient                      # (C, P, d): on to run.tower
 
-The pass keeps the input of every block. Then each block runs once more, from the last to the first,
-and hands the gradients of its output on to its input for a chunk of tokens together
-(torch.autograd.grad with is_grads_batched). Attention is cut out of the graph and differentiated by
-hand, head by head:
+The pass keeps the input of every block (blocks.py). Then each block runs once more, from the last
+to the first, and hands the gradients of its output on to its input for a chunk of tokens together.
+Attention is differentiated by hand (attention_gradient.py), so maps and their gradients exist for
+one layer at a time, no parameter has a gradient, and what rule 5 of rules.py makes of them is known
+as soon as the rows of the next lower layer need it. docs/studies/stethoscope.md, section 5.2.
 
-    dA = dO V^T      dS = A (dA - sum_k dA A)      dQ = dS K / sqrt(d)      dK = dS^T Q / sqrt(d)
-                     dV = A^T dO
+Shapes: T tokens of the answer, N positions of prompt and answer, P vision tokens, d width, C tokens
+that are taken together, S positions of the tower's blocks, n queries (and instruction tokens) of a
+Q-Former, q of them queries.
+"""
 
-so maps and their gradients exist for one layer at a time, no parameter has a gradient, and what
-rule 5 of relevancy.py makes of them is known as soon as the rows of the next lower layer need it.
-Section 5.2 of our study of the stethoscope."""
+from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor, nn
 
-from vlmdiag.model.attention import kernel
 from vlmdiag.model.decoding import extended
 from vlmdiag.model.vision import entered, entering, more_inputs
+from vlmdiag.relevancy.blocks import Block, added, recording, vector_products
 from vlmdiag.relevancy.rules import head_mean
 
-NAME = "vlm_gradients"
-ROWS = 128  # of a map that are held at once for one head
-_cores = None  # where attention calls are put while a block is differentiated
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch.utils.hooks import RemovableHandle
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.families import QFormer
+    from vlmdiag.types import VLM
+
+
+# ---- from the picture to the vision tokens ----
 
 
 @dataclass
-class Core:
-    """One attention call. query (1, H, N, D), key and value (1, H_kv, K, D) with their graph,
-    output (1, N, H, D) a leaf."""
+class TowerPass:
+    """How the vision tokens were made, by a connector without queries of its own.
 
-    module: object
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float
-    softcap: float | None
-    bias: torch.Tensor | None
+    blocks: of the tower, as they ran, each on B tiles. pooled: the vision tokens with their graph
+    from the blocks' outputs. sources (P, k): which positions of the tower's output a vision token
+    is made of, counted over all tiles, -1 where it is made of fewer than k. device: where the maps
+    are wanted.
+    """
 
-    def weights(self, head):
-        """(attention (N, K), derivative of the softcap at the scores or None) of one head,
-        float32."""
-        shared = head // (self.query.shape[1] // self.key.shape[1])
-        scores, slope = (
-            self.query[0, head].detach().float()
-            @ self.key[0, shared].detach().float().T
-            * self.scaling,
-            None,
-        )
-        if self.softcap is not None:
-            bent = torch.tanh(scores / self.softcap)
-            scores, slope = bent * self.softcap, 1 - bent**2
-        if self.bias is not None:
-            scores = scores + self.bias[0, head].float()
-        if self.mask is not None:
-            mask = self.mask[0, min(head, self.mask.shape[1] - 1)]
-            scores = (
-                scores.masked_fill(~mask, float("-inf"))
-                if mask.dtype == torch.bool
-                else scores + mask.float()
-            )
-        return scores.softmax(-1), slope
+    blocks: list[Block]
+    pooled: Float[Tensor, "P d"]
+    sources: Int[Tensor, "P k"]
+    device: torch.device
 
-    def mean(self):
-        """Mean attention over heads, (N, K) float32."""
-        heads = self.query.shape[1]
-        return sum(self.weights(head)[0] for head in range(heads)) / heads
+    @property
+    def tiles(self) -> int:
+        """How many tiles the tower read; 1 for a picture as a whole."""
+        return len(self.blocks[0].input)
 
-    def backward(self, cotangents, maps=True):
-        """(Ā (C, N, K) or None, gradients of query, key and value for C cotangents (C, N, H, D) of
-        the output). In float32, by blocks of rows, of which a causal mask lets each see only the
-        keys up to its end."""
-        heads, groups = self.query.shape[1], self.query.shape[1] // self.key.shape[1]
-        count, (rows, total), depth = (
-            len(cotangents),
-            (self.query.shape[2], self.key.shape[2]),
-            self.query.shape[3],
-        )
-        causal = (
-            self.mask is not None
-            and self.mask.dtype == torch.bool
-            and not self.mask.triu(total - rows + 1).any()
-        )
-        average = cotangents.new_zeros(count, rows, total, dtype=torch.float32) if maps else None
-        query = cotangents.new_empty(count, heads, rows, depth, dtype=torch.float32)
-        key, value = (
-            query.new_zeros(count, self.key.shape[1], total, part.shape[3])
-            for part in (self.key, self.value)
-        )
-        for head in range(heads):
-            shared = head // groups
-            weights, slope = self.weights(head)
-            q, k, v = (
-                part.detach().float()
-                for part in (self.query[0, head], self.key[0, shared], self.value[0, shared])
-            )
-            for start in range(0, rows, ROWS):
-                own = slice(start, min(start + ROWS, rows))
-                seen = slice(0, total - rows + own.stop if causal else total)
-                given, here = cotangents[:, own, head].float(), weights[own, seen]
-                change = torch.matmul(given, v[seen].T).mul_(here)  # dA * A
-                if maps:
-                    average[:, own, seen] += change.clamp_min(0)
-                change.addcmul_(here, change.sum(-1, keepdim=True).neg_())
-                if slope is not None:
-                    change.mul_(slope[own, seen])
-                query[:, head, own] = change @ k[seen] * self.scaling
-                key[:, shared, seen] += change.transpose(-1, -2) @ q[own] * self.scaling
-                value[:, shared, seen] += torch.matmul(here.T, given)
-        like = (self.query, self.key, self.value)
-        found = [
-            part.view(count, *one.shape).to(one.dtype)
-            for part, one in zip((query, key, value), like, strict=True)
-        ]
-        return (average / heads if maps else None), found
+    @property
+    def positions(self) -> int:
+        """Positions of each tile, CLS included."""
+        return self.blocks[0].input.shape[1]
 
-
-def _attention(module, query, key, value, attention_mask, **options):
-    """The model's own attention; while a block is differentiated, its output is a leaf and the call
-    is kept."""
-    if _cores is None:
-        return kernel(module, query, key, value, attention_mask, **options), None
-    with torch.no_grad():
-        output = kernel(module, query, key, value, attention_mask, **options)
-    mask, (count, total) = attention_mask, (query.shape[2], key.shape[2])
-    causal = options.get("is_causal")
-    if (
-        mask is None
-        and (getattr(module, "is_causal", True) if causal is None else causal)
-        and count > 1
-    ):
-        mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)[
-            None, None
-        ]
-    scaling = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
-    leaf = output.detach().requires_grad_()
-    _cores.append(
-        Core(
-            module,
-            query,
-            key,
-            value,
-            leaf,
-            mask,
-            scaling,
-            options.get("softcap"),
-            options.get("position_bias"),
-        )
-    )
-    return leaf, None
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-@contextlib.contextmanager
-def attention_of(owner):
-    """Let a model's attention run through this module."""
-    before = owner.config._attn_implementation
-    owner.config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        owner.config._attn_implementation = before
-
-
-@dataclass
-class Block:
-    """A block as it ran: input (B, N, d) with whatever graph led to it, output (B, N, d) a leaf. B
-    is 1 but in a tower that reads tiles."""
-
-    module: object
-    owner: object  # the model that it belongs to, whose config names the attention
-    args: tuple
-    options: dict
-    input: torch.Tensor
-    output: torch.Tensor
-
-    def tile(self, index):
-        """The block as it ran on one of its B rows."""
-        count = len(self.input)
-        if count == 1:
-            return self
-        row = slice(index, index + 1)
-        own = lambda value: (
-            value[row] if torch.is_tensor(value) and value.ndim and len(value) == count else value
-        )
-        options = {name: own(value) for name, value in self.options.items()}
-        return Block(
-            self.module,
-            self.owner,
-            tuple(own(value) for value in self.args),
-            options,
-            self.input[row],
-            self.output[row],
-        )
-
-    def run(self, states):
-        """(output, [Core, ...]) from given input states, attention cut out."""
-        global _cores
-        _cores = []
-        try:
-            with attention_of(self.owner):
-                output = self.module(states, *self.args, **self.options)
-            return (output[0] if isinstance(output, tuple) else output), _cores
-        finally:
-            _cores = None
-
-    @torch.no_grad()
-    def attention(self):
-        """Mean attention over heads (N, K) of the block's only attention call."""
-        return self.run(self.input.detach())[1][0].mean()
-
-    def pull(self, cotangents, maps=True):
-        """(gradients (C, N, d) of the input, Ā (C, N, N) or None) for C gradients (C, N, d) of the
-        output."""
-        with torch.enable_grad():
-            start = self.input.detach().requires_grad_()
-            output, cores = self.run(start)
-        nodes = [start, *(core.output for core in cores)]
-        found, kept = pulled([output], nodes, [cotangents.to(output.dtype)[:, None]]), None
-        for index in reversed(range(len(cores))):
-            given = found.pop()
-            if given is None:
+    def descend(
+        self, gradients: Float[Tensor, "C P d"], tile: int = 0
+    ) -> Iterator[tuple[int, Float[Tensor, "C S S"]]]:
+        """Yield (block, Ā) from the tower's last block that is read down, on one of its tiles, for
+        gradients of the vision tokens."""
+        outputs = [block.output for block in self.blocks]
+        # a connector may read several blocks
+        arriving = vector_products([self.pooled], outputs, [gradients.to(self.pooled.dtype)])
+        rising: Tensor | None = None
+        for index in reversed(range(len(self.blocks))):
+            of_block = arriving[index]
+            rising = added(rising, None if of_block is None else of_block[:, tile])
+            if rising is None:
                 continue
-            kept, parts = cores[index].backward(given[:, 0], maps)
-            core = cores[index]
-            found = [
-                _sum(a, b)
-                for a, b in zip(
-                    found,
-                    pulled([core.query, core.key, core.value], nodes[: index + 1], parts),
-                    strict=True,
-                )
-            ]
-        return found[0][:, 0], kept
+            rising, average = self.blocks[index].tile(tile).pull(rising)
+            if average is not None:
+                yield index, average.to(self.device)
 
 
-def _sum(a, b):
-    return b if a is None else a if b is None else a + b
+@dataclass
+class QueryMaps:
+    """Attention of one layer of a Q-Former, with its graph. joint: queries read each other and the
+    patches by one map, which both fields hold, (1, H, q, q + S)."""
+
+    own: Float[Tensor, "1 H n n"]
+    cross: Float[Tensor, "1 H q S"] | None
+
+    @property
+    def joint(self) -> bool:
+        """Whether queries read each other and the patches by one map."""
+        return self.own is self.cross
 
 
-def pulled(outputs, inputs, cotangents):
-    """Gradients (C, *input.shape) of each input for C cotangents (C, *output.shape) of each output;
-    None where nothing leads from it."""
-    usable = [
-        (output, given)
-        for output, given in zip(outputs, cotangents, strict=True)
-        if output.requires_grad
-    ]
-    if not usable:
-        return [None] * len(inputs)
-    outputs, cotangents = zip(*usable, strict=True)
-    return list(
-        torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+@dataclass
+class QFormerPass(TowerPass):
+    """The same through a Q-Former, whose queries the vision tokens are; they are made of no patch
+    of their own (sources is empty)."""
+
+    layers: list[QueryMaps]
+    former: QFormer
+
+    @property
+    def joint(self) -> bool:
+        """Whether queries read each other and the patches by one map."""
+        return any(layer.joint for layer in self.layers)
+
+    def query_maps(
+        self, gradients: Float[Tensor, "C P d"]
+    ) -> list[tuple[Float[Tensor, "C n n"], Float[Tensor, "C q S"] | None]]:
+        """Ā of self-attention and of cross-attention, None where there is none, of each layer, for
+        gradients of the vision tokens."""
+        weights: list[Tensor] = []
+        for layer in self.layers:
+            weights.append(layer.own)
+            if layer.cross is not None:
+                weights.append(layer.cross)
+        d_weights = vector_products([self.pooled], weights, [gradients.to(self.pooled.dtype)])
+        averages = iter(
+            self._average(of_layer, d_of_layer, len(gradients))
+            for of_layer, d_of_layer in zip(weights, d_weights, strict=True)
         )
-    )
+        pairs = []
+        for layer in self.layers:
+            own = next(averages)
+            pairs.append((own, None if layer.cross is None else next(averages)))
+        if not self.joint:
+            return pairs
+        # the blocks [Ā_qq | Ā_qi] of one map
+        q = self.former.queries
+        return [(own[..., :q], None if cross is None else cross[..., q:]) for own, cross in pairs]
+
+    def _average(self, weights: Tensor, d_weights: Tensor | None, count: int) -> Tensor:
+        """Rule 5 for one map, 0 where the vision tokens do not depend on it."""
+        attention = weights[0].detach().float()
+        gradient = torch.zeros_like(weights).float()
+        if d_weights is not None:
+            gradient = d_weights[:, 0].float()
+        return head_mean(attention, gradient).expand(count, -1, -1).to(self.device)
 
 
-@contextlib.contextmanager
-def recording(owner, modules):
-    """Keep how each module of a model runs, in a list of Block, and cut the graph after it."""
-    blocks, hooks = [], []
-
-    def keep(module, args, options, output):
-        states, rest = (args[0], args[1:]) if args else (options["hidden_states"], ())
-        first = output[0] if isinstance(output, tuple) else output
-        leaf = first.detach().requires_grad_()
-        options = {name: value for name, value in options.items() if name != "hidden_states"}
-        blocks.append(Block(module, owner, rest, options, states, leaf))
-        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
-
-    try:
-        hooks += [
-            module.register_forward_hook(keep, with_kwargs=True, prepend=True) for module in modules
-        ]
-        with attention_of(owner):
-            yield blocks
-    finally:
-        for hook in hooks:
-            hook.remove()
+# ---- prompt and answer ----
 
 
 @dataclass
 class Trace:
-    """One pass over a prompt and its answer. prompt: the batch of the prompt alone, batch: with the
-    answer; rows (T,): positions that produced the answer's tokens; ids (T,); logits (T, V) float32;
-    vision (P,) positions.
+    """One pass over a prompt and its answer."""
 
-    layers, tower: blocks as they ran; sources (P, k): see models.Family, one position each where
-    the family does not name them; features (P, d) a leaf, with deepstack (P, (1 + K) d), see
-    capturing.entered; pooled (P, d): the input's part with the tower's graph; logit: the sum of the
-    chosen logits, with its graph; queries: [(self-attention, cross-attention or None), ...] of a
-    Q-Former's layers, (1, H, n, n) and (1, H, q, S) with their graph, or one map (1, H, q, q + S)
-    twice where they are joint; else empty."""
-
-    vlm: object
-    prompt: object
-    batch: object
-    ids: list
-    rows: torch.Tensor
-    logits: torch.Tensor
-    vision: torch.Tensor
-    layers: list
-    tower: list
-    features: torch.Tensor
-    pooled: torch.Tensor
-    logit: torch.Tensor
-    queries: list
-    sources: torch.Tensor | None = None
+    vlm: VLM
+    prompt: Batch  # of the prompt alone
+    batch: Batch  # with the answer
+    ids: list[int]  # of the answer
+    rows: Int[Tensor, " T"]  # positions that produced the answer's tokens
+    logits: Float[Tensor, "T V"]  # float32
+    vision: Int[Tensor, " P"]  # positions of the vision tokens
+    layers: list[Block]  # of the decoder, as they ran
+    # a leaf, in the form of vision.entered(): with deepstack (P, (1 + K) d)
+    features: Float[Tensor, "P d_in"]
+    logit: Float[Tensor, ""]  # sum of the answer's logits, with its graph
+    tower: TowerPass | QFormerPass | None  # None: relevancy stops at the vision tokens
 
     @property
-    def length(self):
+    def length(self) -> int:
+        """N, positions of prompt and answer."""
         return self.batch.input_ids.shape[1]
 
     @property
-    def tokens(self):
-        """(P, d) vision tokens as the decoder's input has them."""
-        return self.features.detach()[:, : self.pooled.shape[1]]
+    def tokens(self) -> Float[Tensor, "P d"]:
+        """Vision tokens as the decoder's input has them."""
+        width = self.vlm.model.get_input_embeddings().weight.shape[1]
+        return self.features.detach()[:, :width]
+
+    def descend(self, targets: Sequence[int]) -> Descent:
+        """Gradients for the tokens `targets` (indices into ids), from the last layer down."""
+        return Descent(self, list(targets))
+
+
+class Descent:
+    """Gradients of some tokens' logits on their way down the decoder's layers."""
+
+    def __init__(self, run: Trace, targets: list[int]) -> None:
+        self.run = run
+        self.targets = targets
+        self._vision: Tensor | None = None
+        self._done = False
+
+    def maps(self) -> Iterator[tuple[int, Float[Tensor, "C N N"]]]:
+        """(layer, Ā) from the last layer down."""
+        for layer, average in self._sweep(maps=True):
+            if average is not None:
+                yield layer, average
 
     @property
-    def joint(self):
-        """Whether queries read each other and the patches by one map."""
-        return any(own is cross for own, cross in self.queries)
+    def vision_gradient(self) -> Float[Tensor, "C P d_in"]:
+        """Gradients of the vision tokens, in the form of Trace.features. Known when maps() has come
+        to its end, else a sweep without maps is made."""
+        if not self._done:
+            for _ in self._sweep(maps=False):
+                pass
+        if self._vision is None:
+            raise ValueError("the logits do not depend on the vision tokens")
+        return self._vision
 
-    def descend(self, targets, maps=True):
-        """Yield (layer, Ā (C, N, N) or None) from the last layer down for the tokens `targets`
-        (indices into ids); at the end (None, gradients of the vision tokens, (C, P, d) as
-        `features`)."""
-        top = self.layers[-1].output
-        (rising,) = torch.autograd.grad(self.logit, top, retain_graph=True)
-        cotangents = top.new_zeros(len(targets), *top.shape[1:])
-        where = self.rows[list(targets)]
-        cotangents[torch.arange(len(where)), where] = rising[
-            0, where
-        ]  # norm and LM head see each position alone
-        vision = None
-        for layer in reversed(range(len(self.layers))):
-            block = self.layers[layer]
-            cotangents, attention = block.pull(cotangents, maps)
-            yield layer, attention
-            below = self.layers[layer - 1].output if layer else None
-            if block.input is not below:  # embeddings, or what a model adds between two layers
-                inner, direct = pulled(
-                    [block.input],
-                    [self.features if below is None else below, self.features],
-                    [cotangents[:, None]],
+    def _sweep(self, maps: bool) -> Iterator[tuple[int, Tensor | None]]:
+        run = self.run
+        d_states = self._at_the_top()  # (C, N, d)
+        d_vision: Tensor | None = None
+        for layer in reversed(range(len(run.layers))):
+            block = run.layers[layer]
+            d_states, average = block.pull(d_states, maps)
+            yield layer, average
+            if layer == 0:
+                (to_vision,) = vector_products([block.input], [run.features], [d_states[:, None]])
+                d_vision = added(d_vision, to_vision)
+            elif block.input is not run.layers[layer - 1].output:
+                # the model adds something between two layers, such as the picture (deepstack)
+                below = run.layers[layer - 1].output
+                to_below, to_vision = vector_products(
+                    [block.input], [below, run.features], [d_states[:, None]]
                 )
-                vision = _sum(vision, direct)
-                cotangents = inner[:, 0] if below is not None else None
-        yield None, vision
+                d_vision = added(d_vision, to_vision)
+                if to_below is None:
+                    raise ValueError(f"layer {layer} does not read layer {layer - 1}")
+                d_states = to_below[:, 0]
+        self._vision = d_vision
+        self._done = True
 
-    def query_maps(self, gradients):
-        """[(Ā (C, n, n), Ā (C, q, S) or None), ...] of the Q-Former's layers, for gradients (C, P,
-        d) of the vision tokens."""
-        whole = [weights for pair in self.queries for weights in pair if weights is not None]
-        given = pulled([self.pooled], whole, [gradients.to(self.pooled.dtype)])
-        maps = iter(
-            head_mean(
-                weights[0].detach().float(),
-                torch.zeros_like(weights).float() if change is None else change[:, 0].float(),
-            ).expand(len(gradients), -1, -1)
-            for weights, change in zip(whole, given, strict=True)
-        )
-        pairs = [
-            tuple(None if weights is None else next(maps) for weights in pair)
-            for pair in self.queries
-        ]
-        count = self.vlm.parts.qformer.queries
-        return (
-            [(own[..., :count], cross[..., count:]) for own, cross in pairs]
-            if self.joint
-            else pairs
-        )
-
-    def descend_tower(self, gradients, tile=0):
-        """Yield (block, Ā (C, S, S)) from the tower's last block that is read down, for gradients
-        (C, P, d) of the vision tokens, on one of its tiles."""
-        outputs = [block.output for block in self.tower]
-        arriving = pulled([self.pooled], outputs, [gradients.to(self.pooled.dtype)])
-        rising = None
-        for index in reversed(range(len(self.tower))):
-            rising = _sum(rising, None if arriving[index] is None else arriving[index][:, tile])
-            if rising is None:
-                continue
-            rising, attention = self.tower[index].tile(tile).pull(rising)
-            yield index, attention
+    def _at_the_top(self) -> Float[Tensor, "C N d"]:
+        """Gradients of the last layer's output. Norm and LM head see each position alone, so one
+        gradient of the sum of all logits holds that of each logit at its own row."""
+        run = self.run
+        top = run.layers[-1].output
+        (d_top,) = torch.autograd.grad(run.logit, top, retain_graph=True)
+        d_states = top.new_zeros(len(self.targets), *top.shape[1:])
+        rows = run.rows[self.targets]
+        d_states[torch.arange(len(rows)), rows] = d_top[0, rows]
+        return d_states
 
 
-@contextlib.contextmanager
-def _query_attention(former):
-    """Keep the attention of a Q-Former's layers, with its graph, in a list of [self, cross or
-    None]."""
-    kept, hooks = [[None, None] for _ in former.self_attention], []
-    config = former.self_attention[0].config
-    before, config._attn_implementation = config._attn_implementation, "eager"
+def trace(
+    vlm: VLM,
+    batch: Batch,
+    ids: Sequence[int],
+    tower: bool = True,
+    features: Float[Tensor, "P d_in"] | None = None,
+) -> Trace:
+    """Run one sample's prompt (a batch of one) and answer ids once.
 
-    def start(module, args, options):
-        (
-            args[0] if args else options["hidden_states"]
-        ).requires_grad_()  # the queries: the first layer's attention depends on nothing else
-
-    try:
-        hooks.append(former.self_attention[0].register_forward_pre_hook(start, with_kwargs=True))
-        for kind, modules in enumerate((former.self_attention, former.cross_attention)):
-            for row, module in zip(kept, modules, strict=True):
-                if module is not None:
-                    hooks.append(
-                        module.register_forward_hook(
-                            lambda _, args, output, row=row, kind=kind: row.__setitem__(
-                                kind, output[1]
-                            )
-                        )
-                    )
-        yield kept
-    finally:
-        config._attn_implementation = before
-        for hook in hooks:
-            hook.remove()
-
-
-def trace(vlm, batch, ids, tower=True, features=None):
-    """Run one sample's prompt (a batch of one) and answer ids once. tower: keep the vision tower's
-    blocks too, where the family names them. features: vision tokens in place of the picture's, as
-    Trace.features."""
+    tower: keep the vision tower's blocks too, where the family names them. features: vision tokens
+    in place of the picture's, as Trace.features. ValueError for more than one prompt or no answer.
+    """
     if len(batch.samples) != 1 or not ids:
         raise ValueError(
             f"one prompt and an answer are wanted, got {len(batch.samples)} prompts and {len(ids)}"
@@ -443,60 +267,99 @@ def trace(vlm, batch, ids, tower=True, features=None):
         )
     vlm.need("decoder-only")
     whole = extended(batch, ids)
-    options = {
+    options: dict[str, Any] = {
         "attention_mask": whole.attention_mask,
         "position_ids": whole.position_ids,
         "use_cache": False,
-    } | more_inputs(vlm, whole)
+        "logits_to_keep": len(ids) + 1,
+        **more_inputs(vlm, whole),
+    }
+    picture = None
     with torch.enable_grad():
-        seen, queries, former = [], [], vlm.parts.qformer
-        if features is not None:
-            found = features
-        elif tower and vlm.parts.vision_blocks:
-            with (
-                recording(vlm.parts.tower, vlm.parts.vision_blocks) as seen,
-                _query_attention(former) if former else contextlib.nullcontext([]) as queries,
-            ):
-                found = entered(vlm, vlm.vision(batch))
-        else:
-            found = entered(vlm, vlm.vision(batch))
-        features, pooled = (
-            found.detach().requires_grad_(),
-            found[:, : vlm.model.get_input_embeddings().weight.shape[1]],
-        )
+        if features is None and tower and vlm.parts.vision_blocks:
+            features, picture = _see(vlm, batch)
+        elif features is None:
+            features = entered(vlm, vlm.vision(batch))
+        leaf = features.detach().requires_grad_()
         with (
             recording(vlm.parts.decoder, vlm.parts.layers) as layers,
-            entering(vlm, whole, features) as embeds,
+            entering(vlm, whole, leaf) as embeds,
         ):
-            logits = (
-                vlm.model(inputs_embeds=embeds, logits_to_keep=len(ids) + 1, **options)
-                .logits[0, :-1]
-                .float()
-            )
+            output = vlm.model(inputs_embeds=embeds, **options)
+        logits = output.logits[0, :-1].float()  # (T, V)
         chosen = torch.tensor(list(ids), device=logits.device)
         logit = logits.gather(1, chosen[:, None]).sum()
-    rows, sources = torch.arange(len(ids), device=vlm.device) + batch.input_ids.shape[1] - 1, None
-    if seen and not former:
-        if vlm.family.sources:
-            sources = torch.from_numpy(
-                vlm.family.sources(vlm, batch.grids[0].size, batch.image_rows[0])
-            ).to(vlm.device)
-        else:
-            count = seen[0].input.shape[1]
-            sources = torch.arange(count - len(features), count, device=vlm.device)[:, None]
+    first = batch.input_ids.shape[1] - 1
     return Trace(
-        vlm,
-        batch,
-        whole,
-        list(ids),
-        rows,
-        logits.detach(),
-        batch.vision_positions(0),
-        layers,
-        seen,
-        features,
-        pooled,
-        logit,
-        queries,
-        sources,
+        vlm=vlm,
+        prompt=batch,
+        batch=whole,
+        ids=list(ids),
+        rows=torch.arange(len(ids), device=vlm.device) + first,
+        logits=logits.detach(),
+        vision=batch.vision_positions(0),
+        layers=layers,
+        features=leaf,
+        logit=logit,
+        tower=picture,
     )
+
+
+def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | QFormerPass | None]:
+    """(vision tokens in the form of entered() with their graph, how they were made)."""
+    former = vlm.parts.qformer
+    kept = _query_attention(former) if former else contextlib.nullcontext([])
+    with recording(vlm.parts.tower, vlm.parts.vision_blocks) as blocks, kept as layers:
+        features = entered(vlm, vlm.vision(batch))
+    if not blocks:
+        return features, None
+    pooled = features[:, : vlm.model.get_input_embeddings().weight.shape[1]]
+    if former:
+        none = torch.empty(len(pooled), 0, dtype=torch.long, device=vlm.device)
+        maps = [QueryMaps(own, cross) for own, cross in layers]
+        return features, QFormerPass(blocks, pooled, none, vlm.device, maps, former)
+    if vlm.family.sources:
+        grid = batch.grids[0]
+        named = vlm.family.sources(vlm, grid.size, batch.image_rows[0])
+        sources = torch.from_numpy(named).to(vlm.device)
+    else:
+        # one position each, behind CLS where there is one
+        count = blocks[0].input.shape[1]
+        sources = torch.arange(count - len(pooled), count, device=vlm.device)[:, None]
+    return features, TowerPass(blocks, pooled, sources, vlm.device)
+
+
+@contextlib.contextmanager
+def _query_attention(former: QFormer) -> Iterator[list[list[Any]]]:
+    """Within the context the attention of a Q-Former's layers is kept, with its graph, as [self,
+    cross or None] of each layer."""
+    kept: list[list[Any]] = [[None, None] for _ in former.self_attention]
+    hooks: list[RemovableHandle] = []
+    config = former.self_attention[0].config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+
+    def start(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        # the queries: the first layer's attention depends on nothing else
+        states = args[0] if args else options["hidden_states"]
+        states.requires_grad_()
+
+    def keeper(layer: int, kind: int) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            kept[layer][kind] = output[1]
+
+        return keep
+
+    try:
+        hooks.append(former.self_attention[0].register_forward_pre_hook(start, with_kwargs=True))
+        for kind, modules in enumerate((former.self_attention, former.cross_attention)):
+            if len(modules) != len(kept):
+                raise ValueError(f"{len(modules)} attention modules for {len(kept)} layers")
+            for layer, module in enumerate(modules):
+                if module is not None:
+                    hooks.append(module.register_forward_hook(keeper(layer, kind)))
+        yield kept
+    finally:
+        config._attn_implementation = before
+        for handle in hooks:
+            handle.remove()

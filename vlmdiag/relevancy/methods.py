@@ -2,213 +2,308 @@
 held against, under one signature.
 
     run = trace(vlm, batch, answer_ids)
-    found = relevancy(run, targets)              # rows per layer, image part, image part through
-    connector and tower
+    maps = relevancy(run, targets)               # rows per layer, image part, image part through
+                                                 # connector and tower
     scores = METHODS[name](run, targets, seed)   # (T, P): a score of every vision token for each
-    target
+                                                 # target
 
-targets: indices into the answer. Definitions in relevancy.py; sources with each method."""
+targets: indices into the answer. Definitions in rules.py; sources with each method. Shapes: T
+targets, C of them taken together, K layers, N positions of prompt and answer, P vision tokens, S
+positions of the tower's output.
+"""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlmdiag.relevancy import gradients, rules
+from vlmdiag.relevancy.gradients import QFormerPass, TowerPass, Trace
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 BUDGET = 128 * 2**20  # bytes of one layer's maps that are held at once
 
 
 @dataclass
 class Relevancy:
-    """Of T targets at K layers, float32 on the CPU. layers (K,) ascending.
+    """Relevancy of T targets at K layers, float32 on the CPU."""
 
-    rows (T, K, N): row p of R_l - I over prompt and answer, N positions, 0 after p; image (T, K,
-    P): its part over vision tokens; cells (T, K, S): that part through connector and vision tower,
-    over the tower's patches behind a Q-Former, else S = P, each vision token with what arrives at
-    its patches; None where the family does not tell them; instruction (T, K, m): its part over the
-    instruction that a Q-Former reads beside the picture, None without one; last (T, P): Ā of the
-    last layer alone; input (T, P): input x gradient, summed over the width."""
-
-    layers: list
-    rows: np.ndarray
-    image: np.ndarray
-    cells: np.ndarray | None
-    instruction: np.ndarray | None
-    last: np.ndarray
-    input: np.ndarray
+    layers: list[int]  # (K,) ascending
+    # row p of R_l - I over prompt and answer, 0 after p
+    rows: Float[np.ndarray, "T K N"]
+    image: Float[np.ndarray, "T K P"]  # its part over vision tokens
+    # that part through connector and vision tower: over the tower's patches behind a Q-Former, else
+    # S = P, each vision token with what arrives at its patches; None where the family does not
+    # name them
+    cells: Float[np.ndarray, "T K S"] | None
+    # its part over the instruction that a Q-Former reads beside the picture, None without one
+    instruction: Float[np.ndarray, "T K m"] | None
+    last: Float[np.ndarray, "T P"]  # Ā of the last layer alone
+    input: Float[np.ndarray, "T P"]  # input x gradient, summed over the width
 
     @property
-    def picture(self):
-        """(T, K, P): over the picture's cells, as far towards the pixels as it is known."""
+    def picture(self) -> Float[np.ndarray, "T K S"]:
+        """Over the picture's cells, as far towards the pixels as it is known."""
         return self.image if self.cells is None else self.cells
 
 
-def chunk_size(run, budget=BUDGET):
-    """How many targets are taken together: maps and states of one block fit into the budget."""
+class _Chunk(NamedTuple):
+    """The same of some targets, as tensors."""
+
+    rows: Tensor
+    image: Tensor
+    cells: Tensor | None
+    instruction: Tensor | None
+    last: Tensor
+    input: Tensor
+
+
+# ---- gradient relevancy ----
+
+
+def chunk_size(run: Trace, budget: int = BUDGET) -> int:
+    """How many targets are taken together: maps and states of one block fit into `budget` bytes."""
     width = run.features.shape[1]
-    return max(1, budget // (4 * run.length * (4 * run.length + 12 * width)))
+    bytes_of_one = 4 * run.length * (4 * run.length + 12 * width)
+    return max(1, budget // bytes_of_one)
 
 
-def relevancy(run, targets, layers=None, tower=True, budget=BUDGET):
-    """Rules 5 to 10 for some targets at some decoder layers (None: all). Layer l: gathered from the
-    first layer up to l."""
-    targets, depth = list(targets), len(run.layers)
-    layers = list(range(depth)) if layers is None else sorted(layers)
-    found, size = [], chunk_size(run, budget)
+def chunks(run: Trace, targets: Sequence[int], budget: int = BUDGET) -> Iterator[list[int]]:
+    """The targets in lists of chunk_size()."""
+    size = chunk_size(run, budget)
     for start in range(0, len(targets), size):
-        found.append(_chunk(run, targets[start : start + size], layers, tower))
-    parts = [
-        np.concatenate(part) if part[0] is not None else None for part in zip(*found, strict=True)
-    ]
-    return Relevancy(layers, *parts)
+        yield list(targets[start : start + size])
 
 
-def _chunk(run, targets, layers, tower):
-    where, count = run.rows[targets], torch.arange(len(targets), device=run.rows.device)
-    start = torch.zeros(len(targets), len(layers), run.length, device=run.rows.device)
-    start[count, :, where] = 1.0
-    rows, last, gradient = start.clone(), None, None
-    for layer, attention in run.descend(targets):
-        if layer is None:
-            gradient = attention
-            continue
-        last = attention[count, where][:, run.vision] if last is None else last
-        begun = sum(own < layer for own in layers)  # R_l starts at its own layer
+def relevancy(
+    run: Trace,
+    targets: Sequence[int],
+    layers: Sequence[int] | None = None,
+    tower: bool = True,
+    budget: int = BUDGET,
+) -> Relevancy:
+    """Rules 5 to 10 for some targets at some decoder layers (None: all).
+
+    Layer l: gathered from the first layer up to l. tower: go on through connector and tower.
+    """
+    layers = list(range(len(run.layers))) if layers is None else sorted(layers)
+    of_chunks = [_chunk(run, chunk, layers, tower) for chunk in chunks(run, targets, budget)]
+    arrays = [_joined(tensors) for tensors in zip(*of_chunks, strict=True)]
+    return Relevancy(layers, *arrays)
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Float[np.ndarray, "T ..."] | None:
+    """The same field of all chunks, in one array; None where it is not there."""
+    arrays = [tensor.float().cpu().numpy() for tensor in tensors if tensor is not None]
+    return np.concatenate(arrays) if arrays else None
+
+
+def _chunk(run: Trace, targets: list[int], layers: list[int], tower: bool) -> _Chunk:
+    device = run.rows.device
+    producing = run.rows[targets]  # (C,)
+    count = torch.arange(len(targets), device=device)
+    # e_p of each target, once for each layer asked for
+    start = torch.zeros(len(targets), len(layers), run.length, device=device)
+    start[count, :, producing] = 1.0
+    rows = start.clone()
+    last = None
+    descent = run.descend(targets)
+    for layer, attention in descent.maps():
+        if last is None:
+            last = attention[count, producing][:, run.vision]
+        # R_l starts at its own layer, so the rows of lower ones stay e_p so far
+        begun = sum(asked < layer for asked in layers)
         rows[:, begun:] = rules.carry(rows[:, begun:], attention)
     rows -= start
     image = rows[:, :, run.vision]
-    cells, instruction = onto_patches(run, image, gradient) if tower and run.tower else (None, None)
+    gradient = descent.vision_gradient
+    cells = instruction = None
+    if tower and run.tower is not None:
+        cells, instruction = onto_patches(run.tower, image, gradient)
     inputs = (gradient.float() * run.features.detach().float()).sum(-1)
-    return [
-        None if part is None else part.float().cpu().numpy()
-        for part in (rows, image, cells, instruction, last, inputs)
-    ]
+    assert last is not None
+    return _Chunk(rows, image, cells, instruction, last, inputs)
 
 
-def onto_patches(run, image, gradient):
-    """Image relevancy (C, K, P) of vision tokens carried on: (over the tower's patches without CLS
-    (C, K, S), over a Q-Former's instruction (C, K, m) or None).
+def onto_patches(
+    tower: TowerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"]
+) -> tuple[Float[Tensor, "C K S"], Float[Tensor, "C K m"] | None]:
+    """Image relevancy of vision tokens carried on: (over the tower's patches, over a Q-Former's
+    instruction or None). gradient: of the vision tokens."""
+    if isinstance(tower, QFormerPass):
+        return through_queries(tower, image, gradient)
+    return through_tiles(tower, image, gradient), None
 
-    r_img C R_vit C' through the tower's self-attention, tile by tile; C shares a vision token's
-    relevancy equally among the patches that it is made of, and C' what arrives at a patch among the
-    tokens that it makes, so that S = P and nothing counts twice. Through a Q-Former first, r_img
-    R_qi and r_img R_qq by rules 6, 7 and 10, over the tower's patches; vision tokens behind its
-    queries are made of no patch.
+
+def through_tiles(
+    tower: TowerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"]
+) -> Float[Tensor, "C K P"]:
+    """r_img C R_vit C' through the tower's self-attention, tile by tile (a picture as a whole is
+    one tile).
+
+    C shares a vision token's relevancy equally among the patches that it is made of, and C' what
+    arrives at a patch among the tokens that it makes, so that S = P and nothing counts twice.
     """
-    size, instruction = run.tower[0].input.shape[1], None
-    if run.queries:
-        patches = torch.eye(size, device=image.device).expand(len(image), -1, -1)
-        for _, attention in run.descend_tower(gradient):
-            patches = rules.carry(patches, attention)
-        own, onto = rules.queries_to_patches(
-            *zip(*run.query_maps(gradient), strict=True), patches, run.joint
-        )
-        count = run.vlm.parts.qformer.queries
-        image = image[..., :count]
-        instruction = image @ own[:, :count, count:] if own.shape[-1] > count else None
-        return (image @ onto[:, :count])[..., 1 if run.vlm.parts.qformer.cls else 0 :], instruction
-    tiles, known = len(run.tower[0].input), run.sources >= 0
-    part = image / known.sum(-1).clamp_min(1)
-    rows = image.new_zeros(*image.shape[:2], tiles * size)
-    for index, real in zip(run.sources.T, known.T, strict=True):
-        rows.index_add_(2, index[real], part[..., real])
-    rows = rows.unflatten(2, (tiles, size))
-    for tile in range(tiles):
-        for _, attention in run.descend_tower(gradient, tile):
+    sources = tower.sources  # (P, k)
+    known = sources >= 0
+    places = tower.tiles * tower.positions
+    # C: each token's equal shares onto its patches
+    share = image / known.sum(-1).clamp_min(1)
+    rows = image.new_zeros(*image.shape[:2], places)
+    for position, real in zip(sources.T, known.T, strict=True):
+        rows.index_add_(2, position[real], share[..., real])
+    # R_vit: a tile reads itself alone
+    rows = rows.unflatten(2, (tower.tiles, tower.positions))
+    for tile in range(tower.tiles):
+        for _, attention in tower.descend(gradient, tile):
             rows[:, :, tile] = rules.carry(rows[:, :, tile], attention)
-    makes = torch.bincount(run.sources[known], minlength=tiles * size).clamp_min(1)
-    found = (rows.flatten(2) / makes)[..., run.sources.clamp(min=0)] * known
-    return found.sum(-1), instruction
+    # C': each patch's equal shares onto the tokens that it makes
+    makes = torch.bincount(sources[known], minlength=places).clamp_min(1)
+    arrived = (rows.flatten(2) / makes)[..., sources.clamp(min=0)] * known  # (C, K, P, k)
+    return arrived.sum(-1)
+
+
+def through_queries(
+    tower: QFormerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"]
+) -> tuple[Float[Tensor, "C K S"], Float[Tensor, "C K m"] | None]:
+    """r_img R_qi and r_img R_qq by rules 6, 7 and 10, over the tower's patches without CLS and over
+    the instruction. Vision tokens behind the queries are made of no patch."""
+    eye = torch.eye(tower.positions, device=image.device)
+    patches = eye.expand(len(image), -1, -1)  # R_ii (C, S, S)
+    for _, attention in tower.descend(gradient):
+        patches = rules.carry(patches, attention)
+    self_maps, cross_maps = zip(*tower.query_maps(gradient), strict=True)
+    r_qq, r_qi = rules.queries_to_patches(self_maps, cross_maps, patches, tower.joint)
+    q = tower.former.queries
+    of_queries = image[..., :q]
+    first_patch = 1 if tower.former.cls else 0
+    cells = (of_queries @ r_qi[:, :q])[..., first_patch:]
+    if r_qq.shape[-1] == q:
+        return cells, None
+    return cells, of_queries @ r_qq[:, :q, q:]
+
+
+# ---- what it is held against ----
 
 
 @torch.no_grad()
-def raw_attention(run, targets, layers=None):
-    """(T, K, N) mean attention over heads of the producing rows, each layer by itself."""
-    layers = range(len(run.layers)) if layers is None else layers
-    return np.stack(
-        [
-            run.layers[layer].attention()[run.rows[list(targets)]].float().cpu().numpy()
-            for layer in layers
-        ],
-        1,
-    )
+def raw_attention(
+    run: Trace, targets: Sequence[int], layers: Sequence[int] | None = None
+) -> Float[np.ndarray, "T K N"]:
+    """Mean attention over heads of the producing rows, each layer by itself."""
+    producing = run.rows[list(targets)]
+    chosen = range(len(run.layers)) if layers is None else layers
+    of_layers = [run.layers[layer].attention()[producing] for layer in chosen]
+    return np.stack([rows.float().cpu().numpy() for rows in of_layers], 1)
 
 
 @torch.no_grad()
-def rollout(run, targets):
-    """(T, N) attention rollout over all layers (arXiv 2005.00928)."""
+def rollout(run: Trace, targets: Sequence[int]) -> Float[np.ndarray, "T N"]:
+    """Attention rollout over all layers (arXiv 2005.00928)."""
     rows = torch.nn.functional.one_hot(run.rows[list(targets)], run.length).float()
     for block in reversed(run.layers):
         rows = rules.rollout_step(rows, block.attention())
     return rows.cpu().numpy()
 
 
-def input_gradient(run, targets, budget=BUDGET):
-    """(T, P) gradient of the logit times the vision token, summed over the width."""
-    return _gradient(run, targets, run.features.detach(), budget)
+def input_gradient(
+    run: Trace, targets: Sequence[int], budget: int = BUDGET
+) -> Float[np.ndarray, "T P"]:
+    """Gradient of the logit times the vision token, summed over the width."""
+    return _gradient_times(run, targets, run.features.detach(), budget)
 
 
-def integrated_gradients(run, targets, steps=16, budget=BUDGET):
-    """(T, P) integrated gradients (arXiv 1703.01365) of the vision tokens from their mean over the
+def integrated_gradients(
+    run: Trace, targets: Sequence[int], steps: int = 16, budget: int = BUDGET
+) -> Float[np.ndarray, "T P"]:
+    """Integrated gradients (arXiv 1703.01365) of the vision tokens from their mean over the
     picture, by the midpoint rule."""
     features = run.features.detach()
     mean = features.mean(0, keepdim=True).expand_as(features)
-    total = 0
+    change = features - mean
+    total = np.zeros((len(targets), len(features)), np.float32)
     for step in range(steps):
-        point = mean + (step + 0.5) / steps * (features - mean)
-        total = total + _gradient(
-            gradients.trace(run.vlm, run.prompt, run.ids, tower=False, features=point),
-            targets,
-            features - mean,
-            budget,
-        )
+        point = mean + (step + 0.5) / steps * change
+        at_point = gradients.trace(run.vlm, run.prompt, run.ids, tower=False, features=point)
+        total = total + _gradient_times(at_point, targets, change, budget)
     return total / steps
 
 
-def _gradient(run, targets, change, budget):
-    found, targets, size = [], list(targets), chunk_size(run, budget)
-    for start in range(0, len(targets), size):
-        *_, (_, gradient) = run.descend(targets[start : start + size], maps=False)
-        found.append((gradient.float() * change.float()).sum(-1).cpu().numpy())
-    return np.concatenate(found)
+def _gradient_times(
+    run: Trace, targets: Sequence[int], change: Float[Tensor, "P d"], budget: int
+) -> Float[np.ndarray, "T P"]:
+    """Gradient of the logit times a change of the vision tokens, summed over the width."""
+    products = []
+    for chunk in chunks(run, targets, budget):
+        gradient = run.descend(chunk).vision_gradient
+        products.append((gradient.float() * change.float()).sum(-1).cpu().numpy())
+    return np.concatenate(products)
 
 
-def noise(run, targets, seed=0):
-    """(T, P) uniform random scores of (seed, sample, target)."""
-    count = len(run.vision)
-    return np.array(
-        [
-            [rng.random() for _ in range(count)]
-            for rng in (Random(f"{seed}|{run.prompt.samples[0].id}|{target}") for target in targets)
-        ]
-    )
+def noise(run: Trace, targets: Sequence[int], seed: int = 0) -> Float[np.ndarray, "T P"]:
+    """Uniform random scores of (seed, sample, target)."""
+    scores = []
+    for target in targets:
+        rng = Random(f"{seed}|{run.prompt.samples[0].id}|{target}")
+        scores.append([rng.random() for _ in range(len(run.vision))])
+    return np.array(scores)
 
 
-def _vision(values, run):
-    return values[..., run.vision.cpu().numpy()]
+# ---- all under one signature ----
+
+
+def _last_layer(run: Trace) -> list[int]:
+    return [len(run.layers) - 1]
+
+
+def _relevancy(run: Trace, targets: Sequence[int], seed: int) -> Float[np.ndarray, "T S"]:
+    return relevancy(run, targets, _last_layer(run)).picture[:, -1]
+
+
+def _relevancy_decoder(run: Trace, targets: Sequence[int], seed: int) -> Float[np.ndarray, "T P"]:
+    return relevancy(run, targets, _last_layer(run), tower=False).image[:, -1]
+
+
+def _gradient_attention(run: Trace, targets: Sequence[int], seed: int) -> Float[np.ndarray, "T P"]:
+    return relevancy(run, targets, _last_layer(run), tower=False).last
+
+
+def _raw_attention(run: Trace, targets: Sequence[int], seed: int) -> Float[np.ndarray, "T P"]:
+    rows = raw_attention(run, targets, _last_layer(run))[:, 0]
+    return rows[:, run.vision.cpu().numpy()]
+
+
+def _rollout(run: Trace, targets: Sequence[int], seed: int) -> Float[np.ndarray, "T P"]:
+    return rollout(run, targets)[:, run.vision.cpu().numpy()]
+
+
+def _input_gradient(run: Trace, targets: Sequence[int], seed: int) -> Float[np.ndarray, "T P"]:
+    return input_gradient(run, targets)
+
+
+def _integrated_gradients(
+    run: Trace, targets: Sequence[int], seed: int
+) -> Float[np.ndarray, "T P"]:
+    return integrated_gradients(run, targets)
 
 
 # name -> (run, targets, seed) -> (T, P) scores of the vision tokens, a higher one for a token that
 # counts more
-METHODS = {
-    "relevancy": (
-        lambda run, targets, seed: relevancy(run, targets, [len(run.layers) - 1]).picture[:, -1]
-    ),
-    "relevancy_decoder": (
-        lambda run, targets, seed: relevancy(
-            run, targets, [len(run.layers) - 1], tower=False
-        ).image[:, -1]
-    ),
-    "gradient_attention": (
-        lambda run, targets, seed: relevancy(run, targets, [len(run.layers) - 1], tower=False).last
-    ),
-    "raw_attention": lambda run, targets, seed: _vision(
-        raw_attention(run, targets, [len(run.layers) - 1])[:, 0], run
-    ),
-    "rollout": lambda run, targets, seed: _vision(rollout(run, targets), run),
-    "input_gradient": lambda run, targets, seed: input_gradient(run, targets),
-    "integrated_gradients": lambda run, targets, seed: integrated_gradients(run, targets),
+METHODS: dict[str, Callable[[Trace, Sequence[int], int], np.ndarray]] = {
+    "relevancy": _relevancy,
+    "relevancy_decoder": _relevancy_decoder,
+    "gradient_attention": _gradient_attention,
+    "raw_attention": _raw_attention,
+    "rollout": _rollout,
+    "input_gradient": _input_gradient,
+    "integrated_gradients": _integrated_gradients,
     "random": noise,
 }

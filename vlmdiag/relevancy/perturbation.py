@@ -12,35 +12,71 @@ parts of the picture away from a model.
                maxima count by their share of hits
     energy     sum_c max(r_c, 0) coverage_c / sum_c max(r_c, 0)
 
-Curves: Transformer-MM-Explainability (arXiv 2103.15679), section 4.3 of our study; pointing: arXiv
-1608.00507; energy: arXiv 1910.01279. P vision tokens; U parts that are removed: vision tokens, or
-boxes of the picture where it is blurred."""
+Curves: Transformer-MM-Explainability (arXiv 2103.15679), docs/studies/stethoscope.md, section 4.3;
+pointing: arXiv 1608.00507; energy: arXiv 1910.01279.
+
+Shapes: P vision tokens; U parts that are removed: vision tokens, or boxes of the picture where it
+is blurred; M maps, T targets, K shares, n patterns of what is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from torch import Tensor
 
-from vlmdiag.beyond_semantics.attention_map import find_word
+from vlmdiag.answers import find_word
 from vlmdiag.groups import VISION
 from vlmdiag.model.vision import deepened, entered, entering, more_inputs
 
-MEASURES = {  # of log-probabilities (..., K) at the shares s_0 = 0 ... s_K-1
-    "ratio": lambda curve: np.exp(
-        curve - curve[..., :1]
-    ),  # p(s) / p(0): 1 where nothing is removed
-    "log_ratio": (
-        lambda curve: curve - curve[..., :1]
-    ),  # nats; its area is the log of the geometric mean of p(s) / p(0)
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.relevancy.gradients import Trace
+
+# gone (n, U) -> log-probabilities (n, T)
+Measure = Callable[["Bool[np.ndarray, 'n U']"], "Float[np.ndarray, 'n T']"]
+Annotation = Mapping[str, Any]
+
+
+# ---- what is averaged over the shares ----
+
+
+def log_ratio(curve: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
+    """l(s) - l(0) in nats; its area is the log of the geometric mean of p(s) / p(0)."""
+    return curve - curve[..., :1]
+
+
+def ratio(curve: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
+    """p(s) / p(0): 1 where nothing is removed."""
+    return np.exp(log_ratio(curve))
+
+
+def logprob(curve: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
+    """l(s) itself."""
+    return curve
+
+
+# of log-probabilities (..., K) at the shares s_0 = 0 ... s_K-1
+MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "ratio": ratio,
+    "log_ratio": log_ratio,
     "probability": np.exp,
-    "logprob": lambda curve: curve,
+    "logprob": logprob,
 }
 
-# --- orders and curves ----------------------------------------------------------------------------
+
+# ---- orders and curves ----
 
 
-def order(scores, rng):
-    """Parts (U,) from the highest score to the lowest, equal scores in random order. scores (U,)
-    without NaN; rng: numpy Generator."""
+def order(scores: Float[np.ndarray, " U"], rng: np.random.Generator) -> Int[np.ndarray, " U"]:
+    """Parts from the highest score to the lowest, equal scores in random order. ValueError for
+    NaN."""
     scores = np.asarray(scores, float)
     if scores.ndim != 1 or np.isnan(scores).any():
         raise ValueError(
@@ -50,205 +86,260 @@ def order(scores, rng):
     return np.lexsort((rng.random(len(scores)), -scores))
 
 
-def removed(ordered, shares):
-    """Which parts are gone at each share, (K, U) bool: the first of `ordered` (U,), kept are int((1
-    - s) U) as in the published code."""
-    rank = np.empty(len(ordered), int)
-    rank[ordered] = np.arange(len(ordered))
-    kept = np.floor((1 - np.asarray(shares, float)) * len(ordered) + 1e-9).astype(int)
-    return rank < (len(ordered) - kept)[:, None]
+def removed(
+    ordered: Int[np.ndarray, " U"], shares: Float[np.ndarray, " K"] | Sequence[float]
+) -> Bool[np.ndarray, "K U"]:
+    """Which parts are gone at each share: the first of `ordered`; int((1 - s) U) stay, as in the
+    published code."""
+    count = len(ordered)
+    rank = np.empty(count, int)
+    rank[ordered] = np.arange(count)
+    # the small number keeps (1 - 0.9) * 10 from being 0.999...
+    staying = np.floor((1 - np.asarray(shares, float)) * count + 1e-9).astype(int)
+    return rank < (count - staying)[:, None]
 
 
-def curves(measure, orders, shares):
-    """Log-probabilities (M, T, 2, K) at K shares of positive and negative removal by orders (M, T,
-    U): M maps for each of T targets.
+def curves(
+    measure: Measure,
+    orders: Int[np.ndarray, "M T U"],
+    shares: Float[np.ndarray, " K"] | Sequence[float],
+) -> Float[np.ndarray, "M T 2 K"]:
+    """Log-probabilities at K shares of positive and negative removal, by the orders of M maps for
+    each of T targets.
 
     measure(gone (n, U) bool) -> (n, T): every target's log-probability for each pattern; a pattern
     that occurs more than once is measured once.
     """
-    gone = np.array(
-        [[[removed(way, shares) for way in (one, one[::-1])] for one in some] for some in orders]
-    )
-    patterns, where = np.unique(gone.reshape(-1, gone.shape[-1]), axis=0, return_inverse=True)
-    found = np.asarray(measure(patterns))[where.ravel()].reshape(*gone.shape[:-1], -1)
-    return np.einsum("mtdkt->mtdk", found)  # each target in its own order
+    orders = np.asarray(orders)
+    maps, targets, parts = orders.shape
+    gone = np.empty((maps, targets, 2, len(shares), parts), bool)
+    for m, t in np.ndindex(maps, targets):
+        gone[m, t, 0] = removed(orders[m, t], shares)
+        gone[m, t, 1] = removed(orders[m, t, ::-1], shares)
+    patterns, pattern_of = np.unique(gone.reshape(-1, parts), axis=0, return_inverse=True)
+    measured = np.asarray(measure(patterns))[pattern_of.ravel()]
+    of_all_targets = measured.reshape(maps, targets, 2, len(shares), -1)
+    return np.einsum("mtdkt->mtdk", of_all_targets)  # each target in its own order
 
 
-def area(curve, shares):
-    """Mean of a curve (..., K) over the shares (K,): its trapezoids over their range."""
-    curve, shares = np.asarray(curve, float), np.asarray(shares, float)
-    return ((curve[..., 1:] + curve[..., :-1]) / 2 * np.diff(shares)).sum(-1) / (
-        shares[-1] - shares[0]
-    )
+def area(
+    curve: Float[np.ndarray, "... K"], shares: Float[np.ndarray, " K"] | Sequence[float]
+) -> Float[np.ndarray, "*batch"]:
+    """Mean of a curve over the shares: its trapezoids over their range."""
+    curve = np.asarray(curve, float)
+    shares = np.asarray(shares, float)
+    trapezoids = (curve[..., 1:] + curve[..., :-1]) / 2 * np.diff(shares)
+    return trapezoids.sum(-1) / (shares[-1] - shares[0])
 
 
-# --- maps against known objects -------------------------------------------------------------------
+# ---- maps against known objects ----
 
 
-def named_objects(text, spans, annotations, names):
+def objects_named_once(
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    annotations: Sequence[Annotation],
+    names: Sequence[str],
+) -> tuple[list[tuple[list[int], Annotation]], dict[str, int]]:
     """([(tokens, annotation), ...], counts of mentions left out) for the objects that an answer
-    names.
+    names and that are in the picture once.
 
     text, spans: as answers.token_spans gives them. annotations: of the picture, each with
     'category'; names: all categories looked for. A name counts if the picture has exactly one such
     object, no crowd, and at its first mention; else it is 'absent', 'ambiguous' or 'repeated'.
     Longer names go first.
     """
-    found, left_out, taken = [], {"absent": 0, "ambiguous": 0, "repeated": 0}, set()
+    named: list[tuple[list[int], Annotation]] = []
+    left_out = {"absent": 0, "ambiguous": 0, "repeated": 0}
+    taken: set[int] = set()
     for name in sorted(set(names), key=lambda name: (-len(name), name)):
-        own = [annotation for annotation in annotations if annotation["category"] == name]
-        free = [tokens for tokens in find_word(text, spans, name) if not taken & set(tokens)]
-        for mention, tokens in enumerate(free):
+        of_name = [annotation for annotation in annotations if annotation["category"] == name]
+        mentions = [tokens for tokens in find_word(text, spans, name) if not taken & set(tokens)]
+        for mention, tokens in enumerate(mentions):
             taken |= set(tokens)
-            if not own:
+            if not of_name:
                 left_out["absent"] += 1
-            elif len(own) > 1 or own[0].get("iscrowd"):
+            elif len(of_name) > 1 or of_name[0].get("iscrowd"):
                 left_out["ambiguous"] += 1
             elif mention:
                 left_out["repeated"] += 1
             else:
-                found.append(([i for i in tokens if text[slice(*spans[i])].strip()], own[0]))
-    return sorted(found, key=lambda pair: pair[0]), left_out
+                written = [i for i in tokens if text[slice(*spans[i])].strip()]
+                named.append((written, of_name[0]))
+    return sorted(named, key=lambda pair: pair[0]), left_out
 
 
-def centre_scores(grid):
-    """The centre prior (U,): 1 at the picture's centre, 0 at the farthest part's, linear in the
+def centre_scores(grid: PatchGrid) -> Float[np.ndarray, " U"]:
+    """The centre prior: 1 at the picture's centre, 0 at the farthest part's, linear in the
     distance; 0 for parts without a box."""
     centres = (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2
     distance = np.hypot(*(centres - np.array(grid.size) / 2).T)
     return np.nan_to_num(1 - distance / max(np.nanmax(distance), 1e-9))
 
 
-def hits(grid, mask, tolerance=0.0):
-    """Parts (U,) bool whose centre lies in a mask (height, width) bool or at most `tolerance`
-    pixels from the middle of one of its pixels."""
-    found = np.zeros(len(grid.boxes), bool)
+def hits(
+    grid: PatchGrid, mask: Bool[np.ndarray, "height width"], tolerance: float = 0.0
+) -> Bool[np.ndarray, " U"]:
+    """Parts whose centre lies in the mask or at most `tolerance` pixels from the middle of one of
+    its pixels."""
+    is_hit = np.zeros(len(grid.boxes), bool)
     reach = int(np.ceil(tolerance)) + 1
+    height, width = mask.shape
     for part in np.flatnonzero(grid.has_box):
         x, y = (grid.boxes[part, :2] + grid.boxes[part, 2:]) / 2
         row, column = int(np.floor(y)), int(np.floor(x))
-        inside = 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and mask[row, column]
-        top, left = max(0, row - reach), max(0, column - reach)
-        ys, xs = np.nonzero(mask[top : max(0, row + reach + 1), left : max(0, column + reach + 1)])
-        found[part] = inside or (
-            tolerance > 0 and (np.hypot(ys + top + 0.5 - y, xs + left + 0.5 - x) <= tolerance).any()
-        )
-    return found
+        inside = 0 <= row < height and 0 <= column < width and bool(mask[row, column])
+        near = False
+        if tolerance > 0:
+            # only the mask's pixels around the centre can be that near
+            top, left = max(0, row - reach), max(0, column - reach)
+            bottom, right = max(0, row + reach + 1), max(0, column + reach + 1)
+            ys, xs = np.nonzero(mask[top:bottom, left:right])
+            distances = np.hypot(ys + top + 0.5 - y, xs + left + 0.5 - x)
+            near = bool((distances <= tolerance).any())
+        is_hit[part] = inside or near
+    return is_hit
 
 
-def pointing(scores, hit):
-    """1 if the highest of the scores (U,) is a hit (U,) bool, 0 if not; of several equally high
-    ones the share that are hits."""
+def pointing(scores: Float[np.ndarray, " U"], hit: Bool[np.ndarray, " U"]) -> float:
+    """1 if the highest of the scores is a hit, 0 if not; of several equally high ones the share
+    that are hits."""
     scores = np.asarray(scores, float)
     return float(hit[scores == scores.max()].mean())
 
 
-def energy(scores, coverage):
-    """Share of the positive scores (U,) that lies in a mask that covers `coverage` (U,) of each
-    part; NaN where no score is positive."""
+def energy(scores: Float[np.ndarray, " U"], coverage: Float[np.ndarray, " U"]) -> float:
+    """Share of the positive scores that lies in a mask that covers `coverage` of each part; NaN
+    where no score is positive."""
     positive = np.clip(np.asarray(scores, float), 0, None)
-    return (
-        float((positive * coverage).sum() / positive.sum()) if positive.sum() > 0 else float("nan")
-    )
+    total = positive.sum()
+    return float((positive * coverage).sum() / total) if total > 0 else float("nan")
 
 
-# --- taking parts of the picture away -------------------------------------------------------------
+# ---- taking parts of the picture away ----
 
 
 @torch.inference_mode()
-def logprobs(run, targets, embeds, positions, more):
-    """Log-probabilities (n, T) of the answer's tokens `targets` behind inputs embeds (n, N, d) that
-    end in the answer, as (n, T) float64 numpy.
+def logprobs(
+    run: Trace,
+    targets: Sequence[int],
+    embeds: Float[Tensor, "n N d"],
+    positions: Int[Tensor, "... n N"],
+    more: Mapping[str, Tensor],
+) -> Float[np.ndarray, "n T"]:
+    """Log-probabilities, float64, of the answer's tokens `targets` behind inputs that end in the
+    answer.
 
-    run: gradients.Trace of the whole prompt and answer. positions: as the model takes them, (n, N)
-    or (axes, n, N). more: see capturing.more_inputs.
+    run: of the whole prompt and answer. positions: as the model takes them, (n, N) or (axes, n, N).
+    more: see vision.more_inputs.
     """
-    options = {
+    first = min(targets)
+    options: dict[str, Any] = {
         "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
         "position_ids": positions,
         "use_cache": False,
-    } | more
-    first = min(targets)
-    logits = run.vlm.model(
-        inputs_embeds=embeds, logits_to_keep=len(run.ids) + 1 - first, **options
-    ).logits.float()
-    rows, ids = (
-        torch.tensor(list(targets), device=logits.device) - first,
-        torch.tensor([run.ids[t] for t in targets], device=logits.device),
-    )
-    return logits[:, rows].log_softmax(-1)[:, torch.arange(len(rows)), ids].double().cpu().numpy()
+        **more,
+    }
+    output = run.vlm.model(inputs_embeds=embeds, logits_to_keep=len(run.ids) + 1 - first, **options)
+    logits = output.logits.float()
+    rows = torch.tensor(list(targets), device=logits.device) - first
+    ids = torch.tensor([run.ids[target] for target in targets], device=logits.device)
+    logs = logits[:, rows].log_softmax(-1)  # (n, T, V)
+    return logs[:, torch.arange(len(rows)), ids].double().cpu().numpy()
 
 
-def _chunks(gone, size):
+def _chunks(
+    gone: Bool[np.ndarray, "n U"], size: int
+) -> Iterator[tuple[slice, Bool[np.ndarray, "m U"]]]:
     for start in range(0, len(gone), size):
         yield slice(start, start + size), gone[start : start + size]
 
 
 @torch.inference_mode()
-def mean_replaced(run, targets, gone, per_pass=8):
-    """Log-probabilities (n, T) with some vision tokens replaced by the mean of the picture's own.
-    gone (n, P) bool."""
-    features, found = run.features.detach(), np.empty((len(gone), len(targets)))
-    for where, some in _chunks(gone, per_pass):
-        filled = torch.where(
-            torch.from_numpy(some).to(features.device)[..., None], features.mean(0), features
-        )
-        whole = run.batch.repeat(len(some))
+def mean_replaced(
+    run: Trace, targets: Sequence[int], gone: Bool[np.ndarray, "n P"], per_pass: int = 8
+) -> Float[np.ndarray, "n T"]:
+    """Log-probabilities with some vision tokens replaced by the mean of the picture's own."""
+    features = run.features.detach()
+    measured = np.empty((len(gone), len(targets)))
+    for rows, patterns in _chunks(gone, per_pass):
+        is_gone = torch.from_numpy(patterns).to(features.device)[..., None]
+        filled = torch.where(is_gone, features.mean(0), features)  # (m, P, d)
+        whole = run.batch.repeat(len(patterns))
         with entering(run.vlm, whole, filled.flatten(0, 1)) as embeds:
-            found[where] = logprobs(
-                run, targets, embeds, whole.position_ids, more_inputs(run.vlm, whole)
-            )
-    return found
+            more = more_inputs(run.vlm, whole)
+            measured[rows] = logprobs(run, targets, embeds, whole.position_ids, more)
+    return measured
 
 
 @torch.inference_mode()
-def dropped(run, targets, gone, per_pass=8):
-    """Log-probabilities (n, T) with some vision tokens left out of the sequence; the others keep
-    their positions. gone (n, P) bool."""
+def dropped(
+    run: Trace, targets: Sequence[int], gone: Bool[np.ndarray, "n P"], per_pass: int = 8
+) -> Float[np.ndarray, "n T"]:
+    """Log-probabilities with some vision tokens left out of the sequence; the others keep their
+    positions."""
     features = run.features.detach()
     with entering(run.vlm, run.batch, features) as whole:
-        embeds = whole[0]
-    found, counts = np.empty((len(gone), len(targets))), gone.sum(1)
+        embeds = whole[0]  # (N, d)
+    measured = np.empty((len(gone), len(targets)))
+    counts = gone.sum(1)
     for count in np.unique(counts):  # sequences of one length need no padding
         same = np.flatnonzero(counts == count)
-        for where, some in _chunks(gone[same], per_pass):
-            stay = torch.ones(len(some), run.length, dtype=torch.bool, device=embeds.device)
-            stay[:, run.vision] = left = torch.from_numpy(~some).to(embeds.device)
-            kept = stay.nonzero()[:, 1].view(len(some), -1)
-            positions = run.batch.position_ids[..., 0, :][..., kept]
-            more = {name: value[0, kept] for name, value in more_inputs(run.vlm, run.batch).items()}
-            deep = features[:, embeds.shape[1] :].expand(len(some), -1, -1)[left]
-            with deepened(run.vlm, run.batch.groups[0, kept] == VISION, deep):
-                found[same[where]] = logprobs(run, targets, embeds[kept], positions, more)
-    return found
+        for rows, patterns in _chunks(gone[same], per_pass):
+            stays = torch.from_numpy(~patterns).to(embeds.device)  # (m, P)
+            in_sequence = torch.ones(
+                len(patterns), run.length, dtype=torch.bool, device=embeds.device
+            )
+            in_sequence[:, run.vision] = stays
+            index = in_sequence.nonzero()[:, 1].view(len(patterns), -1)  # (m, N - count)
+            positions = run.batch.position_ids[..., 0, :][..., index]
+            inputs = more_inputs(run.vlm, run.batch)
+            more = {name: value[0, index] for name, value in inputs.items()}
+            deep = features[:, embeds.shape[1] :].expand(len(patterns), -1, -1)[stays]
+            with deepened(run.vlm, run.batch.groups[0, index] == VISION, deep):
+                logs = logprobs(run, targets, embeds[index], positions, more)
+            measured[same[rows]] = logs
+    return measured
 
 
-def blur_boxes(picture, grid, gone, radius):
-    """Pictures, one for each row of gone (n, U) bool, with the boxes of its parts out of the
-    blurred picture. radius: of the Gaussian, in pixels."""
-    sharp, blurred = (
-        np.asarray(picture),
-        np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))),
-    )
-    made = []
-    for some in gone:
+def blur_boxes(
+    picture: Image.Image, grid: PatchGrid, gone: Bool[np.ndarray, "n U"], radius: float
+) -> list[Image.Image]:
+    """Pictures, one for each pattern, with the boxes of its parts out of the blurred picture.
+
+    radius: of the Gaussian, in pixels.
+    """
+    sharp = np.asarray(picture)
+    soft = np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)))
+    pictures = []
+    for pattern in gone:
         pixels = sharp.copy()
-        for x0, y0, x1, y1 in np.round(grid.boxes[some & grid.has_box]).astype(int).clip(0):
-            pixels[y0:y1, x0:x1] = blurred[y0:y1, x0:x1]
-        made.append(Image.fromarray(pixels))
-    return made
+        boxes = np.round(grid.boxes[pattern & grid.has_box]).astype(int).clip(0)
+        for x0, y0, x1, y1 in boxes:
+            pixels[y0:y1, x0:x1] = soft[y0:y1, x0:x1]
+        pictures.append(Image.fromarray(pixels))
+    return pictures
 
 
 @torch.inference_mode()
-def blurred(run, targets, gone, picture, grid, radius, per_pass=8):
-    """Log-probabilities (n, T) with some boxes of the picture blurred before the tower sees it.
-    gone (n, U) bool for the U boxes of `grid`."""
-    found, sample = np.empty((len(gone), len(targets))), run.prompt.samples[0]
-    for where, some in _chunks(gone, per_pass):
-        batch = run.vlm.encode([sample] * len(some), blur_boxes(picture, grid, some, radius))
-        whole = run.batch.repeat(len(some))
-        with entering(run.vlm, whole, entered(run.vlm, run.vlm.vision(batch))) as embeds:
-            found[where] = logprobs(
-                run, targets, embeds, whole.position_ids, more_inputs(run.vlm, whole)
-            )
-    return found
+def blurred(
+    run: Trace,
+    targets: Sequence[int],
+    gone: Bool[np.ndarray, "n U"],
+    picture: Image.Image,
+    grid: PatchGrid,
+    radius: float,
+    per_pass: int = 8,
+) -> Float[np.ndarray, "n T"]:
+    """Log-probabilities with some boxes of the grid blurred before the tower sees the picture."""
+    sample = run.prompt.samples[0]
+    measured = np.empty((len(gone), len(targets)))
+    for rows, patterns in _chunks(gone, per_pass):
+        pictures = blur_boxes(picture, grid, patterns, radius)
+        batch = run.vlm.encode([sample] * len(patterns), pictures)
+        whole = run.batch.repeat(len(patterns))
+        features = entered(run.vlm, run.vlm.vision(batch))
+        with entering(run.vlm, whole, features) as embeds:
+            more = more_inputs(run.vlm, whole)
+            measured[rows] = logprobs(run, targets, embeds, whole.position_ids, more)
+    return measured

@@ -1,0 +1,198 @@
+"""One attention call, cut out of autograd's graph and differentiated by hand.
+
+With A = softmax(S), S = Q K^T / sqrt(D) (softcapped, with the position bias, masked) and O = A V,
+the gradients dO of the output give, head by head,
+
+    dA = dO V^T          dS = A (dA - sum_k dA A)
+    dQ = dS K / sqrt(D)  dK = dS^T Q / sqrt(D)     dV = A^T dO
+
+so a map A and its gradient dA, which rule 5 of rules.py wants, exist for one head and some rows at
+a time. docs/studies/stethoscope.md, section 5.2.
+
+Shapes: H heads, H_kv key-value heads, N queries, K keys, D head dimension, C gradients that are
+carried together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from vlmdiag.model.attention import full_mask, kernel, scaling_of, scores
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from transformers import PreTrainedModel
+
+NAME = "vlm_gradients"
+ROWS = 128  # of a map that are held at once for one head
+
+
+class CallGradients(NamedTuple):
+    """What the gradients of a call's output give. average: Ā of rule 5, None if not asked for."""
+
+    average: Float[Tensor, "C N K"] | None
+    query: Float[Tensor, "C 1 H N D"]
+    key: Float[Tensor, "C 1 H_kv K D"]
+    value: Float[Tensor, "C 1 H_kv K D"]
+
+
+@dataclass
+class AttentionCall:
+    """One attention call of a batch of one. query, key, value with their graph; output a leaf that
+    the graph after it starts from."""
+
+    query: Float[Tensor, "1 H N D"]
+    key: Float[Tensor, "1 H_kv K D"]
+    value: Float[Tensor, "1 H_kv K D"]
+    output: Float[Tensor, "1 N H D"]
+    mask: Tensor | None  # (1, 1 or H, N, K); None: every key is seen
+    scaling: float
+    softcap: float | None
+    bias: Tensor | None
+
+    def weights(self, head: int) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N K"] | None]:
+        """A of one head and the derivative of the softcap at its scores, None without one;
+        float32."""
+        shared = head // (self.query.shape[1] // self.key.shape[1])
+        q = self.query[0, head].detach().float()  # (N, D)
+        k = self.key[0, shared].detach().float()  # (K, D)
+        products = q @ k.T * self.scaling  # (N, K)
+        slope = None
+        if self.softcap is not None:
+            slope = 1 - torch.tanh(products / self.softcap) ** 2
+        bias = None if self.bias is None else self.bias[0, head]
+        mask = None if self.mask is None else self.mask[0, min(head, self.mask.shape[1] - 1)]
+        return scores(products, mask, self.softcap, bias).softmax(-1), slope
+
+    def mean(self) -> Float[Tensor, "N K"]:
+        """Mean attention over heads, float32."""
+        heads = self.query.shape[1]
+        total = self.weights(0)[0]
+        for head in range(1, heads):
+            total = total + self.weights(head)[0]
+        return total / heads
+
+    def is_causal(self) -> bool:
+        """Whether no query sees a key behind it."""
+        if self.mask is None or self.mask.dtype != torch.bool:
+            return False
+        later = self.key.shape[2] - self.query.shape[2] + 1
+        return not self.mask.triu(later).any()
+
+    def backward(self, d_output: Float[Tensor, "C N H D"], maps: bool = True) -> CallGradients:
+        """Gradients of query, key and value for C gradients dO of the output, and Ā.
+
+        In float32, by blocks of rows; under a causal mask a block sees only the keys up to its end.
+        maps: make Ā too.
+        """
+        heads, rows, depth = self.query.shape[1:]
+        shared_heads, total = self.key.shape[1:3]
+        count = len(d_output)
+        causal = self.is_causal()
+        like = {"dtype": torch.float32, "device": d_output.device}
+        average = torch.zeros(count, rows, total, **like) if maps else None  # (C, N, K)
+        dQ = torch.empty(count, heads, rows, depth, **like)
+        dK = torch.zeros(count, shared_heads, total, self.key.shape[3], **like)
+        dV = torch.zeros(count, shared_heads, total, self.value.shape[3], **like)
+        for head in range(heads):
+            shared = head // (heads // shared_heads)  # grouped queries read the same keys
+            A, slope = self.weights(head)  # (N, K)
+            Q = self.query[0, head].detach().float()  # (N, D)
+            K = self.key[0, shared].detach().float()  # (K, D)
+            V = self.value[0, shared].detach().float()  # (K, D)
+            for start in range(0, rows, ROWS):
+                r = slice(start, min(start + ROWS, rows))  # the block's rows
+                s = slice(0, total - rows + r.stop if causal else total)  # the keys that they see
+                dO = d_output[:, r, head].float()  # (C, r, D)
+                dS = torch.matmul(dO, V[s].T)  # (C, r, s), so far dA
+                dS.mul_(A[r, s])  # dA A
+                if average is not None:
+                    average[:, r, s] += dS.clamp_min(0)  # rule 5, summed over heads
+                dS.addcmul_(A[r, s], dS.sum(-1, keepdim=True).neg_())  # A (dA - sum_k dA A)
+                if slope is not None:
+                    dS.mul_(slope[r, s])
+                dQ[:, head, r] = dS @ K[s] * self.scaling  # (C, r, D)
+                dK[:, shared, s] += dS.transpose(-1, -2) @ Q[r] * self.scaling  # (C, s, D)
+                dV[:, shared, s] += torch.matmul(A[r, s].T, dO)  # (C, s, D)
+        if average is not None:
+            average = average / heads
+        return CallGradients(
+            average,
+            dQ[:, None].to(self.query.dtype),
+            dK[:, None].to(self.key.dtype),
+            dV[:, None].to(self.value.dtype),
+        )
+
+
+# the calls of the block that is being differentiated, None outside of it
+_calls: ContextVar[list[AttentionCall] | None] = ContextVar("attention calls", default=None)
+
+
+def _attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H N D"],
+    key: Float[Tensor, "B H_kv K D"],
+    value: Float[Tensor, "B H_kv K D"],
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Float[Tensor, "B N H D"], None]:
+    """The model's own attention; while a block is differentiated, its output is a leaf and the call
+    is kept."""
+    calls = _calls.get()
+    if calls is None:
+        return kernel(module, query, key, value, attention_mask, **options), None
+    with torch.no_grad():
+        output = kernel(module, query, key, value, attention_mask, **options)
+    leaf = output.detach().requires_grad_()
+    mask: Tensor | None = full_mask(module, query, key, attention_mask, options)
+    if mask is not None and mask.dtype == torch.bool and bool(mask.all()):
+        mask = None
+    calls.append(
+        AttentionCall(
+            query=query,
+            key=key,
+            value=value,
+            output=leaf,
+            mask=mask,
+            scaling=scaling_of(query, options),
+            softcap=options.get("softcap"),
+            bias=options.get("position_bias"),
+        )
+    )
+    return leaf, None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def attention_of(owner: PreTrainedModel) -> Iterator[None]:
+    """Within the context a model's attention runs through this module."""
+    before = owner.config._attn_implementation
+    owner.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        owner.config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def calls_of(owner: PreTrainedModel) -> Iterator[list[AttentionCall]]:
+    """Within the context attention calls of a model are cut out of the graph and kept in a list."""
+    calls: list[AttentionCall] = []
+    token = _calls.set(calls)
+    try:
+        with attention_of(owner):
+            yield calls
+    finally:
+        _calls.reset(token)
