@@ -26,7 +26,8 @@ def test_mean_interval_equals_a_naive_loop_over_the_same_draws():
     values = RNG.normal(3, 1, (9, 2, 3))
     values[RNG.random(values.shape) < 0.3] = np.nan
     found = stats.mean_interval(values, level=0.9, num_resamples=300, seed=5)
-    draws = np.random.default_rng(5).integers(0, 9, size=(300, 9))
+    times_drawn = np.random.default_rng(5).multinomial(9, np.full(9, 1 / 9), size=300)
+    draws = [np.repeat(np.arange(9), times) for times in times_drawn]
     for cell in np.ndindex(2, 3):
         column = values[(slice(None), *cell)]
         kept = [value for value in column if not np.isnan(value)]
@@ -42,6 +43,25 @@ def test_mean_interval_equals_a_naive_loop_over_the_same_draws():
             [np.mean(kept), low, high],
             rtol=1e-12,
         )
+
+
+def test_too_few_resamples_with_a_value_give_no_interval():
+    def known_in(count):
+        return np.where(np.arange(10) < count, np.arange(10.0), np.nan)
+
+    low, high = stats.limits(np.stack([known_in(4), known_in(5), known_in(10)], 1), 0.8)
+    assert np.isnan(low[0]) and np.isnan(high[0])
+    assert low[1] == np.quantile(np.arange(5.0), 0.1)
+    assert high[2] == np.quantile(np.arange(10.0), 0.9)
+    assert stats.limits(np.full(10, np.inf)) == pytest.approx((np.nan, np.nan), nan_ok=True)
+
+
+def test_a_ratio_is_formed_anew_in_each_resample():
+    top, bottom = RNG.gamma(2, size=(2, 40))
+    low, high = stats.bootstrap(lambda w: (w @ top) / (w @ bottom), 40, num_resamples=500, seed=3)
+    ratios = [(w @ top).sum() / (w @ bottom).sum() for w in stats.draws(40, 500, 3)]
+    assert (low, high) == pytest.approx(tuple(np.percentile(ratios, [2.5, 97.5])))
+    assert stats.draws(40, 500, 3).sum(1).tolist() == [40] * 500
 
 
 def test_mean_interval_agrees_with_scipy():
