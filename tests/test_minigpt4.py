@@ -273,7 +273,7 @@ def test_a_token_without_a_q_former_lies_over_four_patches_of_a_row(load, pictur
 def test_relevancy_without_a_q_former_reaches_the_four_patches_of_a_row(load, batch_of):
     vlm = load("minigpt4-patches")
     run = trace(vlm, batch_of(vlm, (1,)), [20, 31])
-    assert run.sources.shape == (16, 4) and run.sources[3].tolist() == [13, 14, 15, 16], (
+    assert run.tower.sources.shape == (16, 4) and run.tower.sources[3].tolist() == [13, 14, 15, 16], (
         "CLS is at 0, a row has 8 patches"
     )
     found = attribution.relevancy(run, [0, 1])

@@ -468,7 +468,7 @@ def test_the_patches_that_a_token_is_made_of_lie_in_its_box(load, size):
     run = trace(vlm, encode(vlm, size), [20])
     config, (rows, columns) = vlm.model.config, run.prompt.image_rows[0]["tile_grids"][0].tolist()
     side, canvas = config.side, config.canvas(rows, columns)
-    tile, patch = run.sources // (1 + side**2), run.sources % (1 + side**2) - 1
+    tile, patch = run.tower.sources // (1 + side**2), run.tower.sources % (1 + side**2) - 1
     assert (
         (patch >= 0).all()
         and tile.unique().tolist() == list(range(1 + rows * columns))

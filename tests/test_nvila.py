@@ -408,8 +408,8 @@ def test_boxes_end_where_their_tile_does(load):
 
 def made_of(run):
     """Positions in the tower's output that each vision token depends on, by its gradient."""
-    outputs = [block.output for block in run.tower]
-    for token in run.pooled:
+    outputs = [block.output for block in run.tower.blocks]
+    for token in run.tower.pooled:
         reached = [
             part
             for part in torch.autograd.grad(
@@ -429,11 +429,11 @@ def test_a_token_of_s2_is_made_of_patches_of_all_scales(load, monkeypatch, scale
     run = trace(
         vlm, encode(vlm, (300, 120)), [20]
     )  # 2 x 5 tiles of 4 x 4 patches, behind 1 and 4 tiles
-    found = [sorted(own[own >= 0].tolist()) for own in run.sources]
+    found = [sorted(own[own >= 0].tolist()) for own in run.tower.sources]
     assert (
         found == list(made_of(run))
         and len(found) == [4, 16, 40][scale]
-        and len(run.tower[0].input) == 1 + 4 + 10
+        and len(run.tower.blocks[0].input) == 1 + 4 + 10
     )
     assert all(
         own[0] < 16 <= own[-1] and any(16 <= patch < 80 for patch in own) and own[-1] >= 80
@@ -444,7 +444,7 @@ def test_a_token_of_s2_is_made_of_patches_of_all_scales(load, monkeypatch, scale
 def test_a_token_at_a_border_is_made_of_fewer_patches(load):
     sources = trace(
         load("nvila-lite"), encode(load("nvila-lite"), (224, 112)), [20]
-    ).sources  # 1 x 2 tiles and both as one, 8 x 8 patches each
+    ).tower.sources  # 1 x 2 tiles and both as one, 8 x 8 patches each
     assert [int((own >= 0).sum()) for own in sources] == [9, 9, 6, 9, 9, 6, 6, 6, 4] * 3
     assert sorted(sources[11][sources[11] >= 0].tolist()) == [
         64 + row * 8 + column for row in range(3) for column in (6, 7)
@@ -457,9 +457,9 @@ def test_relevancy_through_the_tower_is_shared_and_not_multiplied(load, name):
     sum as it is."""
     vlm = load(name)
     run = trace(vlm, encode(vlm, SIZES[0]), [20])
-    run.descend_tower = lambda gradient, tile: iter(())
+    run.tower.descend = lambda gradient, tile: iter(())
     image = torch.rand(1, 2, len(run.features), generator=torch.Generator().manual_seed(0))
-    cells, _ = attribution.onto_patches(run, image, None)
+    cells, _ = attribution.onto_patches(run.tower, image, None)
     assert torch.allclose(cells.sum(-1), image.sum(-1)) and torch.allclose(cells, image) == (
         name == "nvila-lite"
     )
