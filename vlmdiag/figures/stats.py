@@ -64,9 +64,9 @@ def limits(resampled: Float[np.ndarray, "B ..."], level: float = 0.95) -> tuple[
     if known.all():
         low, high = np.quantile(resampled, ends, axis=0)
     else:
-        usable = np.where(known & enough, resampled, np.nan)
-        usable[:, ~enough] = 0.0  # replaced below: nanquantile warns of columns without a value
-        low, high = np.nanquantile(usable, ends, axis=0)
+        finite = np.where(known, resampled, np.nan)
+        # nanquantile warns of columns without a value, whose limits are NaN anyway
+        low, high = np.nanquantile(np.where(enough, finite, 0.0), ends, axis=0)
     return np.where(enough, low, np.nan)[()], np.where(enough, high, np.nan)[()]
 
 
