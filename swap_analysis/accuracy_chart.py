@@ -6,16 +6,23 @@ does more data change?
     python swap_analysis/accuracy_chart.py --results_dir results --model tiny
 
 Reads json/pred_stats_{scale}.json; writes plots/accuracy/accuracy_group_bars and
-accuracy_trajectory as PNG and PDF, with intervals where the file has them. arXiv 2605.30161; our
-study's sections 2 and 3."""
+accuracy_trajectory as PNG and PDF, with intervals where the file has them. arXiv 2605.30161;
+docs/studies/swap_analysis.md, sections 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 from vlmdiag import cli
-from vlmdiag.swap import figures_scales, saved
+from vlmdiag.swap import saved
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = saved.parse_args(__doc__, argv)
-    for folder in saved.models(args.results_dir, args.model):
+    folders = saved.models(args.results_dir, args.model)
+    from vlmdiag.swap import figures_scales
+
+    for folder in folders:
         scales = saved.find_scales(folder, args.scales)
         figures_scales.draw_accuracy_bars(folder, scales)
         figures_scales.draw_accuracy_trajectory(folder, scales)

@@ -16,31 +16,34 @@ table), states (the model; memory-mapped, committed pair by pair), metrics and p
 <out_root>/swap_analysis/<model_type>_<scale>/, results in <output_dir>/<model_type>/ (csv, json,
 npz, plots). --scales names checkpoints of the table below, or NAME=PATH."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.model.loading import identity_of
-from vlmdiag.model.prompts import prompt_for
-from vlmdiag.runs import engine, rundirs
-from vlmdiag.swap import figures, figures_scales, metrics, pairs, results
+from vlmdiag.runs import rundirs
+from vlmdiag.swap import pairs
 from vlmdiag.swap.saved import find_scales, read_curves, read_json
-from vlmdiag.swap.states import load_picture, make_process, open_states
+
+if TYPE_CHECKING:
+    from vlmdiag.swap.pairs import Pair, Quad
 
 EXPERIMENT = "swap_analysis"
 STAGES = ("pairs", "states", "metrics", "plots")
-QWEN, NVILA = (
-    "ch-min/Qwen2.5-VL-3B-Instruct-data_scale_exp_{}",
-    "ch-min/NVILA-Lite-2B-DATA_SCALE_EXP_{}",
-)
-CHECKPOINTS = {  # by model type: scale -> folder or hub id, as published
+QWEN = "ch-min/Qwen2.5-VL-3B-Instruct-data_scale_exp_{}"
+NVILA = "ch-min/NVILA-Lite-2B-DATA_SCALE_EXP_{}"
+# by model type: scale -> folder or hub id, as published
+CHECKPOINTS: dict[str, dict[str, str]] = {
     "tiny": (
         {f"scale{n}": f"checkpoints/tiny-llava-scale{n}" for n in (1, 2, 3, 4)}
         | {"full": "checkpoints/tiny-llava"}
@@ -66,19 +69,20 @@ CHECKPOINTS = {  # by model type: scale -> folder or hub id, as published
 }
 
 
-@dataclass(frozen=True)
-class Item:
-    """A pair as the engine takes it. row: its place in the states."""
+# flags that the states depend on
+SETTINGS = (
+    "seed",
+    "max_samples_per_category",
+    "state_dtype",
+    "max_new_tokens",
+    "ambiguous_band",
+    "image_aspect",
+    "question_type",
+    "no_filtering",
+)
 
-    pair: dict
-    row: int
 
-    @property
-    def id(self):
-        return self.pair["id"]
-
-
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--data_path",
@@ -215,10 +219,10 @@ def parse_args(argv=None):
     return args
 
 
-def scales_of(args):
+def scales_of(args: argparse.Namespace) -> dict[str, str]:
     """{scale: folder or hub id} that --scales names."""
     known = CHECKPOINTS.get(args.model_type, {})
-    found = {}
+    paths = {}
     for name in args.scales or known:
         scale, _, path = name.partition("=")
         if not path and scale not in known:
@@ -226,139 +230,129 @@ def scales_of(args):
                 f"--scales {scale}: known for {args.model_type} are {', '.join(known) or 'none'};"
                 f" give others as {scale}=PATH"
             )
-        found[scale] = path or known[scale]
-    if not found:
+        paths[scale] = path or known[scale]
+    if not paths:
         raise UsageError(
             f"--model_type {args.model_type} has no known checkpoint; give --scales NAME=PATH"
         )
-    return found
+    return paths
 
 
-def representative(layers):
+def wanted_scales(args: argparse.Namespace) -> list[str] | None:
+    """The names of --scales without their paths, None where it is not given."""
+    return [name.partition("=")[0] for name in args.scales] if args.scales else None
+
+
+def representative(layers: Sequence[int]) -> list[int]:
     """Five layers across the depth, the last one among them."""
     return sorted({layers[round(share * (len(layers) - 1))] for share in (0.2, 0.4, 0.6, 0.8, 1.0)})
+
+
+def run_of(args: argparse.Namespace, scale: str) -> Path:
+    """The run directory of a scale's states."""
+    return rundirs.run_path(args.out_root, f"{args.model_type}_{scale}", EXPERIMENT, args.run_name)
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of all scales' results."""
+    name = f"{args.model_type}__{args.run_name}" if args.run_name else args.model_type
+    return Path(args.output_dir) / name
 
 
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def read_table(args):
+def read_table(args: argparse.Namespace) -> tuple[list[Pair], list[Quad]]:
     """(pairs, quads) of --data_path and --bbox_file, rows that gave none reported."""
-    choice = args.question_type == "mcq"
-    found, left_out = pairs.read_pairs(
-        args.data_path, args.seed, args.max_samples_per_category, choice, args.no_filtering
+    is_choice = args.question_type == "mcq"
+    of_table, left_out = pairs.read_pairs(
+        args.data_path, args.seed, args.max_samples_per_category, is_choice, args.no_filtering
     )
     for why, count in left_out.items():
         print(f"{count} rows left out: {why}")
-    quads = []
+    quads: list[Quad] = []
     if args.bbox_file:
         heights = {
             pair["id"]: pairs.picture_at(args.data_path, pair["offset"]).height
-            for pair in found
+            for pair in of_table
             if pair["group"] == "distance"
         }
-        quads, left_out = pairs.place(
-            found, pairs.read_boxes(args.bbox_file), heights, args.ambiguous_band
-        )
+        boxes = pairs.read_boxes(args.bbox_file)
+        quads, left_out = pairs.place(of_table, boxes, heights, args.ambiguous_band)
         for why, count in left_out.items():
             print(f"{count} distance pairs without a quad: {why}")
     if args.skip_phase_b or (args.skip_cross_group and not args.run_phase_b):
         quads = []
-    for pair in found:
+    for pair in of_table:
         pair.setdefault("split", None)
-    return found, [quad | {"row": row} for row, quad in enumerate(quads)]
+    for row, quad in enumerate(quads):
+        quad["row"] = row
+    return of_table, quads
 
 
-def extract(args, scale, path):
-    """The states of one checkpoint; returns the engine's counts and the run."""
+def extract(args: argparse.Namespace, scale: str, path: str) -> int:
+    """The states of one checkpoint; returns the exit code."""
+    from vlmdiag.runs.experiment import complete, open_experiment
+    from vlmdiag.swap.states import Item, load_picture, make_process, open_states
+
     vlm = load_from_args(args, path)
     vlm.need("decoder-only")
-    found, quads = read_table(args)
-    layers = args.layers or list(range(len(vlm.parts.layers)))
-    if not set(layers) <= set(range(len(vlm.parts.layers))):
-        raise UsageError(
-            f"--layers {layers}: {path} has {len(vlm.parts.layers)} layers, counted from 0"
-        )
-    identity = identity_of(vlm) | {"scale": scale}
-    identity |= {
-        "prompt": prompt_for(vlm, "QUESTION")[0],
+    of_table, quads = read_table(args)
+    total_layers = len(vlm.parts.layers)
+    layers = args.layers or list(range(total_layers))
+    if not set(layers) <= set(range(total_layers)):
+        raise UsageError(f"--layers {layers}: {path} has {total_layers} layers, counted from 0")
+    settings: dict[str, Any] = {
+        "scale": scale,
         "data": args.data_path.rsplit("/", 1)[-1],
         "layers": layers,
-        "total_layers": len(vlm.parts.layers),
-    }
-    identity |= {
-        "pairs": len(found),
+        "total_layers": total_layers,
+        "pairs": len(of_table),
         "quads": len(quads),
         "boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1],
         "answers": "up to the sentence that decides",
     }
-    names = (
-        "seed",
-        "max_samples_per_category",
-        "state_dtype",
-        "max_new_tokens",
-        "ambiguous_band",
-        "image_aspect",
-        "question_type",
-        "no_filtering",
-    )
-    identity |= {name: getattr(args, name) for name in names}
-    free = {
-        "model_path": path,
-        "data_path": args.data_path,
-        "batch_size": args.batch_size,
-        "device": str(vlm.device),
-    }
-    run = rundirs.open_run(run_of(args, scale), EXPERIMENT, identity, free, args.overwrite)
-    for name in ("states.npy", "quad_states.npy") if args.overwrite else ():
-        (run.path / name).unlink(missing_ok=True)
-    write_lines(run.path / "pairs.jsonl", found)
+    settings |= {name: getattr(args, name) for name in SETTINGS}
+    free = {"data_path": args.data_path, "batch_size": args.batch_size}
+    run = open_experiment(args, vlm, EXPERIMENT, settings, free, path=run_of(args, scale))
+    states_path = run.path / "states.npy"
+    quads_path = run.path / "quad_states.npy"
+    if args.overwrite:
+        states_path.unlink(missing_ok=True)
+        quads_path.unlink(missing_ok=True)
+    write_lines(run.path / "pairs.jsonl", of_table)
     write_lines(run.path / "quads.jsonl", quads)
     width = vlm.model.get_input_embeddings().weight.shape[1]
+    quad_states = None
     try:
-        states = open_states(
-            run.path / "states.npy", (len(found), 2, len(layers), width), args.state_dtype
-        )
-        quad_states = (
-            open_states(
-                run.path / "quad_states.npy", (len(quads), 4, len(layers), width), args.state_dtype
-            )
-            if quads
-            else None
-        )
+        states = open_states(states_path, (len(of_table), 2, len(layers), width), args.state_dtype)
+        if quads:
+            size = (len(quads), 4, len(layers), width)
+            quad_states = open_states(quads_path, size, args.state_dtype)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}; --overwrite starts again") from error
-    process = make_process(
-        vlm, layers, states, quad_states, {quad["id"]: quad for quad in quads}, args.max_new_tokens
-    )
-    items = [Item(pair, row) for row, pair in enumerate(found)]
-    print(
-        f"{run.path}: {len(found)} pairs, {len(quads)} quads, {len(layers)} layers,"
-        f" {vlm.family.name} on {vlm.device}"
-    )
-    counts = engine.run_items(
+    quad_of = {quad["id"]: quad for quad in quads}
+    outcome = complete(
+        args,
+        vlm,
         run,
-        items,
+        [Item(pair, row) for row, pair in enumerate(of_table)],
         load_picture(args.data_path),
-        process,
+        make_process(vlm, layers, states, quad_states, quad_of, args.max_new_tokens),
         args.batch_size,
-        args.shard,
-        args.num_workers,
-        progress="pairs",
+        "pairs",
     )
-    run.finish()
-    return counts, run
+    return outcome.code
 
 
-def run_of(args, scale):
-    return rundirs.run_path(args.out_root, f"{args.model_type}_{scale}", EXPERIMENT, args.run_name)
+def write_lines(path: Path, records: Sequence[Pair] | Sequence[Quad]) -> None:
+    """One JSON object a line."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    rundirs.write_bytes(path, text.encode())
 
 
-def write_lines(path, rows):
-    rundirs.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def read_lines(path):
+def read_lines(path: Path) -> list[Any]:
+    """What write_lines() wrote."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
@@ -367,143 +361,144 @@ def read_lines(path):
         ) from error
 
 
-def measure(args, scale):
+def measure(args: argparse.Namespace, scale: str) -> None:
     """csv, json and npz of one scale from its states."""
     run = rundirs.read_run(run_of(args, scale), EXPERIMENT)
-    found, quads, layers = (
-        read_lines(run.path / "pairs.jsonl"),
-        read_lines(run.path / "quads.jsonl"),
-        run.meta["settings"]["layers"],
-    )
-    done = [run.is_done(pair["id"]) for pair in found]
-    if not any(done):
+    of_table: list[Pair] = read_lines(run.path / "pairs.jsonl")
+    quads: list[Quad] = read_lines(run.path / "quads.jsonl")
+    layers = run.meta["settings"]["layers"]
+    is_done = {pair["id"]: run.is_done(pair["id"]) for pair in of_table}
+    if not any(is_done.values()):
         raise UsageError(f"{run.path} has no finished pair yet; run --stage states first")
-    states = np.load(run.path / "states.npy", mmap_mode="r")
-    answers = [
-        run.record(pair["id"]) if there else None for pair, there in zip(found, done, strict=True)
-    ]
-    finished = {pair["id"] for pair, there in zip(found, done, strict=True) if there}
-    quad_states = np.load(run.path / "quad_states.npy", mmap_mode="r") if quads else None
-    quad_done = np.array([quad["id"] in finished for quad in quads], bool)
+    from vlmdiag.swap import results
+
+    quads_done = np.array([is_done.get(quad["id"], False) for quad in quads], bool)
     results.write_results(
         folder_of(args),
         scale,
-        found,
-        states,
-        answers,
+        of_table,
+        np.load(run.path / "states.npy", mmap_mode="r"),
+        [run.record(id) if done else None for id, done in is_done.items()],
         layers,
         args.rep_layers or representative(layers),
         quads or None,
-        quad_states,
-        mask=np.array(done),
-        quad_mask=quad_done if quads else None,
+        np.load(run.path / "quad_states.npy", mmap_mode="r") if quads else None,
+        mask=np.array(list(is_done.values())),
+        quad_mask=quads_done if quads else None,
         total_layers=run.meta["settings"]["total_layers"],
         k=args.recommend_k,
         frac=args.recommend_frac,
     )
     print(
-        f"{folder_of(args)}: results of {scale} from {sum(done)} of {len(found)} pairs and"
-        f" {quad_done.sum()} quads"
+        f"{folder_of(args)}: results of {scale} from {sum(is_done.values())} of {len(of_table)}"
+        f" pairs and {quads_done.sum()} quads"
     )
 
 
-def folder_of(args):
-    return Path(args.output_dir) / (
-        args.model_type + (f"__{args.run_name}" if args.run_name else "")
-    )
+# --- from saved results ---------------------------------------------------------------------------
 
 
-def merge(args):
+def merge(args: argparse.Namespace) -> int:
     """Figures and summary over scales, beside the results or, from copies of their JSON files, in a
     folder of the group."""
     folder = folder_of(args)
-    order = [*CHECKPOINTS.get(args.model_type, {}), *find_scales(folder)]
-    wanted = (
-        [scale.partition("=")[0] for scale in args.scales]
-        if args.scales
-        else list(dict.fromkeys(order))
-    )
-    scales = [scale for scale in wanted if scale in find_scales(folder)]
+    saved_scales = find_scales(folder)
+    in_order = list(dict.fromkeys([*CHECKPOINTS.get(args.model_type, {}), *saved_scales]))
+    wanted = wanted_scales(args) or in_order
+    scales = [scale for scale in wanted if scale in saved_scales]
     if not scales:
         raise UsageError(
             f"{folder} has no results of {', '.join(wanted)}; run without --merge first"
         )
+    from vlmdiag.swap import figures_scales, results
+
     if args.merge_output_dir or args.group_name:
-        target = Path(args.merge_output_dir or Path(args.output_dir) / "compare") / (
-            args.group_name or args.model_type
-        )
-        (target / "json").mkdir(parents=True, exist_ok=True)
-        for path in (folder / "json").iterdir():
-            if any(
-                re.search(rf"_{re.escape(scale)}(_all_pairs|_both_correct)?\.json$", path.name)
-                for scale in scales
-            ):
-                shutil.copyfile(path, target / "json" / path.name)
+        parent = Path(args.merge_output_dir or Path(args.output_dir) / "compare")
+        target = parent / (args.group_name or args.model_type)
+        copy_json(folder, target, scales)
         folder = target
     results.write_summary(folder)
+    written = "csv/summary.csv"
     if not args.phase1_only:
         figures_scales.draw_merge(folder, scales, quiet=True)
-    print(
-        f"{folder}: merged {', '.join(scales)} into csv/summary.csv"
-        + (", plots/accuracy and plots/*/cross_scale" if not args.phase1_only else "")
-    )
+        written += ", plots/accuracy and plots/*/cross_scale"
+    print(f"{folder}: merged {', '.join(scales)} into {written}")
     return 0
 
 
-def recommend(args):
+def copy_json(folder: Path, target: Path, scales: Sequence[str]) -> None:
+    """Copy the JSON files of some scales."""
+    (target / "json").mkdir(parents=True, exist_ok=True)
+    names = "|".join(re.escape(scale) for scale in scales)
+    of_scales = re.compile(rf"_({names})(_all_pairs|_both_correct)?\.json$")
+    for path in (folder / "json").iterdir():
+        if of_scales.search(path.name):
+            shutil.copyfile(path, target / "json" / path.name)
+
+
+def recommend(args: argparse.Namespace) -> int:
     """Print the recommended layer of every scale from its saved curves."""
     folder = folder_of(args)
-    for scale in find_scales(
-        folder, [scale.partition("=")[0] for scale in args.scales] if args.scales else None
-    ):
+    for scale in find_scales(folder, wanted_scales(args)):
         curves = read_curves(folder, f"sign_corrected_consistency_{scale}_all_pairs")
         before = read_json(folder, f"recommended_layer_{scale}")
         if not curves or not before:
             raise UsageError(
                 f"{folder}/json lacks the coherence of {scale}; run --stage metrics again"
             )
+        from vlmdiag.swap.metrics import recommend_layer
+
         coherence = {
             group: dict(zip(curve["layer"].tolist(), curve["mean"].tolist(), strict=True))
             for group, curve in curves.items()
         }
-        found = metrics.recommend_layer(
-            coherence,
-            before["criteria_applied"]["total_layers"],
-            args.recommend_k,
-            args.recommend_frac,
-        )
-        layers = ", ".join(
-            f"{one['layer']} ({one['score']:.2f} of the weakest axis' peak)"
-            for one in found["top_k"]
-        )
+        total_layers = before["criteria_applied"]["total_layers"]
+        chosen = recommend_layer(coherence, total_layers, args.recommend_k, args.recommend_frac)
+        layers = [
+            f"{best['layer']} ({best['score']:.2f} of the weakest axis' peak)"
+            for best in chosen["top_k"]
+        ]
         print(
-            f"{scale}: layer {layers or 'none'}; candidates {found['candidate_range']}, last one"
-            f" allowed {found['cutoff_layer']}"
+            f"{scale}: layer {', '.join(layers) or 'none'}; candidates"
+            f" {chosen['candidate_range']}, last one allowed {chosen['cutoff_layer']}"
         )
-        for warning in found["warnings"]:
+        for warning in chosen["warnings"]:
             print(f"{scale}: {warning}")
     return 0
 
 
-def main(argv=None):
+def run_scale(args: argparse.Namespace, scale: str, path: str) -> int:
+    """The stages of one scale; returns the exit code."""
+    code = 0
+    if "states" in args.stage:
+        code = extract(args, scale, path)
+    elif "pairs" in args.stage:
+        of_table, quads = read_table(args)
+        print(f"{len(of_table)} pairs, {len(quads)} quads")
+    if "metrics" in args.stage:
+        measure(args, scale)
+    if "plots" in args.stage:
+        from vlmdiag.swap import figures
+
+        figures.draw_scale(folder_of(args), scale, quiet=True)
+        print(f"{folder_of(args) / 'plots'}: figures of {scale}")
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.merge or args.recommend_layer:
-        return merge(args) if args.merge else recommend(args)
+    if args.merge:
+        return merge(args)
+    if args.recommend_layer:
+        return recommend(args)
+    scales = scales_of(args)
     worst = 0
-    for scale, path in scales_of(args).items():
+    for scale, path in scales.items():
         try:
-            if "states" in args.stage:
-                worst = max(worst, engine.exit_code(*extract(args, scale, path)))
-            elif "pairs" in args.stage:
-                found, quads = read_table(args)
-                print(f"{len(found)} pairs, {len(quads)} quads")
-            if "metrics" in args.stage:
-                measure(args, scale)
-            if "plots" in args.stage:
-                figures.draw_scale(folder_of(args), scale, quiet=True)
-                print(f"{folder_of(args) / 'plots'}: figures of {scale}")
-        except UsageError as error:  # the other scales still count
-            if len(scales_of(args)) == 1:
+            worst = max(worst, run_scale(args, scale, path))
+        except UsageError as error:
+            # the other scales still count
+            if len(scales) == 1:
                 raise
             print(f"error: {scale}: {error}")
             worst = max(worst, 3)

@@ -7,18 +7,26 @@ over all scales of a model.
     python swap_analysis/unify_consistency_ylim.py --results_dir results --model tiny
 
 Reads json/{sign_corrected,within_cat}_consistency_{scale}_{tag}.json; overwrites the figures of the
-same names under plots/<condition>/. arXiv 2605.30161; our study's section 0. The range comes from
-the scales that are drawn: with --scales, only from those.
+same names under plots/<condition>/. arXiv 2605.30161;
+docs/studies/swap_analysis.md, section 0. The range comes from the scales that are drawn: with
+--scales, only from those.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.swap import figures, saved
+from vlmdiag.swap import saved
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = saved.parse_args(__doc__, argv)
-    for folder in saved.models(args.results_dir, args.model):
+    folders = saved.models(args.results_dir, args.model)
+    from vlmdiag.swap import figures
+
+    for folder in folders:
         scales = saved.find_scales(folder, args.scales)
         ylim = figures.consistency_range(folder, scales)
         drawn = [

@@ -337,9 +337,10 @@ def test_a_known_answer_is_found(tmp_path):
     )
     done = swap("--model_type", "known", *table, "--scales", *paths, *where, *stages)
     assert done.returncode == 0, done.stderr
-    read = lambda kind, name: json.loads(
-        (tmp_path / f"results/known/json/{kind}_{name}.json").read_text()
-    )
+
+    def read(kind, name):
+        return json.loads((tmp_path / f"results/known/json/{kind}_{name}.json").read_text())
+
     index = {name: read("vd_ei", name)["L5"]["eq3_raw"] for name in ("correlated", "independent")}
     gap = {name: read("pred_stats", name)["gap_both"] for name in index}
     assert index["correlated"]["high"] < -0.5 < 0 < index["independent"]["low"]

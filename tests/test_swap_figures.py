@@ -17,12 +17,13 @@ from vlmdiag.figures import plots
 from vlmdiag.runs.rundirs import write_json, write_npz
 from vlmdiag.swap import figures, figures_pca, figures_scales, saved
 from vlmdiag.swap import style as look
+from vlmdiag.swap.relations import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "swap_analysis"
 SCRIPTS = ("pca_2d_recolor", "pca_3d", "accuracy_chart", "unify_consistency_ylim")
 CATEGORIES = list(look.CATEGORY_COLORS)
-GROUP_OF = {name: group for group, pair in saved.GROUPS.items() for name in pair}
+GROUP_OF = {name: group for group, pair in GROUPS.items() for name in pair}
 STRENGTH = {"horizontal": 3.0, "vertical": 2.0, "distance": 1.0}
 
 
@@ -79,7 +80,7 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
             * np.where(depth > 0.85 * layers, 0.85, 1)
         )
         stats, validity = {"scale": scale}, {}
-        for group, pair in saved.GROUPS.items():
+        for group, pair in GROUPS.items():
             both = {"horizontal": 0.72, "vertical": 0.6, "distance": 0.0 if place == 0 else 0.35}[
                 group
             ] + 0.2 * skill * (place > 0)
@@ -102,7 +103,7 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
                     "reliable": not poor,
                 }
         stats |= {
-            f"overall_{key}": np.mean([stats[f"{group}_{key}"] for group in saved.GROUPS])
+            f"overall_{key}": np.mean([stats[f"{group}_{key}"] for group in GROUPS])
             for key in ("acc_orig", "acc_swap", "acc_both")
         }
         write_json(folder / f"json/pred_stats_{scale}.json", stats | {"overall_n": 6 * n})
@@ -116,7 +117,7 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
             }
             coherence, within = {}, {}
             for layer in range(layers):
-                for group, pair in saved.GROUPS.items():
+                for group, pair in GROUPS.items():
                     mean = peak[group] * rise[layer] + 0.008 * rng.normal()
                     cell = {
                         "mean": mean,
@@ -343,8 +344,8 @@ def test_all_scales_give_the_comparing_figures(results, drawn):
     }
     assert names == expected | {"accuracy/accuracy_group_bars", "accuracy/accuracy_trajectory"}
     panels = {path.name: fig.axes for path, fig in drawn if path.parts[-3] == "all"}
-    assert [ax.get_title() for ax in panels["sign_corrected"]] == list(saved.GROUPS)
-    assert [ax.get_title() for ax in panels["vd_ei"]] == list(figures_scales.VD_FORMS)
+    assert [ax.get_title() for ax in panels["sign_corrected"]] == list(GROUPS)
+    assert [ax.get_title() for ax in panels["vd_ei"]] == list(figures_scales.ENTANGLEMENT_PANELS)
     lines = {line.get_label().split(" (")[0]: line for line in panels["sign_corrected"][1].lines}
     assert (
         lines["80k"].get_color() == look.SCALE_COLORS["80k"] and len(lines["80k"].get_xdata()) == 8
@@ -417,12 +418,14 @@ def test_rows_with_an_overflow_are_left_out(tmp_path, drawn):
 
 
 def test_strata_and_outliers_are_the_numbers_of_their_files(tmp_path, drawn):
-    strata = lambda value, n: {
-        "consistent": {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": n},
-        "counter": {"mean": None, "n": 0},
-    }  # noqa: E731
+    def strata(value, n):
+        return {
+            "consistent": {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": n},
+            "counter": {"mean": None, "n": 0},
+        }
+
     coherence = {
-        f"{group}_L{layer}": {"mean": 0.5, "n": 9} for group in saved.GROUPS for layer in (0, 1)
+        f"{group}_L{layer}": {"mean": 0.5, "n": 9} for group in GROUPS for layer in (0, 1)
     }
     for layer in (0, 1):
         coherence[f"distance_L{layer}"]["strata"] = strata((0.2, 0.3)[layer], 7)
@@ -433,8 +436,8 @@ def test_strata_and_outliers_are_the_numbers_of_their_files(tmp_path, drawn):
         {f"L{layer}": {"strata": {"counter": index}} for layer in (0, 1)},
     )
     part = {
-        "coherence": dict.fromkeys(saved.GROUPS, 0.4),
-        "coherence_without": dict.fromkeys(saved.GROUPS, 0.1),
+        "coherence": dict.fromkeys(GROUPS, 0.4),
+        "coherence_without": dict.fromkeys(GROUPS, 0.1),
         "share": [0.5, 0.9],
         "n": 8,
     }

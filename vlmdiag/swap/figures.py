@@ -3,26 +3,33 @@ results/<model>/{json,csv,npz} -> results/<model>/plots.
 
 draw_scale(folder, scale) draws them all; every function returns the files that it wrote. A value
 that is null (too few pairs) is a gap, and the legend says so. Figures of arXiv 2605.30161; names
-and layout by our study of it, sections 2, 3 and 5.3."""
+and layout as in docs/studies/swap_analysis.md, sections 2, 3 and 5.3.
+"""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.swap.figures_pca import draw_pca
 from vlmdiag.swap.figures_scales import draw_accuracy_bars
+from vlmdiag.swap.relations import GROUPS, SPLITS
 from vlmdiag.swap.saved import (
     CONDITIONS,
     FAMILIES,
-    GROUPS,
-    SPLITS,
     alignment_file,
+    curve_of,
     number,
     read_curves,
     read_json,
+    read_layers,
     read_matrix,
     representative,
     unreliable,
@@ -45,84 +52,105 @@ from vlmdiag.swap.style import (
     settings_of,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from vlmdiag.swap.saved import Curve
+    from vlmdiag.swap.style import Marked
+
+
+def marked_of(folder: str | Path, scale: str, condition: str) -> Marked:
+    """The unreliable categories where a condition marks them."""
+    return unreliable(folder, scale) if condition == "all_with_validity" else {}
+
+
 # ---- curves over layers ----
 
 
-def consistency_range(folder, scales):
+def consistency_range(folder: str | Path, scales: Sequence[str]) -> tuple[float, float] | None:
     """(low, high) that holds every mean, interval and null of both families in all scales and
     conditions, with 5 % to spare; None if nothing is measured."""
-    seen = [0.0]
+    values = [np.zeros(1)]
     for scale in scales:
-        for stem, *_ in FAMILIES.values():
+        for family in FAMILIES.values():
             for tag in ("all_pairs", "both_correct"):
-                for curve in (read_curves(folder, f"{stem}_{scale}_{tag}") or {}).values():
-                    spread = 2 * np.nan_to_num(curve.get("null_std", 0.0))
-                    seen += [curve[field] for field in ("mean", "low", "high") if field in curve]
-                    seen += (
-                        [curve["null_mean"] - spread, curve["null_mean"] + spread]
-                        if "null_mean" in curve
-                        else []
-                    )
-    values = np.concatenate([np.atleast_1d(value) for value in seen])
-    low, high = np.nanmin(values), np.nanmax(values)
-    return None if low == high else (low - 0.05 * (high - low), high + 0.05 * (high - low))
+                curves = read_curves(folder, f"{family.stem}_{scale}_{tag}") or {}
+                for curve in curves.values():
+                    values += _reach(curve)
+    together = np.concatenate(values)
+    low, high = np.nanmin(together), np.nanmax(together)
+    if low == high:
+        return None
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def draw_consistency(folder, scale, condition, family, ylim=None, quiet=False):
+def _reach(curve: Curve) -> list[np.ndarray[Any, Any]]:
+    """All that is drawn of a curve: mean, interval, null with two standard deviations."""
+    values = [curve[field] for field in ("mean", "low", "high") if field in curve]
+    if "null_mean" in curve:
+        spread = 2 * np.nan_to_num(curve.get("null_std", np.zeros(1)))
+        values += [curve["null_mean"] - spread, curve["null_mean"] + spread]
+    return values
+
+
+def draw_consistency(
+    folder: str | Path,
+    scale: str,
+    condition: str,
+    family: str,
+    ylim: tuple[float, float] | None = None,
+    quiet: bool = False,
+) -> list[Path]:
     """Coherence of the groups' or consistency of the categories' deltas over layers, one figure ->
     files, [] where there is nothing to read."""
-    stem, name, title, ylabel = FAMILIES[family]
-    curves = read_curves(folder, f"{stem}_{scale}_{CONDITIONS[condition]}")
+    consistency = FAMILIES[family]
+    curves = read_curves(folder, f"{consistency.stem}_{scale}_{CONDITIONS[condition]}")
     if not curves:
         return []
-    marked = unreliable(folder, scale) if condition == "all_with_validity" else {}
+    marked = marked_of(folder, scale, condition)
     colors = GROUP_COLORS if family == "sign_corrected_consistency" else CATEGORY_COLORS
-    fig, ax = plots.plt.subplots(figsize=(7.5, 4.6))
-    null = False
-    for series in [series for series in colors if series in curves] + sorted(
-        set(curves) - set(colors)
-    ):
-        faded = (
-            {"alpha": 0.45}
-            if any(member in marked for member in GROUPS.get(series, (series,)))
-            else {}
-        )
-        style = "--" if series in ("right", "under", "close") else "-"
-        label = curve_label(dagger(series, marked), curves[series])
-        null |= draw_curve(
+    fig, ax = plt.subplots(figsize=(7.5, 4.6))
+    has_null = False
+    known = [series for series in colors if series in curves]
+    for series in known + sorted(set(curves) - set(colors)):
+        is_marked = any(member in marked for member in GROUPS.get(series, (series,)))
+        has_null |= draw_curve(
             ax,
             curves[series],
-            label,
+            curve_label(dagger(series, marked), curves[series]),
             colors.get(series, plots.EVEN_COLOR),
-            linestyle=style,
-            **faded,
+            linestyle="--" if series in ("right", "under", "close") else "-",
+            **({"alpha": 0.45} if is_marked else {}),
         )
-    if null:
+    if has_null:
         null_handle(ax, "shuffled labels (band: 2 s.d.)")
-    layer_axes(ax, f"{title}, {Path(folder).name} {scale}, {WORDS[condition]}", ylabel)
+    title = f"{consistency.title}, {Path(folder).name} {scale}, {WORDS[condition]}"
+    layer_axes(ax, title, consistency.ylabel)
     if ylim:
         ax.set_ylim(*ylim)
     legend(ax)
     footnote(fig, marked)
-    return plots.save(
-        fig,
-        path_of(folder, condition, family, f"{name}_{scale}"),
-        settings_of(folder, condition, scale=scale, ylim=ylim),
-        quiet=quiet,
-    )
+    path = path_of(folder, condition, family, f"{consistency.figure}_{scale}")
+    settings = settings_of(folder, condition, scale=scale, ylim=ylim)
+    return plots.save(fig, path, settings, quiet=quiet)
 
 
-def _alignment(ax, curve):
-    layer, mean = curve["layer"], curve["per_sample_mean"]
+def _draw_alignment(ax: Axes, curve: Curve) -> None:
+    """Mean over scenes with its interval, filled where the permutation p is below 0.05; the cosine
+    of the mean deltas; both nulls."""
+    layer = curve["layer"]
+    mean = curve["per_sample_mean"]
+    blank = np.full(len(layer), np.nan)
+    color = ALIGNMENT_COLORS["per_sample_mean"]
     n = curve.get("n_samples", np.array([np.nan]))
-    color, blank = ALIGNMENT_COLORS["per_sample_mean"], np.full(len(layer), np.nan)
     label = curve_label("mean over scenes", {"mean": mean, "layer": layer, "n": n})
     ax.plot(layer, mean, color=color, label=label)
     p_values = curve.get("p_value", blank)
-    for chosen, face, text in (
+    markers = (
         (~(p_values >= 0.05), color, None),
         (p_values >= 0.05, "white", r"permutation p $\geq$ 0.05"),
-    ):
+    )
+    for chosen, face, text in markers:
         if chosen.any():
             ax.plot(
                 layer[chosen],
@@ -156,43 +184,33 @@ def _alignment(ax, curve):
             label="signs tossed (band: 2 s.d.)",
         )
     if "permutation_mean" in curve:
-        null, spread = (
-            curve["permutation_mean"],
-            2 * np.nan_to_num(curve.get("permutation_std", 0.0)),
-        )
-        ax.plot(
-            layer,
-            null,
-            ":",
-            color=ALIGNMENT_COLORS["permutation"],
-            label="scenes permuted (band: 2 s.d.)",
-        )
-        ax.fill_between(
-            layer,
-            null - spread,
-            null + spread,
-            color=ALIGNMENT_COLORS["permutation"],
-            alpha=0.18,
-            linewidth=0,
-        )
+        null = curve["permutation_mean"]
+        spread = 2 * np.nan_to_num(curve.get("permutation_std", np.zeros(1)))
+        color = ALIGNMENT_COLORS["permutation"]
+        ax.plot(layer, null, ":", color=color, label="scenes permuted (band: 2 s.d.)")
+        low, high = null - spread, null + spread
+        ax.fill_between(layer, low, high, color=color, alpha=0.18, linewidth=0)
 
 
-def draw_alignment(folder, scale, condition, quiet=False):
+def draw_alignment(
+    folder: str | Path, scale: str, condition: str, quiet: bool = False
+) -> list[Path]:
     """Cosine of the vertical and the distance delta of one scene over layers, with its permutation
     band -> files."""
-    curves = read_curves(folder, alignment_file(folder, scale, condition))
-    if not curves or "per_sample_mean" not in curves.get("", {}):
+    curve = (read_curves(folder, alignment_file(scale, condition)) or {}).get("", {})
+    if "per_sample_mean" not in curve:
         return []
-    marked = unreliable(folder, scale) if condition == "all_with_validity" else {}
-    marked = {name: found for name, found in marked.items() if name not in GROUPS["horizontal"]}
+    horizontal = GROUPS["horizontal"]
+    marked = {
+        name: accuracies
+        for name, accuracies in marked_of(folder, scale, condition).items()
+        if name not in horizontal
+    }
     axes = " and ".join(dagger(group, marked) for group in ("vertical", "distance"))
-    fig, ax = plots.plt.subplots(figsize=(7.5, 4.6))
-    _alignment(ax, curves[""])
-    layer_axes(
-        ax,
-        f"Alignment of {axes} deltas, {Path(folder).name} {scale}, {WORDS[condition]}",
-        "cosine of vertical and distance delta",
-    )
+    fig, ax = plt.subplots(figsize=(7.5, 4.6))
+    _draw_alignment(ax, curve)
+    title = f"Alignment of {axes} deltas, {Path(folder).name} {scale}, {WORDS[condition]}"
+    layer_axes(ax, title, "cosine of vertical and distance delta")
     legend(ax)
     footnote(fig, marked)
     path = path_of(folder, condition, "cross_alignment", f"cross_alignment_{scale}")
@@ -202,208 +220,172 @@ def draw_alignment(folder, scale, condition, quiet=False):
 # ---- heatmap ----
 
 
-def draw_heatmaps(folder, scale, condition, quiet=False):
+def draw_heatmaps(
+    folder: str | Path, scale: str, condition: str, quiet: bool = False
+) -> list[Path]:
     """Cosines between the categories' mean deltas, one figure a representative layer; grey where a
     category has too few pairs -> files."""
-    written, tag = [], CONDITIONS[condition]
-    names = list(CATEGORY_COLORS)
+    tag = CONDITIONS[condition]
     counts = read_curves(folder, f"within_cat_consistency_{scale}_{tag}") or {}
-    marked = unreliable(folder, scale) if condition == "all_with_validity" else {}
-    found = [
-        re.fullmatch(rf"delta_similarity_{re.escape(scale)}_L(\d+)_{tag}", path.stem)
-        for path in Path(folder, "csv").glob("delta_similarity_*.csv")
-    ]
+    marked = marked_of(folder, scale, condition)
     shown = representative(folder, scale)
-    for layer in sorted(
-        int(match[1]) for match in found if match and (shown is None or int(match[1]) in shown)
-    ):
-        matrix = read_matrix(Path(folder, "csv", f"delta_similarity_{scale}_L{layer}_{tag}.csv"))
-        fig, ax = plots.plt.subplots(figsize=(6.6, 5.6))
-        image = plots.heatmap(
-            ax,
-            matrix,
+    written = []
+    for layer, path in sorted(_similarity_files(folder, scale, tag).items()):
+        if shown is not None and layer not in shown:
+            continue
+        fig, ax = plt.subplots(figsize=(6.6, 5.6))
+        title = (
             f"Cosine between mean deltas\n{Path(folder).name} {scale}, layer {layer},"
-            f" {WORDS[condition]}",
-            -1,
-            1,
-            "",
-            "",
-            "RdBu_r",
+            f" {WORDS[condition]}"
         )
-        ax.set_aspect("equal")
-        for (row, column), value in np.ndenumerate(matrix):
-            if np.isfinite(value):
-                ax.text(
-                    column,
-                    row,
-                    f"{value:.2f}".replace("-", "\u2212"),
-                    ha="center",
-                    va="center",
-                    color="white" if abs(value) > 0.62 else "black",
-                    fontsize=9.5,
-                )
-        labels = [dagger(name, marked) for name in names]
-        sizes = [_count_at(counts.get(name), layer) for name in names]
-        ax.set_xticks(range(6), labels)
-        ax.set_yticks(
-            range(6),
-            [
-                label if size is None else f"{label}\nn = {size}"
-                for label, size in zip(labels, sizes)
-            ],
-        )
-        ax.tick_params(length=0)
-        for edge in (1.5, 3.5):
-            ax.axhline(edge, color="white", linewidth=2.5)
-            ax.axvline(edge, color="white", linewidth=2.5)
-        fig.colorbar(image, ax=ax, label="cosine", shrink=0.85)
-        absent = [name for name, value in zip(names, np.diag(matrix)) if np.isnan(value)]
-        if absent:
-            ax.set_xlabel(f"grey: too few pairs ({', '.join(absent)})", fontsize=8.5)
+        n = {name: _count_at(counts.get(name), layer) for name in CATEGORY_COLORS}
+        _draw_heatmap(ax, read_matrix(path), title, n, marked)
         footnote(fig, marked)
-        path = path_of(folder, condition, "heatmap", f"heatmap_{scale}_L{layer}")
-        written += plots.save(
-            fig, path, settings_of(folder, condition, scale=scale, layer=layer), quiet=quiet
-        )
+        figure_path = path_of(folder, condition, "heatmap", f"heatmap_{scale}_L{layer}")
+        settings = settings_of(folder, condition, scale=scale, layer=layer)
+        written += plots.save(fig, figure_path, settings, quiet=quiet)
     return written
 
 
-def _count_at(curve, layer):
-    here = curve["n"][curve["layer"] == layer] if curve and "n" in curve else np.array([])
-    return int(here[0]) if here.size and np.isfinite(here[0]) else None
+def _similarity_files(folder: str | Path, scale: str, tag: str) -> dict[int, Path]:
+    """{layer: csv/delta_similarity_{scale}_L{layer}_{tag}.csv}."""
+    name = re.compile(rf"delta_similarity_{re.escape(scale)}_L(\d+)_{tag}")
+    paths = Path(folder, "csv").glob("delta_similarity_*.csv")
+    matches = ((name.fullmatch(path.stem), path) for path in paths)
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _draw_heatmap(
+    ax: Axes, matrix: np.ndarray[Any, Any], title: str, n: Mapping[str, int | None], marked: Marked
+) -> None:
+    """A 6 x 6 matrix with its values written in, lines between the groups. n: pairs by
+    category."""
+    image = plots.heatmap(ax, matrix, title, -1, 1, "", "", "RdBu_r")
+    ax.set_aspect("equal")
+    for (row, column), value in np.ndenumerate(matrix):
+        if np.isfinite(value):
+            text = f"{value:.2f}".replace("-", "\u2212")
+            color = "white" if abs(value) > 0.62 else "black"
+            ax.text(column, row, text, ha="center", va="center", color=color, fontsize=9.5)
+    labels = [dagger(name, marked) for name in n]
+    ax.set_xticks(range(6), labels)
+    with_counts = [
+        label if count is None else f"{label}\nn = {count}"
+        for label, count in zip(labels, n.values(), strict=True)
+    ]
+    ax.set_yticks(range(6), with_counts)
+    ax.tick_params(length=0)
+    for edge in (1.5, 3.5):
+        ax.axhline(edge, color="white", linewidth=2.5)
+        ax.axvline(edge, color="white", linewidth=2.5)
+    ax.figure.colorbar(image, ax=ax, label="cosine", shrink=0.85)
+    absent = [name for name, value in zip(n, np.diag(matrix)) if np.isnan(value)]
+    if absent:
+        ax.set_xlabel(f"grey: too few pairs ({', '.join(absent)})", fontsize=8.5)
+
+
+def _count_at(curve: Curve | None, layer: int) -> int | None:
+    """n of a curve at a layer, None where there is none."""
+    if curve is None or "n" not in curve:
+        return None
+    n = curve["n"][curve["layer"] == layer]
+    return int(n[0]) if n.size and np.isfinite(n[0]) else None
 
 
 # ---- strata, outlier dimensions ----
 
 
-def _strata_curves(folder, name, of_cell, field):
-    """{split: curve} from the "strata" of json/<name>.json; of_cell takes an entry to the one that
-    has them, field names the value in a stratum."""
-    cells = {
-        key: (of_cell(cell) or {}).get("strata", {})
-        for key, cell in (read_json(folder, name) or {}).items()
-        if isinstance(cell, dict)
-    }
-    cells = {
-        int(found[1]): cell
-        for key, cell in cells.items()
-        if (found := re.fullmatch(r"(?:distance_)?L(\d+)", key))
+def _strata_curves(
+    folder: str | Path, name: str, series: str, form: str | None
+) -> dict[str, Curve]:
+    """{split: curve} from the "strata" in the cells of one series of json/<name>.json. form: the
+    field of a stratum that holds {value, low, high}; None: the stratum itself, its mean."""
+    cells = (read_layers(folder, name) or {}).get(series, {})
+    strata = {
+        layer: cell.get("strata", {}) for layer, cell in cells.items() if isinstance(cell, dict)
     }
     curves = {}
     for split in SPLITS:
-        rows = [cells[layer].get(split, {}) for layer in sorted(cells)]
-        inner = [
-            row.get(field, {}) if field != "mean" else row | {"value": row.get("mean")}
-            for row in rows
-        ]
-        curves[split] = {"layer": np.array(sorted(cells))} | {
-            name: np.array([number(row.get(key)) for row in inner])
-            for name, key in (("mean", "value"), ("low", "low"), ("high", "high"))
-        }
-        counts = [row.get("n", {}) for row in rows]
-        curves[split]["n"] = np.array(
-            [
-                number(n) if not isinstance(n, dict) else n.get("far", 0) + n.get("close", 0)
-                for n in counts
-            ],
-            float,
-        )
-    return {
-        split: curve for split, curve in curves.items() if len(curve["layer"]) and curve["n"].any()
-    }
+        rows = []
+        for of_layer in strata.values():
+            stratum = of_layer.get(split, {})
+            measured = stratum if form is None else stratum.get(form, {})
+            n = stratum.get("n", {})
+            if isinstance(n, dict):
+                n = n.get("far", 0) + n.get("close", 0)
+            mean = measured.get("mean" if form is None else "value")
+            rows.append(
+                {"mean": mean, "low": measured.get("low"), "high": measured.get("high"), "n": n}
+            )
+        curve = curve_of(list(strata), rows)
+        if rows and curve["n"].any():
+            curves[split] = curve
+    return curves
 
 
-def draw_strata(folder, scale, quiet=False):
+def draw_strata(folder: str | Path, scale: str, quiet: bool = False) -> list[Path]:
     """Coherence of the distance axis and its entanglement with the vertical one, over layers, one
     line a stratum -> files, [] without strata."""
     coherence = _strata_curves(
-        folder, f"sign_corrected_consistency_{scale}_all_pairs", lambda cell: cell, "mean"
+        folder, f"sign_corrected_consistency_{scale}_all_pairs", "distance", None
     )
-    entanglement = _strata_curves(folder, f"vd_ei_{scale}", lambda cell: cell, "eq3_raw")
+    entanglement = _strata_curves(folder, f"vd_ei_{scale}", "", "eq3_raw")
     if not coherence and not entanglement:
         return []
-    fig, axes = plots.plt.subplots(1, 2, figsize=(11, 4.6))
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     panels = (
-        ("coherence of the distance axis", "mean pairwise cosine of deltas"),
-        ("entanglement of distance with all vertical pairs", "equation 3"),
+        (coherence, "coherence of the distance axis", "mean pairwise cosine of deltas"),
+        (entanglement, "entanglement of distance with all vertical pairs", "equation 3"),
     )
-    for ax, curves, (title, ylabel) in zip(axes, (coherence, entanglement), panels, strict=True):
+    for ax, (curves, title, ylabel) in zip(axes, panels, strict=True):
         for split, curve in curves.items():
             draw_curve(ax, curve, curve_label(split, curve), SPLIT_COLORS[split])
         layer_axes(ax, title, ylabel)
-        legend_below(ax, ax.get_legend_handles_labels()[0])
+        legend_below(ax)
     fig.suptitle(
         f"Distance pairs by stratum, {Path(folder).name} {scale}; consistent: the farther object is"
         " higher in the picture",
         fontsize=10.5,
     )
-    return plots.save(
-        fig,
-        path_of(folder, "all", "strata", f"strata_{scale}"),
-        settings_of(folder, "all", scale=scale),
-        quiet=quiet,
-    )
+    path = path_of(folder, "all", "strata", f"strata_{scale}")
+    return plots.save(fig, path, settings_of(folder, "all", scale=scale), quiet=quiet)
 
 
-def draw_outliers(folder, scale, quiet=False):
+def draw_outliers(folder: str | Path, scale: str, quiet: bool = False) -> list[Path]:
     """How much of the deltas' energy few dimensions hold, and the coherence with and without them,
     over layers -> files."""
-    found = {
-        int(key[1:]): cell for key, cell in (read_json(folder, f"outliers_{scale}") or {}).items()
-    }
-    if not found:
+    cells = (read_layers(folder, f"outliers_{scale}") or {}).get("", {})
+    if not cells:
         return []
-    layers = np.array(sorted(found))
-    share = np.array([[number(value) for value in found[layer]["share"]] for layer in layers])
+    layers = np.array(list(cells))
+    share = np.array([[number(value) for value in cell["share"]] for cell in cells.values()])
     top = share.shape[1]
-    fig, axes = plots.plt.subplots(1, 2, figsize=(11, 4.6))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     for count in sorted({1, top}):
-        axes[0].plot(
-            layers,
-            share[:, count - 1],
-            marker="o",
-            markersize=3,
-            label=f"the {count} largest" if count > 1 else "the largest",
-        )
-    layer_axes(axes[0], "energy of the deltas in single dimensions", "share of the sum of squares")
-    axes[0].set_ylim(0, 1)
+        label = f"the {count} largest" if count > 1 else "the largest"
+        left.plot(layers, share[:, count - 1], marker="o", markersize=3, label=label)
+    layer_axes(left, "energy of the deltas in single dimensions", "share of the sum of squares")
+    left.set_ylim(0, 1)
     for group, color in GROUP_COLORS.items():
-        for name, style in (("coherence", "-"), ("coherence_without", "--")):
-            values = np.array([number(found[layer][name][group]) for layer in layers])
-            axes[1].plot(
-                layers,
-                values,
-                style,
-                color=color,
-                marker="o",
-                markersize=3,
-                label=group if style == "-" else None,
-            )
-    axes[1].plot(
-        [], [], "--", color=plots.EVEN_COLOR, label=f"without the {top} largest dimensions"
-    )
-    layer_axes(axes[1], "axis coherence", "mean pairwise cosine of deltas")
-    for ax in axes:
-        legend_below(ax, ax.get_legend_handles_labels()[0])
-    fig.suptitle(
-        plots.with_n(
-            f"Outlier dimensions, {Path(folder).name} {scale}, all pairs",
-            [found[layer]["n"] for layer in layers],
-        ),
-        fontsize=10.5,
-    )
-    return plots.save(
-        fig,
-        path_of(folder, "all", "outliers", f"outliers_{scale}"),
-        settings_of(folder, "all", scale=scale),
-        quiet=quiet,
-    )
+        for field, style in (("coherence", "-"), ("coherence_without", "--")):
+            values = np.array([number(cell[field][group]) for cell in cells.values()])
+            label = group if style == "-" else None
+            right.plot(layers, values, style, color=color, marker="o", markersize=3, label=label)
+    without = f"without the {top} largest dimensions"
+    right.plot([], [], "--", color=plots.EVEN_COLOR, label=without)
+    layer_axes(right, "axis coherence", "mean pairwise cosine of deltas")
+    for ax in (left, right):
+        legend_below(ax)
+    title = f"Outlier dimensions, {Path(folder).name} {scale}, all pairs"
+    fig.suptitle(plots.with_n(title, [cell["n"] for cell in cells.values()]), fontsize=10.5)
+    path = path_of(folder, "all", "outliers", f"outliers_{scale}")
+    return plots.save(fig, path, settings_of(folder, "all", scale=scale), quiet=quiet)
 
 
 # ---- everything ----
 
 
-def draw_scale(folder, scale, quiet=False):
+def draw_scale(folder: str | Path, scale: str, quiet: bool = False) -> list[Path]:
     """Every figure of one scale, from the files that are there -> files. UsageError where there are
     none."""
     written = []
@@ -412,7 +394,8 @@ def draw_scale(folder, scale, quiet=False):
             written += draw_consistency(folder, scale, condition, family, quiet=quiet)
         written += draw_alignment(folder, scale, condition, quiet=quiet)
         written += draw_heatmaps(folder, scale, condition, quiet=quiet)
-    written += draw_strata(folder, scale, quiet) + draw_outliers(folder, scale, quiet)
+    written += draw_strata(folder, scale, quiet)
+    written += draw_outliers(folder, scale, quiet)
     if Path(folder, "npz", f"vectors_{scale}.npz").exists():
         written += draw_pca(folder, scale, quiet=quiet)
     if read_json(folder, f"pred_stats_{scale}") is not None:

@@ -22,7 +22,7 @@ def spelled(cells: Cells) -> dict[str, Any]:
 
 
 def taken_apart(content: Mapping[str, Any]) -> Cells:
-    """The cells of a file with keys "series_L3", "L3" or "3" (series ""); other keys are left out."""
+    """The cells of a file with keys "series_L3", "L3" or "3" (series ""), other keys left out."""
     cells: Cells = {}
     for key, cell in content.items():
         match = re.fullmatch(r"(?:(.+)_)?L?(\d+)", key)

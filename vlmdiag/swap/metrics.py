@@ -78,7 +78,7 @@ def layer_rows(
     """(rows float64 of one layer, which are finite, norms); a row that is not finite reads 0 and
     has norm NaN."""
     rows = np.asarray(deltas[:, layer], dtype=np.float64)
-    finite = np.isfinite(rows).all(axis=1)
+    finite = np.asarray(np.isfinite(rows).all(axis=1))
     if not finite.all():
         rows = np.where(finite[:, None], rows, 0.0)
     return rows, finite, np.where(finite, np.linalg.norm(rows, axis=1), np.nan)
@@ -489,7 +489,8 @@ def _alignment(
     numbers["mean_delta_alignment"] = cosine(vertical.mean(0), distance.mean(0))
     numbers["low"], numbers["high"] = mean_limits(cosines, codes, num_resamples, seed)
 
-    # distance deltas dealt out again: mean(u_v) . mean(u_d) and |centred U_v U_d^T|_F / (n sqrt(n-1))
+    # distance deltas dealt out again: mean(u_v) . mean(u_d),
+    # |centred U_v U_d^T|_F / (n sqrt(n-1))
     centre_v = u_v.mean(0)
     centre_d = u_d.mean(0)
     expected = float(centre_v @ centre_d)

@@ -28,7 +28,7 @@ from vlmdiag.swap import metrics
 from vlmdiag.swap.accuracy import category_validity, prediction_stats
 from vlmdiag.swap.layer_keys import Cells, key_of, spelled
 from vlmdiag.swap.relations import CATEGORIES, GROUPS, SPLITS
-from vlmdiag.swap.saved import find_scales, read_json
+from vlmdiag.swap.saved import find_scales, read_json, read_layers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -190,7 +190,7 @@ def _write_predictions(
     of_pair = ("index", "group", "category")
     of_answer = ("pred_orig", "pred_swap", "is_correct_orig", "is_correct_swap")
     for tag in TAGS:
-        used = np.flatnonzero(facts.of_tag(tag))
+        used = np.flatnonzero(facts.of_tag(tag)).tolist()
         columns: Record = {name: [dict(pairs[row])[name] for row in used] for name in of_pair}
         for name in of_answer:
             columns[name] = [answers[row][name] for row in used]
@@ -403,18 +403,19 @@ def _summary_of(folder: Path, scale: str) -> Record:
     for order in ("orig", "swap", "both"):
         row[f"gap_{order}"] = stats[f"gap_{order}"]["value"]
 
-    alignment = read_json(folder, f"cross_alignment_{scale}") or {}
-    deepest = alignment.get(max(alignment, key=lambda name: int(name[1:]), default=""), None) or {}
+    alignment = (read_layers(folder, f"cross_alignment_{scale}") or {}).get("", {})
+    deepest = alignment[max(alignment)] if alignment else {}
     row["alignment_deepest"] = deepest.get("per_sample_mean")
     published = deepest.get("as_published", {})
     row["alignment_deepest_as_published"] = published.get("per_sample_mean")
 
     layer = (read_json(folder, f"recommended_layer_{scale}") or {}).get("recommended")
     row["recommended_layer"] = layer
-    coherence = read_json(folder, f"sign_corrected_consistency_{scale}_all_pairs") or {}
+    coherence = read_layers(folder, f"sign_corrected_consistency_{scale}_all_pairs") or {}
     for group in GROUPS:
-        row[f"{group}_coherence"] = coherence.get(key_of(group, layer), {}).get("mean")
-    vd = (read_json(folder, f"vd_ei_{scale}") or {}).get(key_of("", layer), {})
+        row[f"{group}_coherence"] = coherence.get(group, {}).get(layer, {}).get("mean")
+    entanglement = (read_layers(folder, f"vd_ei_{scale}") or {}).get("", {})
+    vd = entanglement.get(layer, {})
     row["vd_ei"] = vd.get("eq3_raw", {}).get("value")
     row["vd_ei_crossfit"] = vd.get("eq3_raw", {}).get("crossfit")
     row["vd_group_cosine"] = vd.get("group_cosine_raw", {}).get("value")

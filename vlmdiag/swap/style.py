@@ -1,14 +1,29 @@
-"""Colours, words and axes that all figures of the swap analysis share. Palette of our study's
-section 3.4."""
+"""Colours, words and axes that all figures of the swap analysis share. Palette of
+docs/studies/swap_analysis.md, section 3.4."""
+
+from __future__ import annotations
 
 import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import to_rgb
 
 from vlmdiag.figures import plots
-from vlmdiag.swap.saved import CONDITIONS, GROUPS
+from vlmdiag.swap.relations import GROUPS
+from vlmdiag.swap.saved import CONDITIONS
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from vlmdiag.swap.saved import Curve
+
+# {category: (acc_orig, acc_swap)} of unreliable(); a scale's name where only that is marked
+Marked = Mapping[str, tuple[float, float]]
 
 CATEGORY_COLORS = {
     "left": "#ff7f0e",
@@ -41,63 +56,70 @@ ALIGNMENT_COLORS = {
 UNRELIABLE = "\u2020 accuracy under 0.5 in the original or the swapped order: "
 
 
-def scale_colors(scales):
+def scale_colors(scales: Sequence[str]) -> dict[str, str]:
     """{scale: colour}: the published ones' own, any other from plots.CYCLE, far from the colours
     that the figure's other scales have."""
     colors = {scale: SCALE_COLORS[scale] for scale in scales if scale in SCALE_COLORS}
+    # grey is for nulls
+    cycle = [color for color in plots.CYCLE if len(set(to_rgb(color))) > 1]
     for scale in sorted(set(scales) - set(colors)):
-        cycle = [color for color in plots.CYCLE if len(set(to_rgb(color))) > 1]  # grey is for nulls
         start = zlib.crc32(scale.encode()) % len(cycle)
-        turn = cycle[start:] + cycle[:start]
+        candidates = cycle[start:] + cycle[:start]
         used = [np.array(to_rgb(color)) for color in colors.values()]
-        nearest = [
-            min((np.linalg.norm(to_rgb(color) - other) for other in used), default=9)
-            for color in turn
+        distances = [
+            min((float(np.linalg.norm(to_rgb(color) - other)) for other in used), default=9.0)
+            for color in candidates
         ]
-        clear = [color for color, distance in zip(turn, nearest) if distance > 0.3]
-        colors[scale] = clear[0] if clear else turn[int(np.argmax(nearest))]
+        clear = [color for color, distance in zip(candidates, distances) if distance > 0.3]
+        colors[scale] = clear[0] if clear else candidates[int(np.argmax(distances))]
     return {scale: colors[scale] for scale in scales}
 
 
-def curve_label(name, curve, gap="too few"):
+def curve_label(name: str, curve: Curve, gap: str = "too few") -> str:
     """The legend's words of one series: n, and where too few pairs left a gap."""
-    mean, n = curve["mean"], curve.get("n", np.array([]))
+    mean = curve["mean"]
+    n = curve.get("n", np.array([]))
     gaps = curve["layer"][np.isnan(mean)]
-    counts = n[~np.isnan(n)].astype(int)
     if len(gaps) == len(mean):
+        counts = n[~np.isnan(n)].astype(int)
         return f"{name}: too few pairs (n = {counts.max(initial=0)})"
     counts = n[~np.isnan(n) & ~np.isnan(mean)].astype(int) if n.size else n
     label = plots.with_n(name, counts) if len(counts) else name
-    where = ", ".join(f"L{layer}" for layer in gaps[:3]) + ", ..." * (len(gaps) > 3)
-    return f"{label}; {gap} at {where}" if len(gaps) else label
+    if not len(gaps):
+        return label
+    shown = [f"L{layer}" for layer in gaps[:3]]
+    if len(gaps) > 3:
+        shown.append("...")
+    return f"{label}; {gap} at {', '.join(shown)}"
 
 
-def path_of(folder, condition, *parts):
+def path_of(folder: str | Path, condition: str, *parts: str) -> Path:
+    """Where a figure goes."""
     return Path(folder, "plots", condition, *parts)
 
 
-def settings_of(folder, condition, **more):
-    return {
-        "results": Path(folder).name,
-        "condition": condition,
-        "tag": CONDITIONS.get(condition),
-    } | more
+def settings_of(folder: str | Path, condition: str, **more: object) -> dict[str, Any]:
+    """What a figure's metadata say."""
+    tag = CONDITIONS.get(condition)
+    return {"results": Path(folder).name, "condition": condition, "tag": tag} | more
 
 
-def listed(marked):
-    return ", ".join(
-        f"{name} " + ("(no pairs)" if np.isnan(both).all() else f"{both[0]:.2f} / {both[1]:.2f}")
-        for name, both in marked.items()
-    )
+def listed(marked: Marked) -> str:
+    """The unreliable categories with their accuracies."""
+    words = []
+    for name, (orig, swap) in marked.items():
+        is_empty = np.isnan(orig) and np.isnan(swap)
+        words.append(f"{name} (no pairs)" if is_empty else f"{name} {orig:.2f} / {swap:.2f}")
+    return ", ".join(words)
 
 
-def footnote(fig, marked):
-    """The footnote of all_with_validity: {category: (acc_orig, acc_swap)}."""
+def footnote(fig: Figure, marked: Marked) -> None:
+    """The footnote of all_with_validity."""
     if marked:
         fig.supxlabel(UNRELIABLE + listed(marked), fontsize=8, color="#444444")
 
 
-def legend(ax, columns=3):
+def legend(ax: Axes, columns: int = 3) -> None:
     """Inside the axes while it is short, else below in columns."""
     handles, labels = ax.get_legend_handles_labels()
     if len(handles) > 4 or max(map(len, labels)) > 40:
@@ -106,27 +128,36 @@ def legend(ax, columns=3):
         ax.legend()
 
 
-def legend_below(ax, handles, columns=3):
-    look = {"frameon": False, "handletextpad": 0.3, "columnspacing": 1.0, "fontsize": 8}
+def legend_below(ax: Axes, handles: Sequence[Artist] | None = None, columns: int = 3) -> None:
+    """Below the axes; handles: all of the axes by default."""
     ax.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=columns, **look
+        handles=ax.get_legend_handles_labels()[0] if handles is None else handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14),
+        ncol=columns,
+        frameon=False,
+        handletextpad=0.3,
+        columnspacing=1.0,
+        fontsize=8,
     )
 
 
-def dagger(name, marked):
+def dagger(name: str, marked: Collection[str]) -> str:
+    """The name, with a dagger where it or a category of its group is marked."""
     members = GROUPS.get(name, (name,))
     return f"{name} \u2020" if any(member in marked for member in members) else name
 
 
-def say(ax, text):
+def say(ax: Axes, text: str) -> None:
+    """A line in the middle of empty axes."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#555555")
 
 
-def draw_curve(ax, curve, label, color, **line):
+def draw_curve(ax: Axes, curve: Curve, label: str, color: str, **line: Any) -> bool:
     """One series over layers with its interval and, dotted with two standard deviations, its null.
-    -> the null was drawn."""
-    layer, mean = curve["layer"], curve["mean"]
-    ax.plot(layer, mean, color=color, label=label, marker="o", markersize=3, **line)
+    Returns whether the null was drawn."""
+    layer = curve["layer"]
+    ax.plot(layer, curve["mean"], color=color, label=label, marker="o", markersize=3, **line)
     if "low" in curve and "high" in curve:
         ax.fill_between(layer, curve["low"], curve["high"], color=color, alpha=0.18, linewidth=0)
     null = curve.get("null_mean")
@@ -134,17 +165,18 @@ def draw_curve(ax, curve, label, color, **line):
         return False
     spread = 2 * np.nan_to_num(curve.get("null_std", np.zeros(len(null))))
     ax.plot(layer, null, color=color, linestyle=":", linewidth=1)
-    ax.fill_between(
-        layer, null - spread, null + spread, color=plots.EVEN_COLOR, alpha=0.1, linewidth=0
-    )
+    low, high = null - spread, null + spread
+    ax.fill_between(layer, low, high, color=plots.EVEN_COLOR, alpha=0.1, linewidth=0)
     return True
 
 
-def null_handle(ax, text):
+def null_handle(ax: Axes, text: str) -> None:
+    """A legend entry for the nulls."""
     ax.plot([], [], color=plots.EVEN_COLOR, linestyle=":", linewidth=1, label=text)
 
 
-def layer_axes(ax, title, ylabel):
+def layer_axes(ax: Axes, title: str, ylabel: str) -> None:
+    """Axes of a figure over layers, with a line at 0."""
     ax.axhline(0, color=plots.EVEN_COLOR, linewidth=0.8, zorder=1)
     ax.set(title=title, xlabel="decoder layer", ylabel=ylabel)
     plots.layer_ticks(ax)
