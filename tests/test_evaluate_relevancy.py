@@ -696,7 +696,7 @@ def test_groups_of_tokens_are_told_apart_by_what_they_lose(three, plot, tmp_path
         assert {
             (row["n_tokens"], row["n_images"], row["gap"]) for row in rows if row["tokens"] == none
         } == {("0", "0", "")}
-        assert ("no figures, for want of tokens" in done.stdout) == (none == "seeing")
+        assert ("no figures, for there are no tokens" in done.stdout) == (none == "seeing")
 
 
 def test_gradient_relevancy_beats_random_on_the_tiny_model(shapes, command, plot, tmp_path):

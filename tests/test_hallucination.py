@@ -80,7 +80,7 @@ def test_bootstraps_draw_whole_images():
 
 def test_object_names_are_whole_words_and_longer_ones_first():
     names = ["red circle", "circle", "hot dog", "dog"]
-    assert signals.named_objects(
+    assert signals.object_words(
         "A Red circle, two dogs and a circle near hot dogs; dogma.", names
     ) == [("red circle", 2, 12), ("dog", 18, 22), ("circle", 29, 35), ("hot dog", 41, 49)]
 

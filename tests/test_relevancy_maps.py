@@ -181,7 +181,7 @@ def test_figures_of_all_tokens_and_of_one(run, shapes):
 
 
 def test_text_that_the_figures_font_cannot_draw_is_boxes():
-    import viz_relevancy
+    from vlmdiag.relevancy.map_figures import shown
 
     for text, wanted in {
         "\x1b": "□",
@@ -191,4 +191,4 @@ def test_text_that_the_figures_font_cannot_draw_is_boxes():
         " ": "' '",
         "‮x": "□x",
     }.items():
-        assert viz_relevancy.shown(text) == wanted
+        assert shown(text) == wanted

@@ -10,18 +10,27 @@ when it is first asked for, once, and kept.
 
 One lock per model surrounds every pass and is given free between the tokens' chunks, so several
 people wait for each other but never see each other's state: what belongs to a person is in a
-Session. LVLM-Stethoscope (section 1 of our study), with its defects of section 5.3 left out.
+Session. LVLM-Stethoscope (docs/studies/stethoscope.md, section 1), with its defects of section 5.3
+left out.
+
+Shapes: T tokens of the answer, L layers, H heads, P vision tokens, N positions of prompt and
+answer, S cells of a map over the picture.
 """
+
+from __future__ import annotations
 
 import hashlib
 import queue
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from vlmdiag.answers import token_spans
 from vlmdiag.cli import UsageError
@@ -32,21 +41,28 @@ from vlmdiag.model.lens import Lens, vocabulary
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample, load_image
-from vlmdiag.relevancy import methods as attribution
-from vlmdiag.relevancy import rules
+from vlmdiag.relevancy import methods, rules
 from vlmdiag.relevancy.gradients import trace
+from vlmdiag.stethoscope.limits import FILE_LIMIT, PIXEL_LIMIT, QUESTION_LIMIT, TOKEN_LIMIT
 from vlmdiag.stethoscope.warning_signals import warnings_for
 
-QUESTION_LIMIT = 1536  # characters, as LVLM-Interpret cuts them
-TOKEN_LIMIT = 1024  # generated tokens
-FILE_LIMIT = 20 * 2**20  # bytes of an uploaded picture
-PIXEL_LIMIT = 50_000_000
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from PIL.Image import Image
+
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.relevancy.gradients import Trace
+    from vlmdiag.relevancy.methods import Relevancy
+    from vlmdiag.types import VLM
+
 CHUNK = 8  # tokens between two signs of progress
 KEPT = 3  # analyses of a session
 TOP = 10  # alternatives that are kept
 ATTENTION_BUDGET = 64 * 2**20  # bytes of raw attention that an analysis keeps
 ROWS_BUDGET = 512 * 2**20  # bytes of relevancy that an analysis keeps
 TEXT = ("user", "generated")
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -62,63 +78,81 @@ class Decoding:
 
 class Model:
     """A loaded VLM, the lock around its passes, and its path from hidden states to words.
-    UsageError for models that are not decoder-only."""
 
-    def __init__(self, vlm, calibration=None):
+    calibration: of hallucination_warning.py fit. UsageError for models that are not decoder-only.
+    """
+
+    def __init__(self, vlm: VLM, calibration: dict[str, Any] | None = None) -> None:
         vlm.need("decoder-only")
-        self.calibration = calibration  # of hallucination_warning.py fit
-        self.vlm, self.lock, self.lens = vlm, threading.RLock(), Lens(vlm)
-        text = vlm.model.config.get_text_config()
-        self.depth, self.heads = len(vlm.parts.layers), text.num_attention_heads
-        self.context = getattr(text, "max_position_embeddings", None)
+        self.vlm = vlm
+        self.calibration = calibration
+        self.lock = threading.RLock()
+        self.lens = Lens(vlm)
+        text_config = vlm.model.config.get_text_config()
+        self.depth = len(vlm.parts.layers)
+        self.heads: int = text_config.num_attention_heads
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
 
 
-def part_on_cpu(vlm):
+# ---- a part of the model on another device ----
+
+
+def part_on_cpu(vlm: VLM) -> bool:
     """Run vision tower and connector on the CPU in float32 and the rest where it is:
     `--part-on-cpu`. Returns whether anything moved."""
-    if vlm.device.type != "cpu":
-        compute_on(
-            [vlm.parts.tower, vlm.parts.connector],
-            torch.device("cpu"),
-            torch.float32,
-            vlm.device,
-            vlm.dtype,
-        )
-    return vlm.device.type != "cpu"
+    if vlm.device.type == "cpu":
+        return False
+    modules = [vlm.parts.tower, vlm.parts.connector]
+    compute_on(modules, torch.device("cpu"), torch.float32, vlm.device, vlm.dtype)
+    return True
 
 
-def compute_on(modules, there, exact, home, dtype):
+def compute_on(
+    modules: Sequence[nn.Module | None],
+    there: torch.device,
+    exact: torch.dtype,
+    home: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Move modules to a device and floating type; what goes into them follows, what comes out goes
     home."""
 
-    def sent(value, device, kind):
-        if torch.is_tensor(value):
-            return value.to(device, kind) if value.is_floating_point() else value.to(device)
-        if isinstance(value, dict):  # ModelOutput is one
-            return type(value)(**{name: sent(part, device, kind) for name, part in value.items()})
-        return (
-            type(value)(sent(part, device, kind) for part in value)
-            if type(value) in (tuple, list)
-            else value
-        )
+    def follow(module: nn.Module, args: Any, options: Any) -> tuple[Any, Any]:
+        return sent(args, there, exact), sent(options, there, exact)
 
-    modules = [module for module in modules if module is not None]
-    for module in [
-        m
-        for m in modules
-        if not any(m is inner for other in modules if other is not m for inner in other.modules())
-    ]:
-        module.to(there, exact)
-        module.register_forward_pre_hook(
-            lambda _, args, options: (sent(args, there, exact), sent(options, there, exact)),
-            with_kwargs=True,
-            prepend=True,
-        )
-        module.register_forward_hook(lambda _, args, output: sent(output, home, dtype))
+    def go_home(module: nn.Module, args: Any, output: Any) -> Any:
+        return sent(output, home, dtype)
+
+    named = [module for module in modules if module is not None]
+    for module in named:
+        if not any(_is_inside(module, other) for other in named):
+            module.to(there, exact)
+            module.register_forward_pre_hook(follow, with_kwargs=True, prepend=True)
+            module.register_forward_hook(go_home)
 
 
-def read_picture(path):
+def _is_inside(module: nn.Module, other: nn.Module) -> bool:
+    return module is not other and any(module is inner for inner in other.modules())
+
+
+def sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Tensors on a device, those of floating type in the given one; containers of them alike."""
+    if torch.is_tensor(value):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if isinstance(value, dict):  # ModelOutput is one
+        return type(value)(**{name: sent(entry, device, dtype) for name, entry in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(sent(entry, device, dtype) for entry in value)
+    return value
+
+
+# ---- what is read and kept ----
+
+
+def read_picture(path: str | Path) -> Image:
     """An uploaded picture, upright RGB; UsageError in one line where it is too large or none."""
+    from PIL import Image
+
     path = Path(path)
     if path.stat().st_size > FILE_LIMIT:
         raise UsageError(
@@ -126,8 +160,6 @@ def read_picture(path):
             " MiB are read"
         )
     try:
-        from PIL import Image
-
         with Image.open(path) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise UsageError(
@@ -147,32 +179,43 @@ class ProducingStates(Probe):
 
     wants_hidden = True
 
-    def __init__(self, rows):
-        self.rows, self.states = rows, {}
+    def __init__(self, rows: Int[Tensor, " T"]) -> None:
+        self.rows = rows
+        self.states: dict[int, Float[Tensor, "T d"]] = {}
 
-    def hidden(self, index, states):
+    def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
         self.states[index] = states[0, self.rows.to(states.device)]
 
 
 @dataclass
 class Evolution:
-    """The lens at the producing rows of T tokens. ids, probs (T, L + 1, k): likeliest ids after the
-    embeddings (0) and after layer l (l + 1), the final norm applied once everywhere; chosen, rank
-    (T, L + 1): probability and rank (1 = likeliest) of the token that was produced; words: {id:
-    text}. The last entry is the model's own distribution, before temperature and top-p."""
+    """The lens at the producing rows of the tokens, after the embeddings (0) and after layer l
+    (l + 1), the final norm applied once everywhere. The last entry is the model's own distribution,
+    before temperature and top-p."""
 
-    ids: np.ndarray
-    probs: np.ndarray
-    chosen: np.ndarray
-    rank: np.ndarray
-    words: dict
+    ids: Int[np.ndarray, "T states k"]  # likeliest ids
+    probs: Float[np.ndarray, "T states k"]  # their probabilities
+    chosen: Float[np.ndarray, "T states"]  # probability of the token that was produced
+    rank: Int[np.ndarray, "T states"]  # its rank, 1 = likeliest
+    words: dict[int, str]  # text of every id
 
 
 class Analysis:
-    """One picture and question. tokens, ids, probabilities (T,) stand once answer() is through;
-    patches: the picture's patches that are selected now."""
+    """One picture and question. What the answer consists of stands once answer() is through."""
 
-    def __init__(self, model, picture, question, decoding=None):
+    # set by answer()
+    text: str
+    spans: list[tuple[int, int]]  # characters of each token in the text
+    tokens: list[str]
+    labels: list[str]  # text of each position of prompt and answer
+    groups: np.ndarray  # (N,) names of the positions' groups
+    vision: Int[np.ndarray, " P"]  # positions of the vision tokens
+    producing: Int[np.ndarray, " T"]  # positions that produced the tokens
+    probabilities: Float[np.ndarray, " T"]
+
+    def __init__(
+        self, model: Model, picture: Image, question: str, decoding: Decoding | None = None
+    ) -> None:
         question = question.strip()
         if not question:
             raise UsageError("type a question first")
@@ -180,18 +223,20 @@ class Analysis:
             raise UsageError(
                 f"the question has {len(question)} characters, at most {QUESTION_LIMIT} are read"
             )
-        self.model, self.picture, self.question, self.decoding = (
-            model,
-            picture,
-            question,
-            decoding or Decoding(),
-        )
+        self.model = model
+        self.picture = picture
+        self.question = question
+        self.decoding = decoding or Decoding()
         if not 1 <= self.decoding.max_new_tokens <= TOKEN_LIMIT:
             raise UsageError(
                 f"{self.decoding.max_new_tokens} tokens: 1 to {TOKEN_LIMIT} can be generated"
             )
-        self.ids, self.patches, self._parts = None, set(), {}
-        self._guard, self._attention, self._work = threading.RLock(), OrderedDict(), None
+        self.ids: list[int] | None = None  # of the answer
+        self.patches: set[int] = set()  # the picture's patches that are selected now
+        self._parts: dict[Any, Any] = {}
+        self._attention: OrderedDict[int, Float[np.ndarray, "T H P"]] = OrderedDict()
+        self._guard = threading.RLock()
+        self._work: tuple[Trace, list[Relevancy]] | None = None
         with model.lock:
             self.batch = model.vlm.encode([Sample("0", Path("picture.png"), question)], [picture])
         self.prompt_length = self.batch.input_ids.shape[1]
@@ -201,120 +246,131 @@ class Analysis:
                 " shorten the question"
             )
 
-    def once(self, key, make):
+    def once(self, key: object, make: Callable[[], Made]) -> Made:
         """make() for the first caller of a key, what it gave for all others."""
         if key not in self._parts:  # what is there is read without waiting for what is being made
             with self._guard:
                 if key not in self._parts:
                     self._parts[key] = make()
-        return self._parts[key]
+        return cast(Made, self._parts[key])
 
     # ---- the answer ----
 
     @property
-    def limit(self):
-        """Tokens that fit: the decoding's, or what is left of the model's context."""
-        return (
-            self.decoding.max_new_tokens
-            if not self.model.context
-            else min(self.decoding.max_new_tokens, self.model.context - self.prompt_length)
-        )
+    def answer_ids(self) -> list[int]:
+        """Ids of the answer; ValueError before answer() is through."""
+        if self.ids is None:
+            raise ValueError("there is no answer yet")
+        return self.ids
 
-    def answer(self):
+    @property
+    def limit(self) -> int:
+        """Tokens that fit: as many as the decoding allows and the model's context has room for."""
+        if not self.model.context:
+            return self.decoding.max_new_tokens
+        return min(self.decoding.max_new_tokens, self.model.context - self.prompt_length)
+
+    def answer(self) -> Iterator[str]:
         """Yield the text so far after every token. To stop listening ends the generation, and
         nothing is kept."""
         if self.ids is not None:
             yield self.text
             return
-        said, gone = queue.SimpleQueue(), threading.Event()
-        worker = threading.Thread(target=self._generate, args=(said, gone), daemon=True)
+        # the text after every token, then None, or the error that ended it
+        messages: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        listener_gone = threading.Event()
+        worker = threading.Thread(
+            target=self._generate, args=(messages, listener_gone), daemon=True
+        )
         worker.start()
         try:
-            while isinstance(piece := said.get(), str):
-                yield piece
-            if piece is not None:
-                raise piece
+            message = messages.get()
+            while isinstance(message, str):
+                yield message
+                message = messages.get()
+            if message is not None:
+                raise message
         finally:
-            gone.set()
+            listener_gone.set()
 
-    def _generate(self, said, gone):
-        vlm, how = self.model.vlm, self.decoding
+    def _generate(
+        self,
+        messages: queue.SimpleQueue[str | BaseException | None],
+        listener_gone: threading.Event,
+    ) -> None:
+        vlm, decoding = self.model.vlm, self.decoding
 
-        def stop(rows):
-            said.put(vlm.tokenizer.decode(rows[0], skip_special_tokens=True))
-            return [gone.is_set()]
+        def stop(rows: Sequence[Sequence[int]]) -> list[bool]:
+            messages.put(vlm.tokenizer.decode(rows[0], skip_special_tokens=True))
+            return [listener_gone.is_set()]
+
+        def decode(ids: Sequence[int]) -> str:
+            return vlm.tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
 
         try:
             with self.model.lock:
-                found = generate(
+                generation = generate(
                     vlm,
                     self.batch,
                     self.limit,
-                    how.do_sample,
-                    how.temperature,
-                    how.top_p,
-                    how.seed,
+                    decoding.do_sample,
+                    decoding.temperature,
+                    decoding.top_p,
+                    decoding.seed,
                     stop=stop,
                 )
-                if gone.is_set():
+                if listener_gone.is_set():
                     return
-                ids = found.ids[0]
-                self.text, self.spans = token_spans(
-                    ids,
-                    lambda some: vlm.tokenizer.decode(
-                        some, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                    ),
-                )
+                ids = generation.ids[0]
+                self.text, self.spans = token_spans(ids, decode)
                 whole = extended(self.batch, ids)
                 words = vocabulary(vlm.tokenizer, whole.input_ids[0].tolist())
             self.labels = [words[int(i)] for i in whole.input_ids[0]]
             self.groups = np.array([GROUPS[code] for code in whole.groups[0].tolist()])
             self.vision = np.flatnonzero(self.groups == "vision")
-            self.tokens, self.producing = (
-                self.labels[-len(ids) :],
-                np.arange(len(ids)) + self.prompt_length - 1,
-            )
-            self.probabilities = found.logprobs[0].exp().cpu().numpy()
-            self.ids = ids  # last: who sees it finds the rest
-            said.put(None)
+            self.tokens = self.labels[-len(ids) :]
+            self.producing = np.arange(len(ids)) + self.prompt_length - 1
+            self.probabilities = generation.logprobs[0].exp().cpu().numpy()
+            self.ids = ids  # last: whoever sees it finds everything else
+            messages.put(None)
         except BaseException as error:  # told to whoever listens
-            said.put(error)
+            messages.put(error)
 
     # ---- parts ----
 
-    def evolution(self):
+    def evolution(self) -> Evolution:
         """Evolution of all tokens, by one more pass over prompt and answer."""
         return self.once("evolution", self._evolution)
 
     @torch.inference_mode()
-    def _evolution(self):
-        vlm, lens, ids, found = self.model.vlm, self.model.lens, torch.tensor(self.ids), []
+    def _evolution(self) -> Evolution:
+        vlm, lens = self.model.vlm, self.model.lens
+        ids = torch.tensor(self.answer_ids)
+        of_states = []  # of each hidden state: (ids, probs, chosen, rank), (T, ...) each
         with self.model.lock:
-            whole = extended(self.batch, self.ids)
-            with capture(vlm, [probe := ProducingStates(torch.from_numpy(self.producing))]):
+            whole = extended(self.batch, self.answer_ids)
+            probe = ProducingStates(torch.from_numpy(self.producing))
+            with capture(vlm, [probe]):
                 prefill(vlm, whole)
             for index in sorted(probe.states):
-                parts = []
-                for states, own in zip(probe.states[index].split(64), ids.split(64)):
-                    probs = lens.logits(states).softmax(-1)
-                    best, chosen = (
-                        probs.topk(min(TOP, probs.shape[-1])),
-                        probs.gather(-1, own.to(probs.device)[:, None]),
-                    )
-                    parts.append(
-                        (best.indices, best.values, chosen[:, 0], (probs > chosen).sum(-1) + 1)
-                    )
-                found.append([torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)])
-            arrays = [np.stack(part, 1) for part in zip(*found, strict=True)]
-            return Evolution(*arrays, vocabulary(vlm.tokenizer, np.unique(arrays[0]).tolist()))
+                # 64 tokens at a time: a row of probabilities is as long as the vocabulary
+                pieces = zip(probe.states[index].split(64), ids.split(64), strict=True)
+                read = [_read_off(lens, states, produced) for states, produced in pieces]
+                columns = zip(*read, strict=True)
+                of_states.append([torch.cat(column).cpu().numpy() for column in columns])
+            arrays = [np.stack(column, 1) for column in zip(*of_states, strict=True)]
+            words = vocabulary(vlm.tokenizer, np.unique(arrays[0]).tolist())
+            return Evolution(*arrays, words)
 
-    def relevancy(self):
-        """attribution.Relevancy of all tokens at all layers."""
+    def relevancy(self) -> Relevancy:
+        """Relevancy of all tokens at all layers."""
         for _ in self.relevancy_steps():
             pass
-        return self._parts["relevancy"]
+        return cast("Relevancy", self._parts["relevancy"])
 
-    def relevancy_steps(self):
+    def relevancy_steps(self) -> Iterator[float]:
         """Compute it in chunks of tokens, yielding the share that is done. Several callers work on
         the same computation."""
         while "relevancy" not in self._parts:
@@ -322,144 +378,143 @@ class Analysis:
                 with self._guard:
                     done = self._advance()
                 yield done
-            except (
-                BaseException
-            ):  # the listener has gone, or a pass failed: the kept pass over the answer is large
+            except BaseException:
+                # the listener has gone, or a pass failed: the kept pass over the answer is large
                 self._work = None
                 raise
 
-    def _advance(self):
+    def _advance(self) -> float:
         """One chunk, or the pass that comes before them. Share done."""
-        count = len(self.ids)
         if "relevancy" in self._parts:
             return 1.0
+        count = len(self.answer_ids)
         if self._work is None:
-            if (size := 4 * count * self.model.depth * len(self.labels)) > ROWS_BUDGET:
+            size = 4 * count * self.model.depth * len(self.labels)
+            if size > ROWS_BUDGET:
                 raise UsageError(
                     f"relevancy of {count} tokens would take {size / 2**20:.0f} MiB,"
                     f" {ROWS_BUDGET / 2**20:.0f} are allowed: generate fewer tokens"
                 )
             with self.model.lock:
-                run = gathered(trace(self.model.vlm, self.batch, self.ids))
+                run = trace(self.model.vlm, self.batch, self.answer_ids)
             self._parts["norms"] = run.tokens.float().norm(dim=-1).cpu().numpy()
-            self._work = run, []
+            self._work = (run, [])
             return 0.0
-        run, parts = self._work
-        start = sum(len(part.rows) for part in parts)
+        run, chunks = self._work
+        start = sum(len(chunk.rows) for chunk in chunks)
+        stop = min(start + min(CHUNK, methods.chunk_size(run)), count)
         with self.model.lock:
-            parts.append(
-                attribution.relevancy(
-                    run, range(start, min(start + min(CHUNK, attribution.chunk_size(run)), count))
-                )
-            )
-        done = start + len(parts[-1].rows)
+            chunks.append(methods.relevancy(run, range(start, stop)))
+        done = start + len(chunks[-1].rows)
         if done == count:
-            arrays = {
-                name: [getattr(part, name) for part in parts]
-                for name in ("rows", "image", "cells", "instruction", "last", "input")
-            }
-            whole = {
-                name: None if some[0] is None else np.concatenate(some)
-                for name, some in arrays.items()
-            }
-            self._parts["relevancy"], self._work = (
-                attribution.Relevancy(parts[0].layers, **whole),
-                None,
-            )
+            self._parts["relevancy"] = joined(chunks)
+            self._work = None
         return done / count
 
-    def attention(self, layer):
-        """Raw attention (T, H, P) of the producing rows to the vision tokens in one layer, float32.
-        Layers are kept up to ATTENTION_BUDGET."""
-        if (kept := self._attention.get(layer)) is not None:
-            return kept
+    def attention(self, layer: int) -> Float[np.ndarray, "T H P"]:
+        """Raw attention of the producing rows to the vision tokens in one layer. Layers are kept up
+        to ATTENTION_BUDGET."""
+        maps = self._attention.get(layer)
+        if maps is not None:
+            return maps
         with self._guard:
             if layer not in self._attention:
                 self._read_attention(layer)
             return self._attention[layer]
 
     @torch.no_grad()
-    def _read_attention(self, layer):
-        size = 4 * len(self.ids) * self.model.heads * len(self.vision)
+    def _read_attention(self, layer: int) -> None:
+        """One pass for all layers where they fit, else for the one that is asked for."""
+        size = 4 * len(self.answer_ids) * self.model.heads * len(self.vision)
         room = max(1, ATTENTION_BUDGET // max(1, size))
+        layers = range(self.model.depth) if room >= self.model.depth else [layer]
         with self.model.lock:
-            run = trace(self.model.vlm, self.batch, self.ids, tower=False)
-            for index in range(self.model.depth) if room >= self.model.depth else [layer]:
-                core = run.layers[index].run(run.layers[index].input.detach())[1][0]
-                maps = [
-                    core.weights(head)[0][run.rows][:, run.vision]
-                    for head in range(core.query.shape[1])
-                ]
-                self._attention[index] = torch.stack(maps, 1).float().cpu().numpy()
+            run = trace(self.model.vlm, self.batch, self.answer_ids, tower=False)
+            for index in layers:
+                block = run.layers[index]
+                call = block.run(block.input.detach())[1][0]
+                of_heads = []
+                for head in range(call.query.shape[1]):
+                    weights = call.weights(head)[0]
+                    of_heads.append(weights[run.rows][:, run.vision])
+                self._attention[index] = torch.stack(of_heads, 1).float().cpu().numpy()
         while len(self._attention) > room:
             self._attention.popitem(last=False)
 
     # ---- what follows from the parts ----
 
-    def visible_text(self, token):
+    def visible_text(self, token: int) -> Int[np.ndarray, " positions"]:
         """Positions of the question and of the answer before a token: all text that its producing
         row sees, the row itself included."""
-        return np.flatnonzero(
-            np.isin(self.groups, TEXT) & (np.arange(len(self.groups)) <= self.producing[token])
-        )
+        is_text = np.isin(self.groups, TEXT)
+        is_seen = np.arange(len(self.groups)) <= self.producing[token]
+        return np.flatnonzero(is_text & is_seen)
 
-    def contribution(self, how="max", kind="share"):
-        """Visual contribution (T, L): relevancy.share or, kind 'ratio', the published agg(R_img) /
+    def contribution(self, how: str = "max", kind: str = "share") -> Float[np.ndarray, "T L"]:
+        """Visual contribution: rules.share or, kind 'ratio', the published agg(R_img) /
         agg(R_text); how: max, sum or mean."""
 
-        def make():
-            found, measure = self.relevancy(), rules.share if kind == "share" else rules.ratio_of
-            rows = [
-                measure(
-                    torch.from_numpy(found.image[t]),
-                    torch.from_numpy(found.rows[t][:, self.visible_text(t)]),
-                    how,
-                ).numpy()
-                for t in range(len(self.ids))
-            ]
+        def make() -> Float[np.ndarray, "T L"]:
+            relevancy = self.relevancy()
+            measure = rules.share if kind == "share" else rules.ratio_of
+            rows = []
+            for token in range(len(self.answer_ids)):
+                image = torch.from_numpy(relevancy.image[token])
+                text = torch.from_numpy(relevancy.rows[token][:, self.visible_text(token)])
+                rows.append(measure(image, text, how).numpy())
             return np.stack(rows)
 
         return self.once(("contribution", how, kind), make)
 
-    def place(self, count):
-        """PatchGrid of `count` cells over the picture, vision tokens or the tower's patches, or
-        None: where they lie is unknown."""
-        vlm = self.model.vlm
-        for grid in (
-            self.batch.grids[0],
-            vlm.family.patches
-            and vlm.family.patches(vlm, self.picture.size, self.batch.image_rows[0]),
-        ):
+    def place(self, count: int) -> PatchGrid | None:
+        """The grid of `count` cells over the picture, vision tokens or the tower's patches; None:
+        where they lie is unknown."""
+        family = self.model.vlm.family
+        grids = [self.batch.grids[0]]
+        if family.patches is not None:
+            rows = self.batch.image_rows[0]
+            grids.append(family.patches(self.model.vlm, self.picture.size, rows))
+        for grid in grids:
             if grid is not None and len(grid.boxes) == count:
                 return grid
         return None
 
-    def norms(self):
-        """(P,) norms of the vision tokens as the decoder reads them, float32."""
+    def norms(self) -> Float[np.ndarray, " P"]:
+        """Norms of the vision tokens as the decoder reads them."""
         self.relevancy()
-        return self._parts["norms"]
+        return cast("np.ndarray", self._parts["norms"])
 
-    def sinks(self):
-        """(P,) bool: vision tokens of outlying norm, see relevancy.sinks; they glow whatever is
-        asked."""
+    def sinks(self) -> Bool[np.ndarray, " P"]:
+        """Vision tokens of outlying norm, see rules.sinks; they glow whatever is asked."""
         return rules.sinks(torch.from_numpy(self.norms())).numpy()
 
-    def looked_at(self, patches, source="attention", layer=None, head=None):
-        """(T,) how much each token looked at some cells. attention: what the producing row puts on
-        them in one layer, mean over heads for head None; relevancy: their share of the token's
-        relevancy over the picture, gathered up to the layer, 0 where the picture has none.
+    def looked_at(
+        self,
+        patches: Collection[int],
+        source: str = "attention",
+        layer: int | None = None,
+        head: int | None = None,
+    ) -> Float[np.ndarray, " T"]:
+        """How much each token looked at some cells.
+
+        source 'attention': what the producing row puts on them in one layer (None: the last), mean
+        over heads for head None; 'relevancy': their share of the token's relevancy over the
+        picture, gathered up to the layer, 0 where the picture has none.
         """
-        layer, patches = self.model.depth - 1 if layer is None else layer, sorted(patches)
+        layer = self.model.depth - 1 if layer is None else layer
+        cells = sorted(patches)
         if source == "attention":
             maps = self.attention(layer)
-            return (maps.mean(1) if head is None else maps[:, head])[:, patches].sum(-1)
+            of_head = maps.mean(1) if head is None else maps[:, head]
+            return of_head[:, cells].sum(-1)
         picture = self.relevancy().picture[:, layer]
         total = picture.sum(-1)
-        return np.where(total > 0, picture[:, patches].sum(-1) / np.where(total > 0, total, 1), 0.0)
+        return np.where(total > 0, picture[:, cells].sum(-1) / np.where(total > 0, total, 1), 0.0)
 
-    def missing(self):
+    def missing(self) -> list[str]:
         """What this model does not tell, one line each."""
-        vlm, lines = self.model.vlm, []
+        vlm = self.model.vlm
+        lines = []
         if self.batch.grids[0] is None:
             lines.append(
                 f"{vlm.family.name}: where the vision tokens lie in the picture is unknown, so"
@@ -473,57 +528,68 @@ class Analysis:
         return lines
 
 
-def gathered(run):
-    """A trace whose maps of tower and Q-Former come to the decoder's device, for a tower that runs
-    on another."""
-    if run.tower and run.tower[0].input.device != run.rows.device:
-        home, down, across = run.rows.device, run.descend_tower, run.query_maps
-        run.descend_tower = lambda gradients, tile=0: (
-            (index, attention.to(home)) for index, attention in down(gradients, tile)
-        )
-        run.query_maps = lambda gradients: [
-            tuple(None if weights is None else weights.to(home) for weights in pair)
-            for pair in across(gradients)
-        ]
-    return run
+def _read_off(
+    lens: Lens, states: Float[Tensor, "t d"], produced: Int[Tensor, " t"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(likeliest ids (t, k), their probabilities (t, k), probability (t,) and rank (t,) of the
+    tokens that were produced) by the lens."""
+    probs = lens.logits(states).softmax(-1)
+    best = probs.topk(min(TOP, probs.shape[-1]))
+    chosen = probs.gather(-1, produced.to(probs.device)[:, None])
+    return best.indices, best.values, chosen[:, 0], (probs > chosen).sum(-1) + 1
+
+
+def joined(chunks: Sequence[Relevancy]) -> Relevancy:
+    """Relevancy of all targets from that of chunks of them."""
+
+    def whole(name: str) -> Any:
+        arrays = [getattr(chunk, name) for chunk in chunks]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    names = ("rows", "image", "cells", "instruction", "last", "input")
+    return methods.Relevancy(chunks[0].layers, **{name: whole(name) for name in names})
 
 
 class Session:
-    """What one visitor has asked: the last KEPT analyses by content, and the one that is shown;
-    turn: how many pictures were chosen so far."""
+    """What one visitor has asked."""
 
-    def __init__(self):
-        self.kept, self.current, self.turn = OrderedDict(), None, 0
+    def __init__(self) -> None:
+        self.kept: OrderedDict[str, Analysis] = OrderedDict()  # the last KEPT ones, by content
+        self.current: Analysis | None = None  # the one that is shown
+        self.turn = 0  # how many pictures were chosen so far
 
-    def analysis(self, model, picture, question, decoding):
+    def analysis(self, model: Model, picture: Image, question: str, decoding: Decoding) -> Analysis:
         """A kept one of the same picture, question and decoding, or a new one; the oldest goes."""
-        digest = hashlib.blake2b(
-            f"{picture.size}|{question.strip()}|{decoding}".encode() + picture.tobytes()
-        ).hexdigest()
-        found = self.kept.pop(digest, None) or Analysis(model, picture, question, decoding)
-        self.kept[digest] = found
+        facts = f"{picture.size}|{question.strip()}|{decoding}".encode()
+        digest = hashlib.blake2b(facts + picture.tobytes()).hexdigest()
+        analysis = self.kept.pop(digest, None)
+        if analysis is None:
+            analysis = Analysis(model, picture, question, decoding)
+        self.kept[digest] = analysis
         while len(self.kept) > KEPT:
             self.kept.popitem(last=False)
-        return found
+        return analysis
 
 
-def hallucination_warning(analysis):
+def hallucination_warning(analysis: Analysis) -> str:
     """Text of the panel 'Hallucination warning': the probability of each object word of the answer,
     by the model's calibration."""
-    model, found = analysis.model, analysis.model.calibration
-    if found is None:
+    model = analysis.model
+    calibration = model.calibration
+    if calibration is None:
         return "not calibrated: run hallucination_warning.py fit for this model"
 
-    def make():
+    def make() -> list[dict[str, Any]]:
         with model.lock:
-            return warnings_for(model.vlm, analysis.batch, analysis.ids, found["names"], found)
+            return warnings_for(
+                model.vlm, analysis.batch, analysis.answer_ids, calibration["names"], calibration
+            )
 
-    words = analysis.once("warnings", make)
     risks = [
-        f"{one['word']} {one['probability']:.0%}" for one in words if one["probability"] is not None
+        f"{word['word']} {word['probability']:.0%}"
+        for word in analysis.once("warnings", make)
+        if word["probability"] is not None
     ]
-    return (
-        "Probability that it is not in the picture: " + ", ".join(risks)
-        if risks
-        else "no object that the calibration knows is named"
-    )
+    if not risks:
+        return "no object that the calibration knows is named"
+    return "Probability that it is not in the picture: " + ", ".join(risks)

@@ -1,180 +1,392 @@
 """The stethoscope's pictures and pieces of HTML, from arrays. Text of a model or a person is
-escaped; nothing is loaded from anywhere.
+escaped by the templates of panels.html; nothing is loaded from anywhere.
 
 Colours show the value itself from 0 to a ceiling: Greens probability, Reds visual contribution,
 Blues the lens, yellow to red what lies over the picture.
+
+Shapes: T tokens of the answer, P vision tokens, S cells of a map over the picture, N positions.
 """
 
+from __future__ import annotations
+
 import base64
-import html
 import io
 import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures import overlay
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, UInt8
+    from markupsafe import Markup
+
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.stethoscope.analysis import Analysis
 
 SHOWN = 520  # pixels of the longer side of a picture in the page
 MARK = (0, 114, 178)  # selected patches
-_MAPS = {
+COLORS = {  # by matplotlib's name, (256, 3) uint8 from 0 to the ceiling
     name: (matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
     for name in ("Greens", "Reds", "Blues", "YlOrRd")
 }
-
-CSS = """
-.st { color: var(--body-text-color); font-size: 15px; line-height: 1.45; }
-.st h4 { margin: 14px 0 6px; font-size: 15px; }
-.st .note { color: var(--body-text-color) !important; opacity: .85; font-size: 14px; margin: 4px 0; }
-.st .cells { display: flex; flex-wrap: wrap; gap: 3px; }
-.st .cell { border: 2px solid transparent; border-radius: 4px; padding: 3px 7px; text-align: center; min-width: 38px; font-size: 14.5px; }
-.st .cell small { display: block; font-size: 12.5px; }
-.st .cell * { color: inherit !important; }
-.st .cell.on { border-color: #D55E00; outline: 2px solid #D55E00; }
-.st .cell bdi { white-space: pre; }
-.st .scale { display: flex; align-items: center; gap: 8px; font-size: 13.5px; margin: 6px 0; }
-.st .scale i { display: inline-block; width: 160px; height: 12px; border: 1px solid #8888; }
-.st table.bars { border-collapse: collapse; width: 100%; border: 0 !important; margin: 0; }
-.st table.bars tr, .st table.bars td { border: 0 !important; background: none; }
-.st table.bars td { padding: 1px 6px; font-size: 14px; vertical-align: middle; }
-.st table.bars td:first-child { text-align: right; white-space: pre; width: 1%; }
-.st table.bars td:last-child { width: 1%; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.st .bar { height: 13px; min-width: 1px; border-radius: 2px; }
-.st .scroll { max-height: 420px; overflow-y: auto; }
-.st .pair { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
-.st .pair > div { flex: 1 1 320px; min-width: 0; }
-.st img { max-width: 100%; height: auto; display: block; }
-.st p.answer { font-size: 17px; line-height: 2; margin: 6px 0; }
-.st p.answer span { padding: 3px 1px; border-radius: 3px; white-space: pre-wrap; }
-#pat_picture img { cursor: crosshair; }
-#examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
-"""
+_loader = jinja2.FileSystemLoader(Path(__file__).parent)
+_environment = jinja2.Environment(loader=_loader, autoescape=True)
+templates: Any = _environment.get_template("panels.html").module  # its macros
 
 
 # ---- text and colours ----
 
 
-def shown(text):
+def shown(text: object) -> str:
     """A token as it is written in the page, before escaping: a space in front is left out, line
     breaks and what cannot be seen are marked."""
-    text = str(text).encode("utf-8", "replace").decode()
-    text = "".join("\u21b5" if c == "\n" else c if c.isprintable() else "\ufffd" for c in text)
-    return text.strip(" ") or ("\u2423" * len(text) if text else "\u2205")
+    written = "".join(_visible(c) for c in str(text).encode("utf-8", "replace").decode())
+    without_space = written.strip(" ")
+    if without_space:
+        return without_space
+    return "\N{OPEN BOX}" * len(written) if written else "\N{EMPTY SET}"
 
 
-def escaped(text):
-    return html.escape(shown(text), quote=True)
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+    return character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
 
 
-def number(value):
+def number(value: float) -> str:
     """A value with the digits that tell it apart."""
-    if not math.isfinite(value):
-        return "none" if math.isnan(value) else "\u221e"
-    return (
-        f"{value:.2f}"
-        if value == 0 or abs(value) >= 0.1
-        else f"{value:.3f}"
-        if abs(value) >= 0.001
-        else f"{value:.0e}"
-    )
+    if math.isnan(value):
+        return "none"
+    if math.isinf(value):
+        return "\N{INFINITY}"
+    if value == 0 or abs(value) >= 0.1:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.0e}"
 
 
-def color(values, ceiling, name):
-    """Values (...) from 0 to the ceiling as colours (..., 3) uint8; NaN as 0."""
-    share = np.clip(
-        np.nan_to_num(np.asarray(values, float), posinf=np.inf) / (ceiling or 1.0), 0, 1
-    )
-    return _MAPS[name][(share * 255).astype(int)]
+def color(
+    values: Float[np.ndarray, "*shape"], ceiling: float, name: str
+) -> UInt8[np.ndarray, "*shape 3"]:
+    """Values from 0 to the ceiling as colours; NaN as 0."""
+    finite = np.nan_to_num(np.asarray(values, float), posinf=np.inf)
+    share = np.clip(finite / (ceiling or 1.0), 0, 1)
+    return COLORS[name][(share * 255).astype(int)]
 
 
-def style(rgb):
+def style(rgb: UInt8[np.ndarray, " 3"]) -> str:
     """CSS of a coloured cell with text that can be read on it."""
-    r, g, b = (int(part) for part in rgb)
-    return f"background:rgb({r},{g},{b});color:{'#111' if 0.299 * r + 0.587 * g + 0.114 * b > 140 else '#fff'}"
-
-
-def scale(ceiling, name, what):
-    stops = ",".join("rgb({},{},{})".format(*_MAPS[name][i]) for i in (0, 64, 128, 191, 255))
-    return (
-        '<div class="scale"><span>0</span><i'
-        f' style="background:linear-gradient(90deg,{stops})"></i><span>{number(ceiling)}'
-        f" {html.escape(what)}</span></div>"
-    )
-
-
-def page(*parts):
-    return '<div class="st">' + "".join(parts) + "</div>"
-
-
-def note(text):
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def heading(text):
-    return f"<h4>{html.escape(text)}</h4>"
-
-
-def progress(share, what):
-    return page(
-        f'<p>{html.escape(what)}: {share:.0%}</p><progress max="1" value="{share:.3f}"'
-        ' style="width:100%"></progress>'
-    )
+    r, g, b = (int(channel) for channel in rgb)
+    is_light = 0.299 * r + 0.587 * g + 0.114 * b > 140
+    return f"background:rgb({r},{g},{b});color:{'#111' if is_light else '#fff'}"
 
 
 # ---- pieces ----
 
 
-def strip(labels, values, ceiling, name, titles, marked=None, what=""):
-    """Coloured cells, one a token or layer. labels, titles: K strings; values (K,); marked: index
-    of the chosen one."""
+class Cell(NamedTuple):
+    """A coloured cell. name: what stands above its text, if anything; marked: framed."""
+
+    text: str
+    value: str
+    style: str
+    title: str
+    name: str = ""
+    marked: bool = False
+
+
+class Bar(NamedTuple):
+    """A horizontal bar. width: in per cent, with one digit."""
+
+    label: str
+    value: str
+    width: str
+    title: str
+
+
+class Piece(NamedTuple):
+    """A coloured piece of the answer's text."""
+
+    text: str
+    style: str
+    title: str
+
+
+def page(*pieces: str) -> str:
+    """A panel, of the pieces that other functions of this file make."""
+    return str(templates.page(pieces))
+
+
+def note(text: str) -> Markup:
+    return templates.note(text)
+
+
+def heading(text: str) -> Markup:
+    return templates.heading(text)
+
+
+def progress(share: float, what: str) -> str:
+    """A panel that says how far a computation is."""
+    return page(templates.progress(f"{share:.3f}", f"{share:.0%}", what))
+
+
+def scale(ceiling: float, name: str, what: str) -> Markup:
+    """The colours from 0 to the ceiling, and what they show."""
+    stops = ["rgb({},{},{})".format(*COLORS[name][i]) for i in (0, 64, 128, 191, 255)]
+    return templates.scale(",".join(stops), number(ceiling), what)
+
+
+def strip(
+    labels: Sequence[str],
+    values: Float[np.ndarray, " K"],
+    ceiling: float,
+    name: str,
+    titles: Sequence[str],
+    marked: int | None = None,
+    what: str = "",
+) -> Markup:
+    """Coloured cells, one a token. marked: index of the chosen one."""
     colors = color(values, ceiling, name)
     cells = [
-        f'<div class="cell{" on" if i == marked else ""}" style="{style(colors[i])}"'
-        f' title="{html.escape(titles[i], quote=True)}">'
-        f"<bdi>{escaped(label)}</bdi><small>{number(float(values[i]))}</small></div>"
+        Cell(
+            shown(label), number(float(values[i])), style(colors[i]), titles[i], marked=i == marked
+        )
         for i, label in enumerate(labels)
     ]
-    return f'<div class="cells">{"".join(cells)}</div>' + scale(ceiling, name, what)
+    return templates.cells(cells) + scale(ceiling, name, what)
 
 
-def bars(labels, values, ceiling=None, fill="#E69F00", titles=None):
-    """Horizontal bars from 0. labels: K strings; values (K,) >= 0."""
+def bars(
+    labels: Sequence[str],
+    values: Float[np.ndarray, " K"] | Sequence[float],
+    ceiling: float | None = None,
+    fill: str = "#E69F00",
+    titles: Sequence[str] | None = None,
+) -> Markup:
+    """Horizontal bars from 0, values >= 0. ceiling: of a full bar; None: the largest."""
     ceiling = ceiling or float(np.max(values, initial=0)) or 1.0
     rows = []
-    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+    for label, title, value in zip(labels, titles or labels, values, strict=True):
         width = 100 * min(1, max(0, float(value)) / ceiling)
-        rows.append(
-            f'<tr title="{html.escape((titles or labels)[i], quote=True)}"><td><bdi>{escaped(label)}</bdi></td>'
-            '<td><div class="bar"'
-            f' style="background:{fill};width:{width:.1f}%"></div></td><td>{number(float(value))}</td></tr>'
+        rows.append(Bar(shown(label), number(float(value)), f"{width:.1f}", title))
+    return templates.bars(rows, fill)
+
+
+def candidates(
+    words: Mapping[int, str], ids: Int[np.ndarray, " k"], probs: Float[np.ndarray, " k"]
+) -> str:
+    """Likeliest tokens as one line a token, for a title. words: {id: text}."""
+    lines = []
+    for rank, (id, p) in enumerate(zip(ids, probs, strict=True), 1):
+        lines.append(f"{rank}. {shown(words[int(id)])}  {p:.4f}")
+    return "\n".join(lines)
+
+
+def evolution_strip(analysis: Analysis, token: int) -> Markup:
+    """What the lens reads at the token's producing row after every layer, with the top candidates
+    on hover, and the produced token's probability."""
+    evolution = analysis.evolution()
+    words, ids, probs = evolution.words, evolution.ids[token], evolution.probs[token]
+    layers = [f"layer {layer}" for layer in range(len(ids) - 1)]
+    names = ["embeddings", *layers]
+    colors = color(probs[:, 0], 1.0, "Blues")
+    cells = []
+    for i, name in enumerate(names):
+        cells.append(
+            Cell(
+                text=shown(words[int(ids[i, 0])]),
+                value=number(float(probs[i, 0])),
+                style=style(colors[i]),
+                title=f"{name}\n{candidates(words, ids[i], probs[i])}",
+                name=name,
+            )
         )
-    return f'<div class="scroll"><table class="bars">{"".join(rows)}</table></div>'
-
-
-def candidates(words, ids, probs):
-    """Likeliest tokens as one line a token, for a title. words: {id: text}; ids, probs (k,)."""
-    return "\n".join(
-        f"{n}. {shown(words[int(i)])}  {p:.4f}"
-        for n, (i, p) in enumerate(zip(ids, probs, strict=True), 1)
+    ranks = list(zip(names, evolution.rank[token], strict=True))
+    return (
+        templates.cells(cells)
+        + scale(1.0, "Blues", "probability of the likeliest token after each layer")
+        + heading(f"Probability of what was produced: {shown(analysis.tokens[token])}")
+        + bars(
+            [f"{name} (rank {rank})" for name, rank in ranks],
+            evolution.chosen[token],
+            1.0,
+            "#0072B2",
+            [f"{name}: rank {rank}" for name, rank in ranks],
+        )
     )
 
 
-def probability_panel(analysis, token):
-    """Strip of the chosen tokens' probabilities, alternatives of each on hover, and of the chosen
+def answer_text(
+    analysis: Analysis, values: Float[np.ndarray, " T"], ceiling: float, what: str
+) -> Markup:
+    """The answer with every token's background by its value."""
+    colors = color(values, ceiling, "YlOrRd")
+    pieces = []
+    written = 0  # characters so far: tokens that share a character do not write it twice
+    for i, (start, stop) in enumerate(analysis.spans):
+        text = analysis.text[max(start, written) : stop]
+        written = max(written, stop)
+        if text:
+            title = f"{i}: {shown(analysis.tokens[i])}, {number(float(values[i]))}"
+            pieces.append(Piece(_printable(text), style(colors[i]), title))
+    return templates.answer(pieces) + scale(ceiling, "YlOrRd", what)
+
+
+def _printable(text: str) -> str:
+    """Text with line breaks; what else cannot be seen, or written as UTF-8, is marked."""
+    visible = "".join(c if c == "\n" else _visible(c) for c in text)
+    return visible.encode("utf-8", "replace").decode()
+
+
+# ---- over the picture ----
+
+
+class Canvas:
+    """A picture at the page's size with its grid, and grey for what is drawn over it.
+
+    grid: over the original picture; None: nothing can be drawn over it.
+    """
+
+    def __init__(
+        self, picture: Image.Image, grid: PatchGrid | None, longer_side: int = SHOWN
+    ) -> None:
+        self.picture = overlay.at_smooth_size(picture, longer_side, most_enlarged=4.0)
+        self.grid = None if grid is None else overlay.rescaled(grid, self.picture.size)
+        self._grey = overlay.pale(self.picture)
+
+    @property
+    def cells(self) -> PatchGrid:
+        """The grid; ValueError without one."""
+        if self.grid is None:
+            raise ValueError("where the cells lie in the picture is unknown")
+        return self.grid
+
+    def overlay(self, values: Float[np.ndarray, " S"], ceiling: float) -> Image.Image:
+        """Values >= 0 over the pale grey picture, from yellow to red; what has none shows the
+        picture. NaN: left out, drawn cell by cell."""
+        heat = overlay.painted(self.cells, values)
+        return overlay.blended(self._grey, heat, ceiling or 1.0, COLORS["YlOrRd"])
+
+    def patches(self, chosen: Iterable[int]) -> Image.Image:
+        """The picture with its grid lines and the chosen cells framed."""
+        image = self.picture.convert("RGB").copy()
+        draw = ImageDraw.Draw(image, "RGBA")
+        boxes = self.cells.boxes
+        for box in boxes[self.cells.has_box].tolist():
+            draw.rectangle(box, outline=(255, 255, 255, 90))
+        for index in chosen:
+            box = boxes[index].tolist()
+            draw.rectangle(box, fill=(*MARK, 110), outline=(*MARK, 255), width=2)
+        return image
+
+    def cell(self, x: float, y: float) -> int | None:
+        """Index of the smallest cell under the point (x, y), shares of width and height: a tile's,
+        not the thumbnail's; None where no cell lies."""
+        x, y = x * self.picture.width, y * self.picture.height
+        x0, y0, x1, y1 = np.nan_to_num(self.cells.boxes, nan=-1.0).T
+        is_under = self.cells.has_box & (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
+        under = np.flatnonzero(is_under)
+        if not len(under):
+            return None
+        areas = (x1 - x0) * (y1 - y0)
+        return int(under[np.argmin(areas[under])])
+
+
+def figure(image: Image.Image, alt: str) -> Markup:
+    """An <img> that holds the picture itself."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=88, subsampling=0)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return templates.image(image.width, image.height, alt, data)
+
+
+def over_picture(
+    canvas: Canvas, values: Float[np.ndarray, " S"], ceiling: float, alt: str, what: str
+) -> Markup:
+    """A map over the picture with its scale, or a note where its place is unknown."""
+    if canvas.grid is None:
+        return note(
+            "Where this model's image tokens lie in the picture is unknown, so nothing is drawn"
+            " on it."
+        )
+    return figure(canvas.overlay(values, ceiling), alt) + scale(ceiling, "YlOrRd", what)
+
+
+def word_bars(
+    analysis: Analysis, rows: Float[np.ndarray, " N"], token: int, ceiling: float | None = None
+) -> Markup:
+    """Two lists of bars: relevancy of the question's tokens and of the earlier answer's."""
+    prompt = range(analysis.prompt_length)
+    question = [i for i in prompt if analysis.groups[i] == "user"]
+    earlier = list(range(analysis.prompt_length, analysis.prompt_length + token))
+    ceiling = ceiling or float(np.max(rows[question + earlier], initial=0)) or 1.0
+    return (
+        heading("Relevancy to User Input")
+        + _bars_of(analysis, rows, question, ceiling, "#E69F00")
+        + heading("Relevancy to Previous Answer")
+        + _bars_of(analysis, rows, earlier, ceiling, "#009E73")
+    )
+
+
+def _bars_of(
+    analysis: Analysis,
+    rows: Float[np.ndarray, " N"],
+    positions: list[int],
+    ceiling: float,
+    fill: str,
+) -> Markup:
+    if not positions:
+        return note("None yet: this is the first token.")
+    labels = [f"{i - positions[0]}: {shown(analysis.labels[i])}" for i in positions]
+    return bars(labels, rows[positions], ceiling, fill)
+
+
+# ---- panels ----
+
+
+def canvas(analysis: Analysis, count: int, longer_side: int = SHOWN) -> Canvas:
+    """The Canvas of an analysis for maps over `count` cells."""
+
+    def make() -> Canvas:
+        return Canvas(analysis.picture, analysis.place(count), longer_side)
+
+    return analysis.once(("canvas", count, longer_side), make)
+
+
+def named(analysis: Analysis, token: int) -> str:
+    """A token of the answer by its number and text."""
+    return f"token {token}: {shown(analysis.tokens[token])}"
+
+
+def ceiling_of(values: Float[np.ndarray, "*shape"] | Sequence[float], percent: float) -> float:
+    """The value at the top of the colours: `percent` of the largest."""
+    values = np.asarray(values, float)
+    return float(np.max(values[np.isfinite(values)], initial=0)) * percent / 100 or 1.0
+
+
+def head_name(head: int | None) -> str:
+    """A head, or for None the mean over all."""
+    return "mean over heads" if head is None else f"head {head}"
+
+
+def probability_panel(analysis: Analysis, token: int) -> str:
+    """Strip of the produced tokens' probabilities, alternatives of each on hover, and of the chosen
     token as bars."""
     evolution = analysis.evolution()
     words = evolution.words
-    titles = [
-        f"{i}: {shown(label)}\n{candidates(words, evolution.ids[i, -1], evolution.probs[i, -1])}"
-        for i, label in enumerate(analysis.tokens)
-    ]
-    others = [words[int(i)] for i in evolution.ids[token, -1]]
-    place = (
-        "among the likeliest"
-        if analysis.ids[token] in evolution.ids[token, -1]
-        else f"not among them, at rank {evolution.rank[token, -1]}"
-    )
+    titles = []
+    for i, label in enumerate(analysis.tokens):
+        alternatives = candidates(words, evolution.ids[i, -1], evolution.probs[i, -1])
+        titles.append(f"{i}: {shown(label)}\n{alternatives}")
+    place = "among the likeliest"
+    if analysis.answer_ids[token] not in evolution.ids[token, -1]:
+        place = f"not among them, at rank {evolution.rank[token, -1]}"
     return page(
         strip(
             analysis.tokens,
@@ -186,7 +398,12 @@ def probability_panel(analysis, token):
             "probability of the token that was produced",
         ),
         heading(f"Alternatives to token {token}: {shown(analysis.tokens[token])}"),
-        bars(others, evolution.probs[token, -1], 1.0, "#009E73"),
+        bars(
+            [words[int(i)] for i in evolution.ids[token, -1]],
+            evolution.probs[token, -1],
+            1.0,
+            "#009E73",
+        ),
         note(
             f"The token that was produced is {place}. Probabilities are the model's own, before"
             " temperature and top-p."
@@ -194,353 +411,186 @@ def probability_panel(analysis, token):
     )
 
 
-def evolution_strip(analysis, token):
-    """What the lens reads at the token's producing row after every layer, with the top candidates
-    on hover, and the produced token's probability."""
-    evolution = analysis.evolution()
-    words = evolution.words
-    names = ["embeddings"] + [f"layer {layer}" for layer in range(evolution.ids.shape[1] - 1)]
-    tops, colors = evolution.probs[token, :, 0], color(evolution.probs[token, :, 0], 1.0, "Blues")
-    cells = []
-    for i, name in enumerate(names):
-        title = f"{name}\n{candidates(words, evolution.ids[token, i], evolution.probs[token, i])}"
-        word = escaped(words[int(evolution.ids[token, i, 0])])
-        cells.append(
-            f'<div class="cell" style="{style(colors[i])}"'
-            f' title="{html.escape(title, quote=True)}">'
-            f"<small>{name}</small><bdi>{word}</bdi><small>{number(float(tops[i]))}</small></div>"
-        )
-    ranks = [f"{name}: rank {rank}" for name, rank in zip(names, evolution.rank[token])]
-    return (
-        f'<div class="cells">{"".join(cells)}</div>'
-        + scale(1.0, "Blues", "probability of the likeliest token after each layer")
-        + heading(f"Probability of what was produced: {shown(analysis.tokens[token])}")
-        + bars(
-            [f"{name} (rank {rank})" for name, rank in zip(names, evolution.rank[token])],
-            evolution.chosen[token],
-            1.0,
-            "#0072B2",
-            ranks,
-        )
-    )
-
-
-def answer_text(analysis, values, ceiling, what):
-    """The answer with every token's background by its value (T,)."""
-    colors, parts, end = color(values, ceiling, "YlOrRd"), [], 0
-    for i, (start, stop) in enumerate(analysis.spans):
-        start = max(start, end)
-        piece = analysis.text[start:stop]
-        if piece:
-            piece = html.escape(
-                "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in piece)
-                .encode("utf-8", "replace")
-                .decode()
-            )
-            parts.append(
-                f'<span style="{style(colors[i])}" title="{i}: {escaped(analysis.tokens[i])},'
-                f' {number(float(values[i]))}">{piece}</span>'
-            )
-        end = max(end, stop)
-    return f'<p class="answer">{"".join(parts)}</p>' + scale(ceiling, "YlOrRd", what)
-
-
-# ---- over the picture ----
-
-
-class Canvas:
-    """A picture at the page's size with its grid, and grey for what is drawn over it. grid:
-    PatchGrid over the original, or None."""
-
-    def __init__(self, picture, grid, longer_side=SHOWN):
-        factor = min(4.0, longer_side / max(picture.size))
-        size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        self.picture, self.size = picture.resize(size, Image.Resampling.LANCZOS), size
-        self.grid = None
-        if grid is not None:
-            factors = np.array([size[0] / picture.width, size[1] / picture.height] * 2)
-            self.grid = PatchGrid(grid.boxes * factors, grid.shape, size)
-        self._grey = np.asarray(self.picture.convert("L"), np.float32)[..., None] * 0.5 + 127.5
-
-    def overlay(self, values, ceiling):
-        """Values (P,) >= 0 over the pale grey picture, from yellow to red; what has none shows the
-        picture. -> PIL. NaN: left out, drawn cell by cell."""
-        painted = np.nan_to_num(
-            self.grid.paint(np.nan_to_num(values), smooth=not np.isnan(values).any())
-        )
-        share = np.clip(painted / (ceiling or 1.0), 0, 1).astype(np.float32)
-        alpha = 0.9 * np.sqrt(share)[..., None]
-        return Image.fromarray(
-            (self._grey * (1 - alpha) + color(share, 1.0, "YlOrRd") * alpha).astype(np.uint8)
-        )
-
-    def patches(self, chosen, values=None, ceiling=1.0):
-        """The picture with its grid lines and the chosen cells framed, over an overlay where values
-        (P,) are given. -> PIL"""
-        image = (
-            self.picture.convert("RGB").copy() if values is None else self.overlay(values, ceiling)
-        )
-        draw = ImageDraw.Draw(image, "RGBA")
-        for box in self.grid.boxes[self.grid.has_box].tolist():
-            draw.rectangle(box, outline=(255, 255, 255, 90))
-        for index in chosen:
-            draw.rectangle(
-                self.grid.boxes[index].tolist(), fill=(*MARK, 110), outline=(*MARK, 255), width=2
-            )
-        return image
-
-    def cell(self, x, y):
-        """Index of the smallest cell under the point (x, y), shares of width and height: a tile's,
-        not the thumbnail's; None where no cell lies."""
-        x, y = x * self.size[0], y * self.size[1]
-        x0, y0, x1, y1 = np.nan_to_num(self.grid.boxes, nan=-1.0).T
-        found = np.flatnonzero(self.grid.has_box & (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
-        return (
-            int(min(found, key=lambda cell: (x1[cell] - x0[cell]) * (y1[cell] - y0[cell])))
-            if len(found)
-            else None
-        )
-
-
-def figure(image, alt):
-    """An <img> that holds the picture itself."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=88, subsampling=0)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img width="{image.width}" height="{image.height}" alt="{html.escape(alt, quote=True)}"'
-        f' src="data:image/jpeg;base64,{data}">'
-    )
-
-
-def over_picture(canvas, values, ceiling, alt, what):
-    if canvas.grid is None:
-        return note(
-            "Where this model's image tokens lie in the picture is unknown, so nothing is drawn"
-            " on it."
-        )
-    return figure(canvas.overlay(values, ceiling), alt) + scale(ceiling, "YlOrRd", what)
-
-
-def word_bars(analysis, rows, token, ceiling=None):
-    """Two lists of bars: relevancy (N,) of the question's tokens and of the earlier answer's."""
-    question = [i for i in range(analysis.prompt_length) if analysis.groups[i] == "user"]
-    earlier = list(range(analysis.prompt_length, analysis.prompt_length + token))
-    ceiling = ceiling or float(np.max(rows[question + earlier], initial=0)) or 1.0
-    parts = []
-    for title, positions, fill in (
-        ("Relevancy to User Input", question, "#E69F00"),
-        ("Relevancy to Previous Answer", earlier, "#009E73"),
-    ):
-        first = positions[0] if positions else 0
-        labels = [f"{i - first}: {shown(analysis.labels[i])}" for i in positions]
-        parts += [
-            heading(title),
-            (
-                bars(labels, rows[positions], ceiling, fill)
-                if positions
-                else note("None yet: this is the first token.")
-            ),
-        ]
-    return "".join(parts)
-
-
-# ---- panels ----
-
-
-def canvas(analysis, count, longer_side=SHOWN):
-    """The Canvas of an analysis for maps over `count` cells."""
-    return analysis.once(
-        ("canvas", count, longer_side),
-        lambda: Canvas(analysis.picture, analysis.place(count), longer_side),
-    )
-
-
-def named(analysis, token):
-    return f"token {token}: {shown(analysis.tokens[token])}"
-
-
-def ceiling_of(values, percent):
-    """The value at the top of the colours: `percent` of the largest."""
-    values = np.asarray(values, float)
-    return float(np.max(values[np.isfinite(values)], initial=0)) * percent / 100 or 1.0
-
-
-def contribution_panel(analysis, token, layer, how, kind, percent):
+def contribution_panel(
+    analysis: Analysis, token: int, layer: int, how: str, kind: str, percent: float
+) -> str:
+    """Strip of the tokens' visual contribution, see Analysis.contribution()."""
     values = analysis.contribution(how, kind)[:, layer]
-    ceiling = percent / 100 if kind == "share" else ceiling_of(values, percent)
-    what = (
-        f"{how} R_img / ({how} R_img + {how} R_text)"
-        if kind == "share"
-        else f"{how} R_img / {how} R_text"
-    )
+    if kind == "share":
+        ceiling = percent / 100
+        what = f"{how} R_img / ({how} R_img + {how} R_text)"
+    else:
+        ceiling = ceiling_of(values, percent)
+        what = f"{how} R_img / {how} R_text"
     titles = [
         f"{i}: {shown(label)}\nvisual contribution {number(float(value))}"
-        for i, (label, value) in enumerate(zip(analysis.tokens, values))
+        for i, (label, value) in enumerate(zip(analysis.tokens, values, strict=True))
     ]
-    return page(
-        strip(
-            analysis.tokens,
-            values,
-            ceiling,
-            "Reds",
-            titles,
-            token,
-            f"{what}, gathered up to layer {layer}",
-        )
-    )
+    what = f"{what}, gathered up to layer {layer}"
+    return page(strip(analysis.tokens, values, ceiling, "Reds", titles, token, what))
 
 
-def evolution_panel(analysis, token):
+def evolution_panel(analysis: Analysis, token: int) -> str:
+    """What the lens reads after every layer."""
     return page(
         heading(f"What the model would say after each layer, {named(analysis, token)}"),
         evolution_strip(analysis, token),
     )
 
 
-def relevancy_map(analysis, token, layer, hide):
-    """(values (S,), how many sinks are left out)."""
-    values, out = analysis.relevancy().picture[token, layer], analysis.sinks()
-    if not hide or len(out) != len(values):
+def relevancy_map(
+    analysis: Analysis, token: int, layer: int, hide: bool
+) -> tuple[Float[np.ndarray, " S"], int]:
+    """(map, how many sinks are left out of it). hide: leave them out."""
+    values = analysis.relevancy().picture[token, layer]
+    is_sink = analysis.sinks()
+    if not hide or len(is_sink) != len(values):
         return values, 0
-    return np.where(out, np.nan, values), int(out.sum())
+    return np.where(is_sink, np.nan, values), int(is_sink.sum())
 
 
-def relevancy_panel(analysis, token, layer, percent, hide):
+def relevancy_panel(
+    analysis: Analysis, token: int, layer: int, percent: float, hide: bool
+) -> tuple[str, str]:
     """(overlay, word bars)"""
-    found = analysis.relevancy()
+    relevancy = analysis.relevancy()
     values, hidden = relevancy_map(analysis, token, layer, hide)
-    ceiling = ceiling_of(found.picture[token], percent)
     share = float(analysis.contribution("max", "share")[token, layer])
     ratio = float(analysis.contribution("sum", "ratio")[token, layer])
+    of_token = float(relevancy.picture[token].max())
+    of_any = float(relevancy.picture.max())
     text = (
         f"Visual Contribution: share of the maximum {number(share)}; Sum R_img / R_text:"
-        f" {number(ratio)}. Largest on the picture: "
+        f" {number(ratio)}. Largest on the picture: {number(of_token)} of this token,"
+        f" {number(of_any)} of any token of the answer"
     )
-    text += (
-        f"{number(float(found.picture[token].max()))} of this token,"
-        f" {number(float(found.picture.max()))} of any token of the answer"
-    )
-    text += (
-        f". {hidden} vision tokens of outlying norm are left out"
-        if hidden
-        else ". No vision token has an outlying norm"
-        if hide
-        else ""
-    )
-    alt = f"Relevancy to Image of {named(analysis, token)}, layer {layer}"
-    picture = over_picture(
+    if hidden:
+        text += f". {hidden} vision tokens of outlying norm are left out"
+    elif hide:
+        text += ". No vision token has an outlying norm"
+    overlaid = over_picture(
         canvas(analysis, len(values)),
         values,
-        ceiling,
-        alt,
+        ceiling_of(relevancy.picture[token], percent),
+        f"Relevancy to Image of {named(analysis, token)}, layer {layer}",
         f"relevancy, gathered up to layer {layer}",
     )
-    own = ""
-    if found.instruction is not None:
-        own = note(
-            "Relevancy of the instruction that the Q-Former reads beside the picture:"
-            f" {number(float(found.instruction[token, layer].sum()))} in sum."
+    pieces = [heading(f"Relevancy to Image, {named(analysis, token)}"), overlaid, note(text)]
+    if relevancy.instruction is not None:
+        total = float(relevancy.instruction[token, layer].sum())
+        pieces.append(
+            note(
+                "Relevancy of the instruction that the Q-Former reads beside the picture:"
+                f" {number(total)} in sum."
+            )
         )
-    return page(
-        heading(f"Relevancy to Image, {named(analysis, token)}"), picture, note(text), own
-    ), page(word_bars(analysis, found.rows[token, layer], token))
+    return page(*pieces), page(word_bars(analysis, relevancy.rows[token, layer], token))
 
 
-def attention_panel(analysis, token, layer, head, percent):
-    """head: None for the mean."""
-    maps = analysis.attention(layer)[token]
-    values, mass = maps.mean(0) if head is None else maps[head], maps.sum(-1)
-    name = "mean over heads" if head is None else f"head {head}"
-    title = f"Attention of {named(analysis, token)}, layer {layer}, {name}"
-    return page(
-        '<div class="pair"><div>',
+def attention_panel(
+    analysis: Analysis, token: int, layer: int, head: int | None, percent: float
+) -> str:
+    """Raw attention over the picture, and how much each head looks at it. head: None for the
+    mean."""
+    maps = analysis.attention(layer)[token]  # (H, P)
+    values = maps.mean(0) if head is None else maps[head]
+    of_heads = maps.sum(-1)
+    title = f"Attention of {named(analysis, token)}, layer {layer}, {head_name(head)}"
+    ceiling = ceiling_of(values, percent)
+    view = canvas(analysis, len(values))
+    left = [
         heading(title),
-        over_picture(
-            canvas(analysis, len(values)),
-            values,
-            ceiling_of(values, percent),
-            title,
-            "attention weight",
-        ),
+        over_picture(view, values, ceiling, title, "attention weight"),
         note(f"On the whole picture: {number(float(values.sum()))} of 1."),
-        "</div><div>",
+    ]
+    right = [
         heading(f"Attention to the picture by head, layer {layer}"),
-        bars([f"head {h}" for h in range(len(mass))], mass, 1.0, "#0072B2"),
-        "</div></div>",
-    )
+        bars([f"head {h}" for h in range(len(of_heads))], of_heads, 1.0, "#0072B2"),
+    ]
+    return page(templates.pair([left, right]))
 
 
-def cells_of(analysis, source):
+def cells_of(analysis: Analysis, source: str) -> int:
     """How many cells the maps of a source have."""
-    return len(analysis.vision) if source == "attention" else analysis.relevancy().picture.shape[-1]
+    if source == "attention":
+        return len(analysis.vision)
+    return analysis.relevancy().picture.shape[-1]
 
 
-def selected(analysis, source):
+def selected(analysis: Analysis, source: str) -> list[int]:
     """Indices of the selected patches that are cells of a source's maps, sorted; none where the
     place of its cells is unknown."""
     grid = canvas(analysis, cells_of(analysis, source)).grid
-    return (
-        []
-        if grid is None
-        else sorted(index for index in analysis.patches if index < len(grid.boxes))
-    )
+    if grid is None:
+        return []
+    return sorted(index for index in analysis.patches if index < len(grid.boxes))
 
 
-def patch_panel(analysis, source, layer, head):
+def patch_panel(analysis: Analysis, source: str, layer: int, head: int | None) -> tuple[str, str]:
     """(the picture to be clicked, the answer coloured by what looked there)"""
     view = canvas(analysis, cells_of(analysis, source))
     if view.grid is None:
-        return page(over_picture(view, None, 1, "", "")), page(
-            note(
-                "Choose relevancy: it may reach cells whose place is known."
-                if source == "attention"
-                else ""
-            )
-        )
+        advice = ""
+        if source == "attention":
+            advice = "Choose relevancy: it may reach cells whose place is known."
+        return page(over_picture(view, np.zeros(0), 1, "", "")), page(note(advice))
     chosen = selected(analysis, source)
     picture = page(figure(view.patches(chosen), f"The picture with {len(chosen)} selected patches"))
     if not chosen:
         return picture, page(note("Click patches of the picture; click again to take one out."))
+    return picture, page(*_looked_at(analysis, chosen, source, layer, head))
+
+
+def _looked_at(
+    analysis: Analysis, chosen: Collection[int], source: str, layer: int, head: int | None
+) -> list[Markup]:
+    """The answer coloured by how much each token looked at the chosen patches."""
     values = analysis.looked_at(chosen, source, layer, head)
-    name = (
-        "" if source == "relevancy" else ", mean over heads" if head is None else f", head {head}"
-    )
-    count = f"{len(chosen)} {'patch' if len(chosen) == 1 else 'patches'}"
-    what = (
-        "share of the token's relevancy over the picture"
-        if source == "relevancy"
-        else "attention to the selected patches"
-    )
+    what = "attention to the selected patches"
+    title = f"layer {layer}, {head_name(head)}"
+    if source == "relevancy":
+        what = "share of the token's relevancy over the picture"
+        title = f"layer {layer}"
+    count = "1 patch" if len(chosen) == 1 else f"{len(chosen)} patches"
     order = np.argsort(-values, kind="stable")[:12]
-    return picture, page(
-        heading(f"{count}, layer {layer}{name}"),
+    labels = [f"{i}: {shown(analysis.tokens[i])}" for i in order]
+    return [
+        heading(f"{count}, {title}"),
         answer_text(analysis, values, ceiling_of(values, 100), what),
         heading("Tokens that looked there most"),
-        bars([f"{i}: {shown(analysis.tokens[i])}" for i in order], values[order], fill="#D55E00"),
-    )
+        bars(labels, values[order], fill="#D55E00"),
+    ]
 
 
-def compare_panel(analysis, first, second, percent):
+def compare_panel(
+    analysis: Analysis, first: tuple[int, int], second: tuple[int, int], percent: float
+) -> str:
     """Two (token, layer) side by side, on one colour scale."""
-    found = analysis.relevancy()
-    ceiling = ceiling_of(
-        [found.picture[token, layer].max() for token, layer in (first, second)], percent
-    )
+    relevancy = analysis.relevancy()
+    pairs = (first, second)
+    ceiling = ceiling_of([relevancy.picture[pair].max() for pair in pairs], percent)
     words = max(
-        float(found.rows[token, layer][analysis.visible_text(token)].max())
-        for token, layer in (first, second)
+        float(relevancy.rows[token, layer][analysis.visible_text(token)].max())
+        for token, layer in pairs
     )
-    parts = []
-    for token, layer in (first, second):
-        values, share = (
-            found.picture[token, layer],
-            float(analysis.contribution("max", "share")[token, layer]),
-        )
+    columns = []
+    for token, layer in pairs:
+        values = relevancy.picture[token, layer]
+        share = float(analysis.contribution("max", "share")[token, layer])
         title = f"{named(analysis, token)}, layer {layer}"
-        parts.append(
-            f"<div>{heading(title)}{over_picture(canvas(analysis, len(values), SHOWN // 2), values, ceiling, f'Relevancy of {title}', 'relevancy')}"
-            f"{note(f'p = {analysis.probabilities[token]:.3f}, visual contribution {number(share)} (share of the maximum)')}"
-            f"{heading('Prediction evolution')}{evolution_strip(analysis, token)}{word_bars(analysis, found.rows[token, layer], token, words)}</div>"
+        view = canvas(analysis, len(values), SHOWN // 2)
+        probability = analysis.probabilities[token]
+        columns.append(
+            [
+                heading(title),
+                over_picture(view, values, ceiling, f"Relevancy of {title}", "relevancy"),
+                note(
+                    f"p = {probability:.3f}, visual contribution {number(share)} (share of the"
+                    " maximum)"
+                ),
+                heading("Prediction evolution"),
+                evolution_strip(analysis, token),
+                word_bars(analysis, relevancy.rows[token, layer], token, words),
+            ]
         )
-    return page('<div class="pair">', *parts, "</div>")
+    return page(templates.pair(columns))

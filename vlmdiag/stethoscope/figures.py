@@ -1,0 +1,252 @@
+"""The stethoscope's panels as figures for paper; views.py draws the same for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.colors import Normalize
+
+from vlmdiag.figures import plots
+from vlmdiag.pictures import overlay
+from vlmdiag.stethoscope import views
+from vlmdiag.stethoscope.views import Canvas, ceiling_of, cells_of, named, selected
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from vlmdiag.stethoscope.analysis import Analysis
+
+COLUMNS = 20  # tokens in one figure
+WORDS = 40  # tokens of question and earlier answer
+PICTURE = 480  # pixels of a picture's longer side
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where the page's controls stand. head, att_head, pat_head: None for the mean over heads."""
+
+    token: int = 0
+    vc_layer: int = -1
+    vc_mode: str = "max"
+    vc_kind: str = "share"
+    rel_layer: int = -1
+    rel_hide: bool = False
+    att_layer: int = -1
+    att_head: int | None = None
+    pat_source: str = "attention"
+    pat_layer: int = -1
+    pat_head: int | None = None
+    cmp_layer: int = -1
+    cmp_token: int = 0
+    cmp_other: int = -1
+
+
+def looked_at(analysis: Analysis, shown: Shown, chosen: Sequence[int]) -> Float[np.ndarray, " T"]:
+    """How much each token looked at the chosen patches, as the patch selector says it."""
+    layer = shown.pat_layer % analysis.model.depth
+    return analysis.looked_at(chosen, shown.pat_source, layer, shown.pat_head)
+
+
+def label(text: str) -> str:
+    """A token as a figure can draw it."""
+    return views.shown(text).replace("$", r"\$")
+
+
+def window(analysis: Analysis, token: int) -> tuple[list[int], list[str]]:
+    """At most COLUMNS tokens around the chosen one, and their labels."""
+    start = max(0, min(token - COLUMNS // 2, len(analysis.tokens) - COLUMNS))
+    which = list(range(start, min(start + COLUMNS, len(analysis.tokens))))
+    return which, [f"{i}:{label(analysis.tokens[i])}" for i in which]
+
+
+def draw_probabilities(analysis: Analysis, shown: Shown) -> Figure:
+    """Probability of every token, and the alternatives to the chosen one."""
+    which, labels = window(analysis, shown.token)
+    lens = analysis.evolution()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 1.4))
+    left.bar(range(len(which)), analysis.probabilities[which], color=plots.GREEN)
+    _token_axis(left, labels)
+    left.set(title="probability of the token that was produced", ylabel="probability", ylim=(0, 1))
+    others = [label(lens.words[int(i)]) for i in lens.ids[shown.token, -1]]
+    right.barh(range(len(others)), lens.probs[shown.token, -1], color=plots.SKY)
+    right.set_yticks(range(len(others)), others, fontsize=8)
+    right.set(
+        title=f"alternatives to {label(named(analysis, shown.token))}",
+        xlabel="probability",
+        xlim=(0, 1),
+    )
+    right.invert_yaxis()
+    return figure
+
+
+def draw_contribution(analysis: Analysis, shown: Shown) -> Figure:
+    """Visual contribution of tokens by layer."""
+    which, labels = window(analysis, shown.token)
+    values = analysis.contribution(shown.vc_mode, shown.vc_kind)[which].T  # (L, tokens)
+    image, text = f"{shown.vc_mode} R_img", f"{shown.vc_mode} R_text"
+    is_share = shown.vc_kind == "share"
+    what = f"{image} / ({image} + {text})" if is_share else f"{image} / {text}"
+    figure, axis = plt.subplots(figsize=(11, 0.22 * len(values) + 2.6))
+    title = f"visual contribution: {what}, gathered up to each layer"
+    top = 1 if is_share else None
+    colored = plots.heatmap(axis, values, title, 0, top, "", cmap="Reds")
+    figure.colorbar(colored, ax=axis, label=what).ax.grid(False)
+    _token_axis(axis, labels)
+    return figure
+
+
+def draw_evolution(analysis: Analysis, shown: Shown) -> Figure:
+    """The likeliest token after each layer, written into its cell."""
+    which, labels = window(analysis, shown.token)
+    lens = analysis.evolution()
+    tops = lens.probs[which, :, 0].T  # (L + 1, tokens)
+    ids = lens.ids[which, :, 0].T
+    words = np.vectorize(lambda id: label(lens.words[int(id)])[:9], otypes=[object])(ids)
+    figure, axis = plt.subplots(figsize=(12, 0.3 * len(tops) + 2.2))
+    sns.heatmap(
+        tops,
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+        annot=words,
+        fmt="",
+        annot_kws={"fontsize": 6.5},
+        cbar_kws={"label": "probability"},
+        ax=axis,
+    )
+    axis.grid(False)
+    axis.set(title="likeliest token after each layer (final norm and LM head)", ylabel="layer")
+    axis.set_yticks(np.arange(len(tops)) + 0.5, ["emb", *range(len(tops) - 1)], rotation=0)
+    axis.set_xticks(np.arange(len(labels)) + 0.5, labels, rotation=60, ha="right", fontsize=8)
+    return figure
+
+
+def draw_relevancy(analysis: Analysis, shown: Shown) -> Figure | None:
+    """Relevancy of the chosen token; None where its place in the picture is unknown."""
+    layer = shown.rel_layer % analysis.model.depth
+    return _relevancy_columns(analysis, [(shown.token, layer)], shown.rel_hide)
+
+
+def draw_compare(analysis: Analysis, shown: Shown) -> Figure | None:
+    """Relevancy of two tokens or layers; None where its place in the picture is unknown."""
+    depth = analysis.model.depth
+    first = (shown.token, shown.cmp_layer % depth)
+    second = (shown.cmp_token, shown.cmp_other % depth)
+    return _relevancy_columns(analysis, [first, second])
+
+
+def _relevancy_columns(
+    analysis: Analysis, pairs: Sequence[tuple[int, int]], hide: bool = False
+) -> Figure | None:
+    """A column for each (token, layer): relevancy over the picture, and over words. hide: leave
+    out vision tokens of outlying norm."""
+    relevancy = analysis.relevancy()
+    maps = [views.relevancy_map(analysis, token, layer, hide)[0] for token, layer in pairs]
+    if analysis.place(len(maps[0])) is None:
+        return None
+    ceiling = ceiling_of([values[np.isfinite(values)].max() for values in maps], 100)
+    words = max(
+        float(relevancy.rows[token, layer][analysis.visible_text(token)].max())
+        for token, layer in pairs
+    )
+    figure, axes = plt.subplots(2, len(pairs), figsize=(6 * len(pairs), 7.5), squeeze=False)
+    for (token, layer), values, (top, bottom) in zip(pairs, maps, axes.T, strict=True):
+        share = float(analysis.contribution("max", "share")[token, layer])
+        title = (
+            f"relevancy of {named(analysis, token)}, layer {layer}\nvisual contribution {share:.2f}"
+        )
+        _over_picture(top, analysis, values, ceiling, title)
+        _words(bottom, analysis, relevancy.rows[token, layer], token, words)
+    return figure
+
+
+def draw_attention(analysis: Analysis, shown: Shown) -> Figure | None:
+    """Raw attention over the picture and by head; None where its place is unknown."""
+    layer = shown.att_layer % analysis.model.depth
+    maps = analysis.attention(layer)[shown.token]  # (H, P)
+    if analysis.place(maps.shape[-1]) is None:
+        return None
+    values = maps.mean(0) if shown.att_head is None else maps[shown.att_head]
+    head = views.head_name(shown.att_head)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
+    title = f"attention of {named(analysis, shown.token)}\nlayer {layer}, {head}"
+    _over_picture(left, analysis, values, ceiling_of(values, 100), title)
+    right.bar(range(len(maps)), maps.sum(-1), color=plots.BLUE)
+    right.set(
+        title=f"attention to the picture by head, layer {layer}",
+        xlabel="head",
+        ylabel="attention",
+        ylim=(0, 1),
+    )
+    plots.layer_ticks(right)
+    return figure
+
+
+def draw_patches(analysis: Analysis, shown: Shown) -> Figure | None:
+    """The selected patches, and how much each token looked at them; None without one."""
+    chosen = selected(analysis, shown.pat_source)
+    if not chosen:
+        return None
+    grid = analysis.place(cells_of(analysis, shown.pat_source))
+    canvas = Canvas(analysis.picture, grid, PICTURE)
+    values = looked_at(analysis, shown, chosen)
+    which, labels = window(analysis, int(np.argmax(values)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1, 1.5))
+    left.imshow(np.asarray(canvas.patches(chosen)))
+    left.set(xticks=[], yticks=[], title=f"{len(chosen)} selected patches")
+    right.bar(range(len(which)), values[which], color=plots.VERMILION)
+    _token_axis(right, labels)
+    what = "share of the picture's relevancy"
+    if shown.pat_source == "attention":
+        what = "attention to the patches"
+    right.set(title=f"{what}, layer {shown.pat_layer % analysis.model.depth}", ylabel=what)
+    return figure
+
+
+# ---- parts of figures ----
+
+
+def _token_axis(axis: Axes, labels: Sequence[str]) -> None:
+    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+
+
+def _over_picture(
+    axis: Axes, analysis: Analysis, values: Float[np.ndarray, " S"], ceiling: float, title: str
+) -> None:
+    """A map over the picture with its colour bar."""
+    canvas = Canvas(analysis.picture, analysis.place(len(values)), PICTURE)
+    overlay.show_picture(axis, np.asarray(canvas.overlay(values, ceiling)), frame=True)
+    axis.set_title(title.replace("$", r"\$"), fontsize=9)
+    overlay.color_bar(axis.figure, Normalize(0, ceiling), "YlOrRd", ax=axis, shrink=0.7)
+
+
+def _words(
+    axis: Axes, analysis: Analysis, rows: Float[np.ndarray, " N"], token: int, ceiling: float
+) -> None:
+    """Relevancy of the question and of the answer before a token, the last WORDS of them."""
+    before = range(analysis.prompt_length + token)
+    positions = [i for i in before if analysis.groups[i] in ("user", "generated")][-WORDS:]
+    is_question = [analysis.groups[i] == "user" for i in positions]
+    colors = [plots.ORANGE if question else plots.GREEN for question in is_question]
+    axis.bar(range(len(positions)), rows[positions], color=colors)
+    _token_axis(axis, [label(analysis.labels[i]) for i in positions])
+    axis.set_ylim(0, ceiling * 1.05 or 1)
+    axis.set_title("relevancy of question (orange) and earlier answer (green)", fontsize=9)
+
+
+FIGURES: dict[str, Callable[[Analysis, Shown], Figure | None]] = {
+    "probabilities": draw_probabilities,
+    "contribution": draw_contribution,
+    "evolution": draw_evolution,
+    "relevancy": draw_relevancy,
+    "attention": draw_attention,
+    "patches": draw_patches,
+    "compare": draw_compare,
+}

@@ -1,0 +1,662 @@
+"""The stethoscope's page: its layout, what each of its panels draws, and what happens when a person
+does something. Numbers come from analysis.py, pieces of HTML from views.py.
+
+Gradio calls the events as generators; what they yield are the new values of components.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import html
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import Any, TypeVar
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from vlmdiag.cli import UsageError
+from vlmdiag.runs import rundirs
+from vlmdiag.scenes.scene import floor_scene, render
+from vlmdiag.stethoscope import views
+from vlmdiag.stethoscope.analysis import (
+    Analysis,
+    Decoding,
+    Model,
+    Session,
+    hallucination_warning,
+    read_picture,
+)
+from vlmdiag.stethoscope.export import Shown, export
+from vlmdiag.stethoscope.limits import QUESTION_LIMIT
+
+EXAMPLES = (54, 7, 21)  # seeds of the drawn pictures
+QUESTION = "Describe the image."
+FIRST = "Choose a picture, type a question and press Ask."
+# where a picture was clicked, as shares of its width and height
+CLICKS = """element.addEventListener('click', event => {
+  const image = event.target.closest('img');
+  if (!image) return;
+  const box = image.getBoundingClientRect();
+  trigger('click', {
+    x: (event.clientX - box.left) / box.width,
+    y: (event.clientY - box.top) / box.height,
+  });
+});"""
+CSS = """
+.st { color: var(--body-text-color); font-size: 15px; line-height: 1.45; }
+.st h4 { margin: 14px 0 6px; font-size: 15px; }
+.st .note {
+  color: var(--body-text-color) !important;
+  opacity: .85;
+  font-size: 14px;
+  margin: 4px 0;
+}
+.st .cells { display: flex; flex-wrap: wrap; gap: 3px; }
+.st .cell {
+  border: 2px solid transparent;
+  border-radius: 4px;
+  padding: 3px 7px;
+  text-align: center;
+  min-width: 38px;
+  font-size: 14.5px;
+}
+.st .cell small { display: block; font-size: 12.5px; }
+.st .cell * { color: inherit !important; }
+.st .cell.on { border-color: #D55E00; outline: 2px solid #D55E00; }
+.st .cell bdi { white-space: pre; }
+.st .scale { display: flex; align-items: center; gap: 8px; font-size: 13.5px; margin: 6px 0; }
+.st .scale i { display: inline-block; width: 160px; height: 12px; border: 1px solid #8888; }
+.st table.bars { border-collapse: collapse; width: 100%; border: 0 !important; margin: 0; }
+.st table.bars tr, .st table.bars td { border: 0 !important; background: none; }
+.st table.bars td { padding: 1px 6px; font-size: 14px; vertical-align: middle; }
+.st table.bars td:first-child { text-align: right; white-space: pre; width: 1%; }
+.st table.bars td:last-child { width: 1%; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.st .bar { height: 13px; min-width: 1px; border-radius: 2px; }
+.st .scroll { max-height: 420px; overflow-y: auto; }
+.st .pair { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
+.st .pair > div { flex: 1 1 320px; min-width: 0; }
+.st img { max-width: 100%; height: auto; display: block; }
+.st p.answer { font-size: 17px; line-height: 2; margin: 6px 0; }
+.st p.answer span { padding: 3px 1px; border-radius: 3px; white-space: pre-wrap; }
+#pat_picture img { cursor: crosshair; }
+#examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+"""
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+# events that only draw what is kept, and those that compute
+FAST = {
+    "show_progress": "hidden",
+    "concurrency_limit": 8,
+    "trigger_mode": "always_last",
+    "api_visibility": "private",
+}
+SLOW = {"concurrency_limit": 8, "api_visibility": "private"}
+
+Component = Any  # of Gradio
+SomePanel = TypeVar("SomePanel", bound="Panel")
+Values = dict[Component, Any]  # of components, as Gradio hands them in and takes them back
+Event = Callable[..., Iterator[Values]]
+
+
+def told(function: Event) -> Event:
+    """An event whose errors become messages in the page, which stays as it was."""
+
+    @functools.wraps(function)
+    def event(*args: Any, **options: Any) -> Iterator[Values]:
+        try:
+            yield from function(*args, **options)
+        except (UsageError, ValueError) as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+        except torch.OutOfMemoryError as error:
+            raise gr.Error(
+                "The GPU's memory is full: generate fewer tokens, or start with --part-on-cpu.",
+                print_exception=False,
+            ) from error
+        except gr.Error:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise gr.Error(
+                f"{type(error).__name__}: the log has the details. Nothing else is lost.",
+                print_exception=False,
+            ) from error
+
+    return event
+
+
+def examples() -> list[Image.Image]:
+    """The drawn pictures to start with."""
+    return [render(floor_scene(Random(seed), 3, square=True)) for seed in EXAMPLES]
+
+
+# ---- controls ----
+
+
+def layer_slider(depth: int, label: str = "LLM Layer", **options: Any) -> Component:
+    return gr.Slider(0, depth - 1, depth - 1, step=1, label=label, **options)
+
+
+def ceiling_slider(label: str = "Colour ceiling, % of the largest", **options: Any) -> Component:
+    return gr.Slider(5, 100, 100, step=1, label=label, **options)
+
+
+def head_slider(heads: int, elem_id: str) -> Component:
+    return gr.Slider(-1, heads - 1, -1, step=1, label="Head (-1: mean over heads)", elem_id=elem_id)
+
+
+def head_of(value: float) -> int | None:
+    """Where a head slider stands; None: mean over heads."""
+    return None if value < 0 else int(value)
+
+
+# ---- panels ----
+
+
+class Panel:
+    """A tab: made inside of its layout, with controls and outputs; draw() gives one piece of HTML
+    for each output."""
+
+    id: str
+    title: str
+
+    def __init__(self, depth: int, heads: int) -> None:
+        self.depth = depth
+        self.heads = heads
+        self.controls: list[Component] = []
+        self.outputs: list[Component] = []
+        self.layout()
+
+    def layout(self) -> None:
+        """Make the panel's components."""
+        self.outputs = [gr.HTML(elem_id=self.id)]
+
+    def needs_relevancy(self, now: Values) -> bool:
+        """Does what it draws need relevancy? now: values of the page's components."""
+        return False
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        """The HTML of each output, for a token of the answer."""
+        raise NotImplementedError
+
+
+class Probabilities(Panel):
+    """Probability of every token with its alternatives."""
+
+    id = "probability"
+    title = "Answer Probabilities"
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        return [views.probability_panel(analysis, token)]
+
+
+class Contribution(Panel):
+    """Visual contribution of every token."""
+
+    id = "contribution"
+    title = "Visual Contribution"
+
+    def layout(self) -> None:
+        with gr.Row():
+            self.layer = layer_slider(self.depth, elem_id="vc_layer")
+            self.mode = gr.Dropdown(
+                ["max", "sum", "mean"], value="max", label="Calculation mode", elem_id="vc_mode"
+            )
+            self.kind = gr.Radio(
+                [("share of image and text", "share"), ("ratio, as published", "ratio")],
+                value="share",
+                label="Measure",
+            )
+            self.ceiling = ceiling_slider("Max vc, % of the scale", elem_id="vc_ceiling")
+        self.controls = [self.layer, self.mode, self.kind, self.ceiling]
+        super().layout()
+
+    def needs_relevancy(self, now: Values) -> bool:
+        return True
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        layer, mode, kind, percent = (now[control] for control in self.controls)
+        return [views.contribution_panel(analysis, token, layer, mode, kind, percent)]
+
+
+class PredictionEvolution(Panel):
+    """What the logit lens reads after every layer."""
+
+    id = "evolution"
+    title = "Prediction Evolution in LLM"
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        return [views.evolution_panel(analysis, token)]
+
+
+class RelevancyAnalysis(Panel):
+    """Relevancy over the picture and over words."""
+
+    id = "relevancy"
+    title = "Relevancy Analysis"
+
+    def layout(self) -> None:
+        with gr.Row():
+            self.layer = layer_slider(self.depth, elem_id="rel_layer")
+            self.ceiling = ceiling_slider(
+                "Colour ceiling, % of the token's largest in any layer", elem_id="rel_ceiling"
+            )
+            self.hide = gr.Checkbox(False, label="Leave out vision tokens of outlying norm")
+        with gr.Row():
+            picture = gr.HTML(elem_id="rel_picture", scale=3, min_width=320)
+            words = gr.HTML(elem_id="rel_words", scale=2, min_width=280)
+        self.controls = [self.layer, self.ceiling, self.hide]
+        self.outputs = [picture, words]
+
+    def needs_relevancy(self, now: Values) -> bool:
+        return True
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        layer, percent, hide = (now[control] for control in self.controls)
+        return views.relevancy_panel(analysis, token, layer, percent, hide)
+
+
+class RawAttention(Panel):
+    """Raw attention by layer and head."""
+
+    id = "attention"
+    title = "Raw Attention"
+
+    def layout(self) -> None:
+        with gr.Row():
+            self.layer = layer_slider(self.depth, elem_id="att_layer")
+            self.head = head_slider(self.heads, "att_head")
+            self.ceiling = ceiling_slider(elem_id="att_ceiling")
+        self.controls = [self.layer, self.head, self.ceiling]
+        super().layout()
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        layer, head, percent = (now[control] for control in self.controls)
+        return [views.attention_panel(analysis, token, layer, head_of(head), percent)]
+
+
+class PatchSelector(Panel):
+    """Which words looked at chosen patches."""
+
+    id = "patches"
+    title = "Patch Selector"
+
+    def layout(self) -> None:
+        with gr.Row():
+            self.source = gr.Radio(
+                ["attention", "relevancy"], value="attention", label="What looked there, by"
+            )
+            self.layer = layer_slider(self.depth, elem_id="pat_layer")
+            self.head = head_slider(self.heads, "pat_head")
+            self.clear = gr.Button("Clear", elem_id="pat_clear")
+        with gr.Row():
+            self.picture = gr.HTML(elem_id="pat_picture", js_on_load=CLICKS, scale=1, min_width=320)
+            words = gr.HTML(elem_id="pat_words", scale=1)
+        self.controls = [self.source, self.layer, self.head]
+        self.outputs = [self.picture, words]
+
+    def needs_relevancy(self, now: Values) -> bool:
+        return bool(now[self.source] == "relevancy")
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        source, layer, head = (now[control] for control in self.controls)
+        return views.patch_panel(analysis, source, layer, head_of(head))
+
+    def toggle(self, analysis: Analysis, source: str, x: float, y: float) -> None:
+        """Select the patch under a point of the picture, or take it out again."""
+        view = views.canvas(analysis, views.cells_of(analysis, source))
+        cell = None if view.grid is None else view.cell(x, y)
+        if cell is not None:
+            analysis.patches ^= {cell}
+
+
+class Compare(Panel):
+    """Two tokens or layers side by side."""
+
+    id = "compare"
+    title = "Compare"
+
+    def layout(self) -> None:
+        with gr.Row():
+            self.layer = layer_slider(
+                self.depth, "Layer of the selected token", elem_id="cmp_layer"
+            )
+            self.token = gr.Dropdown([], label="Other token", elem_id="cmp_token")
+            self.other = layer_slider(self.depth, "Layer of the other token", elem_id="cmp_other")
+            self.ceiling = ceiling_slider(elem_id="cmp_ceiling")
+        self.controls = [self.layer, self.token, self.other, self.ceiling]
+        super().layout()
+
+    def needs_relevancy(self, now: Values) -> bool:
+        return True
+
+    def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
+        layer, other_token, other_layer, percent = (now[control] for control in self.controls)
+        other = (token if other_token is None else other_token, other_layer)
+        return [views.compare_panel(analysis, (token, layer), other, percent)]
+
+
+class Export(Panel):
+    """All of it as files; draws nothing."""
+
+    id = "export"
+    title = "Export"
+
+    def layout(self) -> None:
+        self.button = gr.Button("Export everything", variant="primary", elem_id="export_all")
+        self.files = gr.File(label="Files", interactive=False, elem_id="exported")
+        self.where = gr.Textbox(
+            label="Run directory on this machine", interactive=False, elem_id="where"
+        )
+
+
+# ---- the page ----
+
+
+class Page:
+    """The page of one model. blocks: what Gradio serves."""
+
+    def __init__(self, model: Model, args: argparse.Namespace) -> None:
+        self.model = model
+        self.args = args
+        self.name = rundirs.slug(args.model_name)
+        self.pictures = examples()
+        self.blocks = gr.Blocks(
+            title="LVLM stethoscope",
+            analytics_enabled=False,
+            fill_width=True,
+            delete_cache=(600, 3600),
+        )
+        with self.blocks:
+            gr.HTML(str(views.templates.title(self.name)))
+            # of one visitor: the session, the chosen picture, the id of the open panel
+            self.session = gr.State(None)
+            self.picture = gr.State(None)
+            self.open_panel = gr.State("probability")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    self._lay_out_picture()
+                with gr.Column(scale=4, min_width=360):
+                    self._lay_out_question()
+            self.tokens = gr.Radio([], label="Answer Tokens for Selection", elem_id="tokens")
+            self._lay_out_panels()
+            self._connect()
+
+    # ---- layout ----
+
+    def _lay_out_picture(self) -> None:
+        self.upload = gr.File(
+            label="Upload a picture", file_count="single", height=120, elem_id="upload"
+        )
+        self.gallery = gr.Gallery(
+            self.pictures,
+            label="or pick an example",
+            columns=3,
+            height=165,
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="examples",
+            format="png",
+            object_fit="contain",
+        )
+        self.preview = gr.HTML(views.page(views.note("No picture yet.")), elem_id="preview")
+
+    def _lay_out_question(self) -> None:
+        self.question = gr.Textbox(
+            QUESTION, label="User", max_length=QUESTION_LIMIT, lines=2, elem_id="question"
+        )
+        with gr.Row():
+            self.ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            self.stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=110)
+        with gr.Accordion("Decoding", open=False):
+            self._lay_out_decoding()
+        self.answer = gr.Textbox(
+            label=f"{self.name} (every question stands alone)",
+            lines=3,
+            interactive=False,
+            elem_id="answer",
+        )
+        self.warning = gr.Textbox(
+            label="Hallucination warning", interactive=False, elem_id="warning"
+        )
+
+    def _lay_out_decoding(self) -> None:
+        args = self.args
+        with gr.Row():
+            do_sample = gr.Checkbox(args.do_sample, label="Sample (off: the likeliest token)")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+        with gr.Row():
+            temperature = gr.Slider(0.1, 2, args.temperature, step=0.05, label="Temperature")
+            top_p = gr.Slider(0.05, 1, args.top_p, step=0.05, label="Top P")
+        start = min(args.max_length, 128)
+        length = gr.Slider(1, args.max_length, start, step=1, label="Max new tokens")
+        self.decoding = [do_sample, temperature, top_p, length, seed]  # as answer_question() reads
+
+    def _lay_out_panels(self) -> None:
+        self.panels: dict[str, Panel] = {}
+        with gr.Tabs(overflow_behavior="wrap") as self.tabs:
+            self._tab(Probabilities)
+            self.contribution = self._tab(Contribution)
+            self._tab(PredictionEvolution)
+            self.relevancy = self._tab(RelevancyAnalysis)
+            self.attention = self._tab(RawAttention)
+            self.patches = self._tab(PatchSelector)
+            self.compare = self._tab(Compare)
+            self.export = self._tab(Export)
+
+    def _tab(self, kind: type[SomePanel]) -> SomePanel:
+        with gr.Tab(kind.title, id=kind.id):
+            panel = kind(self.model.depth, self.model.heads)
+        self.panels[kind.id] = panel
+        return panel
+
+    # ---- which event changes what ----
+
+    def _connect(self) -> None:
+        controls = [control for panel in self.panels.values() for control in panel.controls]
+        self.outputs = [output for panel in self.panels.values() for output in panel.outputs]
+        # a set: Gradio then hands in {component: value}
+        everything = {self.session, self.tokens, self.open_panel, *controls}
+        of_an_answer = [
+            self.session,
+            self.answer,
+            self.tokens,
+            self.compare.token,
+            self.warning,
+            self.export.files,
+            self.export.where,
+        ]
+        of_a_picture = [self.picture, self.preview, *of_an_answer, *self.outputs]
+        files = [self.export.files, self.export.where]
+        self.upload.upload(
+            self.take_upload,
+            [self.session, self.upload],
+            of_a_picture,
+            show_progress="hidden",
+            **SLOW,
+        )
+        self.gallery.select(
+            self.pick_example, [self.session], of_a_picture, show_progress="hidden", **SLOW
+        )
+        asked = gr.on(
+            [self.ask.click, self.question.submit],
+            self.answer_question,
+            [self.session, self.picture, self.question, *self.decoding],
+            of_an_answer,
+            show_progress="minimal",
+            trigger_mode="once",
+            **SLOW,
+        )
+        asked.success(self.show, everything, self.outputs, **FAST)
+        self.stop.click(None, None, None, cancels=[asked], api_visibility="private")
+        changed = [self.tokens.input, *(control.input for control in controls)]
+        gr.on(changed, self.show, everything, self.outputs, **FAST)
+        for tab in self.tabs.children:
+            opened = tab.select(
+                functools.partial(str, tab.id),
+                None,
+                self.open_panel,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            opened.then(self.show, everything, self.outputs, **FAST)
+        every_click = FAST | {"trigger_mode": "multiple"}
+        self.patches.picture.click(self.click_patch, everything, self.outputs, **every_click)
+        self.patches.clear.click(self.clear_patches, everything, self.outputs, **FAST)
+        self.export.button.click(self.export_files, everything, files, **SLOW)
+        self.blocks.load(self.show, everything, self.outputs, **FAST)
+
+    # ---- events ----
+
+    def _current(self, now: Values) -> Analysis | None:
+        """The analysis that a visitor looks at."""
+        session: Session | None = now[self.session]
+        return None if session is None else session.current
+
+    def _drawn(self, now: Values) -> Iterator[Values]:
+        """Draw the open panel, computing first what it needs."""
+        panel = self.panels[now[self.open_panel]]
+        if not panel.outputs:
+            return
+        analysis = self._current(now)
+        if analysis is None or now[self.tokens] is None:
+            yield dict.fromkeys(panel.outputs, views.page(views.note(FIRST)))
+            return
+        if panel.needs_relevancy(now):
+            for share in analysis.relevancy_steps():
+                piece = views.progress(share, "Computing relevancy of every token")
+                yield {panel.outputs[0]: piece}
+        token = min(now[self.tokens], len(analysis.tokens) - 1)
+        yield dict(zip(panel.outputs, panel.draw(analysis, token, now), strict=True))
+
+    @told
+    def show(self, now: Values) -> Iterator[Values]:
+        """A token, a control or a tab was chosen."""
+        yield from self._drawn(now)
+
+    def _with_picture(self, session: Session | None, picture: Image.Image) -> Iterator[Values]:
+        """A new picture: what stood there of another one goes."""
+        session = session or Session()
+        session.current = None
+        session.turn += 1
+        small = views.Canvas(picture, None, 420).picture
+        yield dict.fromkeys(self.outputs, views.page(views.note(FIRST))) | {
+            self.session: session,
+            self.picture: picture,
+            self.preview: views.page(views.figure(small, "The chosen picture")),
+            self.answer: "",
+            self.warning: "",
+            self.tokens: gr.update(choices=[], value=None),
+            self.compare.token: gr.update(choices=[], value=None),
+            self.export.files: None,
+            self.export.where: "",
+        }
+
+    @told
+    def take_upload(self, session: Session | None, path: str | None) -> Iterator[Values]:
+        """A file was uploaded, or taken away."""
+        if path is not None:
+            yield from self._with_picture(session, read_picture(path))
+
+    @told
+    def pick_example(self, session: Session | None, chosen: gr.SelectData) -> Iterator[Values]:
+        """An example was clicked."""
+        yield from self._with_picture(session, self.pictures[chosen.index])
+
+    @told
+    def answer_question(
+        self,
+        session: Session | None,
+        picture: Image.Image | None,
+        question: str,
+        do_sample: bool,
+        temperature: float,
+        top_p: float,
+        length: float,
+        seed: float,
+    ) -> Iterator[Values]:
+        """Stream the answer; then the tokens to choose from."""
+        if picture is None:
+            raise UsageError("choose a picture first")
+        session = session or Session()
+        turn = session.turn
+        decoding = Decoding(do_sample, temperature, top_p, int(length), int(seed))
+        analysis = session.analysis(self.model, picture, question, decoding)
+        session.current = None
+        for text in analysis.answer():
+            yield {self.answer: text}
+        analysis.evolution()
+        if session.turn != turn:
+            raise UsageError("another picture was chosen meanwhile; ask again")
+        session.current = analysis
+        choices = [(f"{i}:{views.shown(token)}", i) for i, token in enumerate(analysis.tokens)]
+        yield {
+            self.session: session,
+            self.answer: analysis.text,
+            self.tokens: gr.update(choices=choices, value=0),
+            self.compare.token: gr.update(choices=choices, value=min(1, len(choices) - 1)),
+            self.warning: " ".join([hallucination_warning(analysis), *analysis.missing()]),
+            self.export.files: None,
+            self.export.where: "",
+        }
+
+    @told
+    def click_patch(self, now: Values, event: gr.EventData) -> Iterator[Values]:
+        """The picture of the patch selector was clicked."""
+        analysis = self._current(now)
+        if analysis is not None:
+            x, y = float(event.x), float(event.y)
+            self.patches.toggle(analysis, now[self.patches.source], x, y)
+        yield from self._drawn(now)
+
+    @told
+    def clear_patches(self, now: Values) -> Iterator[Values]:
+        """No patch is selected any more."""
+        analysis = self._current(now)
+        if analysis is not None:
+            analysis.patches = set()
+        yield from self._drawn(now)
+
+    @told
+    def export_files(
+        self,
+        now: Values,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio finds it there)
+    ) -> Iterator[Values]:
+        """Everything that the panels show, as files."""
+        analysis = self._current(now)
+        if analysis is None:
+            raise UsageError("ask a question first, then export")
+        for share in analysis.relevancy_steps():
+            progress(share / 2, "Computing relevancy")
+        progress(0.6, "Drawing")
+        args = self.args
+        run_path, archive = export(analysis, self._shown(now), args.model_name, args.out_root)
+        yield {self.export.files: str(archive), self.export.where: str(run_path)}
+        shutil.rmtree(archive.parent)  # Gradio has a copy of its own by now
+
+    def _shown(self, now: Values) -> Shown:
+        """Where the controls stand."""
+        return Shown(
+            token=now[self.tokens] or 0,
+            vc_layer=now[self.contribution.layer],
+            vc_mode=now[self.contribution.mode],
+            vc_kind=now[self.contribution.kind],
+            rel_layer=now[self.relevancy.layer],
+            rel_hide=now[self.relevancy.hide],
+            att_layer=now[self.attention.layer],
+            att_head=head_of(now[self.attention.head]),
+            pat_source=now[self.patches.source],
+            pat_layer=now[self.patches.layer],
+            pat_head=head_of(now[self.patches.head]),
+            cmp_layer=now[self.compare.layer],
+            cmp_token=now[self.compare.token] or 0,
+            cmp_other=now[self.compare.other],
+        )
