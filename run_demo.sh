@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# 200 generated pictures, three tiny trained models, every measurement of diagnostic_tools/ under runs/, its figures under runs/figures: ./run_demo.sh
+# 200 generated pictures, three tiny trained models, every measurement of diagnostic_tools/ under
+# runs/, its figures under runs/figures: ./run_demo.sh
 # MAX_IMAGES=20 ./run_demo.sh for a first look. An interrupted demo goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -1,7 +1,22 @@
 #!/usr/bin/env bash
-# Set everything up in .venv (or the active virtual environment) and run all tests: ./run_tests.sh [pytest arguments]
+# Set everything up in .venv (or the active virtual environment) and run all tests.
+#
+#     ./run_tests.sh                       # all
+#     ./run_tests.sh fast                  # arithmetic, files, structure: under a minute, no model
+#     ./run_tests.sh tests/test_grid.py    # pytest's arguments
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./setup_env.sh
+source ./setup_env.sh tests
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
-exec python -W error::SyntaxWarning -m pytest -q -n 2 --dist loadfile "$@"
+run=(python -W error::SyntaxWarning -m pytest -q)
+if [ "${1:-}" = fast ]; then
+    shift
+    exec "${run[@]}" $(grep -l '^pytestmark = pytest.mark.fast' tests/test_*.py) "$@"
+fi
+source tests/browser.sh
+code=0
+"${run[@]}" -n 2 --dist loadfile "$@" || code=$?
+if [ -z "${BROWSER:-}" ]; then
+    echo "the tests of pages in a browser were skipped: no Chrome, Chromium or Edge is here; install one (Debian: apt-get install chromium chromium-driver)"
+fi
+exit $code

@@ -1,13 +1,33 @@
-# Sourced by run_demo.sh and run_tests.sh: a virtual environment with requirements.txt, made once, again when those change.
-# TORCH_INDEX=<index url> takes torch from another package index, such as PyTorch's own for builds without CUDA.
+# Sourced by run_demo.sh and run_tests.sh ("source setup_env.sh tests" for the tests' packages too):
+# the active virtual environment, else .venv, with this repository installed in it. Made once, and
+# again when the requirements change. uv is used where it is or can be had, for it picks PyTorch's
+# build by what the machine has: without a GPU the one without CUDA.
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    if [ ! -x .venv/bin/python ]; then
+        rm -rf .venv
+        if command -v uv >/dev/null; then
+            uv venv --quiet --seed .venv
+        elif ! python3 -m venv .venv 2>/dev/null; then
+            rm -rf .venv
+            echo "error: no virtual environment can be made here: install uv (pip install uv), or Python's venv module (Debian: apt-get install python3-venv)" >&2
+            exit 2
+        fi
+    fi
     source .venv/bin/activate
 fi
-wanted=$(cat requirements.txt requirements-test.txt pyproject.toml; pwd)
-if [ "$wanted" != "$(cat "$VIRTUAL_ENV/.installed-requirements" 2>/dev/null)" ]; then
+requirements=(requirements.txt)
+if [ "${1:-}" = tests ]; then requirements+=(requirements-test.txt); fi
+wanted=$(cat "${requirements[@]}" pyproject.toml; pwd)
+installed=$VIRTUAL_ENV/.installed-${1:-base}
+if [ "$wanted" != "$(cat "$installed" 2>/dev/null)" ]; then
+    echo "installing the packages of ${requirements[*]} into $VIRTUAL_ENV"
+    command -v uv >/dev/null || python -m pip install --quiet uv 2>/dev/null || true
+    add() { # packages or -r files
+        uv pip install --quiet "$@" 2>/dev/null || python -m pip install --quiet "$@"
+    }
     # torch by itself and first: a range in another package would bring the newest one
-    python -c 'import torch' 2>/dev/null || pip install -q "$(grep '^torch==' requirements.txt)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
-    pip install -q -r requirements.txt -r requirements-test.txt
-    printf '%s\n' "$wanted" > "$VIRTUAL_ENV/.installed-requirements"
+    torch=$(grep '^torch==' requirements.txt)
+    python -c 'import torch' 2>/dev/null || uv pip install --quiet --torch-backend auto "$torch" 2>/dev/null || add "$torch"
+    add $(printf -- '-r %s ' "${requirements[@]}")
+    printf '%s\n' "$wanted" > "$installed"
 fi

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from vlmdiag.interp import criteria
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("text", "category", "named", "published"),

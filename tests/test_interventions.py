@@ -329,10 +329,8 @@ def test_prefixes_are_shared_by_causal_families_only(load, batch_of):
     with torch.no_grad():
         cache = prefill(vlm, batch).past_key_values
     assert first_positions(vlm, cache, 7, 3).get_seq_length() == 7
-    generic = type(vlm)(
-        vlm.model, vlm.processor, generic.FAMILY, vlm.path
-    )
-    assert first_positions(generic, cache, 7, 3) is None
+    as_generic = type(vlm)(vlm.model, vlm.processor, generic.FAMILY, vlm.path)
+    assert first_positions(as_generic, cache, 7, 3) is None
 
 
 def test_conditions_keep_clear_of_the_object_and_match_its_size(load, batch_of):

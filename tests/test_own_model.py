@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 import common
-from tests.conftest import ROOT, in_process, tiny
+from tests.conftest import ROOT, in_process
 from vlmdiag.cli import UsageError
 from vlmdiag.families import find_family
 from vlmdiag.model.attention import capture
@@ -33,6 +33,7 @@ from vlmdiag.model.probes import GroupMass, RopeShift
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import methods as attribution
 from vlmdiag.relevancy.gradients import trace
+from vlmdiag.scenes import tiny_llava as tiny
 
 SIDE, PATCH = 112, 14
 

@@ -18,6 +18,8 @@ from vlmdiag.cli import UsageError
 from vlmdiag.runs import disk, rundirs
 from vlmdiag.runs.rundirs import COCO, find_runs, open_run, read_run, run_path, slug
 
+pytestmark = pytest.mark.fast
+
 REPO = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "model": "tiny",

@@ -18,6 +18,8 @@ from PIL import Image
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(7)
 

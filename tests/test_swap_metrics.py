@@ -31,6 +31,8 @@ from vlmdiag.swap.metrics import (
 from vlmdiag.swap.relations import CATEGORIES, GROUP_OF, GROUPS, SIGNS
 from vlmdiag.swap.resampling import draws
 
+pytestmark = pytest.mark.fast
+
 FEW = {"num_resamples": 50}
 
 

@@ -18,6 +18,8 @@ from vlmdiag.pictures import samples
 from vlmdiag.scenes import tunnel
 from vlmdiag.scenes.scene import CORRIDOR_COLORS
 
+pytestmark = pytest.mark.fast
+
 SMALL = ("--scene", "tunnel", "--instances", "1", "--sweep_scenes", "4")
 
 

@@ -9,7 +9,7 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from tests.conftest import sharpen
+from tests.building import sharpen
 from tests.random_models.internvl import clear, make_tokenizer, text_config
 
 TEMPLATE = (

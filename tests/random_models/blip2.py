@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from tests.conftest import build_blip
+from tests.building import build_blip
 
 MODELS = {
     f"{kind}-{text}": partial(build_blip, instruct=kind == "instructblip", text=text)

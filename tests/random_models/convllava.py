@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import ConvNextConfig
 
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
 from vlmdiag.families.convllava import ConvLlava
 from vlmdiag.families.llava_original import read_config
+from vlmdiag.scenes import tiny_llava as tiny
 
 SIDE = 768  # as published: 12 x 12 tokens
 TOWER = {

@@ -10,7 +10,7 @@ from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
     DeepseekVLImageProcessorPil,
 )
 
-from tests.conftest import sharpen
+from tests.building import sharpen
 from tests.random_models.internvl import clear, make_tokenizer, text_config
 from tests.random_models.paligemma import SIGLIP
 

@@ -13,9 +13,10 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
 from tests.random_models.llava_next import local
 from vlmdiag.families.idefics3 import PLACES
+from vlmdiag.scenes import tiny_llava as tiny
 
 TILE = 56
 TEMPLATE = (

@@ -5,7 +5,8 @@ import json
 from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, set_seed
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
+from vlmdiag.scenes import tiny_llava as tiny
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in"

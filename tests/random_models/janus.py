@@ -3,7 +3,7 @@
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, set_seed
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-from tests.conftest import sharpen
+from tests.building import sharpen
 from tests.random_models.deepseek_vl import TEMPLATE
 from tests.random_models.internvl import clear, make_tokenizer, text_config
 

@@ -12,8 +12,9 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from tests.conftest import build_llava, sharpen, tiny
+from tests.building import build_llava, sharpen
 from tests.random_models.llava_next import local
+from vlmdiag.scenes import tiny_llava as tiny
 
 TEXTS = {"phi3": Phi3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
 

@@ -20,8 +20,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
 from vlmdiag.families.generic import image_only
+from vlmdiag.scenes import tiny_llava as tiny
 
 TILE, PATCH = 60, 14
 SIDE = TILE // PATCH

@@ -7,8 +7,9 @@ import re
 import torch
 from transformers import LlamaConfig
 
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
 from vlmdiag.families.minigpt4 import MiniGpt4, read_config
+from vlmdiag.scenes import tiny_llava as tiny
 
 VISION = {
     "hidden_size": 48,

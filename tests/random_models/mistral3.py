@@ -11,9 +11,10 @@ from transformers import (
 )
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
 from tests.random_models.llava_next import local
 from vlmdiag.families.mistral3 import RowsProcessor
+from vlmdiag.scenes import tiny_llava as tiny
 
 TEMPLATE = (
     "<s>{% for message in messages %}{% if message['role'] == 'system' %}[SYSTEM_PROMPT]{{"

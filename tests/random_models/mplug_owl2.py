@@ -7,8 +7,9 @@ import re
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
 from vlmdiag.families.mplug_owl2 import MplugOwl2, read_config
+from vlmdiag.scenes import tiny_llava as tiny
 
 TOWER = {
     "hidden_size": 48,

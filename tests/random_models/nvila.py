@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tests.conftest import sharpen
+from tests.building import sharpen
 
 WORDS = (
     "is there a red circle in the image describe compared to blue square far or close from you"

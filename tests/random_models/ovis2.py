@@ -4,7 +4,7 @@ one tile."""
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2Processor, set_seed
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 
-from tests.conftest import sharpen
+from tests.building import sharpen
 from tests.random_models.internvl import TEMPLATE, clear, make_tokenizer, text_config
 
 INDICATORS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]

@@ -9,7 +9,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tests.conftest import sharpen
+from tests.building import sharpen
 from tests.random_models.internvl import clear, make_tokenizer, text_config
 
 SIGLIP = {

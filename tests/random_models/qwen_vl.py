@@ -11,8 +11,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.conftest import QWEN_TEMPLATE, build_qwen, sharpen, tiny
+from tests.building import QWEN_TEMPLATE, build_qwen, sharpen
 from tests.random_models.llava_next import local
+from vlmdiag.scenes import tiny_llava as tiny
 
 SPECIAL = [
     "<|im_start|>",

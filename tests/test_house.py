@@ -1,0 +1,183 @@
+"""The building: imports point one way, commands answer before anything heavy is loaded, versions are
+written once, a wheel works in any folder."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+pytestmark = pytest.mark.fast
+
+FOLDERS = ("diagnostic_tools", "swap_analysis", "visualize", "scripts", "data", "checkpoints")
+COMMANDS = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [ROOT / "common.py", *COMMANDS]
+for folder in ("vlmdiag", "benchmarks", "tests"):
+    SOURCES += sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports_of(path):
+    """Modules that a file imports, those for types included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_nothing_in_the_package_imports_common_or_a_command():
+    for path in sorted((ROOT / "vlmdiag").rglob("*.py")):
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert not roots & {"common", "benchmarks", "tests", *FOLDERS}, path
+
+
+def test_commands_do_not_import_commands():
+    for path in COMMANDS:
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert not roots & {"benchmarks", "tests", *FOLDERS}, path
+
+
+def test_families_import_no_other_room_and_pictures_none_that_reads_a_model():
+    allowed = {
+        "families": {"families", "pictures", "batch", "groups", "cli", "types"},
+        "pictures": {"pictures", "cli", "groups"},
+        "model": {"model", "families", "pictures", "runs", "batch", "groups", "cli", "types"},
+        "figures": {"figures", "runs", "pictures", "cli", "groups"},
+    }
+    for room, others in allowed.items():
+        for path in sorted((ROOT / "vlmdiag" / room).glob("*.py")):
+            names = [name.split(".") for name in imports_of(path)]
+            rooms = {name[1] for name in names if name[0] == "vlmdiag" and len(name) > 1}
+            assert rooms - {"CHECKOUT"} <= others, f"{path}: {sorted(rooms - others)}"
+
+
+def test_only_a_users_own_family_is_loaded_by_its_path():
+    for path in SOURCES:
+        text = path.read_text()
+        if path.name in ("test_house.py",):
+            continue
+        assert "sys.path" not in text, path
+        if path != ROOT / "vlmdiag" / "families" / "__init__.py":
+            assert "spec_from_file_location" not in text, path
+
+
+HELP = """
+import contextlib, importlib, io, sys
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        getattr(module, "parse_args", module.main)(["--help"])
+    heavy = {"torch", "transformers", "matplotlib", "pandas", "gradio"} & set(sys.modules)
+    assert not heavy, f"{name} loads {', '.join(sorted(heavy))} before its arguments are parsed"
+"""
+
+
+def test_arguments_are_parsed_before_anything_heavy_is_loaded():
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in COMMANDS]
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, "common", *names], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+
+
+def test_a_mistyped_flag_is_named_with_the_nearest_right_one():
+    command = [sys.executable, str(ROOT / "diagnostic_tools" / "psi.py")]
+    done = subprocess.run(
+        [*command, "--model_path", "x", "--num_permutation", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "--num_permutation" in done.stderr and "did you mean --num_permutations?" in done.stderr
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+def pins(file):
+    """{package: version} of a requirements file."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def test_tested_versions_lie_in_the_ranges_and_each_has_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    tested = {
+        "requirements.txt": project["dependencies"] + extras.pop("page"),
+        "requirements-test.txt": [line for lines in extras.values() for line in lines],
+    }
+    for file, ranges in tested.items():
+        wanted = {Requirement(line).name: Requirement(line).specifier for line in ranges}
+        assert set(pins(file)) == set(wanted), file
+        for name, version in pins(file).items():
+            assert version in wanted[name], f"{file}: {name}=={version}, {wanted[name]}"
+
+
+# --- a wheel --------------------------------------------------------------------------------------
+
+NOTEBOOK = """
+import common, vlmdiag
+from common import GroupMass, capture, edit, generate, load_model
+from vlmdiag.interp import lens_page
+assert common.__file__.startswith({where!r}) and vlmdiag.__file__.startswith({where!r})
+assert lens_page.TEMPLATE.exists()
+vlm = load_model({model!r})
+"""
+
+
+def test_a_wheel_works_in_a_folder_with_modules_of_these_names(tmp_path):
+    source = tmp_path / "source"  # a build leaves folders behind
+    for name in ("vlmdiag", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("common.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    done = subprocess.run(
+        [*build, "-w", str(tmp_path / "wheel"), str(source)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    installed = tmp_path / "installed"
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    zipfile.ZipFile(wheel).extractall(installed)
+    templates = {path.name for path in (ROOT / "vlmdiag").rglob("*.html")}
+    assert templates == {path.name for path in (installed / "vlmdiag").rglob("*.html")}
+    work = tmp_path / "work"
+    for name in ("models", "data", "scripts", "visualize", "plots"):
+        (work / name).mkdir(parents=True)
+        (work / name / "__init__.py").write_text("raise ImportError('not this one')")
+    for name in ("stats", "cli", "grid", "engine"):
+        (work / f"{name}.py").write_text("raise ImportError('not this one')")
+    model = str(ROOT / "checkpoints" / "tiny-llava")
+    program = NOTEBOOK.format(where=str(installed), model=model)
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=work, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_citation_of_a_study_names_a_section_that_is_there():
+    headings = {}
+    for page in (ROOT / "docs" / "studies").glob("*.md"):
+        headings[page.name] = page.read_text()
+    for path in SOURCES:
+        text = " ".join(path.read_text().split())
+        for page, section in re.findall(
+            r"docs/studies/(\w+\.md)(?:, sections? ([\d.]+|N\d))?", text
+        ):
+            assert page in headings, f"{path}: {page}"
+            number = section.rstrip(".")
+            found = re.search(rf"(^|[\s#*(]){re.escape(number)}\b", headings[page], re.MULTILINE)
+            assert not number or found, f"{path}: {page} has no section {number}"
