@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
-from tests.conftest import tiny
 from tests.random_models.convllava import SIDE, TEXT, TOWER, build
 from vlmdiag import families as models
 from vlmdiag.cli import UsageError
@@ -19,6 +18,7 @@ from vlmdiag.families import convllava
 from vlmdiag.model import loading
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
+from vlmdiag.scenes import tiny_llava as tiny
 
 QUESTION = "Is there a red circle in the image?"
 

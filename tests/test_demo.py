@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -46,7 +45,6 @@ from vlmdiag.stethoscope.export import Shown, export
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "checkpoints" / "tiny-llava"
-CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 QUESTION = "Describe the image."
 HOSTILE = '</script><img src=x onerror="window.pwned=1">\'`&lt;\u202e <image> </s>'
 
@@ -641,31 +639,15 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture
-def browse(tmp_path_factory):
-    """browse() -> a new Chromium."""
-    assert Path(CHROMIUM).exists() and Path(DRIVER).exists(), (
-        "these tests need a browser: apt-get install chromium chromium-driver"
-    )
-    opened = []
+def browse(open_browser):
+    """browse() -> a new browser."""
 
     def make():
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for flag in (
-            "--headless=new --no-sandbox --disable-gpu --no-first-run"
-            " --disable-background-networking --disable-component-update --disable-sync"
-            " --disable-dev-shm-usage --window-size=1500,1200"
-        ).split():
-            options.add_argument(flag)
-        options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        opened.append(webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)))
-        opened[-1].set_script_timeout(60)
-        return opened[-1]
+        browser = open_browser("1500,1200", {"browser": "ALL"})
+        browser.set_script_timeout(60)
+        return browser
 
-    yield make
-    for driver in opened:
-        driver.quit()
+    return make
 
 
 class Visitor:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import common
-from tests.conftest import sharpen, tiny
+from tests.building import sharpen
 from vlmdiag.cli import UsageError
 from vlmdiag.families import llava_original
 from vlmdiag.families.llava import NormedLlava
@@ -33,6 +33,7 @@ from vlmdiag.families.llava_original import CONVERSATIONS, USER
 from vlmdiag.model import prompts
 from vlmdiag.model.decoding import generate
 from vlmdiag.pictures.samples import Sample
+from vlmdiag.scenes import tiny_llava as tiny
 from vlmdiag.scenes.scene import floor_scene, render
 
 QUESTION = "Is there a red circle in the image? Where  are the 12 blue squares?\nSay: é"

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import common
-from tests.conftest import ROOT, tiny
+from tests.conftest import ROOT
 from vlmdiag.cli import UsageError
 from vlmdiag.model.vision import prefill
+from vlmdiag.scenes import tiny_llava as tiny
 
 SHARD = 16  # MiB
 MEASURE = """

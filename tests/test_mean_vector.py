@@ -24,7 +24,7 @@ from tests.test_llava_original import to_original, write_tower  # noqa: F401 -- 
 from vlmdiag.interp import targets
 from vlmdiag.model import loading
 from vlmdiag.pictures.samples import Sample, load_image
-from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs import disk
 
 SCRIPTS = ROOT / "scripts"
 TINY = ROOT / "checkpoints" / "tiny-llava"

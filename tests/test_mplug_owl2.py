@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
-from tests.conftest import tiny
 from tests.random_models.mplug_owl2 import ABSTRACTOR, MODELS, TEXT, TOWER
 from tests.test_convllava import layer_norm, linear, put_in, rms_norm, turned
 from tests.test_minigpt4 import attention
@@ -26,6 +25,7 @@ from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import methods as attribution
 from vlmdiag.relevancy.gradients import trace
+from vlmdiag.scenes import tiny_llava as tiny
 
 NAMES = list(MODELS)
 QUERIES, SIDE = ABSTRACTOR["num_learnable_queries"], TOWER["image_size"] // TOWER["patch_size"]

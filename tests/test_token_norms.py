@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import common
-from tests.conftest import build_llava, build_qwen
+from tests.building import build_llava, build_qwen
 from tests.test_llava_original import sources, to_original, write_tower  # noqa: F401 -- a fixture
 from tests.test_reading_scripts import script
 from vlmdiag.beyond_semantics import token_norm_figure, token_norms
