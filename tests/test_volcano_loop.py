@@ -17,6 +17,7 @@ from vlmdiag.model.prefix import SharedPicture, after_picture, first_positions
 from vlmdiag.model.probes import ImageAttention
 from vlmdiag.model.vision import embeddings
 from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.spread import normalized_entropy
 from vlmdiag.runs import rundirs
 from vlmdiag.volcano import maps
 from vlmdiag.volcano.conversation import converse
@@ -181,8 +182,8 @@ def test_pooling_against_loops_and_its_refusals():
         and np.isnan(maps.coverage(np.zeros(3), 0.5))
     )
     assert (
-        maps.normalized_entropy(np.ones(9)) == pytest.approx(1)
-        and maps.normalized_entropy(np.eye(9)[0]) == 0
+        normalized_entropy(np.ones(9)) == pytest.approx(1)
+        and normalized_entropy(np.eye(9)[0]) == 0
     )
 
 

@@ -21,27 +21,38 @@ Below each map its coverage in numbers: entropy over the log of the number of pa
 the share of patches that hold 50 % and 90 % of the map's sum. The span that names a thing should
 light the thing up."""
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.colors import ListedColormap, Normalize
-from PIL import Image
 
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.figures.plots import drawable, visible
-from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures import overlay
 from vlmdiag.pictures.samples import load_image
-from vlmdiag.volcano.maps import coverage, normalized_entropy, top_l_mean
+from vlmdiag.pictures.spread import normalized_entropy
+from vlmdiag.volcano.maps import coverage, top_l_mean
 from vlmdiag.volcano.tensors import STAGES, find_span, numbers, read_instance, token_maps
 
-SHOWN = 1024  # pixels of the longer side of a picture in a figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.volcano.tensors import Instance
+
 ALPHA = 0.75  # opacity of a map over the grey picture
 PANEL = 2.75  # inches
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
@@ -293,79 +304,35 @@ def read_picture(instance):
     return picture
 
 
-def at_display_size(picture, grid):
-    """The picture with a longer side of SHOWN pixels, small ones in whole multiples, and its
-    grid."""
-    times = SHOWN // max(picture.size)
-    size = (
-        [side * times for side in picture.size]
-        if times
-        else [max(1, round(side * SHOWN / max(picture.size))) for side in picture.size]
-    )
-    shown = picture.resize(size, Image.Resampling.NEAREST if times else Image.Resampling.LANCZOS)
-    return shown, PatchGrid(
-        grid.boxes * np.array([size[0] / grid.size[0], size[1] / grid.size[1]] * 2),
-        grid.shape,
-        tuple(size),
-    )
-
-
-def pale(picture):
-    """The picture in grey of low contrast, (height, width) in [0.35, 0.85], so that the colours of
-    a map over it stay apart."""
-    grey = np.asarray(picture.convert("L"), float) / 255
-    return 0.35 + 0.5 * grey
-
-
-def draw(instance, panels, scale, args):
-    """The picture and the maps, coverage below each, one colour bar -> figure."""
+def draw(
+    instance: Instance,
+    panels: Sequence[Panel],
+    scale: tuple[float, float],
+    args: argparse.Namespace,
+) -> Figure:
+    """The picture and the maps, coverage below each, one colour bar. scale: (vmin, vmax)."""
     grid, (vmin, vmax) = instance.grid, scale
     picture = None if args.no_overlay else read_picture(instance)
     normalize = Normalize(vmin, vmax if vmax > vmin else vmin + max(abs(vmin), 1e-12))
     count = len(panels) + (picture is not None)
-    columns = count if count <= 4 else 3 if count <= 6 or count == 9 else 4
-    rows = -(-count // columns)
-    left, top, right, bottom = (
-        (*np.nanmin(grid.boxes[:, :2], 0), *np.nanmax(grid.boxes[:, 2:], 0))
-        if picture is None
-        else (0, 0, *grid.size)
-    )
-    ratio = float(np.clip((bottom - top) / (right - left), 0.4, 1.6))
-    figure = plots.plt.figure(
-        figsize=(max(columns * PANEL + 0.9, 5.2), rows * (PANEL * ratio + 0.78) + 0.6)
-    )
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
+    figure, axes = panel_axes(count, _ratio(grid, picture is None))
     colors = plots.plt.get_cmap("viridis")
+    grey = None
     if picture is not None:
-        picture, grid = at_display_size(picture, grid)
-        grey = pale(picture)
-        axes[0].imshow(picture)
+        picture = overlay.at_pixel_size(picture)
+        grid = overlay.rescaled(grid, picture.size)
+        grey = overlay.pale(picture, darkest=0.35)
+        overlay.show_picture(axes[0], np.asarray(picture))
         axes[0].set_title("Picture", fontsize=10)
-        blended = ALPHA * colors(np.linspace(0, 1, 256))[:, :3] + (1 - ALPHA) * grey.mean()
-        colors = ListedColormap(blended)  # of the colour bar: the map over the picture's mean grey
+        # of the colour bar: the map over the picture's mean grey
+        opaque = colors(np.linspace(0, 1, 256))[:, :3]
+        colors = ListedColormap(ALPHA * opaque + (1 - ALPHA) * grey.mean())
     for axis, panel in zip(axes[count - len(panels) :], panels):
-        draw_map(axis, panel.values, grid, normalize, None if picture is None else grey)
+        draw_map(axis, panel.values, grid, normalize, grey)
         axis.set_title(textwrap.fill(drawable(panel.title), 32), fontsize=10, parse_math=False)
-        shown = numbers_of(panel, instance.grid)
-        half, most = (100 * shown[f"share_of_patches_with_{share}_percent"] for share in (50, 90))
-        words = (
-            f"{panel.statistic}: {shown['mean']:.3g}\nentropy {shown['normalized_entropy']:.3f}\n50"
-            f" % in {half:.0f} %, 90 % in {most:.0f} % of patches"
-        )
-        axis.set_xlabel(words, fontsize=7.5)
-    for axis in axes[count:]:
-        axis.remove()
-    bar = figure.colorbar(
-        plots.plt.cm.ScalarMappable(normalize, colors),
-        ax=list(axes[:count]),
-        extend="max",
-        aspect=30,
-        pad=0.015,
-        fraction=0.04,
+        axis.set_xlabel(_coverage(panel, instance.grid), fontsize=7.5)
+    bar = overlay.color_bar(
+        figure, normalize, colors, ax=axes, extend="max", aspect=30, pad=0.015, fraction=0.04
     )
     bar.set_label(
         f"attention to a vision token\n(top-{args.hidden_top_k} layers and heads)", fontsize=8
@@ -373,37 +340,75 @@ def draw(instance, panels, scale, args):
     bar.ax.tick_params(labelsize=7.5)
     bar.ax.ticklabel_format(style="sci", scilimits=(-2, 2), useMathText=True)
     bar.ax.yaxis.get_offset_text().set_fontsize(7.5)
-    bar.ax.grid(False)
-    how = (
-        "mean of the l largest steps (published)"
-        if args.paper_compat
-        else "mean over the steps of each text"
-    )
-    wide = int(11.2 * figure.get_figwidth())
-    refused = ", no revision accepted" if len(instance.stages) > 1 and not instance.accepted else ""
-    title = textwrap.fill(f"Attention to the picture, {how}{refused}", wide)
-    question = textwrap.shorten(
-        f"{Path(instance.model).name}, instance {instance.index}: {instance.question}",
-        2 * wide - 20,
-        placeholder=ELLIPSIS,
-    )
-    question = textwrap.fill(drawable(question), wide)
-    figure.suptitle(f"{title}\n{question}", fontsize=10, parse_math=False)
+    title = _title(instance, args, int(11.2 * figure.get_figwidth()))
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 
-def draw_map(axis, values, grid, normalize, grey=None):
-    """One map over the grey picture, or as plain patches where there is none."""
+def panel_axes(count: int, ratio: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, each `ratio` times as high as wide, without ticks and frame."""
+    columns = count
+    if count > 4:
+        columns = 3 if count in (5, 6, 9) else 4
+    rows = -(-count // columns)
+    width = max(columns * PANEL + 0.9, 5.2)
+    figure = plots.plt.figure(figsize=(width, rows * (PANEL * ratio + 0.78) + 0.6))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, list(axes[:count])
+
+
+def _ratio(grid: PatchGrid, cells_alone: bool) -> float:
+    """Height over width of a panel: of the picture, or of the cells, which may reach past it."""
+    left, top, right, bottom = (0, 0, *grid.size)
+    if cells_alone:
+        left, top = np.nanmin(grid.boxes[:, :2], 0)
+        right, bottom = np.nanmax(grid.boxes[:, 2:], 0)
+    return float(np.clip((bottom - top) / (right - left), 0.4, 1.6))
+
+
+def _coverage(panel: Panel, grid: PatchGrid) -> str:
+    """What is written below a map."""
+    shown = numbers_of(panel, grid)
+    half = 100 * shown["share_of_patches_with_50_percent"]
+    most = 100 * shown["share_of_patches_with_90_percent"]
+    return (
+        f"{panel.statistic}: {shown['mean']:.3g}\nentropy {shown['normalized_entropy']:.3f}\n50"
+        f" % in {half:.0f} %, 90 % in {most:.0f} % of patches"
+    )
+
+
+def _title(instance: Instance, args: argparse.Namespace, width: int) -> str:
+    """What is shown, and of which question, in lines of so many characters."""
+    how = "mean over the steps of each text"
+    if args.paper_compat:
+        how = "mean of the l largest steps (published)"
+    refused = ", no revision accepted" if len(instance.stages) > 1 and not instance.accepted else ""
+    question = textwrap.shorten(
+        f"{Path(instance.model).name}, instance {instance.index}: {instance.question}",
+        2 * width - 20,
+        placeholder=ELLIPSIS,
+    )
+    title = textwrap.fill(f"Attention to the picture, {how}{refused}", width)
+    return f"{title}\n{textwrap.fill(drawable(question), width)}"
+
+
+def draw_map(
+    axis: Axes,
+    values: np.ndarray,
+    grid: PatchGrid,
+    normalize: Normalize,
+    grey: np.ndarray | None = None,
+) -> None:
+    """One map (P,) over the pale picture, or as plain patches where there is none."""
     if grey is not None:
-        heat = grid.paint(values)
-        axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
-        axis.imshow(
-            np.ma.masked_invalid(heat),
-            cmap="viridis",
-            norm=normalize,
-            alpha=ALPHA,
-            interpolation="nearest",
-        )
+        overlay.show_picture(axis, grey)
+        overlay.show_map(axis, grid.paint(values), "viridis", ALPHA, normalize)
     elif grid.shape is not None:
         rows, columns = grid.shape
         (left, top), (right, bottom) = grid.boxes[0, :2], grid.boxes[rows * columns - 1, 2:]
@@ -415,12 +420,7 @@ def draw_map(axis, values, grid, normalize, grey=None):
             interpolation="nearest",
         )
     else:
-        axis.imshow(
-            np.ma.masked_invalid(grid.paint(values, smooth=False)),
-            cmap="viridis",
-            norm=normalize,
-            interpolation="nearest",
-        )
+        overlay.show_map(axis, grid.paint(values, smooth=False), "viridis", None, normalize)
 
 
 def save_numbers(path, panels, scale, instance, args):

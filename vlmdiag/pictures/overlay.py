@@ -121,12 +121,12 @@ def show_map(
     axis: Axes,
     heat: Float[np.ndarray, "height width"],
     colors: str,
-    opacity: float | Float[np.ndarray, "height width"],
+    opacity: float | Float[np.ndarray, "height width"] | None,
     norm: Normalize | None = None,
 ) -> AxesImage:
     """Draw a map over the picture that the axis shows; places without a value (NaN) stay clear.
 
-    norm: which value gets which colour; None: from the smallest to the largest.
+    opacity: None is 1. norm: which value gets which colour; None: from the smallest to the largest.
     """
     return axis.imshow(
         np.ma.masked_invalid(heat), cmap=colors, norm=norm, alpha=opacity, interpolation="nearest"

@@ -66,13 +66,3 @@ def coverage(values: Float[np.ndarray, " P"], share: float) -> float:
         return float("nan")
     mass = np.cumsum(np.sort(values)[::-1]) / total
     return float((np.searchsorted(mass, share - 1e-12) + 1) / len(values))
-
-
-def normalized_entropy(values: Float[np.ndarray, " P"]) -> float:
-    """Entropy of a map over the log of its patches, in [0, 1]; NaN for a map of zeros or a single
-    patch."""
-    total = values.sum()
-    if len(values) < 2 or not total > 0:
-        return float("nan")
-    p = values[values > 0] / total
-    return float(-(p * np.log(p)).sum() / np.log(len(values)))
