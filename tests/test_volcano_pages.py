@@ -28,6 +28,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.scenes.scene import floor_scene, render
+from vlmdiag.volcano import text_figure, text_page
 from vlmdiag.volcano.tensors import (
     Stage,
     find_span,
@@ -262,9 +263,7 @@ def test_the_printed_spans_name_exactly_the_strongest_tokens(tokens, length, see
     text, spans = located(tokens, False)
     stage = Stage("feedback", text, tokens, spans, False, "", np.zeros((len(tokens), 1, 1, 1)))
     taken, before = set(), np.inf
-    for target, occurrence, start, end, weight in text_script.named_spans(
-        stage, weights, 5, length
-    ):
+    for target, occurrence, start, end, weight in text_page.named_spans(stage, weights, 5, length):
         assert find_span(tokens, spans, text, target, occurrence) == list(
             range(start, end)
         ) and end - start == min(length, len(tokens))
@@ -643,9 +642,12 @@ def test_colours_compare_between_pages_unless_each_has_its_own_scale(made, pages
         page: weights[page][: instance.stages[name].steps]
         for name, page in text_script.PAGES.items()
     }
-    color = lambda share: plots.plt.matplotlib.colors.to_hex(
-        text_script.COLORS(round(255 * min(1, max(0, share))))
-    )
+
+    def color(share):
+        return plots.plt.matplotlib.colors.to_hex(
+            text_page.COLORS(round(255 * min(1, max(0, share))))
+        )
+
     for (scale, name), page in pages.items():
         own = counting[name] if scale == "own" else np.concatenate(list(counting.values()))
         low, high = own.min(), own.max()
@@ -785,7 +787,7 @@ def test_the_figure_breaks_lines_between_words_and_loses_nothing(tokens, ended):
     tokens = [*tokens, "</s>"] if ended else tokens
     text, spans = located(tokens, ended)
     stage = Stage("initial", text, tokens, spans, ended, "", np.zeros((len(tokens), 1, 1, 1)))
-    placed, lines = text_script.boxes_of(stage, 4.0)
+    placed, lines = text_figure.boxes_of(stage, 4.0)
     assert (
         sorted({i for i, *_ in placed}) == list(range(len(tokens)))
         and 1 + max(line for *_, line in placed) == lines
@@ -793,13 +795,13 @@ def test_the_figure_breaks_lines_between_words_and_loses_nothing(tokens, ended):
     for i, token in enumerate(tokens):
         assert (
             "".join(part for j, part, *_ in placed if j == i).strip()
-            == text_script.drawable(token).strip()
+            == text_figure.drawable(token).strip()
         )
     for (i, part, x, line), (j, _, after, below) in zip(placed, placed[1:]):
-        assert x + text_script.advance(part) <= 4.0001 or len(part) == 1
+        assert x + text_figure.advance(part) <= 4.0001 or len(part) == 1
         assert (
             below == line
-            and after >= x + text_script.advance(part) - 1e-9
+            and after >= x + text_figure.advance(part) - 1e-9
             or below == line + 1
             and after == 0
         )
@@ -816,7 +818,7 @@ def test_the_figure_breaks_lines_between_words_and_loses_nothing(tokens, ended):
             ]
             assert (
                 j in starts
-                or text_script.advance(text_script.drawable("".join(word).strip(" "))) > 4
+                or text_figure.advance(text_figure.drawable("".join(word).strip(" "))) > 4
             )
 
 

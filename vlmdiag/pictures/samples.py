@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -299,7 +299,7 @@ def with_picture(item: WithImage) -> tuple[WithImage, Image.Image]:
     return item, load_image(item.image)
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     """A picture as an upright PIL image in mode RGB, any size and shape up to PIXEL_LIMIT pixels;
     of several frames the first.
 

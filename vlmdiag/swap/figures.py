@@ -369,8 +369,10 @@ def draw_outliers(folder: str | Path, scale: str, quiet: bool = False) -> list[P
     for group, color in GROUP_COLORS.items():
         for field, style in (("coherence", "-"), ("coherence_without", "--")):
             values = np.array([number(cell[field][group]) for cell in cells.values()])
-            label = group if style == "-" else None
-            right.plot(layers, values, style, color=color, marker="o", markersize=3, label=label)
+            look = {"color": color, "marker": "o", "markersize": 3}
+            if style == "-":
+                look["label"] = group
+            right.plot(layers, values, style, **look)
     without = f"without the {top} largest dimensions"
     right.plot([], [], "--", color=plots.EVEN_COLOR, label=without)
     layer_axes(right, "axis coherence", "mean pairwise cosine of deltas")

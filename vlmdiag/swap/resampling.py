@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from vlmdiag.figures import stats
+from vlmdiag.figures.stats import draws
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 RESAMPLES = 1000
+
+__all__ = [
+    "RESAMPLES",
+    "ImageSums",
+    "draws",
+    "image_codes",
+    "limits",
+    "mean_limits",
+    "sums_by_image",
+]
 
 
 class ImageSums(NamedTuple):
@@ -39,20 +51,6 @@ def image_codes(
     return np.unique(np.asarray(images, dtype=str), return_inverse=True)[1].reshape(n)
 
 
-@lru_cache(maxsize=16)
-def draws(
-    num_images: int, num_resamples: int = RESAMPLES, seed: int = 0
-) -> Float[np.ndarray, "B K"]:
-    """How often each of K images is drawn in each resample, the same at every layer."""
-    if not num_images:
-        return np.zeros((num_resamples, 0))
-    even = np.full(num_images, 1 / num_images)
-    drawn = np.random.default_rng(seed).multinomial(num_images, even, num_resamples)
-    weights = drawn.astype(np.float64)
-    weights.flags.writeable = False
-    return weights
-
-
 def sums_by_image(values: Float[np.ndarray, "n ..."], codes: Int[np.ndarray, " n"]) -> ImageSums:
     """Sums of values over the rows of each image."""
     if not len(codes):
@@ -66,10 +64,7 @@ def sums_by_image(values: Float[np.ndarray, "n ..."], codes: Int[np.ndarray, " n
 def limits(values: Float[np.ndarray, " B"], level: float = 0.95) -> tuple[float, float]:
     """(low, high) of resampled values, over the resamples that have one; NaN where fewer than half
     do."""
-    known = values[np.isfinite(values)]
-    if 2 * len(known) < max(len(values), 2):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    low, high = stats.limits(values, level)
     return float(low), float(high)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmdiag.figures import plots
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk
 from vlmdiag.swap import metrics
 from vlmdiag.swap.accuracy import category_validity, prediction_stats
 from vlmdiag.swap.layer_keys import Cells, key_of, spelled
@@ -133,7 +133,7 @@ def write_results(
         )
     chosen = metrics.recommend_layer(coherence, total_layers or max(layers) + 1, k, frac, vd=vd)
     path = folder / "json" / f"recommended_layer_{scale}.json"
-    rundirs.write_json(path, {"scale": scale} | chosen)
+    disk.write_json(path, {"scale": scale} | chosen)
     return chosen
 
 
@@ -184,9 +184,9 @@ def _write_predictions(
     """pred_stats, category_validity and the two lists of predictions."""
     stats = prediction_stats(facts.categories, facts.orig, facts.swap, facts.images, facts.splits)
     path = folder / "json" / f"pred_stats_{scale}.json"
-    rundirs.write_json(path, {"scale": scale, "n_missing": num_missing} | stats)
+    disk.write_json(path, {"scale": scale, "n_missing": num_missing} | stats)
     validity = category_validity(facts.categories, facts.orig, facts.swap, facts.images)
-    rundirs.write_json(folder / "json" / f"category_validity_{scale}.json", validity)
+    disk.write_json(folder / "json" / f"category_validity_{scale}.json", validity)
     of_pair = ("index", "group", "category")
     of_answer = ("pred_orig", "pred_swap", "is_correct_orig", "is_correct_swap")
     for tag in TAGS:
@@ -260,12 +260,12 @@ def _write_deltas(
 
     for tag in TAGS:
         name = f"{scale}_{tag}.json"
-        rundirs.write_json(folder / "json" / f"within_cat_consistency_{name}", spelled(within[tag]))
-        rundirs.write_json(
+        disk.write_json(folder / "json" / f"within_cat_consistency_{name}", spelled(within[tag]))
+        disk.write_json(
             folder / "json" / f"sign_corrected_consistency_{name}", spelled(coherence[tag])
         )
-    rundirs.write_json(folder / "json" / f"vd_ei_{scale}.json", spelled(entanglement))
-    rundirs.write_json(folder / "json" / f"outliers_{scale}.json", spelled(outliers))
+    disk.write_json(folder / "json" / f"vd_ei_{scale}.json", spelled(entanglement))
+    disk.write_json(folder / "json" / f"outliers_{scale}.json", spelled(outliers))
     of_all = coherence["all_pairs"]
     curves = {group: {layer: of_all[group, layer]["mean"] for layer in layers} for group in GROUPS}
     return curves, {layer: entanglement["", layer]["eq3_raw"]["value"] for layer in layers}
@@ -329,7 +329,7 @@ def _write_vectors(
             "indices": facts.indices,
         }
         arrays |= {key_of(name, layer): array for name, array in of_layer.items()}
-    rundirs.write_npz(folder / "npz" / f"vectors_{scale}.npz", arrays)
+    disk.write_npz(folder / "npz" / f"vectors_{scale}.npz", arrays)
 
 
 def _write_alignment(
@@ -375,8 +375,8 @@ def _write_alignment(
         if layer in rep_layers:
             arrays[key_of("delta_vert", layer)] = vertical.astype(np.float32)
             arrays[key_of("delta_dist", layer)] = distance.astype(np.float32)
-    rundirs.write_json(folder / "json" / f"cross_alignment_{scale}.json", spelled(alignment))
-    rundirs.write_npz(folder / "npz" / f"cross_group_vectors_{scale}.npz", arrays)
+    disk.write_json(folder / "json" / f"cross_alignment_{scale}.json", spelled(alignment))
+    disk.write_npz(folder / "npz" / f"cross_group_vectors_{scale}.npz", arrays)
 
 
 # --- over scales ----------------------------------------------------------------------------------
@@ -409,7 +409,8 @@ def _summary_of(folder: Path, scale: str) -> Record:
     published = deepest.get("as_published", {})
     row["alignment_deepest_as_published"] = published.get("per_sample_mean")
 
-    layer = (read_json(folder, f"recommended_layer_{scale}") or {}).get("recommended")
+    recommended = read_json(folder, f"recommended_layer_{scale}") or {}
+    layer: Any = recommended.get("recommended")
     row["recommended_layer"] = layer
     coherence = read_layers(folder, f"sign_corrected_consistency_{scale}_all_pairs") or {}
     for group in GROUPS:

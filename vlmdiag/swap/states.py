@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import LastStates
 from vlmdiag.pictures.samples import Sample
+from vlmdiag.runs.disk import temporary_name
 from vlmdiag.swap.pairs import picture_at, read_answer, spellings
 from vlmdiag.swap.relations import OPPOSITE, SPELLED
 
@@ -67,9 +67,7 @@ def open_states(path: Path, shape: Sequence[int], dtype: str) -> States:
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a name that rundirs sweeps
-        host = platform.node().split(".")[0] or "host"
-        temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}-0.tmp")
+        temporary = temporary_name(path)
         np.lib.format.open_memmap(temporary, mode="w+", shape=tuple(shape), dtype=dtype).flush()
         try:
             os.link(temporary, path)

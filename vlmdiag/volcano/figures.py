@@ -3,9 +3,10 @@ docs/studies/volcano.md, sections 2.4 and 2.9."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -15,7 +16,7 @@ from vlmdiag.volcano.stage_statistics import STATISTICS
 from vlmdiag.volcano.tensors import STAGES
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -79,7 +80,7 @@ def draw_average(
     label: str, means: Mapping[str, Float[np.ndarray, "rows columns"]], count: int, pool: str
 ) -> Figure:
     """The maps of average_maps(), all on one scale."""
-    fig, axes = plots.plt.subplots(1, 3, figsize=(11, 3.9))
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.9))
     low = min(mean.min() for mean in means.values())
     high = max(mean.max() for mean in means.values())
     for ax, (stage, mean) in zip(axes, means.items()):
@@ -106,7 +107,7 @@ def draw_average(
 def draw_ratios(label: str, comparisons: Mapping[str, Record], chosen: str, pool: str) -> Figure:
     """Ratios with intervals, one panel for each comparison; grey: where the ratio lies when the
     tokens of the two texts are exchanged. chosen: a key of CHOSEN."""
-    fig, axes = plots.plt.subplots(
+    fig, axes = plt.subplots(
         1, len(comparisons), figsize=(2.4 + 4.3 * len(comparisons), 4.3), sharey=True, squeeze=False
     )
     places = np.arange(len(STATISTICS))[::-1]
@@ -124,7 +125,7 @@ def draw_ratios(label: str, comparisons: Mapping[str, Record], chosen: str, pool
 
 
 def _ratio_panel(
-    ax: Axes, stage: str, comparison: Record, places: Sequence[int], color: str
+    ax: Axes, stage: str, comparison: Record, places: Int[np.ndarray, " s"], color: str
 ) -> None:
     of_statistics = [comparison["statistics"][name] for name in STATISTICS]
 
@@ -187,7 +188,7 @@ def draw_stage_maps(
 ) -> Figure:
     """Figure 5 with the revision, and below it the mean over tokens; one scale a row."""
     height = 2.7 * maps.shape[2] / maps.shape[3]
-    fig, axes = plots.plt.subplots(2, len(STAGES), figsize=(10.2, 2 * max(height, 1.5) + 1.3))
+    fig, axes = plt.subplots(2, len(STAGES), figsize=(10.2, 2 * max(height, 1.5) + 1.3))
     bar_labels = ("top-l mean over tokens\n(published)", "mean over tokens")
     for axes_of_row, of_stages, bar_label in zip(axes, maps, bar_labels):
         for ax, mean, stage in zip(axes_of_row, of_stages, STAGES):

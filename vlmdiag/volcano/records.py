@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vlmdiag.answers import is_right, token_spans
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk
 from vlmdiag.volcano.conversation import Asker, converse
 from vlmdiag.volcano.protocol import judged
 from vlmdiag.volcano.tensors import SCHEMA
@@ -175,8 +175,8 @@ def write_tensors(
         "stages": record["stages"],
         "grid": record["grid"],
     }
-    rundirs.write_npz(folder / sample_id / "visualization_tensors.npz", arrays)
-    rundirs.write_json(folder / sample_id / "tokens.json", content)
+    disk.write_npz(folder / sample_id / "visualization_tensors.npz", arrays)
+    disk.write_json(folder / sample_id / "tokens.json", content)
 
 
 def write_log(path: str | Path, records: Sequence[Record]) -> None:
@@ -194,7 +194,7 @@ def write_log(path: str | Path, records: Sequence[Record]) -> None:
         "decisions",
         "correct",
     )
-    rundirs.write_json(path, [{name: record[name] for name in names} for record in records])
+    disk.write_json(path, [{name: record[name] for name in names} for record in records])
 
 
 def print_counts(records: Sequence[Record]) -> None:

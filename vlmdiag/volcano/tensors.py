@@ -3,21 +3,32 @@ and which tokens of a text a span means.
 
 <input_dir>/<index>_<image id>/ holds visualization_tensors.npz (boxes of the vision tokens; of each
 text the attention of the step that predicted token t, the K largest over layers) and tokens.json.
-Volcano (arXiv 2311.07362), sections 1.2, 1.3 and 2.2 to 2.8 of our study. Needs neither torch nor a
-model.
+Volcano (arXiv 2311.07362); docs/studies/volcano.md, sections 1.2, 1.3 and 2.2 to 2.8. Needs neither
+torch nor a model.
 """
+
+from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs import disk
 from vlmdiag.volcano.maps import counted, pool_heads
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Record = dict[str, Any]
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+Span = tuple[int, int]  # characters, from start to end
 
 SCHEMA = 1
 STAGES = {"initial": "initial response", "feedback": "feedback", "revision": "revision"}
@@ -33,31 +44,31 @@ AGAIN = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One text of the loop. topk (T, K, H, P): attention of the step that predicted token t to
-    vision token p, the K largest over layers, largest first."""
+    """One text of the loop, of T tokens."""
 
     name: str
     text: str
-    tokens: list  # T pieces, special tokens as written
-    # T pairs (start, end): the characters of text that a token stands for, empty for special tokens
-    spans: list
+    tokens: list[str]  # pieces, special tokens as written
+    spans: list[Span]  # the characters that a token stands for, empty for special tokens
     ended: bool  # the last token is the stop token
     prompt: str
-    topk: np.ndarray
+    # attention of the step that predicted token t to vision token p, the K largest over layers,
+    # largest first
+    topk: Float[np.ndarray, "T K H P"]
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """Tokens that count: all but the stop token."""
         return counted(len(self.tokens), self.ended)
 
-    def pieces(self):
+    def pieces(self) -> list[str]:
         """What to show of each token: every character of the text once, special tokens as written,
         a dot for the further bytes of one character."""
-        shown, done = [], 0
+        shown = []
+        done = 0  # characters that are shown
         for token, (start, end) in zip(self.tokens, self.spans):
-            shown.append(
-                (self.text[max(start, done) : end] if end > start else token) or "\N{MIDDLE DOT}"
-            )
+            piece = self.text[max(start, done) : end] if end > start else token
+            shown.append(piece or "\N{MIDDLE DOT}")
             done = max(done, end)
         return shown
 
@@ -76,26 +87,28 @@ class Instance:
     model: str
     hidden_top_k: int
     grid: PatchGrid
-    vision_encoder: dict
-    accepted: list  # numbers of the accepted iterations
-    stages: dict
+    vision_encoder: dict[str, int | None]
+    accepted: list[int]  # numbers of the accepted iterations
+    stages: dict[str, Stage]
 
-    def title(self, name):
+    def title(self, name: str) -> str:
         """'initial response', 'feedback' or 'revision', and whether the model refused it."""
-        return STAGES[name] + " (not accepted)" * (name != "initial" and not self.accepted)
+        if name == "initial" or self.accepted:
+            return STAGES[name]
+        return f"{STAGES[name]} (not accepted)"
 
-    def missing(self):
+    def missing(self) -> str | None:
         """One line that says which texts are not there, or None."""
         absent = [title for name, title in STAGES.items() if name not in self.stages]
+        if not absent:
+            return None
         return (
             f"{' and '.join(absent)} of instance {self.index}: not stored, because no revision was"
             " accepted"
-            if absent
-            else None
         )
 
 
-def read_instance(input_dir, index):
+def read_instance(input_dir: str | Path, index: int) -> Instance:
     """The instance with exactly this index. UsageError: no or several such folders, a file that is
     missing, broken or of another version."""
     root = Path(input_dir)
@@ -107,44 +120,43 @@ def read_instance(input_dir, index):
     folders = sorted(
         path for path in root.iterdir() if path.is_dir() and re.match(r"\d+_", path.name)
     )
-    found = [path for path in folders if int(path.name.split("_")[0]) == index]
-    if len(found) != 1:
-        listed = ", ".join(path.name for path in found or folders) or "no folder of an instance"
+    of_index = [path for path in folders if int(path.name.split("_")[0]) == index]
+    if len(of_index) != 1:
+        there = [path.name for path in of_index or folders]
         raise UsageError(
-            f"{root}: {'several folders' if found else 'no folder'} of instance {index}; there"
-            f" {'are' if found or folders else 'is'} {listed}"
+            f"{root}: {'several folders' if of_index else 'no folder'} of instance {index}; there"
+            f" {'are' if there else 'is'} {', '.join(there) or 'no folder of an instance'}"
         )
-    record, arrays = (
-        _read_record(found[0] / "tokens.json"),
-        _read_arrays(found[0] / "visualization_tensors.npz"),
-    )
+    folder = of_index[0]
+    record = _read_record(folder / "tokens.json")
+    arrays = _read_arrays(folder / "visualization_tensors.npz")
     try:
-        return _checked(found[0], record, arrays, index)
+        return _checked(folder, record, arrays, index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UsageError(
-            f"{found[0]}: tokens.json and visualization_tensors.npz do not hold what was wanted"
-            f" ({what}); {AGAIN}"
+            f"{folder}: tokens.json and visualization_tensors.npz do not hold what was wanted"
+            f" ({reason}); {AGAIN}"
         ) from error
 
 
-def _read_record(path):
+def _read_record(path: Path) -> Record:
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; {AGAIN}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not readable JSON ({error}); {AGAIN}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        schema = record.get("schema") if isinstance(record, dict) else None
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
         raise UsageError(
             f"{path} has schema {schema!r} where {SCHEMA} was wanted: another version of these"
             f" tools wrote it; {AGAIN}"
         )
-    return record
+    return dict(record)
 
 
-def _read_arrays(path):
+def _read_arrays(path: Path) -> Arrays:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {
@@ -154,79 +166,77 @@ def _read_arrays(path):
             }
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; {AGAIN}") from error
-    except (
-        *disk.BROKEN,
-        AttributeError,
-        TypeError,
-    ) as error:  # the last two: an .npy where an NPZ was wanted
+    except (*disk.BROKEN, AttributeError, TypeError) as error:
+        # the last two: an .npy where an NPZ was wanted
         raise UsageError(
             f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}"
         ) from error
 
 
-def _checked(folder, record, arrays, index):
+def _checked(folder: Path, record: Record, arrays: Arrays, index: int) -> Instance:
     """The instance of a record and its arrays; KeyError, TypeError or ValueError say what does not
     fit."""
     if record["index"] != index:
         raise ValueError(f"tokens.json is of instance {record['index']}")
-    grid = record["grid"] or {"shape": None, "size": (0, 0)}
-    boxes = np.asarray(
-        (
-            arrays["boxes"]
-            if record["grid"]
-            else np.full((arrays["initial_topk"].shape[-1], 4), np.nan)
-        ),
-        float,
-    )
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes of shape {boxes.shape}, (P, 4) was wanted")
-    shape = tuple(map(int, grid["shape"])) if grid["shape"] is not None else None
-    width, height = map(int, grid["size"])
-    if shape is not None and (
-        len(shape) != 2
-        or min(shape) < 1
-        or np.prod(shape) > len(boxes)
-        or np.isnan(boxes[: np.prod(shape)]).any()
-    ):
-        raise ValueError(
-            f"a grid of {shape} for {len(boxes)} vision tokens of which"
-            f" {int((~np.isnan(boxes[:, 0])).sum())} have a box"
-        )
+    grid = _grid(record, arrays)
     stages = {
-        name: _stage(name, record["stages"][name], arrays, len(boxes), record["hidden_top_k"])
+        name: _stage(name, record["stages"][name], arrays, len(grid.boxes), record["hidden_top_k"])
         for name in STAGES
         if record["stages"].get(name) is not None
     }
-    unpaired = [
-        key for key in arrays if key.endswith("_topk") and key.removesuffix("_topk") not in stages
-    ]
-    if "initial" not in stages or unpaired:
-        raise ValueError(
-            "stages without initial" if not unpaired else f"{unpaired[0]} without its tokens"
-        )
-    facts = {
-        name: _sound(str(record[name] if record[name] is not None else ""))
-        for name in ("image_id", "image", "question", "gold_answer", "model")
-    }
-    encoder, accepted = record.get("vision_encoder") or {}, list(record["accepted"])
+    of_tokens = {f"{name}_topk" for name in stages} | {"boxes"}
+    unpaired = [name for name in arrays if name not in of_tokens]
+    if unpaired:
+        raise ValueError(f"{unpaired[0]} without its tokens")
+    if "initial" not in stages:
+        raise ValueError("stages without initial")
+
+    def text_of(name: str) -> str:
+        return _sound(str(record[name] if record[name] is not None else ""))
+
     return Instance(
         folder,
         index,
-        **facts,
+        image_id=text_of("image_id"),
+        image=text_of("image"),
+        question=text_of("question"),
+        gold_answer=text_of("gold_answer"),
+        model=text_of("model"),
         hidden_top_k=int(record["hidden_top_k"]),
-        grid=PatchGrid(boxes, shape, (width, height)),
-        vision_encoder=encoder,
-        accepted=accepted,
+        grid=grid,
+        vision_encoder=record.get("vision_encoder") or {},
+        accepted=list(record["accepted"]),
         stages=stages,
     )
 
 
-def _stage(name, entry, arrays, patches, k):
-    topk, tokens, text = (
-        arrays[f"{name}_topk"],
-        [_sound(token) for token in entry["tokens"]],
-        _sound(entry["text"]),
-    )
+def _grid(record: Record, arrays: Arrays) -> PatchGrid:
+    """The grid of the vision tokens; without boxes where it is unknown."""
+    if not record["grid"]:
+        patches = arrays["initial_topk"].shape[-1]
+        return PatchGrid(np.full((patches, 4), np.nan), None, (0, 0))
+    boxes = np.asarray(arrays["boxes"], float)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes of shape {boxes.shape}, (P, 4) was wanted")
+    width, height = map(int, record["grid"]["size"])
+    shape = record["grid"]["shape"]
+    if shape is None:
+        return PatchGrid(boxes, None, (width, height))
+    shape = tuple(map(int, shape))
+    count = int(np.prod(shape))
+    is_regular = len(shape) == 2 and min(shape) >= 1 and count <= len(boxes)
+    if not is_regular or np.isnan(boxes[:count]).any():
+        raise ValueError(
+            f"a grid of {shape} for {len(boxes)} vision tokens of which"
+            f" {int((~np.isnan(boxes[:, 0])).sum())} have a box"
+        )
+    return PatchGrid(boxes, shape, (width, height))
+
+
+def _stage(name: str, entry: Record, arrays: Arrays, patches: int, k: int) -> Stage:
+    topk = arrays[f"{name}_topk"]
+    tokens = [_sound(token) for token in entry["tokens"]]
+    text = _sound(entry["text"])
     spans = [(int(start), int(end)) for start, end in entry["spans"]]
     wanted = (len(tokens), k, topk.shape[2] if topk.ndim == 4 else "H", patches)
     if topk.shape != wanted or topk.dtype.kind != "f" or len(spans) != len(tokens):
@@ -234,25 +244,20 @@ def _stage(name, entry, arrays, patches, k):
             f"{name}: {topk.dtype} of shape {topk.shape} and {len(spans)} spans for {len(tokens)}"
             f" tokens, wanted {wanted}"
         )
-    if not np.isfinite(topk).all() or (topk < 0).any() or (topk[:, 1:] > topk[:, :-1]).any():
+    is_sorted = not (topk[:, 1:] > topk[:, :-1]).any()
+    if not np.isfinite(topk).all() or (topk < 0).any() or not is_sorted:
         raise ValueError(
             f"{name}: attention that is not finite, negative, or not sorted by layer; was the model"
             " run in float16?"
         )
     if any(not 0 <= start <= end <= len(text) for start, end in spans):
         raise ValueError(f"{name}: spans outside the text of {len(text)} characters")
-    return Stage(
-        name,
-        text,
-        tokens,
-        spans,
-        bool(entry["ended"]) and bool(tokens),
-        _sound(entry.get("prompt") or ""),
-        topk,
-    )
+    ended = bool(entry["ended"]) and bool(tokens)
+    prompt = _sound(entry.get("prompt") or "")
+    return Stage(name, text, tokens, spans, ended, prompt, topk)
 
 
-def _sound(text):
+def _sound(text: str) -> str:
     """Text that UTF-8 can hold, of the same length: a lone surrogate becomes '?'."""
     return text.encode("utf-8", "replace").decode()
 
@@ -260,9 +265,9 @@ def _sound(text):
 # ---- attention of tokens ----
 
 
-def token_maps(instance, name, k):
-    """c (T, P) of a stage: mean of the k largest over layers, then heads. UsageError for a k that
-    the file or the model cannot give."""
+def token_maps(instance: Instance, name: str, k: int) -> Float[np.ndarray, "T P"]:
+    """c of a stage: mean of the k largest over layers, then heads. UsageError for a k that the file
+    or the model cannot give."""
     topk = instance.stages[name].topk
     if k > instance.hidden_top_k:
         raise UsageError(
@@ -271,34 +276,38 @@ def token_maps(instance, name, k):
         )
     if k > topk.shape[2]:
         raise UsageError(f"--hidden-top-k {k}: the model has {topk.shape[2]} heads")
-    parts = [
+    pooled = [
         pool_heads(topk[start : start + STEPS_AT_ONCE], k)
         for start in range(0, len(topk), STEPS_AT_ONCE)
     ]
-    return np.concatenate(parts) if parts else np.zeros((0, topk.shape[3]))
+    return np.concatenate(pooled) if pooled else np.zeros((0, topk.shape[3]))
 
 
-def token_weights(maps):
-    """w (T,) = mean over p of c[t, p]: how strongly the step that predicted token t looked at the
-    picture. maps (T, P) of token_maps."""
+def token_weights(maps: Float[np.ndarray, "T P"]) -> Float[np.ndarray, " T"]:
+    """w = mean over p of c[t, p]: how strongly the step that predicted token t looked at the
+    picture. maps: of token_maps()."""
     return maps.mean(1)
 
 
-def strongest_spans(weights, tokens, count, length):
+def strongest_spans(
+    weights: Float[np.ndarray, " n"], tokens: Sequence[str], count: int, length: int
+) -> list[tuple[int, int]]:
     """Token ranges (start, end) with the largest mean weight, strongest first, not overlapping: at
     most `count`, of `length` tokens each or a shorter text.
 
-    weights (n,): of the tokens that count. Ranges of white space alone cannot be named and are left
-    out.
+    weights: of the tokens that count. Ranges of white space alone cannot be named and are left out.
     """
     length = min(length, len(weights))
-    starts = [
-        i
-        for i in range(len(weights) - length + 1)
-        if any(token.strip() for token in tokens[i : i + length])
-    ]
-    chosen = []
-    for start in sorted(starts, key=lambda i: -np.mean(weights[i : i + length])):
+
+    def is_named(start: int) -> bool:
+        return any(token.strip() for token in tokens[start : start + length])
+
+    def mean_weight(start: int) -> float:
+        return float(np.mean(weights[start : start + length]))
+
+    starts = [start for start in range(len(weights) - length + 1) if is_named(start)]
+    chosen: list[tuple[int, int]] = []
+    for start in sorted(starts, key=mean_weight, reverse=True):
         if len(chosen) < count and all(abs(start - other) >= length for other, _ in chosen):
             chosen.append((start, start + length))
     return chosen
@@ -307,7 +316,7 @@ def strongest_spans(weights, tokens, count, length):
 # ---- spans ----
 
 
-def split_target(target):
+def split_target(target: str) -> list[str]:
     r"""The pieces of a comma list, without white space around them; \, is a comma and \\ a
     backslash."""
     pieces = [""]
@@ -319,12 +328,14 @@ def split_target(target):
     return [piece.strip() for piece in pieces]
 
 
-def join_target(tokens):
+def join_target(tokens: Sequence[str]) -> str:
     """The comma list that split_target takes apart into these tokens."""
     return ",".join(re.sub(r"([\\,])", r"\\\1", token.strip()) for token in tokens)
 
 
-def find_spans(tokens, spans, text, wanted):
+def find_spans(
+    tokens: Sequence[str], spans: Sequence[Span], text: str, wanted: str
+) -> list[list[int]]:
     """Every occurrence of a comma list of pieces, as lists of token indices, in the order of the
     text; occurrences may overlap.
 
@@ -338,57 +349,64 @@ def find_spans(tokens, spans, text, wanted):
             f"the span {wanted!r} names no token; give a comma list of pieces such as the,red,c"
         )
     bare = [token.strip() for token in tokens]
-    found = [
-        list(range(i, i + len(pieces)))
-        for i in range(len(tokens) - len(pieces) + 1)
-        if bare[i : i + len(pieces)] == pieces
+    count = len(pieces)
+    equal = [
+        list(range(start, start + count))
+        for start in range(len(tokens) - count + 1)
+        if bare[start : start + count] == pieces
     ]
-    if found:
-        return found
+    return equal or _touched_by_characters(spans, text, [piece for piece in pieces if piece])
+
+
+def _touched_by_characters(
+    spans: Sequence[Span], text: str, pieces: Sequence[str]
+) -> list[list[int]]:
+    """The tokens that each occurrence of the pieces in the text touches."""
     borders = {border for span in spans for border in span}
 
-    def cuts_a_word(at):
-        return (
-            0 < at < len(text)
-            and at not in borders
-            and all(c.isascii() and c.isalnum() for c in text[at - 1 : at + 1])
-        )
+    def cuts_a_word(at: int) -> bool:
+        if not 0 < at < len(text) or at in borders:
+            return False
+        return all(c.isascii() and c.isalnum() for c in text[at - 1 : at + 1])
 
-    for match in re.finditer(
-        f"(?=({' ?'.join(re.escape(piece) for piece in pieces if piece)}))", text
-    ):
+    occurrences: list[list[int]] = []
+    # ahead, so that occurrences may overlap
+    pattern = f"(?=({' ?'.join(re.escape(piece) for piece in pieces)}))"
+    for match in re.finditer(pattern, text):
         start, end = match.span(1)
-        touched = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
-        if touched and touched not in found and not cuts_a_word(start) and not cuts_a_word(end):
-            found.append(touched)
-    return found
+        touched = [i for i, (first, last) in enumerate(spans) if first < end and last > start]
+        if cuts_a_word(start) or cuts_a_word(end):
+            continue
+        if touched and touched not in occurrences:
+            occurrences.append(touched)
+    return occurrences
 
 
-def find_span(tokens, spans, text, wanted, occurrence=1):
+def find_span(
+    tokens: Sequence[str], spans: Sequence[Span], text: str, wanted: str, occurrence: int = 1
+) -> list[int]:
     """Token indices of the occurrence-th (from 1) place that find_spans finds. UsageError lists the
     tokens."""
-    found = find_spans(tokens, spans, text, wanted)
-    if not 1 <= occurrence <= len(found):
-        listed = ", ".join(f"{i} {token!r}" for i, token in enumerate(tokens))
-        times = (
-            f"{len(found)} time{'s' * (len(found) != 1)} in the text, and occurrence {occurrence}"
-            " was asked for"
-            if found
-            else "not in the text"
-        )
-        raise UsageError(f"the span {wanted!r}: {times}; the tokens are {listed}")
-    return found[occurrence - 1]
+    places = find_spans(tokens, spans, text, wanted)
+    if 1 <= occurrence <= len(places):
+        return places[occurrence - 1]
+    reason = "not in the text"
+    if places:
+        times = "1 time" if len(places) == 1 else f"{len(places)} times"
+        reason = f"{times} in the text, and occurrence {occurrence} was asked for"
+    listed = ", ".join(f"{i} {token!r}" for i, token in enumerate(tokens))
+    raise UsageError(f"the span {wanted!r}: {reason}; the tokens are {listed}")
 
 
 # ---- text in figures ----
 
 
-def numbers(tokens):
+def numbers(tokens: Sequence[int]) -> str:
     """Indices as '3-5 8'."""
-    breaks = [i for i in range(len(tokens)) if i == 0 or tokens[i] != tokens[i - 1] + 1] + [
-        len(tokens)
-    ]
-    return " ".join(
-        f"{tokens[a]}-{tokens[b - 1]}" if b - a > 1 else f"{tokens[a]}"
-        for a, b in zip(breaks, breaks[1:])
-    )
+    ranges: list[list[int]] = []
+    for token in tokens:
+        if ranges and token == ranges[-1][1] + 1:
+            ranges[-1][1] = token
+        else:
+            ranges.append([token, token])
+    return " ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)
