@@ -184,8 +184,10 @@ def _draw_bar(figure: Figure, bar_axes: Axes, scale: Normalize, mean: float) -> 
     ticks = ticks_of(scale)
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.ax.tick_params(labelsize=7.5, length=2)
-    for label, side in zip(bar.ax.get_xticklabels(), ("left", "center", "right")):
-        label.set_horizontalalignment(side)
+    first, middle, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")
+    middle.set_horizontalalignment("center")
+    last.set_horizontalalignment("right")
     bar.ax.grid(False)
     bar.outline.set_linewidth(0.5)
     bar.ax.plot([mean, mean], [-0.25, 1.25], color=plots.VERMILION, linewidth=1.4, clip_on=False)
