@@ -32,17 +32,12 @@ import torch
 from benchmarks import measuring
 from benchmarks.bench_diagnostics import Case, build, make_samples
 from vlmdiag import cli
-from vlmdiag.interp.interventions import asking, prepare, run
-from vlmdiag.interp.knockout import (
-    PAPER_PAIRS,
-    PAPER_WINDOWS,
-    blocks_for,
-    layer_windows,
-    positions_of,
-)
+from vlmdiag.interp.interventions import asking, prepare, run_conditions
+from vlmdiag.interp.knockout import blocks_for, knocked_out, positions_of
+from vlmdiag.interp.knockout_pairs import PAPER_PAIRS, PAPER_WINDOWS, layer_windows
 from vlmdiag.interp.objects import buffered, random_tokens, rng_for
 from vlmdiag.model.lens import Lens
-from vlmdiag.model.prefix import branches, first_positions
+from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.pictures.samples import Sample, load_image
 
 TOLERANCE = 2e-4
@@ -115,19 +110,7 @@ def knockouts_floor(case, blocks):
 def knockouts_ours(case, blocks):
     vlm, lens, batch = case.vlm, Lens(case.vlm), encode(case)
     prompt = prepare(vlm, batch, vlm.vision(batch))
-    starts, logits = {}, {}
-    for key, block in blocks.items():
-        starts.setdefault(int(block.queries[0].nonzero()[0]), []).append(key)
-    for start, keys in starts.items():
-        cache, length = first_positions(vlm, prompt.cache, start, 1), prompt.embeds.shape[1]
-        ways = max(1, 2 * length // (length - start))
-        for at in range(0, len(keys), ways):
-            some = keys[at : at + ways]
-            states = branches(
-                vlm, batch, cache, prompt.embeds, start, [[blocks[key]] for key in some]
-            )
-            logits |= dict(zip(some, lens.logits(states[:, -1], normed=True)))
-    return logits
+    return knocked_out(vlm, lens, prompt, blocks)
 
 
 def one_by_one(vectorised):
@@ -189,14 +172,19 @@ def ablation_floor(case, sets, value, questions):
 
 @torch.no_grad()
 def ablation_ours(case, sets, value, questions):
-    vlm, prompts = case.vlm, []
-    for question, _ in questions:
-        batch = encode(case, question)
-        features = vlm.vision(batch) if not prompts else features  # noqa: F821 -- once per picture
-        prompts.append(prepare(vlm, batch, features, prompts[0] if prompts else None))
-    values = value.to(prompts[0].embeds).expand(len(prompts[0].vision), -1)
-    found = run(vlm, prompts, sets, values, 9, [asking(limit) for _, limit in questions])
-    return {name: [ids for ids, _, _ in parts] for name, parts in found.items()}
+    vlm = case.vlm
+    batches = [encode(case, question) for question, _ in questions]
+    features = vlm.vision(batches[0])  # once per picture
+    shared = SharedPicture(vlm, batches[0])
+    prompts = []
+    for batch in batches:
+        prompts.append(prepare(vlm, batch, features, shared))
+        if len(prompts) == 1:
+            shared.keep(prompts[0].cache)
+    values = value.to(prompts[0].embeds).expand(len(prompts[0].positions), -1)
+    asks = [asking(limit) for _, limit in questions]
+    answers = run_conditions(vlm, prompts, asks, sets, values, 9)
+    return {name: [answer.ids for answer in of_set] for name, of_set in answers.items()}
 
 
 @torch.inference_mode()
@@ -256,10 +244,8 @@ def check(case, blocks, arguments):
         )
     mine, other = ABLATIONS["ours"](case, *arguments), ABLATIONS["published"](case, *arguments)
     if mine != other:
-        raise AssertionError(
-            "ablated answers differ:"
-            f" {next((name, mine[name], other[name]) for name in other if mine[name] != other[name])}"
-        )
+        name = next(name for name in other if mine[name] != other[name])
+        raise AssertionError(f"ablated answers differ: {name}: {mine[name]}, {other[name]}")
     return worst
 
 

@@ -8,20 +8,20 @@ import torch
 from vlmdiag.cli import UsageError
 from vlmdiag.families import generic
 from vlmdiag.groups import GROUPS
-from vlmdiag.interp import interventions, knockout
+from vlmdiag.interp import interventions, knockout, knockout_pairs
+from vlmdiag.interp.conditions import condition_sets
 from vlmdiag.interp.interventions import (
+    Replacement,
     asking,
-    condition_sets,
     integrated_gradients,
     naming,
     prepare,
-    replacement,
-    run,
+    run_conditions,
 )
 from vlmdiag.model.attention import Block, capture, edit
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.lens import Lens, vocabulary
-from vlmdiag.model.prefix import branches, first_positions
+from vlmdiag.model.prefix import SharedPicture, branches, first_positions
 from vlmdiag.model.probes import HiddenStates
 from vlmdiag.model.vision import embeddings, prefill
 
@@ -50,7 +50,7 @@ def block(length, queries, keys, layers=None):
 def examples(vlm, prompt):
     """Ways to block: last token, last vision tokens, both, in all layers and in some; and nothing
     before the first of their queries."""
-    length, vision = prompt.embeds.shape[1], prompt.vision
+    length, vision = prompt.embeds.shape[1], prompt.positions
     some = frozenset({1, 2})
     half = vision[: len(vision) // 2]
     ways = [
@@ -147,7 +147,7 @@ def test_branches_equal_a_pass_under_edit_also_in_a_padded_batch(vlm, prompt, ba
 def test_what_is_blocked_cannot_be_seen(vlm, prompt):
     """The embeddings of the hidden tokens may be anything: with every path to the last token cut,
     its state does not move."""
-    length, vision = prompt.embeds.shape[1], prompt.vision
+    length, vision = prompt.embeds.shape[1], prompt.positions
     after = torch.arange(int(vision[-1]) + 1, length)
     way = [block(length, after, vision)]
     changed = prompt.embeds.clone()
@@ -189,8 +189,11 @@ def test_a_query_without_keys_and_a_late_start_are_refused(load, batch_of):
 
 
 def test_windows_are_scaled_from_32_layers():
-    assert knockout.layer_windows(list(knockout.PAPER_WINDOWS), 32) == knockout.PAPER_WINDOWS
-    six = knockout.layer_windows([*knockout.PAPER_WINDOWS, "2-3", "sliding:3:2"], 6)
+    assert (
+        knockout_pairs.layer_windows(list(knockout_pairs.PAPER_WINDOWS), 32)
+        == knockout_pairs.PAPER_WINDOWS
+    )
+    six = knockout_pairs.layer_windows([*knockout_pairs.PAPER_WINDOWS, "2-3", "sliding:3:2"], 6)
     assert (
         six["all"] == (0, 5)
         and six["early"] == (0, 1)
@@ -198,12 +201,12 @@ def test_windows_are_scaled_from_32_layers():
         and six["2-3"] == (2, 3)
     )
     assert {"0-2", "2-4"} <= set(six) and "1-3" not in six
-    assert list(knockout.layer_windows(["single"], 3).values()) == [(0, 0), (1, 1), (2, 2)]
+    assert list(knockout_pairs.layer_windows(["single"], 3).values()) == [(0, 0), (1, 1), (2, 2)]
     for wrong in ("5-2", "0-6", "x", "sliding:9", "sliding:0", "a-b", "sliding:x"):
         with pytest.raises(UsageError, match="--windows"):
-            knockout.layer_windows([wrong], 6)
+            knockout_pairs.layer_windows([wrong], 6)
     with pytest.raises(UsageError, match="FROM:TO"):
-        knockout.parse_pair("object:nowhere")
+        knockout_pairs.parse_pair("object:nowhere")
 
 
 def test_the_groups_of_a_knockout_are_where_the_prompt_has_them(load, batch_of):
@@ -249,10 +252,12 @@ def test_no_edit_is_the_unedited_run_bit_for_bit(vlm, batch_of):
 
 def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batch_of):
     """Every condition against one plain pass of its own with the embeddings edited."""
-    count = len(prompt.vision)
+    count = len(prompt.positions)
     other = batch_of(vlm, (0,))
     with torch.no_grad():
-        second = prepare(vlm, extended(other, [60, 61], "template"), vlm.vision(other), prompt)
+        shared = SharedPicture(vlm, prompt.batch)
+        shared.keep(prompt.cache)
+        second = prepare(vlm, extended(other, [60, 61], "template"), vlm.vision(other), shared)
     values = torch.randn(count, prompt.embeds.shape[-1], generator=torch.Generator().manual_seed(1))
     sets = {
         "one": np.array([count - 1]),
@@ -261,7 +266,7 @@ def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batc
         "first": np.array([0]),
         "late": np.array([count - 3, count - 2]),
     }
-    found = run(vlm, [prompt, second], sets, values, 2, [asking(4), naming([70, 71])])
+    found = run_conditions(vlm, [prompt, second], [asking(4), naming([70, 71])], sets, values, 2)
     for name, index in sets.items():
         for part, this, options in (
             (found[name][0], prompt, {}),
@@ -270,7 +275,7 @@ def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batc
             with edit(
                 vlm,
                 embeddings=[
-                    (0, this.vision[torch.from_numpy(index)], values[torch.from_numpy(index)])
+                    (0, this.positions[torch.from_numpy(index)], values[torch.from_numpy(index)])
                 ],
             ):
                 wanted = generate(vlm, this.batch, 4, **options)
@@ -288,12 +293,14 @@ def test_with_deepstack_a_replaced_token_is_gone_from_the_first_layers_too(load,
     batch = batch_of(vlm, (0,))
     with torch.no_grad():
         prompt = prepare(vlm, batch, vlm.vision(batch))
-        second = prepare(vlm, extended(batch, [60, 61], "template"), prompt.features, prompt)
+        shared = SharedPicture(vlm, batch)
+        shared.keep(prompt.cache)
+        second = prepare(vlm, extended(batch, [60, 61], "template"), prompt.features, shared)
         assert torch.allclose(prompt.logits, prefill(vlm, batch).logits[0, -1].float(), atol=1e-4)
-    count = len(prompt.vision)
+    count = len(prompt.positions)
     values = torch.randn(count, prompt.embeds.shape[-1], generator=torch.Generator().manual_seed(1))
     sets = {"one": np.array([count - 1]), "two": np.array([2, 7]), "all": np.arange(count)}
-    found = run(vlm, [prompt, second], sets, values, 2, [asking(4), naming([70, 71])])
+    found = run_conditions(vlm, [prompt, second], [asking(4), naming([70, 71])], sets, values, 2)
     for name, index in sets.items():
         for part, this, options in (
             (found[name][0], prompt, {}),
@@ -316,7 +323,7 @@ def test_with_deepstack_a_replaced_token_is_gone_from_the_first_layers_too(load,
             assert not torch.allclose(first, other.first[0], atol=1e-3), (
                 "what the first layers add counts"
             )
-    baseline = prompt.embeds[0, prompt.vision].mean(0).expand(count, -1)
+    baseline = prompt.embeds[0, prompt.positions].mean(0).expand(count, -1)
     scores, error = integrated_gradients(
         vlm, prompt, baseline, int(prompt.logits.argmax()), steps=600, per_pass=60
     )
@@ -336,43 +343,33 @@ def test_prefixes_are_shared_by_causal_families_only(load, batch_of):
 def test_conditions_keep_clear_of_the_object_and_match_its_size(load, batch_of):
     grid = batch_of(load("llava"), (0,)).grids[0]
     tokens, rng = np.array([65, 66, 77, 78]), np.random.default_rng(0)
-    sets = condition_sets(grid, rng.random(144), rng.random(144), tokens, (5, 250), 2, 0, "7")
-    assert (
-        sets["patch_0"].tolist() == tokens.tolist()
-        and len(sets["patch_1"]) == 16
-        and len(sets["patch_2"]) == 36
-    )
+    norms, scores = rng.random(144), rng.random(144)
+    sets, skipped = condition_sets(grid, norms, scores, tokens, (5, 250), 2, 0, "7")
+    assert sets["patch_0"].tolist() == tokens.tolist()
+    assert len(sets["patch_1"]) == 16 and len(sets["patch_2"]) == 36
     for b in (0, 1, 2):
+        patch = set(sets[f"patch_{b}"])
         for name in (f"random_matched_{b}_0", f"random_matched_{b}_1", f"blob_matched_{b}_0"):
-            assert len(sets[name]) == len(sets[f"patch_{b}"]) == len(set(sets[name])) and not set(
-                sets[name]
-            ) & set(sets[f"patch_{b}"])
+            assert len(sets[name]) == len(patch) == len(set(sets[name]))
+            assert not set(sets[name]) & patch
     assert sets["random_matched_0_0"].tolist() != sets["random_matched_0_1"].tolist()
-    assert (
-        "144 vision tokens" in sets["gradient_250"]
-        and isinstance(sets["random_250"], str)
-        and len(sets["gradient_5"]) == 5
-        and len(sets["all"]) == 144
-    )
-    again = condition_sets(grid, rng.random(144), None, tokens, (5,), 2, 0, "7")
+    assert "144 vision tokens" in skipped["gradient_250"] and "random_250" in skipped
+    assert not set(skipped) & set(sets)
+    assert len(sets["gradient_5"]) == 5 and len(sets["all"]) == 144
+    again, _ = condition_sets(grid, norms, None, tokens, (5,), 2, 0, "7")
     assert again["random_5"].tolist() == sets["random_5"].tolist() and "gradient_5" not in again
-    assert (
-        condition_sets(grid, rng.random(144), None, tokens, (5,), 2, 0, "8")["random_5"].tolist()
-        != sets["random_5"].tolist()
-    )
+    other, _ = condition_sets(grid, norms, None, tokens, (5,), 2, 0, "8")
+    assert other["random_5"].tolist() != sets["random_5"].tolist()
 
 
 def test_replacements_and_mean_vectors(tmp_path):
     features = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mean = torch.arange(8.0)
-    assert (
-        torch.equal(replacement("mean", mean, features, 0, "1")[7], mean)
-        and not replacement("zeros", None, features, 0, "1").any()
-    )
-    noise = replacement("noise", None, features, 0, "1")
-    assert torch.equal(noise, replacement("noise", None, features, 0, "1")) and not torch.equal(
-        noise, replacement("noise", None, features, 0, "2")
-    )
+    assert torch.equal(Replacement("mean", mean).values(features, 0, "1")[7], mean)
+    assert not Replacement("zeros").values(features, 0, "1").any()
+    noise = Replacement("noise").values(features, 0, "1")
+    assert torch.equal(noise, Replacement("noise").values(features, 0, "1"))
+    assert not torch.equal(noise, Replacement("noise").values(features, 0, "2"))
     assert (noise.mean(0) - features.mean(0)).abs().max() < 2 and (
         noise.std(0) / features.std(0)
     ).log().abs().max() < 0.5
@@ -394,12 +391,12 @@ def test_replacements_and_mean_vectors(tmp_path):
 
 
 def test_integrated_gradients_are_complete_and_find_the_planted_token(vlm, prompt):
-    baseline = prompt.embeds[0, prompt.vision].mean(0).expand(len(prompt.vision), -1)
+    baseline = prompt.embeds[0, prompt.positions].mean(0).expand(len(prompt.positions), -1)
     target = int(prompt.logits.argmax())
     scores, error = integrated_gradients(vlm, prompt, baseline, target, steps=120, per_pass=40)
-    assert scores.shape == (len(prompt.vision),) and (scores >= 0).all() and error < 0.01
+    assert scores.shape == (len(prompt.positions),) and (scores >= 0).all() and error < 0.01
     alike = baseline.clone()
-    alike[:] = prompt.embeds[0, prompt.vision]
+    alike[:] = prompt.embeds[0, prompt.positions]
     alike[5] += 1
     scores, _ = integrated_gradients(vlm, prompt, alike, target, steps=4, per_pass=3)
     assert (

@@ -16,8 +16,9 @@ from data import make_shapes
 from tests.conftest import in_process
 from vlmdiag.beyond_semantics import position_sensitivity, shuffled_answers
 from vlmdiag.groups import GROUPS
+from vlmdiag.interp import ablation
 from vlmdiag.model.attention import Block, capture, edit
-from vlmdiag.model.decoding import extended, generate
+from vlmdiag.model.decoding import answer_ids, extended, generate
 from vlmdiag.model.probes import ImageAttention, LastStates
 from vlmdiag.model.vision import entries, prefill
 from vlmdiag.pictures.samples import Sample, load_image
@@ -427,11 +428,11 @@ def test_ablated_tokens_are_gone_as_in_a_plain_pass(
     vlm = models(name)[1]
     for record, arrays in items(tmp_path, "ablation", name).values():
         what = record["category"]
-        question = f"Is there {script['ablation'].module.article(what)} in this image?"
+        question = f"Is there {ablation.article(what)} in this image?"
         batch = one(vlm, picture_of(shapes, record["image_id"]), question)
         positions = batch.vision_positions(0)
         assert record["vision_tokens"] == len(positions) == record["conditions"]["all"]["tokens"]
-        yes = script["ablation"].module.answer_ids(vlm, batch.prompts[0], "Yes")[0]
+        yes = answer_ids(vlm, batch.prompts[0], "Yes")[0]
         seen = []
         for condition in ("none", "patch_0", "random_3", "all"):
             features = vlm.vision(batch)
@@ -451,8 +452,7 @@ def test_ablated_tokens_are_gone_as_in_a_plain_pass(
 def test_a_knockout_is_the_blocked_pass_over_the_whole_prompt(
     run, models, shapes, tmp_path, name, monkeypatch
 ):
-    module = script["knockout"].module
-    monkeypatch.setattr(module, "prefix_published", lambda *_: True)
+    monkeypatch.setattr(ablation, "prefix_published", lambda *_: True)
     pairs = ["object:last_token", "image:last_token", "image-last_row:last_row"]
     questions = ("--coco_root", shapes, "--clean_questions_file", shapes / "clean_questions.json")
     good(
@@ -475,10 +475,10 @@ def test_a_knockout_is_the_blocked_pass_over_the_whole_prompt(
         picture, question = picture_of(shapes, record["image_id"]), record["question"]
         plain = one(vlm, picture, question)
         batch = one(
-            vlm, picture, question, module.answer_ids(vlm, plain.prompts[0], module.START)[:-1]
+            vlm, picture, question, answer_ids(vlm, plain.prompts[0], ablation.START)[:-1]
         )
         batch.groups[0, plain.groups.shape[1] :] = GROUPS.index("template")
-        name_id = module.answer_ids(vlm, plain.prompts[0] + " " + module.START, record["answer"])[0]
+        name_id = answer_ids(vlm, f"{plain.prompts[0]} {ablation.START}", record["answer"])[0]
         vision = batch.vision_positions(0).numpy()
         assert np.isin(arrays["positions_object"], vision).all() and np.array_equal(
             arrays["positions_image"], vision

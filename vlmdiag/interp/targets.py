@@ -1,21 +1,48 @@
-"""The pictures and objects of an intervention: flags, COCO files, run directories that the scripts
-of this folder share."""
+"""The pictures and objects of an intervention: flags, COCO files, and what all runs on objects keep
+of their settings. Kept free of torch.
 
+docs/studies/llava_interp.md, sections 2.4 and 2.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlmdiag import CHECKOUT, cli
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import find_target, object_mask, object_tokens
-from vlmdiag.model.loading import identity_of
-from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures import samples
 from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.runs import rundirs
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Bool, Int
+    from PIL.Image import Image
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.types import VLM
+
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 CHECKPOINTS = CHECKOUT / "checkpoints"
 BLOCK = 32  # pictures whose vision tokens are summed together, see save_post_adapter_acts.py
+# flags that the numbers of every run on objects depend on
+COMMON = (
+    "datatype",
+    "min_area",
+    "max_area",
+    "max_annotations",
+    "threshold",
+    "seed",
+    "paper_compat",
+    "image_aspect",
+)
+# flags that may differ when a run goes on
+FREE = ("coco_root", "max_images", "per_pass")
 
 
 @dataclass(frozen=True)
@@ -24,32 +51,37 @@ class Item:
     it."""
 
     sample: Sample
-    annotation: dict
+    annotation: dict[str, Any]
     category: str
     answer: str
 
     @property
-    def id(self):
+    def id(self) -> str:
+        """The sample's."""
         return self.sample.id
 
     @property
-    def image(self):
+    def image(self) -> Path:
+        """Where the picture is."""
         return self.sample.image
 
 
-def model_of(name):
+LoadedItem = tuple[Item, "Image", "Bool[np.ndarray, 'height width']"]
+
+
+def model_of(name: str) -> str:
     """A folder of checkpoints/ by its name, llava-hf/<name> for the published short names such as
     llava-1.5-7b-hf, else what was given."""
-    if "/" not in name and (CHECKPOINTS / name).is_dir():
+    if "/" in name:
+        return name
+    if (CHECKPOINTS / name).is_dir():
         return str(CHECKPOINTS / name)
-    return (
-        f"llava-hf/{name}"
-        if "/" not in name and name.endswith("-hf") and not Path(name).exists()
-        else name
-    )
+    if name.endswith("-hf") and not Path(name).exists():
+        return f"llava-hf/{name}"
+    return name
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that works on objects in COCO pictures."""
     parser.add_argument(
         "--model_path", "--model_name", default=DEFAULT_MODEL, help="folder or hub id"
@@ -83,10 +115,8 @@ def add_arguments(parser):
         "--threshold",
         type=float,
         default=0.0,
-        help=(
-            "a token stands for the object if more than this share of its box is covered; 0: any"
-            " overlap"
-        ),
+        help="a token stands for the object if more than this share of its box is covered; 0: any"
+        " overlap",
     )
     parser.add_argument("--max_images", type=int, default=None, help="only the first so many items")
     parser.add_argument(
@@ -101,65 +131,51 @@ def add_arguments(parser):
     cli.add_run_arguments(parser, "picture")
 
 
-def read_targets(args, question="Describe this image."):
-    """Items of the annotation file that pass the object filter, in file order."""
-    listed = samples.read_coco(
-        Path(args.coco_root) / args.datatype, instances_file(args), question=question
+def add_questions_argument(parser: argparse.ArgumentParser) -> None:
+    """--clean_questions_file of the scripts that ask curated questions."""
+    parser.add_argument(
+        "--clean_questions_file",
+        required=True,
+        help='JSON: {"<image id>": [question or {"question", "answer", "category"}, ...]}',
     )
-    annotations, items = samples.read_instances(instances_file(args)), []
+
+
+def instances_file(args: argparse.Namespace) -> Path:
+    """COCO's instances of the chosen part."""
+    return Path(args.coco_root) / "annotations" / f"instances_{args.datatype}.json"
+
+
+def _filtered(
+    args: argparse.Namespace, annotations: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    return find_target(annotations, args.min_area, args.max_area, args.max_annotations)
+
+
+def read_targets(args: argparse.Namespace, question: str = "Describe this image.") -> list[Item]:
+    """Items of the annotation file that pass the object filter, in file order. UsageError where
+    none does."""
+    folder = Path(args.coco_root) / args.datatype
+    listed = samples.read_coco(folder, instances_file(args), question=question)
+    annotations = samples.read_instances(instances_file(args))
+    items = []
     for sample in listed:
-        target = find_target(
-            annotations.get(sample.extra["image_id"], []),
-            args.min_area,
-            args.max_area,
-            args.max_annotations,
-        )
+        target = _filtered(args, annotations.get(sample.extra["image_id"], []))
         if target is not None:
             items.append(Item(sample, target, target["category"], target["category"]))
     if not items:
-        limits = (
-            f"--min_area {args.min_area:g} --max_area {args.max_area:g} --max_annotations"
-            f" {args.max_annotations}"
-        )
         raise UsageError(
             f"none of the {len(listed)} pictures of {instances_file(args)} passes the object filter"
-            f" ({limits})"
+            f" (--min_area {args.min_area:g} --max_area {args.max_area:g} --max_annotations"
+            f" {args.max_annotations})"
         )
     return items[: args.max_images]
 
 
-def read_curated_targets(args):
+def read_curated_targets(args: argparse.Namespace) -> list[Item]:
     """Items of --clean_questions_file: one per question; the object is the one its category names,
-    else the one of the object filter."""
-    listed = {
-        str(sample.extra["image_id"]): sample
-        for sample in samples.read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
-    }
-    annotations, items, asked = (
-        samples.read_instances(instances_file(args)),
-        [],
-        samples.read_curated(args.clean_questions_file),
-    )
-    for image_id, questions in asked.items():
-        sample = listed.get(image_id.lstrip("0") or "0", listed.get(image_id))
-        for n, entry in enumerate(questions if sample else ()):
-            there = annotations.get(sample.extra["image_id"], [])
-            if entry.get("category"):
-                named = [
-                    annotation
-                    for annotation in there
-                    if annotation["category"] == entry["category"] and not annotation.get("iscrowd")
-                ]
-                target = named[0] if len(named) == 1 else None
-            else:
-                target = find_target(there, args.min_area, args.max_area, args.max_annotations)
-            if target is not None:
-                own = Sample(
-                    f"{sample.id}-{n}", sample.image, entry["question"], extra=sample.extra
-                )
-                items.append(
-                    Item(own, target, target["category"], entry.get("answer") or target["category"])
-                )
+    else the one of the object filter. UsageError where no question has an object."""
+    asked = samples.read_curated(args.clean_questions_file)
+    items = list(_curated(args, asked))
     if not items:
         raise UsageError(
             f"{args.clean_questions_file}: none of its {len(asked)} pictures with a question has an"
@@ -169,17 +185,47 @@ def read_curated_targets(args):
     return items[: args.max_images]
 
 
-def instances_file(args):
-    return Path(args.coco_root) / "annotations" / f"instances_{args.datatype}.json"
+def _curated(args: argparse.Namespace, asked: dict[str, list[dict[str, Any]]]) -> Iterator[Item]:
+    listed = samples.read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
+    by_id = {str(sample.extra["image_id"]): sample for sample in listed}
+    annotations = samples.read_instances(instances_file(args))
+    for image_id, questions in asked.items():
+        sample = by_id.get(image_id.lstrip("0") or "0", by_id.get(image_id))
+        if sample is None:
+            continue
+        of_image = annotations.get(sample.extra["image_id"], [])
+        for n, entry in enumerate(questions):
+            if entry.get("category"):
+                target = _only_one_of(of_image, entry["category"])
+            else:
+                target = _filtered(args, of_image)
+            if target is not None:
+                question = Sample(
+                    f"{sample.id}-{n}", sample.image, entry["question"], extra=sample.extra
+                )
+                answer = entry.get("answer") or target["category"]
+                yield Item(question, target, target["category"], answer)
 
 
-def load(item):
-    """What process() needs of an item: (item, picture, mask of the object)."""
+def _only_one_of(annotations: Sequence[dict[str, Any]], category: str) -> dict[str, Any] | None:
+    """The annotation of a category that occurs once, crowds not counted."""
+    named = [
+        annotation
+        for annotation in annotations
+        if annotation["category"] == category and not annotation.get("iscrowd")
+    ]
+    return named[0] if len(named) == 1 else None
+
+
+def load(item: Item) -> LoadedItem:
+    """What process() needs of an item: the item, its picture, the object's pixels."""
     image = load_image(item.image)
     return item, image, object_mask(item.annotation, image.size)
 
 
-def tokens_of(args, vlm, batch, mask):
+def tokens_of(
+    vlm: VLM, batch: Batch, mask: Bool[np.ndarray, "height width"], threshold: float
+) -> Int[np.ndarray, " n"]:
     """Indices of the object's vision tokens. ValueError where the model sees nothing of it."""
     grid = batch.grids[0]
     if grid is None:
@@ -187,7 +233,7 @@ def tokens_of(args, vlm, batch, mask):
             f"{vlm.path}: where the vision tokens of {vlm.family.name} lie in the picture (grid) is"
             " unknown, so an object's tokens are too"
         )
-    tokens = object_tokens(grid, mask, args.threshold)
+    tokens = object_tokens(grid, mask, threshold)
     if not len(tokens):
         raise ValueError(
             "the object lies outside what the model sees, or covers no token by more than"
@@ -196,43 +242,20 @@ def tokens_of(args, vlm, batch, mask):
     return tokens
 
 
-def open_run(args, experiment, vlm, names, more=None, free=None):
-    """The run directory; names: flags that the numbers depend on besides the common ones."""
-    names = (
-        *names,
-        "datatype",
-        "min_area",
-        "max_area",
-        "max_annotations",
-        "threshold",
-        "seed",
-        "paper_compat",
-        "image_aspect",
-    )
-    settings = identity_of(vlm)
-    settings |= (
-        {"prompt": prompt_for(vlm, "QUESTION")[0], "data": Path(args.coco_root).name}
-        | {name: getattr(args, name) for name in names}
-        | (more or {})
-    )
-    free = {
-        "model_path": args.model_path,
-        "coco_root": args.coco_root,
-        "max_images": args.max_images,
-        "per_pass": args.per_pass,
-        "device": str(vlm.device),
-    }
-    return rundirs.open_run(
-        rundirs.run_path(args.out_root, args.model_path, experiment, args.run_name),
-        experiment,
-        settings,
-        free,
-        args.overwrite,
-    )
+def settings_of(args: argparse.Namespace, names: Sequence[str] = ()) -> dict[str, Any]:
+    """What the numbers of a run on objects depend on; names: further flags."""
+    settings = {name: getattr(args, name) for name in (*names, *COMMON)}
+    return {"data": Path(args.coco_root).name} | settings
 
 
-def load_vlm(args, load):
-    """The model that load(args) gives, with what interventions on objects need."""
+def free_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What may differ when such a run goes on."""
+    return {name: getattr(args, name) for name in FREE}
+
+
+def load_vlm(args: argparse.Namespace, load: Callable[[argparse.Namespace], VLM]) -> VLM:
+    """The model that load(args) gives. UsageError where it lacks what interventions on objects
+    need."""
     if args.per_pass < 1:
         raise UsageError("--per_pass counts from 1")
     vlm = load(args)
@@ -240,7 +263,17 @@ def load_vlm(args, load):
     return vlm
 
 
-def write_results(path, content):
+def record_of(item: Item) -> dict[str, Any]:
+    """How a record begins."""
+    return {
+        "image_id": item.sample.extra["image_id"],
+        "file_name": item.image.name,
+        "category": item.category,
+        "annotation": item.annotation.get("id"),
+    }
+
+
+def write_results(path: str | Path, content: object) -> None:
     """--results_file, in one step."""
-    rundirs.write_json(Path(path), content)
+    rundirs.write_json(path, content)
     print(f"wrote {path}")
