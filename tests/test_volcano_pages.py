@@ -28,7 +28,8 @@ from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.scenes.scene import floor_scene, render
-from vlmdiag.volcano import text_figure, text_page
+from vlmdiag.volcano import image_figure, text_figure, text_page
+from vlmdiag.volcano import panels as panels_module
 from vlmdiag.volcano.tensors import (
     Stage,
     find_span,
@@ -343,7 +344,7 @@ def test_maps_of_texts_are_plain_means_and_on_request_the_published_ones(made):
             )
         ]
     )
-    panels = maps_script.panels_of(instance, args)
+    panels = panels_module.panels_of(instance, args)
     assert [panel.title for panel in panels] == [
         "Initial (all tokens)",
         "Feedback (all tokens)",
@@ -363,7 +364,7 @@ def test_maps_of_texts_are_plain_means_and_on_request_the_published_ones(made):
     ):
         np.testing.assert_allclose(panel.values, wanted.mean(0), rtol=1e-12)
     args.paper_compat = True
-    panels = maps_script.panels_of(instance, args)
+    panels = panels_module.panels_of(instance, args)
     largest = [
         sum(sorted(c["feedback"][:20, p], reverse=True)[:7]) / 7 for p in range(24)
     ]  # 7: tokens of the initial response
@@ -878,11 +879,11 @@ def test_one_scale_for_all_panels_with_the_quantile_at_its_top(made, tmp_path, n
     args = maps_script.parse_args(
         [*map(str, arguments(made, "x", "--quantile", "0.9", "--feedback-target-tokens", "red"))]
     )
-    panels = maps_script.panels_of(instance, args)
+    panels = panels_module.panels_of(instance, args)
     values = sorted(np.concatenate([panel.values for panel in panels]))
-    low, high = maps_script.scale_of(panels, instance.grid, 0.9)
+    low, high = panels_module.scale_of(panels, instance.grid, 0.9)
     assert low == values[0] and high == values[round(0.9 * (len(values) - 1))]
-    figure = maps_script.draw(instance, panels, (low, high), args)
+    figure = image_figure.draw(instance, panels, (low, high), args)
     assert {
         (image.norm.vmin, image.norm.vmax) for axis in figure.axes for image in axis.images[1:]
     } == {(low, high)}
@@ -891,9 +892,9 @@ def test_one_scale_for_all_panels_with_the_quantile_at_its_top(made, tmp_path, n
 
 def drawn(instance, *more):
     args = maps_script.parse_args([*map(str, arguments("in", "out", *more))])
-    panels = maps_script.panels_of(instance, args)
-    return maps_script.draw(
-        instance, panels, maps_script.scale_of(panels, instance.grid, 1.0), args
+    panels = panels_module.panels_of(instance, args)
+    return image_figure.draw(
+        instance, panels, panels_module.scale_of(panels, instance.grid, 1.0), args
     )
 
 
@@ -912,7 +913,7 @@ def test_a_hot_patch_lies_on_its_place_in_the_picture(tmp_path, row, column):
     figure = drawn(instance)
     grey, heat = (np.ma.filled(image.get_array(), np.nan) for image in figure.axes[1].images)
     times = 1024 // 420
-    assert heat.shape == grey.shape == (336 * times, 420 * times)
+    assert heat.shape == grey.shape[:2] == (336 * times, 420 * times)
     x0, y0, x1, y1 = instance.grid.boxes[row * 6 + column] * times
     ys, xs = np.nonzero(heat == np.nanmax(heat))
     assert (
@@ -952,8 +953,8 @@ def test_tokens_without_a_box_and_tiles_that_are_no_grid(tmp_path):
     assert hot[y0:y1, x0:x1].all() and hot.sum() == (y1 - y0) * (x1 - x0)
     plots.plt.close(figure)
     args = maps_script.parse_args([*map(str, arguments("in", "out"))])
-    (panel,) = maps_script.panels_of(instance, args)
-    numbers = maps_script.numbers_of(panel, instance.grid)
+    (panel,) = panels_module.panels_of(instance, args)
+    numbers = panels_module.numbers_of(panel, instance.grid)
     assert (
         numbers["mean"] == pytest.approx((1e-2 + 22e-4) / 23)
         and numbers["share_of_patches_with_50_percent"] == 1 / 23
@@ -970,7 +971,7 @@ def test_tokens_without_a_box_and_tiles_that_are_no_grid(tmp_path):
     ],
 )
 def test_patches_per_side_from_the_name_of_an_encoder(name, side):
-    assert maps_script.side_of(name) == side
+    assert panels_module.side_of(name) == side
 
 
 def test_an_encoder_that_contradicts_the_stored_grid_is_refused(made, tmp_path, no_figures):
@@ -1002,7 +1003,9 @@ def test_an_encoder_that_contradicts_the_stored_grid_is_refused(made, tmp_path, 
 
 def test_file_names_keep_the_spans_and_tell_what_else_differs(made):
     def tag(*more):
-        return maps_script.tag_of(maps_script.parse_args([*map(str, arguments(made, "x", *more))]))
+        return panels_module.tag_of(
+            maps_script.parse_args([*map(str, arguments(made, "x", *more))])
+        )
 
     spans = ["--feedback-target-tokens", "rather,silver,.", "the,red,c"]
     assert (
