@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from data import make_shapes
-from diagnostic_tools import hallucination_warning as warning
 from tests.conftest import ROOT, in_process
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.vision import embeddings
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import rundirs
 from vlmdiag.stethoscope import calibration
+from vlmdiag.stethoscope import hallucination as warning
 from vlmdiag.stethoscope import warning_signals as signals
 
 script = in_process(ROOT / "diagnostic_tools" / "hallucination_warning.py")

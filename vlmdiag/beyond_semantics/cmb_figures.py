@@ -151,8 +151,14 @@ def draw_layers(axis: Axes, balances: Sequence[Balance]) -> None:
         layers = np.arange(len(interval.mean))
         plots.line_with_band(axis, layers, interval, balance.label, color)
         axis.axhline(balance.chance, color=color, linestyle="--", linewidth=1.1)
-    chance = {"color": plots.EVEN_COLOR, "linestyle": "--", "linewidth": 1.1}
-    axis.plot([], [], **chance, label="chance: attention spread evenly")
+    axis.plot(
+        [],
+        [],
+        color=plots.EVEN_COLOR,
+        linestyle="--",
+        linewidth=1.1,
+        label="chance: attention spread evenly",
+    )
     axis.set(
         title="Mean over heads, 95 % band over images",
         xlabel="decoder layer",

@@ -114,13 +114,16 @@ def make_process(
         arrays = {name: values.float().cpu().numpy() for name, values in on_device.items()}
         results = []
         for row in range(len(samples)):
-            own_grid = None
+            row_grid = None  # (L + 1, T) of this image, without padding
             if grid is not None:
-                own_grid = grid[row][:, grid.shape[-1] - batch.lengths[row] :]
-            record, own = _result(vlm, batch, row, measures, generation, arrays, shares, own_grid)
-            if measures.save_hidden_plots and artifacts is not None and not measures.pos_only:
-                draw_artifacts(artifacts / f"{samples[row].id}_artifacts", own, own_grid, record)
-            results.append((record, own))
+                row_grid = grid[row][:, grid.shape[-1] - batch.lengths[row] :]
+            record, row_arrays = _result(
+                vlm, batch, row, measures, generation, arrays, shares, row_grid
+            )
+            if artifacts is not None and row_grid is not None and measures.save_hidden_plots:
+                folder = artifacts / f"{samples[row].id}_artifacts"
+                draw_artifacts(folder, row_arrays, row_grid, record)
+            results.append((record, row_arrays))
         return results
 
     return process
@@ -132,7 +135,7 @@ def _measure(
     """Generation, {array: (B, ...)} on the device, {share: [[one per step], ...]} and the norms."""
     features = vlm.vision(batch)
     for tokens in entries(vlm, features):
-        tokens[:] = [part * measures.vision_scale for part in tokens]
+        tokens[:] = [of_sample * measures.vision_scale for of_sample in tokens]
     steps = measures.max_new_tokens if forced is None else max(map(len, forced))
     if measures.pos_only:
         steps = 1
@@ -202,8 +205,11 @@ def _result(
     grid: NDArray[np.float32] | None,
 ) -> tuple[Record, Arrays]:
     """Record and arrays of one image. grid (L + 1, T): the norm of each of its prompt positions."""
-    sample, spans = batch.samples[row], batch.spans(row)
-    counts = {group: sum(end - start for start, end in parts) for group, parts in spans.items()}
+    sample = batch.samples[row]
+    spans = batch.spans(row)
+    counts = {
+        group: sum(end - start for start, end in of_group) for group, of_group in spans.items()
+    }
     record: Record = {
         "image_id": sample.extra["image_id"],
         "file_name": sample.image.name,
@@ -213,9 +219,9 @@ def _result(
         "chance_vision_share": chance_vision_share(counts),
         "groups": list(GROUPS),
     }
-    own = {name: values[row] for name, values in arrays.items()}
+    row_arrays = {name: values[row] for name, values in arrays.items()}
     if measures.pos_only:
-        return record | {"pos_only": True}, own
+        return record | {"pos_only": True}, row_arrays
     ids = generation.ids[row]
     record |= {
         "caption": vlm.text(ids),
@@ -236,5 +242,5 @@ def _result(
         for name in ("sys", "user_text", "vision"):
             record["hidden_norms"][f"has_{name}"] = bool(counts.get(NORM_GROUPS[name]))
         if measures.save_hidden_grid and grid is not None:
-            own["hidden_norms_grid"] = grid
-    return record, own
+            row_arrays["hidden_norms_grid"] = grid
+    return record, row_arrays

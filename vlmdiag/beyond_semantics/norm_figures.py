@@ -66,7 +66,8 @@ def curves_of(norms: Norms, shown: list[str]) -> NormCurves:
 def log10(interval: Interval) -> Interval:
     """The interval of log10 of a positive mean: log10 is monotone, so the bounds carry over."""
     with np.errstate(divide="ignore"):
-        return stats.Interval(*(np.log10(bound) for bound in interval[:3]), interval.n)
+        mean, low, high = (np.log10(bound) for bound in interval[:3])
+    return stats.Interval(mean, low, high, interval.n)
 
 
 def early_mean(ratio: Interval, early_k: int) -> float:

@@ -6,7 +6,6 @@ numpy; the model runs in shuffled_answers.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -69,13 +68,15 @@ def psi_interval(
     original = np.asarray(original, float)
     permuted = np.asarray(permuted, float)
     images = len(original)
-    value = float(psi(original.mean(), permuted.mean()))
-    low = high = np.nan
-    if images > 1 and not math.isnan(value):
-        drawn = np.random.default_rng(seed).integers(0, images, (num_resamples, images))
-        resampled = psi(original[drawn].mean(1), permuted[drawn].mean(1))
-        low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), images)
+    value = psi(original.mean(), permuted.mean())[()]
+
+    def resampled(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
+        return psi(weights @ original, weights @ permuted)
+
+    low = high = np.float64(np.nan)
+    if images > 1 and not np.isnan(value):
+        low, high = stats.bootstrap(resampled, images, level, num_resamples, seed)
+    return Interval(value, low, high, np.int64(images))
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Any]:

@@ -106,13 +106,13 @@ def draw(label: str, num_permutations: int, summaries: Summaries) -> Figure:
         x = place + shift
         axis.bar(x, mean, 0.38, color=color, alpha=opacity, label=bar_label)
         axis.errorbar(x, mean, error, fmt="none", ecolor="#222222", elinewidth=1, capsize=2.5)
-    for x, summary in zip(place, summaries.values()):
-        axis.text(x, 1.12, _score(summary["psi"]), ha="center", va="top", fontsize=7.5)
+    for middle, summary in zip(place, summaries.values()):
+        axis.text(middle, 1.12, _score(summary["psi"]), ha="center", va="top", fontsize=7.5)
     names = [_kind_label(kind, summary) for kind, summary in summaries.items()]
     axis.set_xticks(place, names, fontsize=8)
-    middle = place[-1] / 2
+    centre = place[-1] / 2
     axis.set(
-        xlim=(min(-0.55, middle - 1.3), max(place[-1] + 0.55, middle + 1.3)),
+        xlim=(min(-0.55, centre - 1.3), max(place[-1] + 0.55, centre + 1.3)),
         ylim=(0, 1.24),
         ylabel="accuracy (95 % interval over images)",
         title=f"{label}\nRight answers with vision tokens in order and shuffled",

@@ -83,7 +83,7 @@ def make_process(
         }
 
     def record(sample: Sample, ids_by_round: list[list[int]], prompt: str) -> Record:
-        original, *permuted = [judged(ids, sample.answer) for ids in ids_by_round]
+        original, *permuted = [judged(ids, str(sample.answer)) for ids in ids_by_round]
         return {
             "image_id": sample.extra["image_id"],
             "file_name": sample.image.name,

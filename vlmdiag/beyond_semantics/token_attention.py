@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +56,8 @@ def token_attention(
     """
     step = check_token(target_word, token_position, step, paper_compat)
     vlm.need("decoder-only", "grid")
-    batch = vlm.encode([Sample("0", None, prompt_text)], [image], strip_system=strip_system_prompt)
+    sample = Sample("0", Path("picture.png"), prompt_text)
+    batch = vlm.encode([sample], [image], strip_system=strip_system_prompt)
     grid = batch.grids[0]
     if grid is None:
         raise UsageError(

@@ -97,7 +97,8 @@ def measure(
             bar.update(len(batch_pictures))
             if not readable:
                 continue
-            batch = vlm.encode(*zip(*readable, strict=True))
+            of_batch, images = zip(*readable, strict=True)
+            batch = vlm.encode(of_batch, images)
             features = vlm.vision(batch).pooler_output
             # each caption has a BOS of its own where the model's prompts have one
             bos = [vlm.tokenizer.bos_token_id] if "bos" in batch.spans(0) else []
@@ -160,15 +161,15 @@ def vision_over_text(norms: Mapping[str, ImageNorms]) -> dict[str, Any]:
 def table_of(summary: Mapping[str, Any]) -> str:
     """The numbers of both groups as lines of text."""
     names = ("mean", "min", "q25", "median", "q75", "max")
-    lines = [("", "tokens", *names, "images", "mean over images [95 %]")]
+    lines: list[tuple[str, ...]] = [("", "tokens", *names, "images", "mean over images [95 %]")]
     for group in GROUPS:
         numbers = summary[group]
         over_images = f"{numbers['mean_over_images']:.4g}"
         if numbers["low"] is not None:
             over_images += f" [{numbers['low']:.4g}, {numbers['high']:.4g}]"
         cells = [f"{numbers[name]:.4g}" for name in names]
-        counts = str(numbers["tokens"]), str(numbers["images"])
-        lines.append((group, counts[0], *cells, counts[1], over_images))
+        tokens, images = str(numbers["tokens"]), str(numbers["images"])
+        lines.append((group, tokens, *cells, images, over_images))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

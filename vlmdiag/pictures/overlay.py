@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap, Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
 
 SHOWN = 1024  # pixels of the longer side of a picture in a figure
@@ -34,7 +34,7 @@ SHOWN = 1024  # pixels of the longer side of a picture in a figure
 def rescaled(grid: PatchGrid, size: tuple[int, int]) -> PatchGrid:
     """The grid in pixels of its picture at another size (width, height)."""
     factors = np.array([size[0] / grid.size[0], size[1] / grid.size[1]] * 2)
-    return PatchGrid(grid.boxes * factors, grid.shape, tuple(size))
+    return PatchGrid(grid.boxes * factors, grid.shape, size)
 
 
 def at_pixel_size(picture: Image.Image, longer_side: int = SHOWN) -> Image.Image:
@@ -133,7 +133,7 @@ def show_map(
     )
 
 
-def color_bar(figure: Figure, norm: Normalize, colors: str | Colormap, **options: Any) -> Colorbar:
+def color_bar(figure: Figure | SubFigure, norm: Normalize, colors: str | Colormap, **options: Any) -> Colorbar:
     """The colour bar of maps over pictures, opaque and without lines.
 
     options: label, and where it goes, as Figure.colorbar takes them (ax, cax, shrink, ...).

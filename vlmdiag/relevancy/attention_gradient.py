@@ -98,7 +98,7 @@ class AttentionCall:
         shared_heads, total = self.key.shape[1:3]
         count = len(d_output)
         causal = self.is_causal()
-        like = {"dtype": torch.float32, "device": d_output.device}
+        like: dict[str, Any] = {"dtype": torch.float32, "device": d_output.device}
         average = torch.zeros(count, rows, total, **like) if maps else None  # (C, N, K)
         dQ = torch.empty(count, heads, rows, depth, **like)
         dK = torch.zeros(count, shared_heads, total, self.key.shape[3], **like)

@@ -218,6 +218,7 @@ def _local_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterat
 
 def lines_of(table: pd.DataFrame) -> list[str]:
     """Rows of one of the tables as lines of text."""
+    names: tuple[str, ...]
     if "removal" in table:
         first, width = "removal", 6
         names = ("positive", "negative", "gap", "gap_minus_random", "gap_minus_relevancy")

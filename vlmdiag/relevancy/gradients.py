@@ -308,8 +308,9 @@ def trace(
 def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | QFormerPass | None]:
     """(vision tokens in the form of entered() with their graph, how they were made)."""
     former = vlm.parts.qformer
-    kept = _query_attention(former) if former else contextlib.nullcontext([])
-    with recording(vlm.parts.tower, vlm.parts.vision_blocks) as blocks, kept as layers:
+    no_layers: list[list[Any]] = []
+    keeping = _query_attention(former) if former else contextlib.nullcontext(no_layers)
+    with recording(vlm.parts.tower, vlm.parts.vision_blocks) as blocks, keeping as layers:
         features = entered(vlm, vlm.vision(batch))
     if not blocks:
         return features, None
@@ -320,6 +321,7 @@ def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | Q
         return features, QFormerPass(blocks, pooled, none, vlm.device, maps, former)
     if vlm.family.sources:
         grid = batch.grids[0]
+        assert grid is not None  # a family that names sources has a grid
         named = vlm.family.sources(vlm, grid.size, batch.image_rows[0])
         sources = torch.from_numpy(named).to(vlm.device)
     else:
@@ -335,7 +337,7 @@ def _query_attention(former: QFormer) -> Iterator[list[list[Any]]]:
     cross or None] of each layer."""
     kept: list[list[Any]] = [[None, None] for _ in former.self_attention]
     hooks: list[RemovableHandle] = []
-    config = former.self_attention[0].config
+    config: Any = former.self_attention[0].config
     before = config._attn_implementation
     config._attn_implementation = "eager"
 
@@ -352,12 +354,11 @@ def _query_attention(former: QFormer) -> Iterator[list[list[Any]]]:
 
     try:
         hooks.append(former.self_attention[0].register_forward_pre_hook(start, with_kwargs=True))
-        for kind, modules in enumerate((former.self_attention, former.cross_attention)):
-            if len(modules) != len(kept):
-                raise ValueError(f"{len(modules)} attention modules for {len(kept)} layers")
-            for layer, module in enumerate(modules):
-                if module is not None:
-                    hooks.append(module.register_forward_hook(keeper(layer, kind)))
+        pairs = zip(former.self_attention, former.cross_attention, strict=True)
+        for layer, (own, cross) in enumerate(pairs):
+            hooks.append(own.register_forward_hook(keeper(layer, 0)))
+            if cross is not None:
+                hooks.append(cross.register_forward_hook(keeper(layer, 1)))
         yield kept
     finally:
         config._attn_implementation = before

@@ -27,7 +27,7 @@ from vlmdiag.relevancy import rules
 if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import Figure, SubFigure
 
     from vlmdiag.runs.rundirs import Run
 
@@ -200,6 +200,6 @@ def draw_words(axis: Axes, words: Words, values: Sequence[float] | np.ndarray, l
     axis.grid(axis="x", visible=False)
 
 
-def _bar(figure: FigureBase, ceiling: float, axes: np.ndarray) -> None:
+def _bar(figure: Figure | SubFigure, ceiling: float, axes: np.ndarray) -> None:
     norm = Normalize(0, ceiling)
     overlay.color_bar(figure, norm, COLORS, ax=axes, label="relevancy", shrink=0.7, aspect=25)

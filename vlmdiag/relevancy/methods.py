@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def relevancy(
     """
     layers = list(range(len(run.layers))) if layers is None else sorted(layers)
     of_chunks = [_chunk(run, chunk, layers, tower) for chunk in chunks(run, targets, budget)]
-    arrays = [_joined(tensors) for tensors in zip(*of_chunks, strict=True)]
+    arrays: list[Any] = [_joined(tensors) for tensors in zip(*of_chunks, strict=True)]
     return Relevancy(layers, *arrays)
 
 

@@ -362,7 +362,8 @@ class Analysis:
                 of_states.append([torch.cat(column).cpu().numpy() for column in columns])
             arrays = [np.stack(column, 1) for column in zip(*of_states, strict=True)]
             words = vocabulary(vlm.tokenizer, np.unique(arrays[0]).tolist())
-            return Evolution(*arrays, words)
+            ids_of, probs, chosen, rank = arrays
+            return Evolution(ids_of, probs, chosen, rank, words)
 
     def relevancy(self) -> Relevancy:
         """Relevancy of all tokens at all layers."""
