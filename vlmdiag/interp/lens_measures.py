@@ -1,0 +1,237 @@
+"""The logit lens over a whole prompt: the likeliest tokens of every position after every layer, and
+how often the object's name is the likeliest token on the object's own patches.
+
+arXiv 2410.07149; docs/studies/llava_interp.md, sections 2.2 and 2.3. Used by
+scripts/logit_lens/create_logit_lens.py and lens_accuracy.py. Shapes: B rows of a batch, L layers, T
+prompt length, P vision tokens, k tokens per position, n pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmdiag.cli import UsageError
+from vlmdiag.groups import GROUPS
+from vlmdiag.interp.criteria import names
+from vlmdiag.interp.targets import Item, LoadedItem, tokens_of
+from vlmdiag.model.attention import capture
+from vlmdiag.model.lens import Lens, vocabulary
+from vlmdiag.model.probes import HiddenStates
+from vlmdiag.model.vision import prefill
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.runs.rundirs import Run
+    from vlmdiag.types import VLM
+
+LEAST = 3  # letters of a piece that stands for a word
+
+Record = dict[str, Any]
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+Result = tuple[Record, Arrays]
+
+
+def _hidden_states(vlm: VLM, lens: Lens, batch: Batch) -> dict[int, Float[Tensor, "B T d"]]:
+    """The residual stream of a prompt, index 0 the embeddings, l + 1 the output of layer l; the
+    last one is checked to give the model's own logits through the lens."""
+    with capture(vlm, [probe := HiddenStates()]):
+        logits = prefill(vlm, batch).logits[:, -1]
+    lens.check(probe.states[len(vlm.parts.layers)][:, -1], logits)
+    return probe.states
+
+
+# --- the page of a picture ------------------------------------------------------------------------
+
+
+def make_page_process(
+    vlm: VLM, top_k: int
+) -> Callable[[Sequence[tuple[Sample, Image]]], list[Result]]:
+    """process([(sample, picture), ...]) -> [(record, arrays), ...]: the k likeliest tokens of every
+    position and layer, ids and probs (L + 1, T, k)."""
+    lens = Lens(vlm)
+
+    @torch.inference_mode()
+    def process(loaded: Sequence[tuple[Sample, Image]]) -> list[Result]:
+        samples, images = zip(*loaded, strict=True)
+        batch = vlm.encode(samples, images)
+        states = _hidden_states(vlm, lens, batch)
+        ids, probs = [], []
+        for index in sorted(states):
+            likeliest, probabilities = lens.top_k(states.pop(index), top_k)
+            ids.append(likeliest.to(vlm.device))
+            probs.append(probabilities.to(vlm.device))
+        all_ids = torch.stack(ids, 1).cpu()  # (B, L + 1, T, k)
+        all_probs = torch.stack(probs, 1).cpu()
+        return [
+            _page_result(vlm, batch, row, all_ids[row], all_probs[row])
+            for row in range(len(samples))
+        ]
+
+    return process
+
+
+def _page_result(
+    vlm: VLM, batch: Batch, row: int, ids: Int[Tensor, "L+1 T k"], probs: Float[Tensor, "L+1 T k"]
+) -> Result:
+    sample, grid = batch.samples[row], batch.grids[row]
+    in_prompt = slice(batch.groups.shape[1] - batch.lengths[row], None)  # without its padding
+    ids, probs = ids[:, in_prompt], probs[:, in_prompt]
+    prompt = batch.input_ids[row, in_prompt].tolist()
+    words = vocabulary(vlm.tokenizer, {*ids.unique().tolist(), *prompt})
+    record = {
+        "image_id": sample.extra["image_id"],
+        "file_name": sample.image.name,
+        "prompt": batch.prompts[row],
+        "spans": batch.spans(row),
+        "labels": [words[id] for id in prompt],
+        "groups": [GROUPS[code] for code in batch.groups[row, in_prompt].tolist()],
+        "vocabulary": words,
+        "grid": None if grid is None else {"shape": grid.shape, "size": grid.size},
+    }
+    arrays: Arrays = {"ids": ids.int().numpy(), "probs": probs.numpy()}
+    if grid is not None:
+        arrays["boxes"] = grid.boxes
+    return record, arrays
+
+
+# --- accuracy on objects --------------------------------------------------------------------------
+
+
+def name_ids(
+    tokenizer: PreTrainedTokenizerBase, words: Mapping[int, str], category: str
+) -> list[int]:
+    """Ids that say a category: every spelling of a word of its names as one token, the first piece
+    of a word that is none. words {id: text}."""
+    wanted = {word for name in names(category) for word in name.split()}
+    spelled = {id: text.strip().lower() for id, text in words.items()}
+    ids = {id for id, text in spelled.items() if text in wanted}
+    for word in wanted - {spelled[id] for id in ids}:
+        pieces = tokenizer.encode(f" {word}", add_special_tokens=False)
+        first = next((id for id in pieces if spelled.get(id)), None)
+        if first is None:
+            continue
+        if len(spelled[first]) >= LEAST and word.startswith(spelled[first]):
+            ids.add(first)
+    return sorted(ids)
+
+
+def make_accuracy_process(
+    vlm: VLM, threshold: float
+) -> Callable[[Sequence[LoadedItem]], list[Result]]:
+    """process([(item, picture, mask), ...]) -> [(record, arrays), ...]: the likeliest token of each
+    vision token and layer, top1 (L + 1, P)."""
+    lens = Lens(vlm)
+    words = vocabulary(vlm.tokenizer, range(len(vlm.tokenizer)))
+
+    @torch.inference_mode()
+    def process(loaded: Sequence[LoadedItem]) -> list[Result]:
+        items, images, masks = zip(*loaded, strict=True)
+        batch = vlm.encode([item.sample for item in items], images)
+        states = _hidden_states(vlm, lens, batch)
+        results = []
+        for row, item in enumerate(items):
+            positions = batch.vision_positions(row)
+            layers = []
+            for index in sorted(states):
+                of_picture = states[index][row, positions.to(states[index].device)]
+                layers.append(lens.top_k(of_picture, 1)[0][:, 0].to(vlm.device))
+            top1 = torch.stack(layers).cpu().numpy().astype(np.int32)
+            tokens = tokens_of(vlm, replace(batch, grids=[batch.grids[row]]), masks[row], threshold)
+            results.append(_accuracy_result(vlm, words, item, tokens, top1))
+        return results
+
+    return process
+
+
+def _accuracy_result(
+    vlm: VLM,
+    words: Mapping[int, str],
+    item: Item,
+    tokens: Int[np.ndarray, " n"],
+    top1: Int[np.ndarray, "L+1 P"],
+) -> Result:
+    ids = name_ids(vlm.tokenizer, words, item.category)
+    if not ids:
+        raise ValueError(f"no token of the vocabulary says {item.category!r}")
+    record = {
+        "image_id": item.sample.extra["image_id"],
+        "file_name": item.image.name,
+        "category": item.category,
+        "name_ids": ids,
+        "name_tokens": [words[id] for id in ids],
+        "object_tokens": len(tokens),
+        "vision_tokens": top1.shape[1],
+    }
+    return record, {"top1": top1, "tokens": tokens.astype(np.int32)}
+
+
+# --- analysis -------------------------------------------------------------------------------------
+
+
+def name_shares(run: Run, seed: int) -> dict[str, Float[np.ndarray, "n L+1"]]:
+    """{own, shuffled, elsewhere}: share of vision tokens whose likeliest token names the object, of
+    a run's pictures. shuffled: names of another picture whose object has another category; NaN
+    without one. UsageError for a run without a finished picture."""
+    ids = run.ids()
+    if not ids:
+        raise UsageError(
+            f"{run.path} has no finished picture yet; run the command that makes it again, without"
+            " --analyze_only"
+        )
+    records = [run.record(id) for id in ids]
+    shares: dict[str, list[Any]] = {"own": [], "shuffled": [], "elsewhere": []}
+    for row, id in enumerate(ids):
+        record, arrays = records[row], run.arrays(id)
+        top1, tokens = arrays["top1"], arrays["tokens"]
+        unknown = np.full(len(top1), np.nan)
+        others = [other for other in records if other["category"] != record["category"]]
+        rng = np.random.default_rng([seed, row])
+        elsewhere = np.setdiff1d(np.arange(top1.shape[1]), tokens)
+        shares["own"].append(np.isin(top1[:, tokens], record["name_ids"]).mean(1))
+        shuffled = on_others = unknown
+        if others:
+            other_ids = others[rng.integers(len(others))]["name_ids"]
+            shuffled = np.isin(top1[:, tokens], other_ids).mean(1)
+        if len(elsewhere):
+            on_others = np.isin(top1[:, elsewhere], record["name_ids"]).mean(1)
+        shares["shuffled"].append(shuffled)
+        shares["elsewhere"].append(on_others)
+    return {name: np.stack(of_pictures) for name, of_pictures in shares.items()}
+
+
+class Choice(NamedTuple):
+    """What choosing a layer gives: the share of each picture, and the (mean) layer."""
+
+    shares: Float[np.ndarray, " n"]
+    layer: float
+
+
+def best_layers(own: Float[np.ndarray, "n L+1"], seed: int) -> dict[str, Choice]:
+    """What choosing a layer does to the figure.
+
+    per_picture: the paper's, a picture without a hit has its first layer; overall: one for all
+    pictures; cross_fitted: for each half of the pictures the layer chosen on the other.
+    """
+    pictures = np.arange(len(own))
+    of_picture = own.argmax(1)
+    overall = int(own.mean(0).argmax())
+    halves = np.array_split(np.random.default_rng(seed).permutation(len(own)), 2)
+    fitted = np.empty(len(own), int)
+    for half, other in (halves, halves[::-1]):
+        fitted[half] = own[other].mean(0).argmax() if len(other) else overall
+    return {
+        "per_picture": Choice(own[pictures, of_picture], float(of_picture.mean())),
+        "overall": Choice(own[:, overall], float(overall)),
+        "cross_fitted": Choice(own[pictures, fitted], float(fitted.mean())),
+    }
