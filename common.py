@@ -227,7 +227,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, path: bool = True) -> N
     )
 
 
-def load_from_args(args: argparse.Namespace, path: str | None = None) -> VLM:
+def load_from_args(
+    args: argparse.Namespace, path: str | None = None, decoder_layers: int | None = None
+) -> VLM:
     """load_model with the flags of add_model_arguments."""
     return load_model(
         path or args.model_path,
@@ -243,6 +245,7 @@ def load_from_args(args: argparse.Namespace, path: str | None = None) -> VLM:
         family=args.family,
         trust_remote_code=args.trust_remote_code,
         self_check=not args.no_self_check,
+        decoder_layers=decoder_layers,
     )
 
 
@@ -260,14 +263,21 @@ def load_model(
     family: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
+    decoder_layers: int | None = None,
 ) -> VLM:
-    """Load a VLM from a folder or hub id. family: a file that defines FAMILY, for a type of your
-    own. UsageError where the type is unknown, files or parameters are missing, or the self-check
-    fails."""
+    """Load a VLM from a folder or hub id.
+
+    family: a file that defines FAMILY, for a type of your own. decoder_layers: keep only so many of
+    the decoder's first layers, 0 for what tower and connector compute by themselves; there is no
+    self-check then. UsageError where the type is unknown, files or parameters are missing, or the
+    self-check fails.
+    """
     from vlmdiag.model import loading
     from vlmdiag.model.selfcheck import check
 
     config, described = loading.read_config(path, trust_remote_code, family)
+    if decoder_layers is not None:
+        loading.shorten_decoder(config, decoder_layers)
     place = loading.device_of(device)
     chosen = loading.dtype_of(dtype, quantize_type, place, config)
     quantized = loading.quantization(quantize_type, chosen)
@@ -299,7 +309,7 @@ def load_model(
         loading.check_quantized(vlm)
     if image_aspect == "pad":
         loading.pad_to_square(vlm)
-    if self_check:
+    if self_check and decoder_layers is None:
         note = check(vlm)
         if note:
             print(f"{path}: {note}")

@@ -1,5 +1,5 @@
 """The mean of all vision tokens, the vector that token ablation puts in place of a token. arXiv
-2410.07149; our study's 1.6.
+2410.07149; docs/studies/llava_interp.md, section 1.6.
 
     python scripts/calculate_mean_vector.py runs/mean_vector/tiny-llava
 
@@ -14,24 +14,39 @@ pictures, settings, versions, and a summary. A second run reads none of them. Fo
 ImageNet the published vector has norm 25.57; tiny-llava's over data/shapes/train2017 has about 7 to
 8, a sixth of its tokens' mean square."""
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import io
-import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 EXPERIMENT = "mean_vector"
 
 
-def parse_args(argv=None):
+class Sums(NamedTuple):
+    """Of n vectors, float64: their mean and the sums of squared deviations from it."""
+
+    n: int
+    mean: Float[np.ndarray, " d"]
+    m2: Float[np.ndarray, " d"]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "directory", help="what save_post_adapter_acts.py wrote, or a folder of batch_<n>.pt"
@@ -42,32 +57,35 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def merged(parts):
-    """(count, mean (d,), m2 (d,)) of several such parts: m2 is the sum of squared deviations from
-    the mean. Chan, Golub and LeVeque 1979."""
-    total, mean, m2 = 0, 0.0, 0.0
-    for count, part_mean, part_m2 in parts:
-        if count:
-            step = part_mean - mean
-            m2 = m2 + part_m2 + step**2 * (total * count / (total + count))
-            mean = mean + step * (count / (total + count))
-            total += count
-    return total, mean, m2
+def merged(parts: Iterable[Sums]) -> Sums:
+    """The sums of all parts together. Chan, Golub and LeVeque 1979."""
+    total: int = 0
+    mean: Any = 0.0
+    m2: Any = 0.0
+    for part in parts:
+        if part.n:
+            whole = total + part.n
+            step = part.mean - mean
+            m2 = m2 + part.m2 + step**2 * (total * part.n / whole)
+            mean = mean + step * (part.n / whole)
+            total = whole
+    return Sums(total, mean, m2)
 
 
-def sums_of_run(directory):
+def sums_of_run(directory: Path) -> tuple[Sums, dict[str, Any]]:
     """(sums, provenance) of a run directory. UsageError where blocks are missing."""
     run = rundirs.read_run(directory, EXPERIMENT)
-    settings, ids = run.meta["settings"], run.ids()
+    settings = run.meta["settings"]
+    ids = run.ids()
     wanted = -(-settings["pictures"] // settings["block"])
     if len(ids) < wanted:
-        again = "run save_post_adapter_acts.py again with its flags, every shard of it"
         raise UsageError(
-            f"{directory}: {wanted - len(ids)} of {wanted} blocks of pictures are missing; {again}"
+            f"{directory}: {wanted - len(ids)} of {wanted} blocks of pictures are missing; run"
+            " save_post_adapter_acts.py again with its flags, every shard of it"
         )
     records = [run.record(id) for id in ids]
 
-    def parts():
+    def blocks() -> Iterator[Sums]:
         for id in tqdm(ids, desc="blocks", disable=None):
             arrays = run.arrays(id)
             if not np.isfinite(arrays["mean"]).all():
@@ -75,93 +93,86 @@ def sums_of_run(directory):
                     f"{run.path / 'per_image' / id}.npz: the activations of this block are not"
                     " finite; compute them with --dtype float32"
                 )
-            yield int(arrays["count"]), arrays["mean"], arrays["m2"]
+            yield Sums(int(arrays["count"]), arrays["mean"], arrays["m2"])
 
-    unreadable = [name for record in records for name in record["unreadable"]]
-    provenance = {
+    return merged(blocks()), {
         "source": "save_post_adapter_acts.py",
         "images": sum(record["pictures"] for record in records),
-        "unreadable": unreadable,
-    }
-    return merged(parts()), provenance | {
+        "unreadable": [name for record in records for name in record["unreadable"]],
         "settings": settings,
         "free": run.meta["free"],
         "versions": run.meta["versions"],
     }
 
 
-def sums_of_cache(directory, device):
+def sums_of_cache(directory: Path, device: str) -> tuple[Sums, dict[str, Any]]:
     """(sums, provenance) of batch_<n>.pt files, each a tensor (pictures, P, d) or (P, d), or a list
     of such."""
-    files = sorted(
-        Path(directory).glob("batch_*.pt"),
-        key=lambda file: [
-            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)
-        ],
-    )
+    import torch
+
+    files = sorted(directory.glob("batch_*.pt"), key=_by_number)
     if not files:
         raise UsageError(
             f"{directory} is no run directory of save_post_adapter_acts.py (no meta.json), and has"
             " no batch_<n>.pt either"
         )
-    digest, images, width = hashlib.sha256(), 0, None
+    digest = hashlib.sha256()
+    widths: list[int] = []  # one a picture
 
-    def parts():
-        nonlocal images, width
+    def pictures() -> Iterator[Sums]:
         for file in tqdm(files, desc="files", disable=None):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            for pictures in read_batch(file, device):
-                if width not in (None, pictures.shape[-1]):
+            for tensor in read_batch(file, device):
+                width = tensor.shape[-1]
+                if widths and width != widths[0]:
                     raise UsageError(
-                        f"{file}: vectors of width {pictures.shape[-1]}, those before have {width}"
+                        f"{file}: vectors of width {width}, those before have {widths[0]}"
                     )
-                images, width = images + len(pictures), pictures.shape[-1]
-                for tokens in pictures:
-                    tokens = tokens.double()
+                widths.extend([width] * len(tensor))
+                for tokens in tensor.double():
                     mean = tokens.mean(0)
                     if not mean.isfinite().all():
                         raise UsageError(f"{file}: its activations are not finite")
-                    yield (
-                        len(tokens),
-                        mean.cpu().numpy(),
-                        (tokens - mean).square().sum(0).cpu().numpy(),
-                    )
+                    m2 = (tokens - mean).square().sum(0)
+                    yield Sums(len(tokens), mean.cpu().numpy(), m2.cpu().numpy())
 
-    sums = merged(parts())
-    provenance = {
+    sums = merged(pictures())
+    return sums, {
         "source": "batch_<n>.pt",
-        "images": images,
+        "images": len(widths),
         "files": len(files),
         "list_digest": digest.hexdigest()[:16],
+        "versions": {"numpy": np.__version__, "torch": torch.__version__},
     }
-    return sums, provenance | {"versions": {"numpy": np.__version__, "torch": torch.__version__}}
 
 
-def read_batch(file, device):
-    """The tensors of a file, each (pictures, P, d)."""
+def _by_number(file: Path) -> list[int | str]:
+    pieces = re.split(r"(\d+)", file.name)
+    return [int(piece) if piece.isdigit() else piece for piece in pieces]
+
+
+def read_batch(file: Path, device: str) -> list[Float[Tensor, "pictures P d"]]:
+    """The tensors of a file."""
+    import torch
+
     try:
         content = torch.load(file, weights_only=True, map_location=device)
     except Exception as error:  # noqa: BLE001 -- pickle, zip and disk errors of every kind
-        raise UsageError(
-            f"{file} cannot be read ({' '.join(str(error).split())[:200] or type(error).__name__})"
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{file} cannot be read ({reason})") from error
     tensors = content if isinstance(content, (list, tuple)) else [content]
     for tensor in tensors:
-        if (
-            not torch.is_tensor(tensor)
-            or tensor.dim() not in (2, 3)
-            or not tensor.is_floating_point()
-        ):
-            found = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
-            raise UsageError(
-                f"{file}: tensors of shape (pictures, P, d) were wanted, found {found}"
-            )
+        kind = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
+        is_wanted = torch.is_tensor(tensor) and tensor.dim() in (2, 3)
+        if not is_wanted or not tensor.is_floating_point():
+            raise UsageError(f"{file}: tensors of shape (pictures, P, d) were wanted, found {kind}")
     return [tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors]
 
 
-def summary_of(mean, variance):
+def summary_of(mean: Float[np.ndarray, " d"], variance: Float[np.ndarray, " d"]) -> dict[str, Any]:
     """Numbers that tell one mean vector from another."""
     largest = np.argsort(-np.abs(mean), kind="stable")[:5]
+    energy = np.sum(mean**2)
     return {
         "norm": np.linalg.norm(mean),
         "mean": mean.mean(),
@@ -172,57 +183,53 @@ def summary_of(mean, variance):
         "total_variance": variance.sum(),
         "median_variance": np.median(variance),
         "max_variance": variance.max(),
-        "share_of_mean": np.sum(mean**2) / max(np.sum(mean**2) + variance.sum(), 1e-300),
+        "share_of_mean": energy / max(energy + variance.sum(), 1e-300),
     }
 
 
-def write_tensor(path, values):
+def write_tensor(path: Path, values: Float[np.ndarray, " d"]) -> str:
     """A bare float32 tensor, in one step. Returns the digest of its bytes."""
-    torch.save(torch.from_numpy(np.asarray(values, np.float32)), stream := io.BytesIO())
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(stream.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path} ({error.strerror or error})") from error
-    return hashlib.sha256(stream.getvalue()).hexdigest()
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(np.asarray(values, np.float32)), buffer)
+    disk.write_bytes(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     folder = Path(args.directory)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    found = (
-        sums_of_run(folder)
-        if (folder / "meta.json").is_file()
-        else sums_of_cache(folder, args.device)
-    )
-    (count, mean, m2), provenance = found
-    if not count:
+    if (folder / "meta.json").is_file():
+        sums, provenance = sums_of_run(folder)
+    else:
+        sums, provenance = sums_of_cache(folder, args.device)
+    if not sums.n:
         raise UsageError(f"{folder} holds no vision token: none of its pictures could be used")
-    variance, summary = m2 / count, summary_of(mean, m2 / count)
+    mean, variance = sums.mean, sums.m2 / sums.n
+    summary = summary_of(mean, variance)
     write_tensor(folder / "variance_vector.pt", variance)
-    digest = write_tensor(folder / "mean_vector.pt", mean)
     facts = {
         "definition": "mean over all vision tokens of the connector's output",
-        "sha256": digest,
+        "sha256": write_tensor(folder / "mean_vector.pt", mean),
         "width": len(mean),
-        "vectors": count,
+        "vectors": sums.n,
     }
     rundirs.write_json(folder / "mean_vector.json", facts | provenance | {"summary": summary})
     print(
-        f"wrote {folder / 'mean_vector.pt'}: {count} vision tokens of {provenance['images']}"
-        f" pictures, d = {len(mean)}"
+        f"wrote {folder / 'mean_vector.pt'}: {sums.n} vision tokens of"
+        f" {provenance['images']} pictures, d = {len(mean)}"
     )
     print(
         f"norm of the mean {summary['norm']:.4f}; root of the total variance"
         f" {summary['total_variance'] ** 0.5:.4f}"
     )
-    if provenance.get("unreadable"):
+    unreadable = provenance.get("unreadable")
+    if unreadable:
         print(
-            f"left out: {len(provenance['unreadable'])} pictures that could not be used, such as"
-            f" {provenance['unreadable'][0]}"
+            f"left out: {len(unreadable)} pictures that could not be used, such as {unreadable[0]}"
         )
     return 0
 

@@ -1,5 +1,5 @@
-"""How large would a cache of all vision tokens of a folder of pictures be? arXiv 2410.07149; our
-study's 1.5.
+"""How large would a cache of all vision tokens of a folder of pictures be? arXiv 2410.07149;
+docs/studies/llava_interp.md, section 1.5.
 
     python scripts/estimate_acts_size.py --model_path checkpoints/tiny-llava \\
         --image_dir data/shapes/train2017 --sample_size 20
@@ -13,22 +13,27 @@ save_post_adapter_acts.py writes without --keep_acts: count, mean and squared de
 block of 32 pictures.
 """
 
+from __future__ import annotations
+
+import argparse
 import random
-from unittest.mock import patch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
-
+from common import DTYPES
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.targets import BLOCK, model_of
-from vlmdiag.model.loading import DTYPES, read_config
 from vlmdiag.pictures.samples import list_pictures, load_image
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+    from PIL.Image import Image
+    from transformers import PreTrainedConfig, ProcessorMixin
 
-def parse_args(argv=None):
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--image_dir", required=True, help="folder of pictures")
     parser.add_argument(
@@ -41,7 +46,7 @@ def parse_args(argv=None):
         default="llava-1.5-7b-hf",
         help="folder, hub id, or name in checkpoints/ or llava-hf/",
     )
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the cache")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the cache")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument(
         "--vision_tower_path", default=None, help="vision tower for checkpoints that do not hold it"
@@ -56,44 +61,37 @@ def parse_args(argv=None):
     return args
 
 
-def read_processor(args):
-    """(config, processor) of a model: its family's own loading, with parameters on the meta device
-    in place of those in its files."""
-    hf_logging.set_verbosity_error()
-    config, family = read_config(args.model_path, args.trust_remote_code)
+def read_processor(args: argparse.Namespace) -> tuple[PreTrainedConfig, ProcessorMixin]:
+    """Config and processor of a model; no weight is read."""
+    from vlmdiag.model import loading
 
-    def empty(kind, *_, config, **__):
-        with torch.device("meta"):
-            return kind(config), {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
-
-    options = {
-        "vision_tower_path": args.vision_tower_path,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    try:
-        with patch.object(PreTrainedModel, "from_pretrained", classmethod(empty)):
-            return (
-                config,
-                family.load(args.model_path, config, dtype=DTYPES[args.dtype], **options)[1],
-            )
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"{args.model_path} cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from error
+    config, family = loading.read_config(args.model_path, args.trust_remote_code)
+    with loading.without_weights():
+        _, processor = loading.load_family(
+            family,
+            args.model_path,
+            config,
+            dtype=loading.DTYPES[args.dtype],
+            vision_tower_path=args.vision_tower_path,
+            trust_remote_code=args.trust_remote_code,
+        )
+    return config, processor
 
 
-def count_tokens(config, processor, pictures):
-    """Vision tokens of each picture, (n,) int."""
+def count_tokens(
+    config: PreTrainedConfig, processor: ProcessorMixin, pictures: Sequence[Image]
+) -> Int[np.ndarray, " n"]:
+    """Vision tokens of each picture."""
+    import numpy as np
+
     counts = []
     for picture in pictures:
-        ids = processor(images=picture, text=processor.image_token, return_tensors="pt")[
-            "input_ids"
-        ][0]
-        counts.append(int((ids == config.image_token_id).sum()))
+        inputs = processor(images=picture, text=processor.image_token, return_tensors="pt")
+        counts.append(int((inputs["input_ids"][0] == config.image_token_id).sum()))
     return np.array(counts)
 
 
-def shown(size):
+def shown(size: float) -> str:
     """Bytes as people write them, in powers of 1000."""
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:
@@ -102,43 +100,43 @@ def shown(size):
     return f"{size:.4g} TB"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     files = list_pictures(args.image_dir)
     config, processor = read_processor(args)
-    sample, pictures = random.Random(args.seed).sample(files, min(args.sample_size, len(files))), []
-    for file in sample:
+    drawn = random.Random(args.seed).sample(files, min(args.sample_size, len(files)))
+    pictures = []
+    for file in drawn:
         try:
             pictures.append(load_image(file))
         except (OSError, ValueError) as error:
             print(f"left out of the sample: {error}")
     if not pictures:
         raise UsageError(
-            f"none of the {len(sample)} pictures of the sample can be read; use a larger"
+            f"none of the {len(drawn)} pictures of the sample can be read; use a larger"
             " --sample_size"
         )
-    counts, width = count_tokens(config, processor, pictures), config.get_text_config().hidden_size
-    number = DTYPES[args.dtype].itemsize
-    each, total = counts.mean() * width * number, counts.mean() * width * number * len(files)
-    error = (
-        total * counts.std(ddof=1) / counts.mean() / len(counts) ** 0.5 if len(counts) > 1 else 0.0
-    )
-    tokens = (
-        f"{counts.min()}"
-        if counts.min() == counts.max()
-        else f"{counts.min()} to {counts.max()}, mean {counts.mean():.1f}"
-    )
-    rows = [
-        ("pictures", f"{len(files)} ({len(counts)} looked at)"),
-        ("vision tokens of a picture", f"{tokens}; d = {width}, {args.dtype}"),
-        ("activations of a picture", shown(each)),
-        (
-            "activations of all (--keep_acts)",
-            shown(total) + (f" +- {shown(error)}" if error else ""),
-        ),
-        ("sums for the mean alone", shown(-(-len(files) // BLOCK) * (2 * width + 1) * 8)),
-    ]
-    for name, value in rows:
+    from vlmdiag.model.loading import DTYPES as sizes
+
+    counts = count_tokens(config, processor, pictures)
+    width = config.get_text_config().hidden_size
+    of_picture = counts.mean() * width * sizes[args.dtype].itemsize
+    total = of_picture * len(files)
+    all_of_them = shown(total)
+    tokens = f"{counts.min()}"
+    if counts.min() != counts.max():
+        relative_error = counts.std(ddof=1) / counts.mean() / len(counts) ** 0.5
+        all_of_them += f" +- {shown(total * relative_error)}"
+        tokens = f"{counts.min()} to {counts.max()}, mean {counts.mean():.1f}"
+    blocks = -(-len(files) // BLOCK)
+    rows = {
+        "pictures": f"{len(files)} ({len(counts)} looked at)",
+        "vision tokens of a picture": f"{tokens}; d = {width}, {args.dtype}",
+        "activations of a picture": shown(of_picture),
+        "activations of all (--keep_acts)": all_of_them,
+        "sums for the mean alone": shown(blocks * (2 * width + 1) * 8),
+    }
+    for name, value in rows.items():
         print(f"{name:34s}{value}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from vlmdiag.figures import plots
@@ -23,7 +24,7 @@ def draw_lens_accuracy(
     curves: own, shuffled, elsewhere, intervals of shape (L + 1,); chosen: what the ways to choose a
     layer give, with that layer (lens_measures.best_layers()).
     """
-    figure, axis = plots.plt.subplots(figsize=(7.5, 4.6))
+    figure, axis = plt.subplots(figsize=(7.5, 4.6))
     lines = {
         "own": ("object's own name", plots.BLUE),
         "shuffled": ("another picture's name", plots.ORANGE),

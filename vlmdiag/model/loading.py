@@ -3,18 +3,20 @@ another."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from vlmdiag.cli import UsageError
@@ -29,7 +31,7 @@ from vlmdiag.families import (
 from vlmdiag.runs.rundirs import slug
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import ProcessorMixin
 
     from vlmdiag.families import Family
     from vlmdiag.types import VLM
@@ -57,6 +59,33 @@ def dtype_of(
     if device.type == "cpu":
         return torch.float32
     return getattr(config, "dtype", None) or torch.float16
+
+
+def shorten_decoder(config: PreTrainedConfig, layers: int) -> None:
+    """Keep only the first layers of the decoder in a config: for what only tower and connector
+    compute (0), loading takes a tenth of the memory."""
+    decoder = config.get_text_config()
+    decoder.num_hidden_layers = layers
+    if getattr(decoder, "layer_types", None) is not None:
+        decoder.layer_types = decoder.layer_types[:layers]
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Within the context transformers' from_pretrained() makes models on the meta device and reads
+    no weight: a family's own loading then gives its processor, and the model's shapes."""
+    read = PreTrainedModel.__dict__["from_pretrained"]
+
+    def empty(cls: type[Any], /, *_: object, config: PreTrainedConfig, **__: object) -> object:
+        with torch.device("meta"):
+            nothing_missing = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
+            return cls(config), nothing_missing
+
+    PreTrainedModel.from_pretrained = classmethod(empty)
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = read
 
 
 def load_family(
