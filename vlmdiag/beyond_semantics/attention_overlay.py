@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,6 +23,7 @@ from vlmdiag.pictures import overlay
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     from vlmdiag.pictures.grid import PatchGrid
@@ -62,13 +63,14 @@ def visualize_attention_overlay(
     """
     if axis is None:
         axis = plt.figure(figsize=_figsize(result.image_array, 5.4)).subplots()
-    figure = axis.figure
+    figure = cast("Figure", axis.figure)
     picture = overlay.at_pixel_size(Image.fromarray(result.image_array))
     grid = overlay.rescaled(result.grid, picture.size)
     overlay.show_picture(axis, np.asarray(picture))
     heat = overlay.show_map(axis, grid.paint(result.attention_map.ravel()), "RdYlBu_r", alpha)
     beside = axis.inset_axes((1.02, 0, 0.04, 1))  # as high as the picture
-    bar = overlay.color_bar(figure, heat.norm, heat.cmap, cax=beside)
+    norm = cast("Normalize", heat.norm)
+    bar = overlay.color_bar(figure, norm, heat.cmap, cax=beside)
     bar.ax.tick_params(labelsize=7)
     if result.paper_compat:
         bar.set_label("attention, 0 = smallest, 1 = largest of all vision tokens", fontsize=8)

@@ -58,7 +58,8 @@ def head_vision_share(
     denominator is at least 1e-8. docs/studies/beyond_semantics.md, section 2.4.
     """
     vision = mass[..., VISION]
-    total = vision + mass[..., USER] + mass[..., TEMPLATE]
+    user = mass[..., USER] + mass[..., TEMPLATE]
+    total = vision + user
     if paper_compat:
         share = vision / total.clamp_min(1e-8)
     else:
