@@ -424,9 +424,7 @@ def test_strata_and_outliers_are_the_numbers_of_their_files(tmp_path, drawn):
             "counter": {"mean": None, "n": 0},
         }
 
-    coherence = {
-        f"{group}_L{layer}": {"mean": 0.5, "n": 9} for group in GROUPS for layer in (0, 1)
-    }
+    coherence = {f"{group}_L{layer}": {"mean": 0.5, "n": 9} for group in GROUPS for layer in (0, 1)}
     for layer in (0, 1):
         coherence[f"distance_L{layer}"]["strata"] = strata((0.2, 0.3)[layer], 7)
     write_json(tmp_path / "json/sign_corrected_consistency_a_all_pairs.json", coherence)

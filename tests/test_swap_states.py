@@ -19,7 +19,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import Probe
 from vlmdiag.pictures.samples import Sample
-from vlmdiag.runs import engine, rundirs
+from vlmdiag.runs import disk, engine, rundirs
 from vlmdiag.swap import pairs, states
 from vlmdiag.swap.relations import OPPOSITE
 
@@ -450,7 +450,7 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(models, work, tmp_path, m
         put(self, key, value)
 
     before(states, "generate")
-    before(rundirs, "_write", after=True)
+    before(disk, "write", after=True)
     before(os, "link", after=True)
     monkeypatch.setattr(np.memmap, "__setitem__", torn, raising=False)
     wanted, count = run(tmp_path / "whole"), points.seen

@@ -182,8 +182,7 @@ def test_pooling_against_loops_and_its_refusals():
         and np.isnan(maps.coverage(np.zeros(3), 0.5))
     )
     assert (
-        normalized_entropy(np.ones(9)) == pytest.approx(1)
-        and normalized_entropy(np.eye(9)[0]) == 0
+        normalized_entropy(np.ones(9)) == pytest.approx(1) and normalized_entropy(np.eye(9)[0]) == 0
     )
 
 

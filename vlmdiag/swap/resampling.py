@@ -64,6 +64,8 @@ def sums_by_image(values: Float[np.ndarray, "n ..."], codes: Int[np.ndarray, " n
 def limits(values: Float[np.ndarray, " B"], level: float = 0.95) -> tuple[float, float]:
     """(low, high) of resampled values, over the resamples that have one; NaN where fewer than half
     do."""
+    if not len(values):
+        return math.nan, math.nan
     low, high = stats.limits(values, level)
     return float(low), float(high)
 
