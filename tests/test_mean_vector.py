@@ -20,7 +20,12 @@ from safetensors.torch import load_file
 import common
 from data import make_shapes
 from tests.conftest import ROOT, in_process
-from tests.test_llava_original import to_original, write_tower  # noqa: F401 -- sources is a fixture
+from tests.test_llava_original import (
+    sources,  # noqa: F401 -- a fixture
+    to_original,
+    write_tower,
+)
+from vlmdiag.interp import mean_vector as sums_of
 from vlmdiag.interp import targets
 from vlmdiag.model import loading
 from vlmdiag.pictures.samples import Sample, load_image
@@ -162,7 +167,7 @@ def test_a_second_mean_of_the_same_folder_is_the_same(finished):
 def test_the_decoder_is_not_loaded(folder):
     module = module_of(save)
     args = module.parse_args(["--model_path", str(TINY), "--image_dir", "x", "--save_path", "y"])
-    vlm = module.load(args)
+    vlm = module.load_tower(args)
     assert len(vlm.parts.layers) == 0 and sum(p.numel() for p in vlm.model.parameters()) < 800_000
 
 
@@ -175,19 +180,18 @@ def test_the_decoder_is_not_loaded(folder):
 def test_sums_of_parts_are_the_sums_of_the_whole(sizes, seed, offset):
     vectors = np.random.default_rng(seed).standard_normal((sum(sizes), 3)) + offset
     parts = np.split(vectors, np.cumsum(sizes)[:-1])
+    script = module_of(mean_vector)
     told = [
-        (
-            (len(part), part.mean(0), ((part - part.mean(0)) ** 2).sum(0))
-            if len(part)
-            else (0, np.zeros(3), np.zeros(3))
-        )
+        script.Sums(len(part), part.mean(0), ((part - part.mean(0)) ** 2).sum(0))
+        if len(part)
+        else script.Sums(0, np.zeros(3), np.zeros(3))
         for part in parts
     ]
-    count, mean, m2 = module_of(mean_vector).merged(told)
+    count, mean, m2 = script.merged(told)
     assert count == len(vectors)
     total = None
     for part in parts:
-        total = module_of(save).add(total, torch.from_numpy(part)) if len(part) else total
+        total = sums_of.add(total, torch.from_numpy(part)) if len(part) else total
     if count:
         for found_mean, found_m2 in ((mean, m2), (total[1].numpy(), total[2].numpy())):
             assert np.allclose(found_mean, vectors.mean(0), rtol=1e-12, atol=1e-9) and np.allclose(
@@ -294,12 +298,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(finished, folder, tmp_p
 @pytest.mark.parametrize("stage", ["acts", "npz", "json"])
 def test_a_run_that_dies_while_it_writes_goes_on(finished, folder, tmp_path, monkeypatch, stage):
     """In the second block's file: half of it is there under its temporary name, or none of it."""
-    module, write, save_file, written = (
-        module_of(save),
-        disk.write,
-        module_of(save).save_file,
-        [],
-    )
+    write, save_file = disk.write, sums_of.save_file
+    written = []
 
     def dies():
         written.append(1)
@@ -319,7 +319,7 @@ def test_a_run_that_dies_while_it_writes_goes_on(finished, folder, tmp_path, mon
 
     monkeypatch.setattr(disk, "write", dying_write)
     if stage == "acts":
-        monkeypatch.setattr(module, "save_file", dying_save)
+        monkeypatch.setattr(sums_of, "save_file", dying_save)
     command = (
         "--model_path",
         TINY,
@@ -386,16 +386,15 @@ def test_another_batch_size_changes_rounding_only_and_may_go_on(finished, folder
 def test_a_batch_that_runs_out_of_memory_is_halved_to_blocks(
     finished, folder, tmp_path, monkeypatch
 ):
-    module = module_of(save)
-    features, sizes = module.features, []
+    vision_tokens, sizes = sums_of.vision_tokens, []
 
     def short(vlm, part):
         sizes.append(len(part))
         if len(part) > 32:
             raise torch.OutOfMemoryError("out of memory")
-        return features(vlm, part)
+        return vision_tokens(vlm, part)
 
-    monkeypatch.setattr(module, "features", short)
+    monkeypatch.setattr(sums_of, "vision_tokens", short)
     assert (
         save(
             "--model_path",

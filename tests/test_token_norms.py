@@ -14,7 +14,11 @@ from PIL import Image
 
 import common
 from tests.building import build_llava, build_qwen
-from tests.test_llava_original import sources, to_original, write_tower  # noqa: F401 -- a fixture
+from tests.test_llava_original import (
+    sources,  # noqa: F401 -- a fixture
+    to_original,
+    write_tower,
+)
 from tests.test_reading_scripts import script
 from vlmdiag.beyond_semantics import token_norm_figure, token_norms
 from vlmdiag.figures import plots
