@@ -860,7 +860,10 @@ def test_a_password_is_asked_for_and_stop_ends_an_answer(tmp_path, folders, brow
     ) as (address, _, log):
         driver = browse()
         driver.get(address)
-        fields = lambda: driver.find_elements(By.CSS_SELECTOR, "input[type=password]")
+
+        def fields():
+            return driver.find_elements(By.CSS_SELECTOR, "input[type=password]")
+
         WebDriverWait(driver, 60).until(lambda _: fields())
         assert not driver.find_elements(By.CSS_SELECTOR, "#question textarea"), (
             "nothing is shown before the password"

@@ -85,7 +85,8 @@ def measure(
     # the norm of each id of the vocabulary, so that a caption is a look-up
     id_norms = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
     table = id_norms.double().cpu().numpy()
-    norms, failed = {}, {}
+    norms: dict[str, ImageNorms] = {}
+    failed: dict[str, str] = {}
     with tqdm(total=len(samples), desc="pictures", unit="img", disable=None) as bar:
         for batch_pictures in pictures_ahead(samples, scale, batch_size, num_workers):
             readable = []
@@ -140,11 +141,12 @@ def summarize(norms: Sequence[Float[np.ndarray, " tokens"]]) -> dict[str, Any]:
     return {name: plain(value) for name, value in numbers.items()}
 
 
-def plain(value: Any) -> Any:
+def plain(value: float | np.generic) -> float | int | None:
     """A number as JSON holds it, NaN as null."""
     if np.isnan(value):
         return None
-    return value.item() if isinstance(value, np.generic) else value
+    number: float | int = value.item() if isinstance(value, np.generic) else value
+    return number
 
 
 def vision_over_text(norms: Mapping[str, ImageNorms]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
 
+ColorbarOption = Any  # what Figure.colorbar takes: ax, cax, label, shrink, ...
 SHOWN = 1024  # pixels of the longer side of a picture in a figure
 
 
@@ -126,14 +127,17 @@ def show_map(
 ) -> AxesImage:
     """Draw a map over the picture that the axis shows; places without a value (NaN) stay clear.
 
-    opacity: None is 1. norm: which value gets which colour; None: from the smallest to the largest.
+    opacity: None is 1. norm: which value gets which colour; None: from the smallest to the
+    largest.
     """
     return axis.imshow(
         np.ma.masked_invalid(heat), cmap=colors, norm=norm, alpha=opacity, interpolation="nearest"
     )
 
 
-def color_bar(figure: Figure | SubFigure, norm: Normalize, colors: str | Colormap, **options: Any) -> Colorbar:
+def color_bar(
+    figure: Figure | SubFigure, norm: Normalize, colors: str | Colormap, **options: ColorbarOption
+) -> Colorbar:
     """The colour bar of maps over pictures, opaque and without lines.
 
     options: label, and where it goes, as Figure.colorbar takes them (ax, cax, shrink, ...).

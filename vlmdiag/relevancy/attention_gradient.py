@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from transformers import PreTrainedModel
 
+AttentionOption = Any  # what transformers hands to an attention function besides its tensors
 NAME = "vlm_gradients"
 ROWS = 128  # of a map that are held at once for one head
 
@@ -143,7 +144,7 @@ def _attention(
     key: Float[Tensor, "B H_kv K D"],
     value: Float[Tensor, "B H_kv K D"],
     attention_mask: Tensor | None,
-    **options: Any,
+    **options: AttentionOption,
 ) -> tuple[Float[Tensor, "B N H D"], None]:
     """The model's own attention; while a block is differentiated, its output is a leaf and the call
     is kept."""

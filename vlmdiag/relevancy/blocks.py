@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
+Argument = Any  # of a block: tensors, tuples of them, caches, numbers
+ModuleOutput = Any  # hidden states, or a tuple that starts with them
+
 
 @dataclass
 class Block:
@@ -29,7 +32,7 @@ class Block:
 
     module: nn.Module
     owner: PreTrainedModel  # the model that it belongs to, whose config names the attention
-    args: tuple[Any, ...]  # behind the hidden states
+    args: tuple[Argument, ...]  # behind the hidden states
     options: Mapping[str, Any]
     input: Float[Tensor, "B N d"]
     output: Float[Tensor, "B N d"]
@@ -41,7 +44,7 @@ class Block:
             return self
         row = slice(index, index + 1)
 
-        def row_of(value: Any) -> Any:
+        def row_of(value: Argument) -> Argument:
             """A tensor with one entry for each row, cut; everything else as it is."""
             per_row = torch.is_tensor(value) and value.ndim > 0 and len(value) == count
             return value[row] if per_row else value
@@ -101,7 +104,7 @@ class Block:
         return d_states[:, 0], average
 
 
-def first_of(output: Any) -> Tensor:
+def first_of(output: ModuleOutput) -> Tensor:
     """The hidden states of what a module gives back."""
     return output[0] if isinstance(output, tuple) else output
 
@@ -145,7 +148,7 @@ def recording(owner: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[
     hooks: list[RemovableHandle] = []
 
     def keep(
-        module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any
+        module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: ModuleOutput
     ) -> object:
         more = {name: value for name, value in options.items() if name != "hidden_states"}
         states = args[0] if args else options["hidden_states"]

@@ -4,7 +4,7 @@ diagnostic_tools/relevancy_evaluation_plot.py; the numbers: evaluation_tables.py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 
@@ -49,7 +49,7 @@ AREA_TITLES = (
 )
 
 
-def at(interval: Interval, *cell: Any) -> Interval:
+def at(interval: Interval, *cell: int | slice | list[int]) -> Interval:
     """The part of an interval's arrays at an index."""
     return stats.Interval(*(bound[cell] for bound in interval))
 

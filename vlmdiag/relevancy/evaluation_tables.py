@@ -220,10 +220,12 @@ def lines_of(table: pd.DataFrame) -> list[str]:
     """Rows of one of the tables as lines of text."""
     names: tuple[str, ...]
     if "removal" in table:
-        first, width = "removal", 6
+        first = "removal"
+        width = 6
         names = ("positive", "negative", "gap", "gap_minus_random", "gap_minus_relevancy")
     else:
-        first, width = "measure", 9
+        first = "measure"
+        width = 9
         names = ("value", "minus_area", "minus_centre", "minus_relevancy")
     lines = []
     for row in table.to_dict("records"):

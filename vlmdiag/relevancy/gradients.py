@@ -21,7 +21,7 @@ Q-Former, q of them queries.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from vlmdiag.model.decoding import extended
 from vlmdiag.model.vision import entered, entering, more_inputs
-from vlmdiag.relevancy.blocks import Block, added, recording, vector_products
+from vlmdiag.relevancy.blocks import Block, ModuleOutput, added, recording, vector_products
 from vlmdiag.relevancy.rules import head_mean
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ class QFormerPass(TowerPass):
         )
         pairs = []
         for layer in self.layers:
-            own = next(averages)
-            pairs.append((own, None if layer.cross is None else next(averages)))
+            average = next(averages)
+            pairs.append((average, None if layer.cross is None else next(averages)))
         if not self.joint:
             return pairs
         # the blocks [Ā_qq | Ā_qi] of one map
@@ -346,8 +346,8 @@ def _query_attention(former: QFormer) -> Iterator[list[list[Any]]]:
         states = args[0] if args else options["hidden_states"]
         states.requires_grad_()
 
-    def keeper(layer: int, kind: int) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def keeper(layer: int, kind: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: ModuleOutput) -> None:
             kept[layer][kind] = output[1]
 
         return keep

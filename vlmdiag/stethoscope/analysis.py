@@ -63,6 +63,7 @@ ROWS_BUDGET = 512 * 2**20  # bytes of relevancy that an analysis keeps
 TEXT = ("user", "generated")
 
 Made = TypeVar("Made")
+Nested = Any  # tensors, or tuples, lists and dictionaries of them
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ def compute_on(
     """Move modules to a device and floating type; what goes into them follows, what comes out goes
     home."""
 
-    def follow(module: nn.Module, args: Any, options: Any) -> tuple[Any, Any]:
+    def follow(module: nn.Module, args: Nested, options: Nested) -> tuple[Nested, Nested]:
         return sent(args, there, exact), sent(options, there, exact)
 
-    def go_home(module: nn.Module, args: Any, output: Any) -> Any:
+    def go_home(module: nn.Module, args: Nested, output: Nested) -> Nested:
         return sent(output, home, dtype)
 
     named = [module for module in modules if module is not None]
@@ -135,7 +136,7 @@ def _is_inside(module: nn.Module, other: nn.Module) -> bool:
     return module is not other and any(module is inner for inner in other.modules())
 
 
-def sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def sent(value: Nested, device: torch.device, dtype: torch.dtype) -> Nested:
     """Tensors on a device, those of floating type in the given one; containers of them alike."""
     if torch.is_tensor(value):
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
@@ -298,7 +299,8 @@ class Analysis:
         messages: queue.SimpleQueue[str | BaseException | None],
         listener_gone: threading.Event,
     ) -> None:
-        vlm, decoding = self.model.vlm, self.decoding
+        vlm = self.model.vlm
+        decoding = self.decoding
 
         def stop(rows: Sequence[Sequence[int]]) -> list[bool]:
             messages.put(vlm.tokenizer.decode(rows[0], skip_special_tokens=True))
@@ -346,7 +348,8 @@ class Analysis:
 
     @torch.inference_mode()
     def _evolution(self) -> Evolution:
-        vlm, lens = self.model.vlm, self.model.lens
+        vlm = self.model.vlm
+        lens = self.model.lens
         ids = torch.tensor(self.answer_ids)
         of_states = []  # of each hidden state: (ids, probs, chosen, rank), (T, ...) each
         with self.model.lock:
@@ -543,12 +546,13 @@ def _read_off(
 def joined(chunks: Sequence[Relevancy]) -> Relevancy:
     """Relevancy of all targets from that of chunks of them."""
 
-    def whole(name: str) -> Any:
+    def whole(name: str) -> np.ndarray | None:
         arrays = [getattr(chunk, name) for chunk in chunks]
         return None if arrays[0] is None else np.concatenate(arrays)
 
     names = ("rows", "image", "cells", "instruction", "last", "input")
-    return methods.Relevancy(chunks[0].layers, **{name: whole(name) for name in names})
+    arrays: dict[str, Any] = {name: whole(name) for name in names}
+    return methods.Relevancy(chunks[0].layers, **arrays)
 
 
 class Session:

@@ -27,6 +27,7 @@ from vlmdiag.figures import stats
 if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy.typing import ArrayLike
+    from sklearn.linear_model import LogisticRegression
 
 RESAMPLES = 1000
 Model = dict[str, Any]  # of fit(): mean, std, weights (J,) as lists, bias
@@ -61,7 +62,7 @@ def fit(signals: ArrayLike, labels: ArrayLike, penalty: float = 1.0) -> Model:
     }
 
 
-def _logistic_regression() -> Any:
+def _logistic_regression() -> type[LogisticRegression]:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:

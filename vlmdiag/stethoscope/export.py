@@ -106,7 +106,7 @@ def as_json(value: object) -> bytes:
     return json.dumps(_plain(value), indent=1).encode()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, np.ndarray | np.generic):

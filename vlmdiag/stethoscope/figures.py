@@ -90,7 +90,8 @@ def draw_contribution(analysis: Analysis, shown: Shown) -> Figure:
     """Visual contribution of tokens by layer."""
     which, labels = window(analysis, shown.token)
     values = analysis.contribution(shown.vc_mode, shown.vc_kind)[which].T  # (L, tokens)
-    image, text = f"{shown.vc_mode} R_img", f"{shown.vc_mode} R_text"
+    image = f"{shown.vc_mode} R_img"
+    text = f"{shown.vc_mode} R_text"
     is_share = shown.vc_kind == "share"
     what = f"{image} / ({image} + {text})" if is_share else f"{image} / {text}"
     figure, axis = plt.subplots(figsize=(11, 0.22 * len(values) + 2.6))

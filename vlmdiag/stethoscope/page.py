@@ -14,7 +14,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
@@ -102,14 +102,14 @@ SLOW = {"concurrency_limit": 8, "api_visibility": "private"}
 Component = Any  # of Gradio
 SomePanel = TypeVar("SomePanel", bound="Panel")
 Values = dict[Component, Any]  # of components, as Gradio hands them in and takes them back
-Event = Callable[..., Iterator[Values]]
+Arguments = ParamSpec("Arguments")
 
 
-def told(function: Event) -> Event:
+def told(function: Callable[Arguments, Iterator[Values]]) -> Callable[Arguments, Iterator[Values]]:
     """An event whose errors become messages in the page, which stays as it was."""
 
     @functools.wraps(function)
-    def event(*args: Any, **options: Any) -> Iterator[Values]:
+    def event(*args: Arguments.args, **options: Arguments.kwargs) -> Iterator[Values]:
         try:
             yield from function(*args, **options)
         except (UsageError, ValueError) as error:
@@ -139,12 +139,12 @@ def examples() -> list[Image.Image]:
 # ---- controls ----
 
 
-def layer_slider(depth: int, label: str = "LLM Layer", **options: Any) -> Component:
-    return gr.Slider(0, depth - 1, depth - 1, step=1, label=label, **options)
+def layer_slider(depth: int, elem_id: str, label: str = "LLM Layer") -> Component:
+    return gr.Slider(0, depth - 1, depth - 1, step=1, label=label, elem_id=elem_id)
 
 
-def ceiling_slider(label: str = "Colour ceiling, % of the largest", **options: Any) -> Component:
-    return gr.Slider(5, 100, 100, step=1, label=label, **options)
+def ceiling_slider(elem_id: str, label: str = "Colour ceiling, % of the largest") -> Component:
+    return gr.Slider(5, 100, 100, step=1, label=label, elem_id=elem_id)
 
 
 def head_slider(heads: int, elem_id: str) -> Component:
@@ -204,7 +204,7 @@ class Contribution(Panel):
 
     def layout(self) -> None:
         with gr.Row():
-            self.layer = layer_slider(self.depth, elem_id="vc_layer")
+            self.layer = layer_slider(self.depth, "vc_layer")
             self.mode = gr.Dropdown(
                 ["max", "sum", "mean"], value="max", label="Calculation mode", elem_id="vc_mode"
             )
@@ -213,7 +213,7 @@ class Contribution(Panel):
                 value="share",
                 label="Measure",
             )
-            self.ceiling = ceiling_slider("Max vc, % of the scale", elem_id="vc_ceiling")
+            self.ceiling = ceiling_slider("vc_ceiling", "Max vc, % of the scale")
         self.controls = [self.layer, self.mode, self.kind, self.ceiling]
         super().layout()
 
@@ -243,9 +243,9 @@ class RelevancyAnalysis(Panel):
 
     def layout(self) -> None:
         with gr.Row():
-            self.layer = layer_slider(self.depth, elem_id="rel_layer")
+            self.layer = layer_slider(self.depth, "rel_layer")
             self.ceiling = ceiling_slider(
-                "Colour ceiling, % of the token's largest in any layer", elem_id="rel_ceiling"
+                "rel_ceiling", "Colour ceiling, % of the token's largest in any layer"
             )
             self.hide = gr.Checkbox(False, label="Leave out vision tokens of outlying norm")
         with gr.Row():
@@ -270,9 +270,9 @@ class RawAttention(Panel):
 
     def layout(self) -> None:
         with gr.Row():
-            self.layer = layer_slider(self.depth, elem_id="att_layer")
+            self.layer = layer_slider(self.depth, "att_layer")
             self.head = head_slider(self.heads, "att_head")
-            self.ceiling = ceiling_slider(elem_id="att_ceiling")
+            self.ceiling = ceiling_slider("att_ceiling")
         self.controls = [self.layer, self.head, self.ceiling]
         super().layout()
 
@@ -292,7 +292,7 @@ class PatchSelector(Panel):
             self.source = gr.Radio(
                 ["attention", "relevancy"], value="attention", label="What looked there, by"
             )
-            self.layer = layer_slider(self.depth, elem_id="pat_layer")
+            self.layer = layer_slider(self.depth, "pat_layer")
             self.head = head_slider(self.heads, "pat_head")
             self.clear = gr.Button("Clear", elem_id="pat_clear")
         with gr.Row():
@@ -324,12 +324,10 @@ class Compare(Panel):
 
     def layout(self) -> None:
         with gr.Row():
-            self.layer = layer_slider(
-                self.depth, "Layer of the selected token", elem_id="cmp_layer"
-            )
+            self.layer = layer_slider(self.depth, "cmp_layer", "Layer of the selected token")
             self.token = gr.Dropdown([], label="Other token", elem_id="cmp_token")
-            self.other = layer_slider(self.depth, "Layer of the other token", elem_id="cmp_other")
-            self.ceiling = ceiling_slider(elem_id="cmp_ceiling")
+            self.other = layer_slider(self.depth, "cmp_other", "Layer of the other token")
+            self.ceiling = ceiling_slider("cmp_ceiling")
         self.controls = [self.layer, self.token, self.other, self.ceiling]
         super().layout()
 

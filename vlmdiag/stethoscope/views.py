@@ -288,7 +288,8 @@ class Canvas:
     def cell(self, x: float, y: float) -> int | None:
         """Index of the smallest cell under the point (x, y), shares of width and height: a tile's,
         not the thumbnail's; None where no cell lies."""
-        x, y = x * self.picture.width, y * self.picture.height
+        x *= self.picture.width
+        y *= self.picture.height
         x0, y0, x1, y1 = np.nan_to_num(self.cells.boxes, nan=-1.0).T
         is_under = self.cells.has_box & (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
         under = np.flatnonzero(is_under)

@@ -74,9 +74,9 @@ def object_words(text: str, names: Collection[str]) -> list[ObjectWord]:
 def tokens_of(vlm: VLM, ids: Sequence[int], start: int, end: int) -> list[int]:
     """Indices of the generated tokens that wrote the characters [start, end) of the answer."""
 
-    def decode(some: Sequence[int]) -> str:
+    def decode(token_ids: Sequence[int]) -> str:
         return vlm.tokenizer.decode(
-            some, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     spans = token_spans(ids, decode)[1]
@@ -136,8 +136,8 @@ def seen_by_lens(vlm: VLM, batch: Batch, ids: Sequence[int]) -> Float[np.ndarray
     at_once = max(1, 2**24 // lens.head.weight.shape[0])
     for index in range(last):
         states = probe.states.pop(index)[0, batch.vision_positions(0)]
-        for some in states.split(at_once):
-            logits = lens.logits(some)
+        for chunk in states.split(at_once):
+            logits = lens.logits(chunk)
             probs = (logits[:, list(ids)] - logits.logsumexp(-1, keepdim=True)).exp()
             best = torch.maximum(best, probs.amax(0).to(best.device))
     return best.cpu().numpy()
