@@ -75,6 +75,7 @@ MODEL_COLORS = {
     "tiny-llava": BLUE,
     "llava-v1.5-7b": BLUE,
 }  # by the end of the model's name
+MISSING = "#BBBBBB"  # cells that were not measured
 EVEN_COLOR = "#555555"  # reference lines: chance, zero
 BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"  # drawn for a line break
 
@@ -266,7 +267,7 @@ def legends(axes, titles=None, below=None):
 def heatmap(ax, matrix, title, vmin=None, vmax=None, xlabel="head", ylabel="layer", cmap=None):
     """A matrix as coloured cells, row 0 at the top, NaN in grey. matrix (rows, columns) -> the
     image, to hang a colour bar on."""
-    colors = plt.get_cmap(cmap).with_extremes(bad="#BBBBBB")
+    colors = plt.get_cmap(cmap).with_extremes(bad=MISSING)
     image = ax.imshow(
         np.ma.masked_invalid(matrix),
         vmin=vmin,
