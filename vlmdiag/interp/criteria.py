@@ -1,5 +1,5 @@
 """Did the answer name the object, did it say yes? Pure functions on text, and the published rules
-beside them for --paper_compat (our study's 2.8).
+beside them for --paper_compat (docs/studies/llava_interp.md, section 2.8).
 
     mentions("Two women on a sofa.", "couch")      mentions("A hot dog.", "dog") == False
     says_yes("Yes, there is.")
@@ -10,7 +10,10 @@ and 'TV' no tv. Negation and meaning are not understood: 'no dog' names a dog, a
 orange.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 SYNONYMS = {  # the 80 categories of COCO; no synonym is a word of another category's name
@@ -124,89 +127,87 @@ IRREGULAR = {  # last word -> its plurals
 # --- names ----------------------------------------------------------------------------------------
 
 
-def plurals(name):
+def plurals(name: str) -> list[str]:
     """Plurals of a name by its last word, regular or irregular."""
     head, space, word = name.rpartition(" ")
     if word in IRREGULAR:
         return [head + space + form for form in IRREGULAR[word].split()]
     if re.search(r"(s|x|z|ch|sh)$", word):
         return [name + "es"]
-    return [name[:-1] + "ies"] if re.search(r"[^aeiou]y$", word) else [name + "s"]
+    if re.search(r"[^aeiou]y$", word):
+        return [name[:-1] + "ies"]
+    return [name + "s"]
 
 
 @cache
-def names(category, extra=()):
+def names(category: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     """What names a category, in lower case: itself, its synonyms and the extra ones, each with its
     plurals. A category that is not COCO's has no synonyms."""
     category = " ".join(category.lower().split())
-    own = [
-        category,
-        *(word.replace("_", " ") for word in SYNONYMS.get(category, "").split()),
-        *(" ".join(name.lower().split()) for name in extra),
-    ]
-    return tuple(dict.fromkeys(form for name in own for form in (name, *plurals(name))))
+    singular = [category]
+    singular += [word.replace("_", " ") for word in SYNONYMS.get(category, "").split()]
+    singular += [" ".join(name.lower().split()) for name in extra]
+    forms = [form for name in singular for form in (name, *plurals(name))]
+    return tuple(dict.fromkeys(forms))
 
 
-def _whole(words):
+def _whole(words: Iterable[str]) -> re.Pattern[str]:
     """Pattern of any of the words, as whole words; a hyphen may stand for the space within a
     name."""
     longest_first = sorted(words, key=len, reverse=True)
-    return re.compile(
-        r"(?<!\w)(?:"
-        + "|".join(re.escape(word).replace(r"\ ", r"[\s-]+") for word in longest_first)
-        + r")(?!\w)"
-    )
+    spelled = [re.escape(word).replace(r"\ ", r"[\s-]+") for word in longest_first]
+    return re.compile(rf"(?<!\w)(?:{'|'.join(spelled)})(?!\w)")
 
 
 @cache
-def _patterns(category, extra):
+def _patterns(
+    category: str, extra: tuple[str, ...]
+) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
     """Pattern of a category's names, and of longer names of other categories that hold one of them
     (None if there are none)."""
-    own = _whole(names(category, extra))
-    longer = [
-        name
-        for other in SYNONYMS
-        for name in names(other)
-        if name not in names(category, extra) and own.search(name)
-    ]
-    return own, _whole(longer) if longer else None
+    of_category = names(category, extra)
+    pattern = _whole(of_category)
+    others = [name for other in SYNONYMS for name in names(other)]
+    longer = [name for name in others if name not in of_category and pattern.search(name)]
+    return pattern, _whole(longer) if longer else None
 
 
-def mentions(text, category, extra=()):
+def mentions(text: str, category: str, extra: Sequence[str] = ()) -> bool:
     """Does the text name the category, by any of names(category, extra)? What lies within another
     category's longer name does not count: the dog of a hot dog, the bear of a teddy bear, the tv of
     a tv remote."""
-    own, longer = _patterns(category, tuple(extra))
+    pattern, longer = _patterns(category, tuple(extra))
     text = text.lower()
-    taken = [found.span() for found in longer.finditer(text)] if longer else []
-    return any(
-        not any(start <= found.start() and found.end() <= end for start, end in taken)
-        for found in own.finditer(text)
-    )
+    taken = [match.span() for match in longer.finditer(text)] if longer else []
+    for match in pattern.finditer(text):
+        within = [start <= match.start() and match.end() <= end for start, end in taken]
+        if not any(within):
+            return True
+    return False
 
 
-def says_yes(text):
+def says_yes(text: str) -> bool | None:
     """The first whole word yes or no, in any case: True or False; None where there is neither,
     which counts as not yes."""
-    found = re.search(r"(?<!\w)(yes|no)(?!\w)", text.lower())
-    return found and found[0] == "yes"
+    match = re.search(r"(?<!\w)(yes|no)(?!\w)", text.lower())
+    return match[0] == "yes" if match else None
 
 
 # --- as published ---------------------------------------------------------------------------------
 
 
-def mentions_published(text, category):
+def mentions_published(text: str, category: str) -> bool:
     """Generative setting: the class name is a case-sensitive substring. text: prompt and answer, as
     the published code decodes them."""
     return category in text
 
 
-def says_yes_published(text):
+def says_yes_published(text: str) -> bool:
     """Polling setting: 'yes' occurs anywhere in the lower-case text, as in 'eyes'."""
     return "yes" in text.lower()
 
 
-def prefix_published(token_text, first_piece):
+def prefix_published(token_text: str, first_piece: str) -> bool:
     """VQA setting: the class name's first sub-token starts with the predicted token, both without
     word marks and blanks, in lower case. An empty prediction is right for every class, and so is
     every common first letter."""

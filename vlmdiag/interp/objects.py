@@ -1,19 +1,33 @@
 """Which vision tokens stand for an object, and the token sets it is compared with. Pure functions
 on masks, grids and norms, no model.
 
-Token ablation and attention knockout on objects of COCO (arXiv 2410.07149; our study's 2.4 to 2.7).
-A set of tokens is a sorted integer array of indices into the P vision tokens of one picture, in the
-order of grid.PatchGrid. All places are in pixels of the original picture.
+Token ablation and attention knockout on objects of COCO (arXiv 2410.07149;
+docs/studies/llava_interp.md, sections 2.4 to 2.7). A set of tokens is a sorted integer array of
+indices into the P vision tokens of one picture, in the order of grid.PatchGrid. All places are in
+pixels of the original picture.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from vlmdiag.cli import UsageError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from numpy.typing import ArrayLike
+
+    from vlmdiag.pictures.grid import PatchGrid
+
+Annotation = Mapping[str, Any]  # of COCO
+Tokens = np.ndarray[Any, np.dtype[np.int64]]  # sorted indices of vision tokens
 
 # boxes touch across a gap of so many of the smaller box's sides: tile borders are rounded to pixels
 EDGE = 0.02
@@ -22,77 +36,82 @@ NOISE = 1e-9  # of a box's area: rounding of the summed mask
 # --- masks and targets ----------------------------------------------------------------------------
 
 
-def object_mask(annotation, size):
-    """The object's pixels from COCO's `segmentation`: (height, width) bool. size: (width, height)
-    of the picture.
+def object_mask(annotation: Annotation, size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
+    """The object's pixels from COCO's `segmentation`. size: (width, height) of the picture.
 
     Polygons (their union), run lengths as a list (crowds) or as COCO's compressed text. UsageError
     for what is missing or malformed; the bounding box is never used in its place. The published
     code drops polygon vertices outside its crop and fails on run lengths.
     """
-    segmentation, (width, height) = annotation.get("segmentation"), size
+    segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        if list(segmentation.get("size") or ()) != [height, width]:
-            raise _malformed(
-                annotation,
-                f"its run lengths are for [height, width] {segmentation.get('size')}, the picture"
-                f" has [{height}, {width}]",
-            )
-        runs = (
-            _runs(counts)
-            if isinstance(counts, (str, bytes))
-            else counts
-            if isinstance(counts, list)
-            else None
-        )
-        if (
-            not runs
-            or not all(type(run) is int and run >= 0 for run in runs)
-            or sum(runs) != width * height
-        ):
-            raise _malformed(
-                annotation,
-                f"its run lengths do not add up to the {width * height} pixels of the picture",
-            )
-        return _pixels(runs, size)
+        return _pixels(_checked_runs(annotation, segmentation, size), size)
     if not isinstance(segmentation, list) or not segmentation:
         raise _malformed(annotation, "it has no segmentation (polygons or run lengths)")
-    polygons = []
-    for polygon in segmentation:
-        try:
-            points = np.asarray(polygon, float)
-        except (TypeError, ValueError):
-            points = np.empty(0)
-        if (
-            points.ndim != 1 or len(points) < 6 or len(points) % 2
-        ):  # of four numbers pycocotools would make a box
-            raise _malformed(
-                annotation,
-                "a polygon is not a list [x, y, x, y, x, y, ...] of at least three points",
-            )
-        if not (np.abs(points) <= 2 * max(width, height)).all():
-            raise _malformed(
-                annotation, f"a polygon reaches far out of the picture of {width} x {height} pixels"
-            )
-        polygons.append(points.tolist())
-    return _pixels(
-        _runs(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]), size
-    )
+    width, height = size
+    polygons = [_checked_polygon(annotation, polygon, size) for polygon in segmentation]
+    union = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    runs = _runs(union["counts"])
+    assert runs is not None  # pycocotools' own
+    return _pixels(runs, size)
 
 
-def _pixels(runs, size):
+def _checked_runs(
+    annotation: Annotation, segmentation: Mapping[str, Any], size: tuple[int, int]
+) -> list[int]:
+    """Run lengths of a segmentation. UsageError where they are not the picture's."""
+    width, height = size
+    counts = segmentation.get("counts")
+    if list(segmentation.get("size") or ()) != [height, width]:
+        raise _malformed(
+            annotation,
+            f"its run lengths are for [height, width] {segmentation.get('size')}, the picture has"
+            f" [{height}, {width}]",
+        )
+    runs = counts if isinstance(counts, list) else None
+    if isinstance(counts, (str, bytes)):
+        runs = _runs(counts)
+    are_lengths = runs and all(type(run) is int and run >= 0 for run in runs)
+    if not runs or not are_lengths or sum(runs) != width * height:
+        raise _malformed(
+            annotation,
+            f"its run lengths do not add up to the {width * height} pixels of the picture",
+        )
+    return runs
+
+
+def _checked_polygon(annotation: Annotation, polygon: object, size: tuple[int, int]) -> list[float]:
+    """[x, y, x, y, ...] of at least three points. UsageError for another form."""
+    width, height = size
+    try:
+        points = np.asarray(polygon, float)
+    except (TypeError, ValueError):
+        points = np.empty(0)
+    # of four numbers pycocotools would make a box
+    if points.ndim != 1 or len(points) < 6 or len(points) % 2:
+        raise _malformed(
+            annotation, "a polygon is not a list [x, y, x, y, x, y, ...] of at least three points"
+        )
+    if not (np.abs(points) <= 2 * max(width, height)).all():
+        raise _malformed(
+            annotation, f"a polygon reaches far out of the picture of {width} x {height} pixels"
+        )
+    return list(points.tolist())
+
+
+def _pixels(runs: Sequence[int], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
     """Run lengths, off first, down the columns -> (height, width) bool. (pycocotools' decode warns
     on numpy 2.)"""
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size).T
 
 
-def _runs(text):
+def _runs(text: str | bytes) -> list[int] | None:
     """Run lengths from COCO's compressed text: six bits a character from '0' on, the lower five of
     them data, from the third run on as differences to the run before last. None if the text ends
     within a number. (pycocotools leaves pixels past a too short text undefined.)
     """
-    runs, value, shift = [], 0, 0
+    runs: list[int] = []
+    value = shift = 0
     for code in text.encode() if isinstance(text, str) else text:
         bits = code - 48
         value |= (bits & 31) << shift
@@ -104,16 +123,21 @@ def _runs(text):
     return None if shift else runs
 
 
-def _malformed(annotation, what):
+def _malformed(annotation: Annotation, what: str) -> UsageError:
     return UsageError(
         f"annotation {annotation.get('id')} of image {annotation.get('image_id')} cannot be used:"
         f" {what}"
     )
 
 
-def find_target(annotations, min_area=1000, max_area=2000, max_annotations=3):
-    """The annotation of one image that ablations aim at, or None: the image is left out. Our
-    study's 2.4.
+def find_target(
+    annotations: Sequence[dict[str, Any]],
+    min_area: float = 1000,
+    max_area: float = 2000,
+    max_annotations: int = 3,
+) -> dict[str, Any] | None:
+    """The annotation of one image that ablations aim at, or None: the image is left out.
+    docs/studies/llava_interp.md, section 2.4.
 
     The image has 1 to max_annotations annotations, crowds counted; the target is the first whose
     category occurs once among them, is no crowd, and has min_area < area < max_area. area: COCO's,
@@ -121,26 +145,23 @@ def find_target(annotations, min_area=1000, max_area=2000, max_annotations=3):
     if not 1 <= len(annotations) <= max_annotations:
         return None
     times = Counter(annotation["category_id"] for annotation in annotations)
-    return next(
-        (
-            a
-            for a in annotations
-            if times[a["category_id"]] == 1
-            and not a.get("iscrowd")
-            and min_area < a["area"] < max_area
-        ),
-        None,
-    )
+    for annotation in annotations:
+        is_alone = times[annotation["category_id"]] == 1 and not annotation.get("iscrowd")
+        if is_alone and min_area < annotation["area"] < max_area:
+            return annotation
+    return None
 
 
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def object_tokens(grid, mask, threshold=0.0):
+def object_tokens(
+    grid: PatchGrid, mask: Bool[np.ndarray, "height width"], threshold: float = 0.0
+) -> Tokens:
     """Tokens of whose box the mask covers more than `threshold`, a share in [0, 1); 0: any overlap,
-    as published (2.5). Tokens without a box never count.
+    as published. Tokens without a box never count.
 
-    grid: PatchGrid; mask (height, width) bool. A box is exact, the published one is cut to whole
+    A box is exact, the published one is cut to whole
     pixels and drifts.
     """
     if not 0 <= threshold < 1:
@@ -151,14 +172,14 @@ def object_tokens(grid, mask, threshold=0.0):
     return np.flatnonzero(grid.coverage(mask) > threshold + NOISE)
 
 
-def visible(grid, mask):
+def visible(grid: PatchGrid, mask: Bool[np.ndarray, "height width"]) -> float:
     """Share of a mask's pixels whose centre some token's box holds: what preprocessing did not crop
     away. In [0, 1]; 0 for an empty mask."""
     seen = ~np.isnan(grid.paint(np.ones(len(grid.boxes)), smooth=False))
     return float((mask & seen).sum() / max(mask.sum(), 1))
 
 
-def touching(grid, tokens, own_scale=False):
+def touching(grid: PatchGrid, tokens: Sequence[int] | Tokens, own_scale: bool = False) -> Tokens:
     """`tokens` and every token beside them: the 8 neighbours in a regular grid, else tokens whose
     boxes touch or overlap in the original picture.
 
@@ -173,77 +194,79 @@ def touching(grid, tokens, own_scale=False):
         around = [cells[i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
         near[: rows * columns] = np.any(around, axis=0).ravel()
         return np.flatnonzero(near)
-    low, high = grid.boxes[:, :2], grid.boxes[:, 2:]  # comparisons with NaN are false
+    # comparisons with NaN, of tokens without a box, are false
+    low, high = grid.boxes[:, :2], grid.boxes[:, 2:]
     area = (high - low).prod(1)
     for token in tokens:
         gap = EDGE * np.minimum(high - low, high[token] - low[token])
         beside = ((low <= high[token] + gap) & (low[token] <= high + gap)).all(1)
-        near |= (
-            beside & (area <= 2 * area[token]) & (area >= area[token] / 2) if own_scale else beside
-        )
+        if own_scale:
+            beside &= (area <= 2 * area[token]) & (area >= area[token] / 2)
+        near |= beside
     return np.flatnonzero(near)
 
 
-def buffered(grid, tokens, n):
-    """`tokens` and a rim of n tokens around them, of each scale its own, cut at the grid's borders
-    (2.6). n = 0: the tokens themselves, sorted."""
-    tokens = np.unique(np.asarray(tokens, int))
+def buffered(grid: PatchGrid, tokens: ArrayLike, n: int) -> Tokens:
+    """`tokens` and a rim of n tokens around them, of each scale its own, cut at the grid's borders.
+    n = 0: the tokens themselves, sorted."""
+    grown = np.unique(np.asarray(tokens, int))
     for _ in range(n):
-        tokens = touching(grid, tokens, own_scale=True)
-    return tokens
+        grown = touching(grid, grown, own_scale=True)
+    return grown
 
 
 # --- what objects are compared with ---------------------------------------------------------------
 
 
-def register_tokens(norms):
-    """Tokens whose norm is above mean + 2 * unbiased std of all tokens of the picture (2.7); norms
-    (P,) L2, after the connector. May be empty."""
+def register_tokens(norms: Float[np.ndarray, " P"]) -> Tokens:
+    """Tokens whose norm is above mean + 2 * unbiased std of all tokens of the picture; norms: L2,
+    after the connector. May be empty."""
     norms = np.asarray(norms, float)
-    return (
-        np.flatnonzero(norms > norms.mean() + 2 * norms.std(ddof=1))
-        if len(norms) > 1
-        else np.empty(0, int)
-    )
+    if len(norms) < 2:
+        return np.empty(0, int)
+    return np.flatnonzero(norms > norms.mean() + 2 * norms.std(ddof=1))
 
 
-def rng_for(seed, *names):
+def rng_for(seed: int, *names: object) -> np.random.Generator:
     """numpy Generator that depends on the seed and the names (item id, condition, draw) only: equal
     in every process and order of work."""
     digest = hashlib.sha256(json.dumps([str(part) for part in (seed, *names)]).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-def random_tokens(rng, count, candidates):
+def random_tokens(rng: np.random.Generator, count: int, candidates: ArrayLike) -> Tokens | None:
     """`count` distinct tokens drawn from the candidates, each as likely; None where the candidates
     are fewer."""
-    candidates = np.unique(np.asarray(candidates, int))
-    return (
-        np.sort(rng.choice(candidates, count, replace=False)) if count <= len(candidates) else None
-    )
+    distinct = np.unique(np.asarray(candidates, int))
+    if count > len(distinct):
+        return None
+    return np.sort(rng.choice(distinct, count, replace=False))
 
 
-def random_blob(rng, grid, count, candidates):
+def random_blob(
+    rng: np.random.Generator, grid: PatchGrid, count: int, candidates: ArrayLike
+) -> Tokens | None:
     """A compact connected set of exactly `count` candidates, grown around a random one; None where
     no connected part of the candidates has so many.
 
     The next token is always the nearest candidate that touches the set, ties at random; nearest:
     centre to centre, in sides of the first token's box. Tokens without a box are no candidates."""
-    candidates = np.unique(np.asarray(candidates, int))
-    free = np.zeros(len(grid.boxes), bool)
-    free[candidates[grid.has_box[candidates]]] = True
     if count == 0:
         return np.empty(0, int)
+    distinct = np.unique(np.asarray(candidates, int))
+    free = np.zeros(len(grid.boxes), bool)
+    free[distinct[grid.has_box[distinct]]] = True
+    low, high = grid.boxes[:, :2], grid.boxes[:, 2:]
+    centres = (low + high) / 2
     for seed in rng.permutation(np.flatnonzero(free)):
         if not free[seed]:  # in a part that was too small
             continue
-        low, high = grid.boxes[:, :2], grid.boxes[:, 2:]
-        distance = np.linalg.norm(
-            ((low + high) / 2 - (low[seed] + high[seed]) / 2) / (high[seed] - low[seed]), axis=1
-        ).round(6)
+        sides = high[seed] - low[seed]
+        distance = np.linalg.norm((centres - centres[seed]) / sides, axis=1).round(6)
         order = np.lexsort((rng.random(len(free)), distance))
         rank = np.argsort(order)  # place of each token in the order of distance
-        blob, edge = [], {int(seed)}
+        blob: list[int] = []
+        edge = {int(seed)}
         while edge and len(blob) < count:
             nearest = min(edge, key=lambda token: rank[token])
             blob.append(nearest)
