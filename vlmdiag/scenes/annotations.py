@@ -7,29 +7,47 @@ Boxes are COCO's [x, y, width, height] in pixels from the top left. Rows of the 
 (seed, image id).
 """
 
+from __future__ import annotations
+
 from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 
 from vlmdiag.scenes import questions
-from vlmdiag.scenes.questions import AXES, ONE_WORD, article, margin, relation, relations
+from vlmdiag.scenes.questions import (
+    ASK_RELATION,
+    AXES,
+    ONE_WORD,
+    Maker,
+    Question,
+    margin,
+    relation,
+    relations,
+)
 from vlmdiag.scenes.scene import (
     COLORS,
     CORRIDOR_COLORS,
     CORRIDOR_SHAPES,
     SHAPES,
+    Point,
     Scene,
+    Thing,
     instance_map,
+    only,
     outline,
 )
+
+Record = dict[str, Any]  # an object of one of the JSON files, or a row of a table
+Scenes = Mapping[int, Scene]  # image id -> scene
 
 # swap pairs: distance of the two centres along the asked axis, as questions.margin measures it
 LEAST = 0.12
 PER_IMAGE = 2  # swap pairs of one image and axis
-PER_CATEGORY = (
-    400  # swap pairs of one category, so that the tables of a large set still fit in memory
-)
+# swap pairs of one category, so that the tables of a large set still fit in memory
+PER_CATEGORY = 400
 GROUPS = {"left_right": "horizontal", "above_below": "vertical", "far_close": "distance"}
 CATEGORIES = ("left", "right", "above", "under", "far", "close")
 # The five forms of EmbSpatial-Bench's directional questions, by which readers find the two names
@@ -46,481 +64,479 @@ SENTENCES = {
     "above": "above",
     "under": "beneath",
 }
+OPPOSITE = {"left": "right", "right": "left", "above": "under", "under": "above"}
 MISSING = ("None", "n/a", "unknown", "")  # how tables write an option that is not there
+TRIES = 200  # draws of a question before a scene counts as having none that fits
+MOST_OBJECTS = 10  # annotation ids are 10 * image id + number of the object
 
 
-def file_name(image_id):
+def file_name(image_id: int) -> str:
+    """COCO's name of a picture: its id with 12 digits."""
     return f"{image_id:012d}.jpg"
 
 
-def _listed(names):
-    names = [article(name) for name in names]
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+def _picture(image_id: int, folder: str) -> Record:
+    return {"image_id": image_id, "image": f"{folder}/{file_name(image_id)}"}
 
 
 # --- COCO -----------------------------------------------------------------------------------------
 
 
-def clipped(polygon, width, height):
+def _between(p: Point, q: Point, t: float) -> Point:
+    """The point at share t of the way from p to q."""
+    return p[0] + t * (q[0] - p[0]), p[1] + t * (q[1] - p[1])
+
+
+def clipped(polygon: Sequence[Point], width: float, height: float) -> list[Point]:
     """The part of a polygon [(x, y), ...] inside the picture (Sutherland and Hodgman); [] if
     nothing is."""
-    for axis, bound, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
-        kept = []
-        for p, q in zip(polygon, polygon[1:] + polygon[:1], strict=True):
-            p_in, q_in = sign * (p[axis] - bound) >= 0, sign * (q[axis] - bound) >= 0
-            if p_in:
-                kept.append(p)
-            if p_in != q_in:
-                t = (bound - p[axis]) / (q[axis] - p[axis])
-                kept.append(tuple(a + t * (b - a) for a, b in zip(p, q, strict=True)))
-        polygon = kept
-    return polygon
+    points = list(polygon)
+    # cut along the left, right, upper and lower edge: inside is where sign * (x - bound) >= 0
+    for axis, bound, sign in ((0, 0.0, 1), (0, width, -1), (1, 0.0, 1), (1, height, -1)):
+        inside: list[Point] = []
+        for p, q in zip(points, points[1:] + points[:1], strict=True):
+            p_is_in = sign * (p[axis] - bound) >= 0
+            q_is_in = sign * (q[axis] - bound) >= 0
+            if p_is_in:
+                inside.append(p)
+            if p_is_in != q_is_in:
+                inside.append(_between(p, q, (bound - p[axis]) / (q[axis] - p[axis])))
+        points = inside
+    return points
 
 
-def area(polygon):
+def area(polygon: Sequence[Point]) -> float:
     """Shoelace formula, in square pixels."""
-    return (
-        abs(
-            sum(
-                a[0] * b[1] - b[0] * a[1]
-                for a, b in zip(polygon, polygon[1:] + polygon[:1], strict=True)
-            )
-        )
-        / 2
-    )
+    following = [*polygon[1:], *polygon[:1]]
+    doubled = sum(p[0] * q[1] - q[0] * p[1] for p, q in zip(polygon, following, strict=True))
+    return abs(doubled) / 2
 
 
-def polygon_of(thing, scene):
+def polygon_of(thing: Thing, scene: Scene) -> list[Point]:
     """The object's outline inside the picture, to a hundredth of a pixel. What a nearer object
     hides is not taken away."""
-    return [
-        (round(x, 2), round(y, 2))
-        for x, y in clipped(outline(thing, scene), scene.width, scene.height)
-    ]
+    points = clipped(outline(thing, scene), scene.width, scene.height)
+    return [(round(x, 2), round(y, 2)) for x, y in points]
 
 
-def box(polygon):
-    (left, top), (right, bottom) = (
-        tuple(pick(p[axis] for p in polygon) for axis in (0, 1)) for pick in (min, max)
-    )
+def box(polygon: Sequence[Point]) -> list[float]:
+    """COCO's [x, y, width, height] of a polygon."""
+    left, top = (min(point[axis] for point in polygon) for axis in (0, 1))
+    right, bottom = (max(point[axis] for point in polygon) for axis in (0, 1))
     return [left, top, round(right - left, 2), round(bottom - top, 2)]
 
 
-def categories(kind):
+def categories(kind: str) -> list[Record]:
     """Every '<colour> <shape>' that a scene of this kind can contain; the ids depend on nothing
     else."""
-    colors, shapes = (COLORS, SHAPES) if kind == "floor" else (CORRIDOR_COLORS, CORRIDOR_SHAPES)
+    is_floor = kind == "floor"
+    colors = COLORS if is_floor else CORRIDOR_COLORS
+    shapes = SHAPES if is_floor else CORRIDOR_SHAPES
     names = [(f"{color} {shape}", shape) for shape in shapes for color in colors]
     return [
         {"id": i, "name": name, "supercategory": shape} for i, (name, shape) in enumerate(names, 1)
     ]
 
 
-def captions(scene):
+def captions(scene: Scene) -> list[str]:
     """Five captions, each naming every object: left to right, right to left, near to far, top to
     bottom, far to near."""
     place = "over a tiled floor" if scene.kind == "floor" else "on the walls of a corridor"
 
-    def names(key):
-        return _listed([thing.name for thing in sorted(scene.things, key=key)])
+    def sorted_by(axis: str, sign: int = 1) -> str:
+        things = sorted(scene.things, key=lambda thing: sign * questions.coordinate(thing, axis))
+        return questions.listed([thing.name for thing in things])
 
-    top_down = names(lambda thing: thing.y)
+    top_down = sorted_by("y")
     return [
         questions.caption(scene),
-        f"There is {names(lambda thing: -thing.x)} in the picture.",
-        f"A picture of {names(lambda thing: thing.z)}.",
+        f"There is {sorted_by('x', -1)} in the picture.",
+        f"A picture of {sorted_by('z')}.",
         f"{top_down[0].upper()}{top_down[1:]} {place}.",
-        f"We can see {names(lambda thing: -thing.z)}.",
+        f"We can see {sorted_by('z', -1)}.",
     ]
 
 
-def coco(scenes, kind):
+def coco(scenes: Scenes, kind: str) -> tuple[Record, Record]:
     """(captions, instances): the contents of COCO's two annotation files. Extra fields of an
     instance: depth, color, shape."""
-    head = {
-        "info": {
-            "description": f"Coloured shapes, scene: {kind}",
-            "version": "1.0",
-            "contributor": "data/make_shapes.py",
-        },
-        "licenses": [{"id": 1, "name": "Made by data/make_shapes.py, free for any use", "url": ""}],
-        "images": [
-            {
-                "id": i,
-                "file_name": file_name(i),
-                "width": scene.width,
-                "height": scene.height,
-                "license": 1,
-            }
-            for i, scene in scenes.items()
-        ],
+    info = {
+        "description": f"Coloured shapes, scene: {kind}",
+        "version": "1.0",
+        "contributor": "data/make_shapes.py",
     }
-    told = [
-        {"id": 10 * i + n, "image_id": i, "caption": text}
-        for i, scene in scenes.items()
+    images = [
+        {
+            "id": image_id,
+            "file_name": file_name(image_id),
+            "width": scene.width,
+            "height": scene.height,
+            "license": 1,
+        }
+        for image_id, scene in scenes.items()
+    ]
+    license_ = {"id": 1, "name": "Made by data/make_shapes.py, free for any use", "url": ""}
+    head = {"info": info, "licenses": [license_], "images": images}
+    caption_rows = [
+        {"id": MOST_OBJECTS * image_id + n, "image_id": image_id, "caption": text}
+        for image_id, scene in scenes.items()
         for n, text in enumerate(captions(scene))
     ]
-    ids = {category["name"]: category["id"] for category in categories(kind)}
-    shown = []
-    for i, scene in scenes.items():
+    category_ids = {category["name"]: category["id"] for category in categories(kind)}
+    instances = []
+    for image_id, scene in scenes.items():
         for n, thing in enumerate(scene.things):
-            polygon = polygon_of(thing, scene)
-            place = {
-                "bbox": box(polygon),
-                "area": round(area(polygon), 2),
-                "segmentation": [[value for point in polygon for value in point]],
-                "iscrowd": 0,
+            ids = {
+                "id": MOST_OBJECTS * image_id + n,
+                "image_id": image_id,
+                "category_id": category_ids[thing.name],
             }
-            own = {"depth": round(thing.z, 4), "color": thing.color, "shape": thing.shape}
-            shown.append(
-                {"id": 10 * i + n, "image_id": i, "category_id": ids[thing.name], **place, **own}
-            )
-    return {**head, "annotations": told}, {
-        **head,
-        "annotations": shown,
-        "categories": categories(kind),
+            instances.append(ids | _instance(thing, scene))
+    return (
+        {**head, "annotations": caption_rows},
+        {**head, "annotations": instances, "categories": categories(kind)},
+    )
+
+
+def _instance(thing: Thing, scene: Scene) -> Record:
+    """COCO's fields of an object but for its ids, and our own."""
+    polygon = polygon_of(thing, scene)
+    return {
+        "bbox": box(polygon),
+        "area": round(area(polygon), 2),
+        "segmentation": [[coordinate for point in polygon for coordinate in point]],
+        "iscrowd": 0,
+        "depth": round(thing.z, 4),
+        "color": thing.color,
+        "shape": thing.shape,
     }
 
 
 # --- objects and questions ------------------------------------------------------------------------
 
 
-def _seen(scene):
+def visible_shares(scene: Scene) -> list[float]:
     """Share of each object's pixels that no nearer object hides."""
     together = instance_map(scene)
-    alone = [
-        instance_map(Scene(scene.kind, scene.width, scene.height, (thing,)))
-        for thing in scene.things
-    ]
-    return [
-        round(float(((together == n) & (own == 1)).sum() / (own == 1).sum()), 4)
-        for n, own in enumerate(alone, 1)
-    ]
+    shares = []
+    for n, thing in enumerate(scene.things, 1):
+        alone = instance_map(only(scene, thing)) == 1
+        shares.append(round(float(((together == n) & alone).sum() / alone.sum()), 4))
+    return shares
 
 
-def objects(scenes, folder):
+def _object(thing: Thing, scene: Scene, visible: float) -> Record:
+    """An object as objects.json has it; shadow_y on a floor, theta in a corridor."""
+    record = {
+        "name": thing.name,
+        "color": thing.color,
+        "shape": thing.shape,
+        "center": [round(thing.x, 2), round(thing.y, 2)],
+        "radius": round(thing.r, 2),
+        "depth": round(thing.z, 4),
+        "size": round(thing.size, 4),
+        "bbox": box(polygon_of(thing, scene)),
+        "visible": visible,
+    }
+    if scene.kind == "floor":
+        return record | {"shadow_y": round(thing.base, 2)}
+    return record | {"theta": round(thing.theta, 4)}
+
+
+def objects(scenes: Scenes, folder: str) -> dict[str, Record]:
     """{12-digit image id: what is in the picture}."""
-    out = {}
-    for i, scene in scenes.items():
-        things = []
-        for thing, seen in zip(scene.things, _seen(scene), strict=True):
-            what = {
-                "name": thing.name,
-                "color": thing.color,
-                "shape": thing.shape,
-                "center": [round(thing.x, 2), round(thing.y, 2)],
-            }
-            what |= {
-                "radius": round(thing.r, 2),
-                "depth": round(thing.z, 4),
-                "size": round(thing.size, 4),
-            }
-            what |= {"bbox": box(polygon_of(thing, scene)), "visible": seen}
-            things.append(
-                what
-                | (
-                    {"shadow_y": round(thing.base, 2)}
-                    if scene.kind == "floor"
-                    else {"theta": round(thing.theta, 4)}
-                )
-            )
-        picture = {
-            "image_id": i,
-            "image": f"{folder}/{file_name(i)}",
+    pictures = {}
+    for image_id, scene in scenes.items():
+        things = zip(scene.things, visible_shares(scene), strict=True)
+        pictures[f"{image_id:012d}"] = _picture(image_id, folder) | {
             "width": scene.width,
             "height": scene.height,
+            "scene": scene.kind,
+            "objects": [_object(thing, scene, visible) for thing, visible in things],
         }
-        out[f"{i:012d}"] = {**picture, "scene": scene.kind, "objects": things}
-    return out
+    return pictures
 
 
-def _until(rng, scene, ask, fits=lambda question: True):
-    """A question that fits, or None where the scene has none."""
-    tries = (ask(rng, scene) for _ in range(200))
-    return next((question for question in tries if question is not None and fits(question)), None)
+def _until(
+    rng: Random, scene: Scene, make: Maker, answer: str | None = None, sharing: bool | None = None
+) -> Question | None:
+    """A question with this answer (None: any), or None where the scene has none. sharing: whether
+    the name asked about shares its colour or its shape with an object (None: either)."""
+    for _ in range(TRIES):
+        question = make(rng, scene)
+        if question is None or (answer is not None and question.answer != answer):
+            continue
+        if sharing is None or _shares(question.about[0], scene) == sharing:
+            return question
+    return None
 
 
-def _shares(name, scene):
+def _shares(name: str, scene: Scene) -> bool:
     """Whether an object in the picture has this name's colour or its shape."""
-    return any(
-        word in (thing.color, thing.shape) for thing in scene.things for word in name.split()
-    )
+    words = name.split()
+    return any(thing.color in words or thing.shape in words for thing in scene.things)
 
 
-def _floor_questions(rng, scene, counts):
+def _floor_questions(rng: Random, scene: Scene, counts: Counter[str]) -> Iterator[Question | None]:
     """Yes and no in turn, absent names that share a colour or shape in half of all cases, both
-    answers of each relation equally often."""
-    yield _until(rng, scene, questions.ask_presence, lambda q: q.answer == "Yes")
-    wanted = counts["sharing"] * 2 <= counts["absent"]
-    no = _until(
-        rng,
-        scene,
-        questions.ask_presence,
-        lambda q: q.answer == "No" and _shares(q.about[0], scene) == wanted,
-    )
-    no = no or _until(
-        rng, scene, questions.ask_presence, lambda q: q.answer == "No"
-    )  # all four shapes are there: every absent name shares one
+    answers of each relation equally often. counts: of all scenes so far, kept up to date here."""
+    yield _until(rng, scene, questions.ask_presence, "Yes")
+    sharing = counts["sharing"] * 2 <= counts["absent"]
+    no = _until(rng, scene, questions.ask_presence, "No", sharing)
+    if no is None:
+        # all four shapes are there: every absent name shares one
+        no = _until(rng, scene, questions.ask_presence, "No")
+    if no is None:
+        raise RuntimeError(f"{TRIES} questions about a scene in a row had the answer yes")
     counts["absent"] += 1
     counts["sharing"] += _shares(no.about[0], scene)
     yield no
-    for ask in (questions.ask_color, questions.ask_shape, questions.ask_count):
-        yield _until(rng, scene, ask)
+    makers: tuple[Maker, ...] = (questions.ask_color, questions.ask_shape, questions.ask_count)
+    for make in makers:
+        yield _until(rng, scene, make)
     for kind, (_, *answers) in AXES.items():
-        n = counts[kind]
-        question = _until(
-            rng,
-            scene,
-            lambda rng, scene, kind=kind: questions.ask_relation(rng, scene, kind),
-            lambda q, want=answers[n % 2]: q.answer == want,
-        )
-        if question:
+        number = counts[kind]
+        question = _until(rng, scene, ASK_RELATION[kind], answers[number % 2])
+        if question is not None:
             counts[kind] += 1
-            yield questions.Question(
-                kind, question.text + ONE_WORD * (n // 2 % 2), question.answer, question.about
-            )
+            # two without the ending, then two with it, so that both answers occur in both forms
+            yield questions.with_one_word(question) if number // 2 % 2 else question
 
 
-def question_list(scenes, folder, seed):
+def question_list(scenes: Scenes, folder: str, seed: int) -> list[Record]:
     """Rows {image_id, image, question, answer, kind, about}; a corridor's four camera wordings have
     the field 'split' too."""
-    rows, counts = [], Counter()
-    for i, scene in scenes.items():
-        rng = Random(f"questions-{seed}-{i}")
-        floor = scene.kind == "floor"
-        picture = {"image_id": i, "image": f"{folder}/{file_name(i)}"}
-        extra = {} if floor else {"split": questions.split(*scene.things, scene)}
-        for q in (
-            _floor_questions(rng, scene, counts)
-            if floor
-            else questions.camera_questions(*scene.things)
-        ):
-            if q is not None:
-                rows.append(
-                    {
-                        **picture,
-                        "question": q.text,
-                        "answer": q.answer,
-                        "kind": q.kind,
-                        "about": list(q.about),
-                        **extra,
-                    }
-                )
+    rows = []
+    counts: Counter[str] = Counter()
+    for image_id, scene in scenes.items():
+        asked: Iterable[Question | None]
+        if scene.kind == "floor":
+            rng = Random(f"questions-{seed}-{image_id}")
+            extra = {}
+            asked = _floor_questions(rng, scene, counts)
+        else:
+            far, near = scene.things
+            extra = {"split": questions.split(far, near, scene)}
+            asked = questions.camera_questions(far, near)
+        for question in asked:
+            if question is not None:
+                fields = {
+                    "question": question.text,
+                    "answer": question.answer,
+                    "kind": question.kind,
+                    "about": list(question.about),
+                }
+                rows.append(_picture(image_id, folder) | fields | extra)
     return rows
 
 
-def curated(scenes):
+def curated(scenes: Scenes) -> dict[str, list[Record]]:
     """{image id: [{question, answer, category}]}: what is the object of this colour, which occurs
     once? One question a picture at most, as in the published list for token ablation and attention
     knockout; which object it is changes from picture to picture.
     """
-    rows = {}
-    for i, scene in scenes.items():
-        counts = Counter(thing.color for thing in scene.things)
-        alone = (
-            [thing for thing in scene.things if counts[thing.color] == 1]
-            if scene.kind == "floor"
-            else []
-        )
-        asked = alone[i % len(alone) :][:1] if alone else []
-        rows[str(i)] = [
-            {
+    lists: dict[str, list[Record]] = {}
+    for image_id, scene in scenes.items():
+        lists[str(image_id)] = []
+        things = questions.with_unique(scene, "color") if scene.kind == "floor" else []
+        if things:
+            thing = things[image_id % len(things)]
+            entry = {
                 "question": f"What is the {thing.color} object?",
                 "answer": thing.shape,
                 "category": thing.name,
             }
-            for thing in asked
-        ]
-    return rows
+            lists[str(image_id)].append(entry)
+    return lists
 
 
-def mmhal(scenes, folder, seed):
+# MMHal-Bench's types of question; of several makers one is drawn
+MMHAL_TYPES: dict[str, list[Maker]] = {
+    "attribute": [questions.ask_color, questions.ask_shape],
+    "adversarial": [questions.ask_presence],
+    "comparison": [questions.ask_far_close],
+    "counting": [questions.ask_count],
+    "relation": [questions.ask_left_right, questions.ask_above_below],
+    "holistic": [questions.ask_caption],
+}
+
+
+def mmhal(scenes: Scenes, folder: str, seed: int) -> tuple[list[Record], list[Record]]:
     """MMHal-Bench's fields, one question an image; the question types take turns, a scene that has
     nothing of a type gets the next one's. And first answers to these questions, {image_id, answer,
     corrupted}, by a coin right or a wrong one of the same form.
     """
-    asks = {
-        "attribute": [questions.ask_color, questions.ask_shape],
-        "adversarial": [questions.ask_presence],
-        "comparison": [lambda rng, scene: questions.ask_relation(rng, scene, "far_close")],
-        "counting": [questions.ask_count],
-        "relation": [
-            lambda rng, scene, kind=kind: questions.ask_relation(rng, scene, kind)
-            for kind in ("left_right", "above_below")
-        ],
-        "holistic": [questions.ask_caption],
-    }
-    rows, answers, turn = [], [], 0
-    for i, scene in scenes.items():
-        rng, question = Random(f"mmhal-{seed}-{i}"), None
-        types = [name for name in asks if scene.kind == "floor" or name != "counting"]
+    rows = []
+    answers = []
+    turn = 0
+    for image_id, scene in scenes.items():
+        rng = Random(f"mmhal-{seed}-{image_id}")
+        types = [name for name in MMHAL_TYPES if scene.kind == "floor" or name != "counting"]
+        question = None
         while question is None:
             name = types[turn % len(types)]
             turn += 1
-            question = _until(
-                rng,
-                scene,
-                rng.choice(asks[name]),
-                lambda q, name=name: q.answer == "No" or name != "adversarial",
-            )
+            # an adversarial question is about an object that is not there
+            answer = "No" if name == "adversarial" else None
+            question = _until(rng, scene, rng.choice(MMHAL_TYPES[name]), answer)
         row = {
             "question_type": name,
             "question_topic": "shapes",
-            "image_id": f"{i:012d}",
-            "image_src": f"{folder}/{file_name(i)}",
+            "image_id": f"{image_id:012d}",
+            "image_src": f"{folder}/{file_name(image_id)}",
+            "image_content": [thing.name for thing in scene.things],
+            "question": question.text,
+            "gold_answer": question.answer,
         }
-        rows.append(
-            {
-                **row,
-                "image_content": [thing.name for thing in scene.things],
-                "question": question.text,
-                "gold_answer": question.answer,
-            }
-        )
-        coin = Random(f"answers-{seed}-{i}")
-        wrong = coin.random() < 0.5
-        answer = questions.corrupted(coin, scene, question) if wrong else question.answer
-        answers.append({"image_id": row["image_id"], "answer": answer, "corrupted": wrong})
+        rows.append(row)
+        coin = Random(f"answers-{seed}-{image_id}")
+        is_wrong = coin.random() < 0.5
+        first = questions.corrupted(coin, scene, question) if is_wrong else question.answer
+        answers.append({"image_id": row["image_id"], "answer": first, "corrupted": is_wrong})
     return rows, answers
 
 
 # --- swap pairs -----------------------------------------------------------------------------------
 
 
-def _balanced(rows, seed):
+def _balanced(rows: Sequence[Record], seed: int) -> list[Record]:
     """Equally many rows of each category, dropped at random, in the order they had."""
-    places = {
-        category: [n for n, row in enumerate(rows) if row["category"] == category]
-        for category in CATEGORIES
-    }
-    count = min(PER_CATEGORY, *map(len, places.values()))
+    indices: dict[str, list[int]] = {category: [] for category in CATEGORIES}
+    for index, row in enumerate(rows):
+        indices[row["category"]].append(index)
+    count = min(PER_CATEGORY, *map(len, indices.values()))
     rng = Random(f"balance-{seed}")
-    return [
-        rows[n]
-        for n in sorted(n for category in CATEGORIES for n in rng.sample(places[category], count))
-    ]
+    drawn: list[int] = []
+    for category in CATEGORIES:
+        drawn += rng.sample(indices[category], count)
+    return [rows[index] for index in sorted(drawn)]
 
 
-def _key(answer):
+def _category(answer: str) -> str:
     return "under" if answer == "below" else answer
 
 
-def swap_rows(scenes, seed):
+def swap_rows(scenes: Scenes, seed: int) -> list[Record]:
     """Rows of swap_pairs_ready.tsv without the picture, and 'about': the names (asked,
     reference)."""
-    rows, counts = [], Counter()
-    for i, scene in scenes.items():
-        rng = Random(f"swap-{seed}-{i}")
+    rows = []
+    counts: Counter[str] = Counter()
+    for image_id, scene in scenes.items():
+        rng = Random(f"swap-{seed}-{image_id}")
         for kind, group in GROUPS.items():
+            lower = AXES[kind][1]
+            # each pair once, in the order in which its answer is the lower value
             pairs = [
                 (a, b)
                 for a, b in relations(scene, kind, LEAST)
-                if relation(kind, a, b).answer == AXES[kind][1]
+                if relation(kind, a, b).answer == lower
             ]
             for a, b in rng.sample(pairs, min(PER_IMAGE, len(pairs))):
                 counts[kind] += 1
-                first, second = (a, b) if counts[kind] % 2 else (b, a)
-                original, swapped = relation(kind, first, second), relation(kind, second, first)
-                row = {
-                    "question_id": (
-                        f"shapes_{i}_{_key(original.answer)}_{scene.things.index(first)}{scene.things.index(second)}"
-                    ),
-                    "image_id": i,
-                }
-                row |= {
-                    "original_question": original.text + ONE_WORD,
-                    "swapped_question": swapped.text + ONE_WORD,
-                    "about": original.about,
-                }
-                rows.append(
-                    {
-                        **row,
-                        "original_answer": original.answer,
-                        "swapped_answer": swapped.answer,
-                        "group": group,
-                        "category": _key(original.answer),
-                    }
-                )
+                asked, reference = (a, b) if counts[kind] % 2 else (b, a)
+                row = _swap_row(image_id, scene, kind, asked, reference)
+                rows.append(row | {"group": group})
     return _balanced(rows, seed)
 
 
-def _options(rng, right, others):
+def _swap_row(image_id: int, scene: Scene, kind: str, asked: Thing, reference: Thing) -> Record:
+    original = relation(kind, asked, reference)
+    swapped = relation(kind, reference, asked)
+    category = _category(original.answer)
+    numbers = f"{scene.things.index(asked)}{scene.things.index(reference)}"
+    return {
+        "question_id": f"shapes_{image_id}_{category}_{numbers}",
+        "image_id": image_id,
+        "original_question": original.text + ONE_WORD,
+        "swapped_question": swapped.text + ONE_WORD,
+        "about": original.about,
+        "original_answer": original.answer,
+        "swapped_answer": swapped.answer,
+        "category": category,
+    }
+
+
+def _options(rng: Random, right: str, others: Sequence[str]) -> Record:
+    """{A, B, C, D, answer}: four options in random order."""
     options = [right, *others]
     rng.shuffle(options)
     return dict(zip("ABCD", options, strict=True)) | {"answer": "ABCD"[options.index(right)]}
 
 
-def embspatial_rows(scenes, ready, seed):
+def embspatial_rows(scenes: Scenes, ready: Sequence[Record], seed: int) -> list[Record]:
     """Rows of swap_pairs.tsv without the picture: the directional pairs of `ready` under their ids,
     and the nearest and farthest object of each image."""
-    rows, counts, pairs = [], Counter(), defaultdict(list)
-    for row in ready:
-        pairs[row["image_id"]].append(row)
-    for i, scene in scenes.items():
-        rng = Random(f"embspatial-{seed}-{i}")
-        for row in pairs[i]:
-            if row["group"] == "distance":
-                continue
-            (a, b), category, counts["phrasing"] = (
-                row["about"],
-                row["category"],
-                counts["phrasing"] + 1,
-            )
-            opposite = {"left": "right", "right": "left", "above": "under", "under": "above"}[
-                category
-            ]
-            sentences = [
-                f"The {a} is {words} the {b}."
-                for words in (SENTENCES[category], SENTENCES[opposite], "inside", "connected to")
-            ]
-            question = PHRASINGS[counts["phrasing"] % len(PHRASINGS)].format(a=a, b=b)
-            what = {
-                "question_id": row["question_id"],
-                "category": category,
-                "question": question,
-                "image_id": i,
-            }
-            rows.append(what | _options(rng, sentences[0], sentences[1:]))
-        for category, word, pick in (("close", "nearest", min), ("far", "farthest", max)):
-            thing = pick(scene.things, key=lambda thing: thing.z)
+    rows = []
+    counts: Counter[str] = Counter()
+    swaps_of = defaultdict(list)  # image id -> its directional rows
+    for swap_row in ready:
+        if swap_row["group"] != "distance":
+            swaps_of[swap_row["image_id"]].append(swap_row)
+    for image_id, scene in scenes.items():
+        rng = Random(f"embspatial-{seed}-{image_id}")
+        for swap_row in swaps_of[image_id]:
+            counts["phrasing"] += 1
+            phrasing = PHRASINGS[counts["phrasing"] % len(PHRASINGS)]
+            rows.append(_directional_row(rng, swap_row, phrasing))
+        nearest = min(scene.things, key=lambda thing: thing.z)
+        farthest = max(scene.things, key=lambda thing: thing.z)
+        extremes = (("close", "nearest", nearest), ("far", "farthest", farthest))
+        for category, word, thing in extremes:
             others = [other for other in scene.things if other is not thing]
             if others and all(margin(thing, other, "z", scene) >= LEAST for other in others):
                 names = [other.name for other in others]
                 while len(names) < 3:
                     names.append(MISSING[counts["missing"] % len(MISSING)])
                     counts["missing"] += 1
-                question = f"From your perspective, which object in the image is the {word}?"
-                what = {
-                    "question_id": f"shapes_{i}_{word}",
+                row = {
+                    "question_id": f"shapes_{image_id}_{word}",
                     "category": category,
-                    "question": question,
-                    "image_id": i,
+                    "question": (
+                        f"From your perspective, which object in the image is the {word}?"
+                    ),
+                    "image_id": image_id,
                 }
-                rows.append(what | _options(rng, thing.name, names))
+                rows.append(row | _options(rng, thing.name, names))
     return _balanced(rows, seed)
 
 
-def boxes(scenes, rows):
+def _directional_row(rng: Random, swap_row: Record, phrasing: str) -> Record:
+    a, b = swap_row["about"]
+    category = swap_row["category"]
+    sides = (SENTENCES[category], SENTENCES[OPPOSITE[category]], "inside", "connected to")
+    right, *others = (f"The {a} is {side} the {b}." for side in sides)
+    row = {
+        "question_id": swap_row["question_id"],
+        "category": category,
+        "question": phrasing.format(a=a, b=b),
+        "image_id": swap_row["image_id"],
+    }
+    return row | _options(rng, right, others)
+
+
+def boxes(scenes: Scenes, rows: Sequence[Record]) -> dict[str, Record]:
     """{question_id: size of the picture, names and boxes of its objects, category}, the fields that
     EmbSpatial-Bench's own file adds to the table."""
-    out = {}
+    entries = {}
     for row in rows:
         scene = scenes[row["image_id"]]
-        found = [
-            {"name": thing.name, "bbox": box(polygon_of(thing, scene))} for thing in scene.things
-        ]
-        size = {"image_height": scene.height, "image_width": scene.width}
-        out[row["question_id"]] = {
-            **size,
-            "objects": found,
+        entries[row["question_id"]] = {
+            "image_height": scene.height,
+            "image_width": scene.width,
+            "objects": [
+                {"name": thing.name, "bbox": box(polygon_of(thing, scene))}
+                for thing in scene.things
+            ],
             "relation": row["category"],
             "data_source": "shapes",
         }
-    return out
+    return entries
 
 
-def height_depth_correlation(scenes):
+def height_depth_correlation(scenes: Collection[Scene]) -> float | None:
     """Correlation of height in the picture and depth over all objects of the scenes; None for fewer
     than three objects."""
-    rows = [(-thing.y / scene.height, thing.z) for scene in scenes for thing in scene.things]
-    return round(float(np.corrcoef(np.array(rows).T)[0, 1]), 4) if len(rows) > 2 else None
+    places = [(-thing.y / scene.height, thing.z) for scene in scenes for thing in scene.things]
+    if len(places) <= 2:
+        return None
+    return round(float(np.corrcoef(np.array(places).T)[0, 1]), 4)
