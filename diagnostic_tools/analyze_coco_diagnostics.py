@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Sequence
 
 from vlmdiag import cli
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import rundirs, selection
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.figures import plots
 
     runs = [rundirs.read_run(path, rundirs.COCO) for path in args.run_dir]
-    labels = plots.run_labels(runs)
+    labels = selection.run_labels(runs)
     probes = [rope_figures.read_probe(run, args.delta_steps) for run in runs]
     step = rope_figures.common_step([step for step, _ in probes])
     curves = {
@@ -57,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     settings = vars(args) | {"delta_steps": step}
     figure = rope_figures.layers_figure(curves, ["abs_delta_gv"], step)
-    plots.save(figure, plots.comparison_path(runs, "compare_abs_delta_gv_layerwise_mean"), settings)
+    plots.save(
+        figure, selection.comparison_path(runs, "compare_abs_delta_gv_layerwise_mean"), settings
+    )
     figure = rope_figures.layers_figure(curves, list(rope_figures.DRAWN), step)
-    both = plots.comparison_path(runs, "compare_delta_alphaV_and_abs_delta_gv_layerwise_mean")
+    both = selection.comparison_path(runs, "compare_delta_alphaV_and_abs_delta_gv_layerwise_mean")
     plots.save(figure, both, settings)
     if args.save_csv:
         rope_figures.save_curves(f"{both}.csv", curves)

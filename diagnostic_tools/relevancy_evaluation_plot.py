@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmdiag import cli
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import rundirs, selection
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.relevancy import evaluation_tables as tables
 
     runs = [rundirs.read_run(folder, EXPERIMENT) for folder in args.run_dirs]
-    labels = plots.run_labels(runs)
+    labels = selection.run_labels(runs)
     evaluations = [tables.Evaluation(run) for run in runs]
     out = out_folder(args, runs)
     areas, places = [], []

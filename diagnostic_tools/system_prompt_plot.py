@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Sequence
 
 from vlmdiag import cli
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import rundirs, selection
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.figures import plots
 
     runs = [rundirs.read_run(path, rundirs.COCO) for path in args.run_dir]
-    labels = plots.run_labels(runs)
+    labels = selection.run_labels(runs)
     settings = vars(args)
     shares = {}
     for run, label in zip(runs, labels):
         shares[label] = share_figures.read_shares(run)
         share_figures.draw_run(run, label, shares[label], settings, args.side_by_side)
     if len(runs) > 1:
-        path = plots.comparison_path(runs, "compare_system_share_by_layer")
+        path = selection.comparison_path(runs, "compare_system_share_by_layer")
         plots.save(share_figures.system_figure(shares), path, settings)
     if args.save_csv:
         for run, label in zip(runs, labels):

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmdiag import cli
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import rundirs, selection
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,13 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.show:
         plots.use_windows()
-    runs = plots.select_runs(rundirs.find_runs(args.runs_dir, args.sp), args.models)
-    labels = plots.run_labels(runs)
+    runs = selection.select_runs(rundirs.find_runs(args.runs_dir, args.sp), args.models)
+    labels = selection.run_labels(runs)
     measured = [cmb_figures.read_maps(run, args.use_key) for run in runs]
-    ids = plots.shared_ids(runs, [ids for ids, _ in measured])
+    ids = selection.shared_ids(runs, [ids for ids, _ in measured])
     image_id = None
     if args.image_key or args.npz_basename:
-        image_id = plots.find_id(ids, args.image_key, args.npz_basename)
+        image_id = selection.find_id(ids, args.image_key, args.npz_basename)
     shown = [image_id] if image_id else ids
     balances = [
         cmb_figures.balance_of(run, label, run_ids, maps, shown)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import rundirs, selection
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -130,15 +130,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.beyond_semantics import norm_figures
     from vlmdiag.figures import plots
 
-    runs = plots.select_runs(rundirs.find_runs(args.runs_dir, args.sp), args.models)
-    labels = plots.run_labels(runs)
+    runs = selection.select_runs(rundirs.find_runs(args.runs_dir, args.sp), args.models)
+    labels = selection.run_labels(runs)
     titles = titles_of(args, labels)
     measured = [norm_figures.read_norms(run) for run in runs]
     unit = norm_figures.UNITS[common_kind(runs)]
-    ids = plots.shared_ids(runs, [norms.ids for norms in measured])
+    ids = selection.shared_ids(runs, [norms.ids for norms in measured])
     image_id = None
     if args.mode == "image":
-        image_id = plots.find_id(ids, args.image_key, args.npz_basename)
+        image_id = selection.find_id(ids, args.image_key, args.npz_basename)
     shown = [image_id] if image_id else ids
     curves = {title: norm_figures.curves_of(norms, shown) for title, norms in zip(titles, measured)}
     if args.early_k:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import rundirs, selection
 
 EXPERIMENT = "relevancy"
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run = rundirs.read_run(args.run_dir, EXPERIMENT)
     ids = run.ids()
-    ids = [plots.find_id(ids, args.image_key)] if args.image_key else ids[: args.num_images]
+    ids = [selection.find_id(ids, args.image_key)] if args.image_key else ids[: args.num_images]
     if not ids:
         raise UsageError(f"{run.path} has no finished picture yet; run relevancy_maps.py first")
     for id in ids:

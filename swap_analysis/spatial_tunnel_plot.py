@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmdiag import cli
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import rundirs, selection
 
 EXPERIMENT = "spatial_tunnel"
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [rundirs.read_run(path, EXPERIMENT) for path in args.run_dir]
     summaries = {
         label: figures_tunnel.read_summary(run)
-        for label, run in zip(plots.run_labels(runs), runs, strict=True)
+        for label, run in zip(selection.run_labels(runs), runs, strict=True)
     }
     colors = plots.model_colors(list(summaries))
     if args.out_dir:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif len(runs) == 1:
         folder = runs[0].path / "analysis"
     else:
-        folder = plots.comparison_path(runs, EXPERIMENT).parent
+        folder = selection.comparison_path(runs, EXPERIMENT).parent
     settings = {
         "runs": [run.label for run in runs],
         "settings": [run.meta["settings"] for run in runs],

@@ -19,6 +19,7 @@ from PIL import Image
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.runs import selection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -48,7 +49,7 @@ def read_maps(run: Run, key: str) -> tuple[list[str], Float[np.ndarray, "n L H"]
         advice = "make it with run_coco_diagnostics.py without --pos_only"
     else:
         advice = "no script writes it; leave out --use_key"
-    ids, arrays = plots.read_arrays(run, [key], advice)
+    ids, arrays = selection.read_arrays(run, [key], advice)
     return ids, arrays[key]
 
 

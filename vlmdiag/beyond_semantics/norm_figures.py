@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from vlmdiag.figures import plots, stats
+from vlmdiag.runs import selection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -48,7 +49,7 @@ def read_norms(run: Run) -> Norms:
     """The norms of one run, of its images in the order of their ids."""
     names = ["hidden_norms_user_text", "hidden_norms_vision"]
     advice = "make them with run_coco_diagnostics.py --probe_hidden_norms"
-    ids, arrays = plots.read_arrays(run, names, advice)
+    ids, arrays = selection.read_arrays(run, names, advice)
     user, vision = (arrays[name].astype(np.float64) for name in names)
     return Norms(ids, user, vision)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.runs import selection
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,7 +50,7 @@ def read_probe(
     measured = [float(step) for step in run.meta["settings"].get("delta_steps") or ()]
     advice = "make them with run_coco_diagnostics.py --delta_steps on a model with rotary positions"
     names = ["alphaV", "delta_gv_all", "delta_alphaV_all", "delta_gv_derivative"]
-    arrays = plots.read_arrays(run, names, advice)[1]
+    arrays = selection.read_arrays(run, names, advice)[1]
     step = measured[0] if delta_steps is None else delta_steps
     if step not in measured:
         raise UsageError(

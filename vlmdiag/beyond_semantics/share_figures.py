@@ -17,6 +17,7 @@ import pandas as pd
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.runs import selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ def read_shares(run: Run) -> Shares:
     for name, pie in PIES.items():
         shares = [[record[field] for field in pie.fields] for record in records]
         pies[name] = stats.mean_interval(shares)
-    arrays = plots.read_arrays(run, ["layer_shares"], AGAIN)[1]
+    arrays = selection.read_arrays(run, ["layer_shares"], AGAIN)[1]
     of_groups = stats.mean_interval(arrays["layer_shares"])  # (3, L)
     layers = {}
     for row, group in enumerate(GROUPS):

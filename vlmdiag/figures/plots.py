@@ -5,13 +5,17 @@ Figures are drawn without a window; a script with --show calls use_windows() bef
 figure.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
 import os
 import unicodedata
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -24,6 +28,16 @@ from matplotlib.transforms import ScaledTranslation
 
 from vlmdiag.cli import UsageError
 from vlmdiag.runs import disk
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
+    from numpy.typing import ArrayLike
+
+    from vlmdiag.figures.stats import Interval
 
 plt.rcParams.update(
     {
@@ -49,15 +63,13 @@ plt.rcParams.update(
 
 # Okabe and Ito's colour-blind-safe palette (its yellow darkened to be seen on white), then three
 # that keep apart from it in lightness.
-BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#B8A800",
-)
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+VERMILION = "#D55E00"
+SKY = "#56B4E9"
+PURPLE = "#CC79A7"
+YELLOW = "#B8A800"
 CYCLE = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, "#332288", "#661100", "#7F7F7F"]
 GROUP_COLORS = {
     "bos": "#999999",
@@ -69,204 +81,144 @@ GROUP_COLORS = {
     "generated": GREEN,
     "pad": "#DDDDDD",
 }
+# by the end of the model's name
 MODEL_COLORS = {
     "normWmean": VERMILION,
     "multilayerNorm": GREEN,
     "tiny-llava": BLUE,
     "llava-v1.5-7b": BLUE,
-}  # by the end of the model's name
+}
 MISSING = "#BBBBBB"  # cells that were not measured
 EVEN_COLOR = "#555555"  # reference lines: chance, zero
 BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"  # drawn for a line break
+BOX = "\N{WHITE SQUARE}"  # drawn for a character that cannot be
 
 
-def visible(text):
+def visible(text: str) -> str:
     """Text on one line: line breaks as arrows; other control characters, and those that turn the
     direction of what follows, as boxes."""
-    shown = {
-        c: "\N{WHITE SQUARE}"
-        for c in text
-        if unicodedata.category(c) == "Cc"
-        or unicodedata.bidirectional(c)[:2] in ("LR", "RL", "PD", "FS")
-    }
-    return "".join((shown | dict.fromkeys("\n\u2028\u2029", BREAK)).get(c, c) for c in text)
+    return "".join(_visible(character) for character in text)
 
 
-def drawable(text):
+def _visible(character: str) -> str:
+    if character in "\n\u2028\u2029":
+        return BREAK
+    turns = unicodedata.bidirectional(character)[:2] in ("LR", "RL", "PD", "FS")
+    return BOX if turns or unicodedata.category(character) == "Cc" else character
+
+
+def drawable(text: str) -> str:
     """visible(text) with a box for each character that the figures' font lacks."""
     font = get_font(findfont(FontProperties()))
-    return "".join(c if font.get_char_index(ord(c)) else "\N{WHITE SQUARE}" for c in visible(text))
+    return "".join(c if font.get_char_index(ord(c)) else BOX for c in visible(text))
 
 
-def _preferred_color(label):
+def _fixed_color(name: str) -> str | None:
+    """The colour of a known model."""
+    return next((color for ending, color in MODEL_COLORS.items() if name.endswith(ending)), None)
+
+
+def _preferred_color(label: str) -> str:
     """The fixed colour of a known model, else one drawn from the label itself, so that no figure's
     other labels have a say in it."""
-    name = label.split("__")[0].split(" (")[0]
-    fixed = [color for ending, color in MODEL_COLORS.items() if name.endswith(ending)]
-    return (fixed or [CYCLE[zlib.crc32(name.encode()) % len(CYCLE)]])[0], bool(fixed)
+    name = _model_of(label)
+    return _fixed_color(name) or CYCLE[zlib.crc32(name.encode()) % len(CYCLE)]
 
 
-def color_of(label):
+def _model_of(label: str) -> str:
+    return label.split("__")[0].split(" (")[0]
+
+
+def color_of(label: str) -> str:
     """The colour of a token group or of a model's label, the same in every figure."""
-    return GROUP_COLORS.get(label) or _preferred_color(label)[0]
+    return GROUP_COLORS.get(label) or _preferred_color(label)
 
 
-def model_colors(labels):
+def model_colors(labels: Iterable[str]) -> dict[str, str]:
     """{label: colour} for the runs of one figure. Each label keeps color_of(label) unless another
     label of the figure has it; who gives way does not depend on the order of the labels: known
     models first, then the alphabet. Beyond ten labels colours repeat.
     """
-    colors = {}
-    for label in sorted(set(labels), key=lambda name: (not _preferred_color(name)[1], name)):
+    labels = list(labels)
+    colors: dict[str, str] = {}
+    for label in sorted(set(labels), key=lambda name: (not _fixed_color(_model_of(name)), name)):
         free = [color for color in CYCLE if color not in colors.values()]
-        wanted = _preferred_color(label)[0]
+        wanted = _preferred_color(label)
         colors[label] = wanted if wanted in free or not free else free[0]
     return {label: colors[label] for label in labels}
-
-
-# ---- which runs and images a figure shows ----
-
-
-def run_labels(runs):
-    """One label a run: its own, whatever the order of the arguments; runs of one name in several
-    folders are told apart by the folder."""
-    labels = [run.label for run in runs]
-    labels = [
-        f"{label}, {run.path.parent}" if labels.count(label) > 1 else label
-        for label, run in zip(labels, runs)
-    ]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UsageError(f"the run {label} is given more than once")
-    return labels
-
-
-def select_runs(runs, models):
-    """The runs that --models names, in that order: by folder name, label or model name. For None
-    all of them, sorted by label."""
-    if models is None:
-        return sorted(runs, key=lambda run: run.label)
-    chosen = []
-    for model in models:
-        found = [
-            run
-            for run in runs
-            if model in (run.path.name, run.path.name.split("__sp-")[0], run.label)
-        ]
-        if not found or found[0] in chosen:
-            what = "is named twice" if found else "is not among the runs"
-            raise UsageError(
-                f"--models {model} {what}; there are"
-                f" {', '.join(run.path.name.split('__sp-')[0] for run in runs)}"
-            )
-        chosen.append(found[0])
-    return chosen
-
-
-def read_arrays(run, keys, advice):
-    """run.stack(keys), or a UsageError with the advice that says how to make what the run lacks."""
-    ids = run.ids()
-    if not ids:
-        raise UsageError(
-            f"{run.path} has no finished image yet; run the command that makes it again"
-        )
-    missing = sorted(set(keys) - set(run.arrays(ids[0])))
-    if missing:
-        raise UsageError(f"{run.path} has no {', '.join(missing)}; {advice}")
-    return run.stack(keys)
-
-
-def comparison_path(runs, name):
-    """Where a figure that compares runs goes: beside the first of them, '<name>_sp1' if none of
-    them had a system prompt."""
-    return Path(os.path.abspath(runs[0].path)).parent / (
-        name + "_sp1" * all(str(run.path).endswith("__sp-1") for run in runs)
-    )
-
-
-def shared_ids(runs, ids):
-    """The sorted item ids that every run has. ids: one list a run. UsageError if there are none."""
-    shared = sorted(set(ids[0]).intersection(*ids[1:]))
-    if not shared:
-        raise UsageError(
-            f"no image was measured in all of {', '.join(run.label for run in runs)}; select fewer"
-            " with --models or measure the same images"
-        )
-    return shared
-
-
-def find_id(ids, image_key=None, npz_basename=None):
-    """The one id that --npz_basename names exactly or --image_key is a part of; an id that equals
-    the key wins. UsageError lists a few where it is not one."""
-    key = npz_basename.removesuffix(".npz") if npz_basename else image_key
-    found = [id for id in ids if id == key] or (
-        [] if npz_basename else [id for id in ids if key in id]
-    )
-    if len(found) == 1:
-        return found[0]
-    few = ", ".join((found or ids)[:5]) + (", ..." if len(found or ids) > 5 else "")
-    flag = "--npz_basename" if npz_basename else "--image_key"
-    raise UsageError(
-        f"{flag} {key!r} fits {len(found)} of the {len(ids)} images that all shown runs have; give"
-        f" one of: {few}"
-    )
 
 
 # ---- drawing ----
 
 
-def with_n(label, n):
+def with_n(label: str, n: ArrayLike) -> str:
     """'label (n = 20)', or the smallest and largest n where cells differ; cells that nothing was
     measured in do not count."""
-    n = np.asarray(n)[np.asarray(n) > 0]
-    return (
-        f"{label} (n = 0)"
-        if not n.size
-        else (
-            f"{label} (n = {n.min()})"
-            if n.min() == n.max()
-            else f"{label} (n = {n.min()} to {n.max()})"
-        )
-    )
+    counts = np.asarray(n)
+    counts = counts[counts > 0]
+    if not counts.size:
+        return f"{label} (n = 0)"
+    if counts.min() == counts.max():
+        return f"{label} (n = {counts.min()})"
+    return f"{label} (n = {counts.min()} to {counts.max()})"
 
 
-def line_with_band(ax, x, interval, label, color, **line):
+def line_with_band(
+    ax: Axes, x: ArrayLike, interval: Interval, label: str, color: str, **line: Any
+) -> Line2D:
     """A mean with its interval as a band, n in the legend. x (K,), interval of shape (K,); no band
     where there is one image only."""
-    (drawn,) = ax.plot(x, interval.mean, color=color, label=with_n(label, interval.n), **line)
+    (mean,) = ax.plot(x, interval.mean, color=color, label=with_n(label, interval.n), **line)
     ax.fill_between(x, interval.low, interval.high, color=color, alpha=0.2, linewidth=0)
     layer_ticks(ax)
-    return drawn
+    return mean
 
 
-def layer_ticks(ax):
+def layer_ticks(ax: Axes) -> None:
     """Whole numbers on the x axis: there is no layer 2.5."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
 
 
-def legends(axes, titles=None, below=None):
+def legends(
+    axes: Sequence[Axes], titles: Sequence[str | None] | None = None, below: bool | None = None
+) -> None:
     """The legends of a row of axes: inside while they are small, else below the axes, for which the
     figure grows. titles: one each; below decides itself."""
-    entries = [len(ax.get_legend_handles_labels()[0]) for ax in axes]
-    longest = max(len(label) for ax in axes for label in ax.get_legend_handles_labels()[1])
-    below = max(entries) > 5 or longest > 48 if below is None else below
+    labels = [ax.get_legend_handles_labels()[1] for ax in axes]
+    entries = max(map(len, labels))
+    longest = max(len(label) for of_axis in labels for label in of_axis)
+    if below is None:
+        below = entries > 5 or longest > 48
     if below:
-        fig = axes[0].figure
-        fig.set_figheight(fig.get_figheight() + 0.25 + 0.19 * (max(entries) + bool(titles)))
+        figure = axes[0].get_figure(root=True)
+        assert figure is not None  # they are drawn
+        rows = entries + 1 if titles else entries
+        figure.set_figheight(figure.get_figheight() + 0.25 + 0.19 * rows)
     for ax, title in zip(axes, titles or [None] * len(axes)):
-        place = (
-            {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False} if below else {}
-        )
+        place: dict[str, Any] = {}
         if below:  # under the axis label, whatever the height of the axes
-            place["bbox_transform"] = ax.transAxes + ScaledTranslation(
-                0, -46 / 72, ax.figure.dpi_scale_trans
-            )
+            down = ScaledTranslation(0, -46 / 72, ax.figure.dpi_scale_trans)
+            place = {
+                "loc": "upper center",
+                "bbox_to_anchor": (0.5, 0),
+                "bbox_transform": ax.transAxes + down,
+                "frameon": False,
+            }
         ax.legend(title=title, title_fontsize=8.5, **place)
 
 
-def heatmap(ax, matrix, title, vmin=None, vmax=None, xlabel="head", ylabel="layer", cmap=None):
-    """A matrix as coloured cells, row 0 at the top, NaN in grey. matrix (rows, columns) -> the
-    image, to hang a colour bar on."""
+def heatmap(
+    ax: Axes,
+    matrix: Float[np.ndarray, "rows columns"],
+    title: str,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    xlabel: str = "head",
+    ylabel: str = "layer",
+    cmap: str | None = None,
+) -> AxesImage:
+    """A matrix as coloured cells, row 0 at the top, NaN in grey. Returns the image, to hang a
+    colour bar on."""
     colors = plt.get_cmap(cmap).with_extremes(bad=MISSING)
     image = ax.imshow(
         np.ma.masked_invalid(matrix),
@@ -284,25 +236,18 @@ def heatmap(ax, matrix, title, vmin=None, vmax=None, xlabel="head", ylabel="laye
     return image
 
 
-def use_windows():
-    """Draw the figures that follow on the screen's toolkit, for --show."""
-    for backend in (
-        os.environ.get("MPLBACKEND", ""),
-        "macosx",
-        "qtagg",
-        "gtk4agg",
-        "gtk3agg",
-        "tkagg",
-        "wxagg",
-    ):
-        if backend and backend.lower() != "agg":
-            try:
-                return plt.switch_backend(backend)
-            except (
-                ImportError,
-                ValueError,
-            ):  # toolkit not installed, no screen, or an unknown name
-                continue
+def use_windows() -> None:
+    """Draw the figures that follow on the screen's toolkit, for --show. UsageError where there is
+    none."""
+    chosen = os.environ.get("MPLBACKEND", "")
+    for backend in (chosen, "macosx", "qtagg", "gtk4agg", "gtk3agg", "tkagg", "wxagg"):
+        if not backend or backend.lower() == "agg":
+            continue
+        try:
+            plt.switch_backend(backend)
+        except (ImportError, ValueError):  # toolkit not installed, no screen, or an unknown name
+            continue
+        return
     raise UsageError(
         "--show: no window can be opened here (no screen or no toolkit); leave it out and look at"
         " the files"
@@ -312,48 +257,59 @@ def use_windows():
 # ---- files ----
 
 
-def save(fig, path, settings, show=False, quiet=False):
+def save(
+    fig: Figure,
+    path: str | Path,
+    settings: Mapping[str, Any],
+    show: bool = False,
+    quiet: bool = False,
+) -> list[Path]:
     """Write a figure as PNG and PDF and print both paths unless quiet; path may end in .png, in
     .pdf or in neither. Then close it, or show it first.
 
-    settings: dict, written as JSON into the PNG's text field "settings" and the PDF's Subject. The
-    bytes depend on the figure and the settings only.
+    settings: written as JSON into the PNG's text field "settings" and the PDF's Subject. The bytes
+    depend on the figure and the settings only. UsageError for another ending, or where the files
+    cannot be written.
     """
     stem = _stem(path)
     text = json.dumps(settings, sort_keys=True, default=str)
-    written = [Path(f"{stem}.png"), Path(f"{stem}.pdf")]
-    metadata = [
-        {"Software": None, "Title": stem.name, "settings": text},
-        {"Title": stem.name, "Subject": text, "CreationDate": None, "ModDate": None},
-    ]
-    for file, fields in zip(written, metadata):
+    files: dict[str, dict[str, str | None]] = {
+        "png": {"Software": None, "Title": stem.name, "settings": text},
+        "pdf": {"Title": stem.name, "Subject": text, "CreationDate": None, "ModDate": None},
+    }
+    written = []
+    for ending, metadata in files.items():
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=file.suffix[1:], metadata=fields)
-        write_file(file, buffer.getvalue(), quiet)
+        fig.savefig(buffer, format=ending, metadata=metadata)
+        written.append(Path(f"{stem}.{ending}"))
+        write_file(written[-1], buffer.getvalue(), quiet)
     if show:
         plt.show()
     plt.close(fig)
     return written
 
 
-def save_csv(path, columns, quiet=False):
+def save_csv(path: str | Path, columns: Mapping[str, Iterable[Any]], quiet: bool = False) -> Path:
     """Write {column name: values (K,)} as CSV with all digits and print the path unless quiet. A
     shorter column and a NaN leave their cells empty."""
-    columns = {name: list(values) for name, values in columns.items()}
+    lists = {name: list(values) for name, values in columns.items()}
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(columns)
-    for row in range(max(map(len, columns.values()), default=0)):
-        cells = [values[row] if row < len(values) else "" for values in columns.values()]
-        rows.writerow(
-            "" if isinstance(cell, (float, np.floating)) and np.isnan(cell) else cell
-            for cell in cells
-        )
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(lists)
+    for row in range(max(map(len, lists.values()), default=0)):
+        writer.writerow(_cell(values, row) for values in lists.values())
     write_file(path, text.getvalue().encode(), quiet)
     return Path(path)
 
 
-def write_file(path, data, quiet=False):
+def _cell(values: Sequence[Any], row: int) -> object:
+    """A value of a column, empty past its end and for NaN."""
+    value = values[row] if row < len(values) else ""
+    is_nan = isinstance(value, (float, np.floating)) and np.isnan(value)
+    return "" if is_nan else value
+
+
+def write_file(path: str | Path, data: bytes, quiet: bool = False) -> None:
     """Write bytes in one step, with the folder, and print the path unless quiet; UsageError where
     that cannot be."""
     disk.write_bytes(path, data)
@@ -361,23 +317,16 @@ def write_file(path, data, quiet=False):
         print(f"wrote {path}")
 
 
-def _stem(path):
+OTHER_FORMATS = (".svg", ".eps", ".ps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".gif", ".bmp")
+
+
+def _stem(path: str | Path) -> Path:
     """A path without its .png or .pdf; a dot within a name such as llava-v1.5-7b stays."""
     path = Path(path)
-    if path.suffix.lower() in (
-        ".svg",
-        ".eps",
-        ".ps",
-        ".jpg",
-        ".jpeg",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".gif",
-        ".bmp",
-    ):
+    ending = path.suffix.lower()
+    if ending in OTHER_FORMATS:
         raise UsageError(
             f"{path}: figures are written as PNG and PDF; end the name in .png or .pdf, or in"
             " neither"
         )
-    return path.with_suffix("") if path.suffix.lower() in (".png", ".pdf") else path
+    return path.with_suffix("") if ending in (".png", ".pdf") else path

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -19,7 +18,7 @@ from vlmdiag.model.attention import Row, capture
 from vlmdiag.model.decoding import Generation, generate
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.vision import prefill
-from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.samples import AT_HAND, Sample
 
 if TYPE_CHECKING:
     from vlmdiag.batch import Batch
@@ -89,7 +88,7 @@ def check(vlm: VLM) -> str | None:
     models' do loses "rotary"."""
     tolerance = 1e-4 if exact(vlm) else 3e-2
     picture = noise_picture()
-    samples = [Sample(str(i), Path("noise"), question) for i, question in enumerate(QUESTIONS)]
+    samples = [Sample(str(i), AT_HAND, question) for i, question in enumerate(QUESTIONS)]
     batch = vlm.encode(samples, [picture, picture])
     decoder_only = "decoder-only" in vlm.family.has
     if decoder_only:

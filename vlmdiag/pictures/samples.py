@@ -48,6 +48,7 @@ _TURN = {
 }
 
 Entry = dict[str, Any]  # an object of a JSON list
+AT_HAND = Path()  # the image of a sample whose picture is given beside it
 
 
 @dataclass(frozen=True)

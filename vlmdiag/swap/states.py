@@ -22,7 +22,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import LastStates
-from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.runs.disk import temporary_name
 from vlmdiag.swap.pairs import picture_at, read_answer, spellings
 from vlmdiag.swap.relations import OPPOSITE, SPELLED
@@ -159,7 +159,9 @@ class Prompts:
     ) -> tuple[Float[Tensor, "m L d"], list[Said]]:
         """One pass: states and answers of m prompts."""
         vlm = self.vlm
-        samples = [Sample(str(row), None, text) for row, text in zip(rows, questions, strict=True)]
+        samples = [
+            Sample(str(row), AT_HAND, text) for row, text in zip(rows, questions, strict=True)
+        ]
         batch = vlm.encode(samples, [self.images[row] for row in rows])
         if self.shared is None:
             self.shared = SharedPicture(vlm, batch, rows)

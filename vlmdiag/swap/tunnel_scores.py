@@ -11,6 +11,7 @@ swap_analysis/spatial_tunnel.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from vlmdiag.figures import stats
 from vlmdiag.model.decoding import answer_ids
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.vision import prefill
-from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.scenes.tunnel import ANGLES, SIZES, WORDINGS
 from vlmdiag.swap.relations import SPLITS
 
@@ -95,7 +96,9 @@ def first_logits(
 
     def encoded(asked: Sequence[tuple[int, int]]) -> Batch:
         """A batch of (picture, question) numbers."""
-        samples = [Sample(f"{row}-{number}", None, questions[row][number]) for row, number in asked]
+        samples = [
+            Sample(f"{row}-{number}", AT_HAND, questions[row][number]) for row, number in asked
+        ]
         return vlm.encode(samples, [images[row] for row, _ in asked])
 
     def passed(batch: Batch, pictures: Sequence[int]) -> ModelOutput:
@@ -212,18 +215,15 @@ def gap_of(
     high = high[~np.isnan(high)]
     low = low[~np.isnan(low)]
     mean = stats.measured_mean(high) - stats.measured_mean(low)
-    ends = np.full(2, np.nan)
+    lower = upper = math.nan
     if min(len(high), len(low)) > 1:
-        rng = np.random.default_rng(seed)
-        of_high, of_low = (
-            group[rng.integers(0, len(group), (num_resamples, len(group)))].mean(1)
-            for group in (high, low)
-        )
-        ends = np.quantile(of_high - of_low, [0.025, 0.975])
+        of_high = stats.draws(len(high), num_resamples, seed) @ high / len(high)
+        of_low = stats.draws(len(low), num_resamples, seed + 1) @ low / len(low)
+        lower, upper = (float(end) for end in stats.limits(of_high - of_low))
     return {
         "mean": float(mean),
-        "low": float(ends[0]),
-        "high": float(ends[1]),
+        "low": lower,
+        "high": upper,
         "n": [len(high), len(low)],
     }
 

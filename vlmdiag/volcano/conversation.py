@@ -17,7 +17,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import ImageAttention
-from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.scenes.questions import critique_prompt, decide_prompt, revise_prompt
 from vlmdiag.volcano.protocol import decision, decision_published, order_of
 
@@ -101,7 +101,7 @@ class Asker:
         args = self.args
         vlm = self.vlm
         samples = [
-            Sample(f"{self.samples[row].id}|{tag}", None, text)
+            Sample(f"{self.samples[row].id}|{tag}", AT_HAND, text)
             for row, text in zip(rows, texts, strict=True)
         ]
         batch = vlm.encode(samples, [self.images[row] for row in rows])

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmdiag.figures import stats
 from vlmdiag.figures.stats import Interval, paired_difference
 
 if TYPE_CHECKING:
@@ -161,11 +162,11 @@ def ratio_interval(
     """
     n = len(other)
     value = float(ratio(other.mean(), initial.mean()))
-    low = high = np.nan
+    low = high = np.array(np.nan)
     if n > 1 and np.isfinite(value):
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), num_resamples)
-        ends = [(1 - level) / 2, (1 + level) / 2]
-        low, high = np.nanquantile(ratio(drawn @ other, drawn @ initial), ends)
+        low, high = stats.bootstrap(
+            lambda weights: ratio(weights @ other, weights @ initial), n, level, num_resamples, seed
+        )
     return Interval(*map(np.asarray, (value, low, high, n)))
 
 
