@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 from data import make_shapes
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import samples
-from vlmdiag.scenes import annotations
+from vlmdiag.scenes import annotations, shape_set
 from vlmdiag.scenes.scene import FAR, NEAR, Scene, instance_map, outline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def table(path):
 
 def scenes_of(kind, count, correlation=0.8, part="val", seed=0):
     settings = {"scene": kind, "seed": seed, "height_depth_correlation": correlation}
-    return [make_shapes.make_scene(settings, part, n) for n in range(count)]
+    return [shape_set.make_scene(settings, part, n) for n in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_an_interrupted_run_goes_on(sets, tmp_path):
         and len(list(pictures.glob("*.jpg"))) == 500
     )
     for n in (0, 300, 499):
-        make_shapes.draw(
+        shape_set.draw(
             {"scene": "floor", "seed": 3, "height_depth_correlation": 0.8},
             ("val", n, tmp_path / "x.jpg"),
         )
@@ -353,7 +353,7 @@ def test_train_and_val_share_neither_ids_nor_pictures(sets, kind):
     hashes = [digest for name, digest in bytes_of(sets[kind]).items() if name.endswith(".jpg")]
     assert len(hashes) == len(set(hashes)) == 46
     assert (
-        max(make_shapes.FIRST_ID.values()) - 1
+        max(shape_set.FIRST_ID.values()) - 1
     ) == 500_000  # val ids end before train ids begin: parse_args allows no larger part
     assert make_shapes.parse_args(["--num_images", "500000"]).num_images == 500_000
 

@@ -15,7 +15,7 @@ from PIL import Image
 from data import make_shapes
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import samples
-from vlmdiag.scenes import tunnel
+from vlmdiag.scenes import shape_set, tunnel
 from vlmdiag.scenes.scene import CORRIDOR_COLORS
 
 pytestmark = pytest.mark.fast
@@ -248,7 +248,7 @@ def test_equal_flags_give_equal_bytes_with_any_number_of_workers(made, tmp_path)
 def test_a_picture_does_not_depend_on_how_many_there_are(made, tmp_path):
     for index in (0, 77, 255):
         path = tmp_path / f"{index}.jpg"
-        make_shapes.draw(
+        shape_set.draw(
             {"scene": "tunnel", "seed": 0, "instances": 12, "sweep_scenes": 100},
             ("angles", index, path),
         )

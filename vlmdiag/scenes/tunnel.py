@@ -8,140 +8,159 @@ trade their sizes while angles, colours, shapes and wall stay. "Why Far Looks Up
 how many pictures are made.
 """
 
+from __future__ import annotations
+
 import functools
-import itertools
 import math
+from collections.abc import Mapping, Sequence
 from random import Random
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmdiag.scenes import annotations, questions
-from vlmdiag.scenes.scene import FOCAL, Scene, corridor_scene, instance_map, wall_point
+from vlmdiag.scenes import questions
+from vlmdiag.scenes.annotations import objects
+from vlmdiag.scenes.scene import (
+    FOCAL,
+    LEAST_SEEN,
+    Scene,
+    Thing,
+    corridor_scene,
+    instance_map,
+    only,
+    wall_point,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vlmdiag.scenes.questions import Question
 
 ANGLES = 16
 DEPTHS = (4.4, 2.25)  # metres: far, near
-INSTANCES, SWEEP_SCENES = 12, 100  # as published
-SIZES = tuple(
-    (k / 100, (40 - k) / 100) for k in range(10, 31, 2)
-)  # part "sizes": half extent in metres of the far and of the near object
-LEAST_VISIBLE = 0.6  # of the far object's area
+INSTANCES = 12  # pictures of a cell, as published
+SWEEP_SCENES = 100  # as published
+# part "sizes": half extent in metres of the far and of the near object
+SIZES = tuple((k / 100, (40 - k) / 100) for k in range(10, 31, 2))
 FOLDER = "val2017"
 FIRST_ID = {"angles": 1, "sizes": 100_001}
-MOST = {
-    "instances": (FIRST_ID["sizes"] - 1) // ANGLES**2,
-    "sweep_scenes": 400_000 // len(SIZES),
-}  # so that ids stay below those of train2017
-WORDINGS = (
-    "far closer",
-    "near closer",
-    "near farther",
-    "far farther",
-)  # the paper's order: which object is asked about, and what
+# so that ids stay below those of train2017
+MOST = {"instances": (FIRST_ID["sizes"] - 1) // ANGLES**2, "sweep_scenes": 400_000 // len(SIZES)}
+# the paper's order: which object is asked about, and what
+WORDINGS = ("far closer", "near closer", "near farther", "far farther")
 
 
-def angle(place):
+def angle(place: int) -> float:
     """Radians."""
     return 2 * math.pi * place / ANGLES
 
 
-def cell_of(scene):
+def cell_of(scene: Scene) -> tuple[int, int]:
     """(far, near) places of the two angles, 0 to 15."""
-    return tuple(round(thing.theta * ANGLES / (2 * math.pi)) % ANGLES for thing in scene.things)
+    far, near = (round(thing.theta * ANGLES / (2 * math.pi)) % ANGLES for thing in scene.things)
+    return far, near
 
 
-def split_grid(sizes=(0.2, 0.1), band=0.05):
+def split_grid(sizes: tuple[float, float] = (0.2, 0.1), band: float = 0.05) -> NDArray[np.str_]:
     """'consistent', 'counter' or 'ambiguous' of each cell, (16, 16) text, rows: the far object. The
     same grid for every size that part "angles" draws."""
-    heights = [
-        [FOCAL * wall_point(angle(k), size)[1] / depth for k in range(ANGLES)]
+    far, near = (
+        [FOCAL * wall_point(angle(place), size)[1] / depth for place in range(ANGLES)]
         for size, depth in zip(sizes, DEPTHS, strict=True)
-    ]
-    higher = np.subtract.outer(*heights)
-    return np.where(higher > band, "consistent", np.where(higher < -band, "counter", "ambiguous"))
+    )
+    higher = np.subtract.outer(far, near)  # by how much the far object is higher
+    if_not_higher = np.where(higher < -band, "counter", "ambiguous")
+    return np.where(higher > band, "consistent", if_not_higher)
 
 
 # --- scenes ---------------------------------------------------------------------------------------
 
 
-def count(part, instances, sweep_scenes):
+def pictures_per(part: str) -> int:
+    """Pictures of one instance of the grid, or of one scene of the sweep."""
+    return ANGLES**2 if part == "angles" else len(SIZES)
+
+
+def count(part: str, instances: int, sweep_scenes: int) -> int:
     """How many pictures a part has."""
-    return instances * ANGLES**2 if part == "angles" else sweep_scenes * len(SIZES)
+    return pictures_per(part) * (instances if part == "angles" else sweep_scenes)
 
 
-def scene(seed, part, index):
+def scene(seed: int, part: str, index: int) -> Scene:
     """Picture number `index` of a part: instance by instance all cells, or scene by scene all
     sizes."""
     if part == "angles":
         far, near = divmod(index % ANGLES**2, ANGLES)
-        return corridor_scene(
-            Random(f"shapes-tunnel-{part}-{seed}-{index}"), (angle(far), angle(near)), DEPTHS
-        )
+        rng = Random(f"shapes-tunnel-{part}-{seed}-{index}")
+        return corridor_scene(rng, (angle(far), angle(near)), DEPTHS)
     number, size = divmod(index, len(SIZES))
     return _sweep_scene(seed, number, _accepted(seed, number), SIZES[size])
 
 
-def _sweep_scene(seed, number, attempt, sizes):
+def _sweep_scene(seed: int, number: int, attempt: int, sizes: tuple[float, float]) -> Scene:
     rng = Random(f"shapes-tunnel-sizes-{seed}-{number}-{attempt}")
-    thetas = angle(rng.randrange(ANGLES)), angle(rng.randrange(ANGLES))
+    thetas = (angle(rng.randrange(ANGLES)), angle(rng.randrange(ANGLES)))
     return corridor_scene(rng, thetas, DEPTHS, sizes)
 
 
 @functools.lru_cache
-def _accepted(seed, number):
+def _accepted(seed: int, number: int) -> int:
     """The first draw of a scene with the far object higher (even numbers) or lower (odd ones) and
     no size that hides too much of it."""
-    wanted, grid = ("consistent", "counter")[number % 2], split_grid()
-    for attempt in itertools.count():
-        scenes = [_sweep_scene(seed, number, attempt, sizes) for sizes in SIZES]
-        if grid[cell_of(scenes[0])] == wanted and all(
-            _visible(scene) >= LEAST_VISIBLE for scene in scenes
-        ):
-            return attempt
+    wanted = ("consistent", "counter")[number % 2]
+    attempt = 0
+    while not _is_fit([_sweep_scene(seed, number, attempt, sizes) for sizes in SIZES], wanted):
+        attempt += 1
+    return attempt
 
 
-def _visible(scene):
+def _is_fit(scenes: Sequence[Scene], wanted: str) -> bool:
+    """Whether the scenes of a sweep are of the wanted split, and show enough of the far object."""
+    if split_grid()[cell_of(scenes[0])] != wanted:
+        return False
+    return all(_visible(scene) >= LEAST_SEEN for scene in scenes)
+
+
+def _visible(scene: Scene) -> float:
     """Share of the far object's area that the near one does not hide."""
-    alone = instance_map(Scene(scene.kind, scene.width, scene.height, scene.things[:1]))
-    return (instance_map(scene) == 1).sum() / (alone == 1).sum()
+    alone = instance_map(only(scene, scene.things[0])) == 1
+    return float((instance_map(scene) == 1).sum() / alone.sum())
 
 
 # --- what is written ------------------------------------------------------------------------------
 
 
-def ask(far, near):
+def ask(far: Thing, near: Thing) -> list[Question]:
     """The four questions in the order of WORDINGS; the right answers are No, Yes, No, Yes."""
     far_closer, far_farther, near_closer, near_farther = questions.camera_questions(far, near)
     return [far_closer, near_closer, near_farther, far_farther]
 
 
-def records(scenes):
+def records(scenes: Mapping[int, Scene]) -> list[dict[str, Any]]:
     """Entries of tunnel.json for {image id: Scene}. dy: by how much the far object is higher, a
     fraction of the picture's height."""
-    found = []
-    for known in annotations.objects(scenes, FOLDER).values():
-        scene, part = (
-            scenes[known["image_id"]],
-            ("sizes" if known["image_id"] >= FIRST_ID["sizes"] else "angles"),
-        )
-        (far, near), cell = scene.things, cell_of(scene)
-        number = (known["image_id"] - FIRST_ID[part]) // (
-            ANGLES**2 if part == "angles" else len(SIZES)
-        )
-        row = {key: known[key] for key in ("image_id", "image", "width", "height")} | {
+    entries = []
+    for picture in objects(scenes, FOLDER).values():
+        image_id = picture["image_id"]
+        scene = scenes[image_id]
+        part = "sizes" if image_id >= FIRST_ID["sizes"] else "angles"
+        far, near = scene.things
+        far_object, near_object = picture["objects"]
+        cell = cell_of(scene)
+        entry = {key: picture[key] for key in ("image_id", "image", "width", "height")}
+        entry |= {
             "part": part,
-            "instance": number,
+            "instance": (image_id - FIRST_ID[part]) // pictures_per(part),
             "cell": cell,
-        }
-        row |= {
             "degrees": [360 * place / ANGLES for place in cell],
-            "far": known["objects"][0],
-            "near": known["objects"][1],
-        }
-        row |= {
+            "far": far_object,
+            "near": near_object,
             "dy": round((near.y - far.y) / scene.height, 5),
             "split": questions.split(far, near, scene),
+            "questions": [
+                {"question": question.text, "answer": question.answer}
+                for question in ask(far, near)
+            ],
         }
-        found.append(
-            row | {"questions": [{"question": q.text, "answer": q.answer} for q in ask(far, near)]}
-        )
-    return found
+        entries.append(entry)
+    return entries
