@@ -338,7 +338,7 @@ def test_the_tower_that_training_wrote_comes_before_the_one_that_it_began_with(f
 
 def test_what_is_missing_is_said_in_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "vlmdiag.families.llava_original.snapshot_download",
+        "vlmdiag.families.files.snapshot_download",
         lambda name, **_: (_ for _ in ()).throw(OSError(f"no network for {name}")),
     )
     copy = changed(folder, tmp_path / "model")

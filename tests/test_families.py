@@ -68,12 +68,12 @@ def row(name, vlm):
 
 
 def checks():
-    """What each family's file says was checked and was not, as lines of a list."""
+    """What each family's file says was tested and was not, as lines of a list."""
     lines = []
     for family in models.FAMILIES:
         text = " ".join(importlib.import_module(f"vlmdiag.families.{family}").__doc__.split())
-        at = text.find("Checked on")
-        assert at >= 0, f"models/{family}.py does not say what was checked"
+        at = text.find("Tested on")
+        assert at >= 0, f"models/{family}.py does not say what was tested"
         lines.append(f"- `{family}.py`: {text[at:]}\n")
     return "".join(lines)
 

@@ -62,7 +62,7 @@ def test_instructions_are_kept_without_padding_and_padded_on_the_right(blip, bat
     vlm = blip(name)
     batch, key = batch_of(vlm), vlm.parts.qformer.instruction
     lengths = [row[key].shape[1] for row in batch.image_rows]
-    tokenizer = vlm.processor.own.qformer_tokenizer
+    tokenizer = vlm.processor.wrapped.qformer_tokenizer
     assert len(set(lengths)) == 3 and all(
         row["qformer_attention_mask"].all() for row in batch.image_rows
     )
@@ -99,7 +99,7 @@ def test_instructions_are_kept_without_padding_and_padded_on_the_right(blip, bat
 @pytest.mark.parametrize("name", NAMES)
 def test_the_q_former_reads_special_strings_as_text_and_no_more_than_it_has_positions(blip, name):
     vlm = blip(name)
-    key, tokenizer = vlm.parts.qformer.instruction, vlm.processor.own.qformer_tokenizer
+    key, tokenizer = vlm.parts.qformer.instruction, vlm.processor.wrapped.qformer_tokenizer
     picture = Image.new("RGB", (60, 50))
 
     def ids(question):

@@ -27,9 +27,10 @@ from transformers import (
 import common
 from tests.building import sharpen
 from vlmdiag.cli import UsageError
-from vlmdiag.families import llava_original
+from vlmdiag.families import llava_conversations, llava_original
+from vlmdiag.families.files import read_weights
 from vlmdiag.families.llava import NormedLlava
-from vlmdiag.families.llava_original import CONVERSATIONS, USER
+from vlmdiag.families.llava_conversations import CONVERSATIONS, USER
 from vlmdiag.model import prompts
 from vlmdiag.model.decoding import generate
 from vlmdiag.pictures.samples import Sample
@@ -201,7 +202,7 @@ def write_tower(source, folder, kind="safetensors"):
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr(
-        "vlmdiag.families.llava_original.snapshot_download",
+        "vlmdiag.families.files.snapshot_download",
         lambda name, **_: (_ for _ in ()).throw(OSError(f"no network for {name}")),
     )
 
@@ -333,7 +334,7 @@ def test_ids_are_those_of_the_authors_tokenization(sources, picture, tmp_path):
         self_check=False,
     )
     for mode, (sentence, *_) in CONVERSATIONS.items():
-        vlm.processor.chat_template = llava_original.chat_template(mode)
+        vlm.processor.chat_template = llava_conversations.chat_template(mode)
         prompt, ids, _ = answers_of(vlm, picture)
         before, after = prompt.split("<image>")
         assert prompt.count(QUESTION) == 1 and (sentence in prompt)
@@ -351,7 +352,7 @@ PROMPTS = {
     "vicuna_v1": f"{USER} USER: <image>\nWhy? ASSISTANT:",
     "v1": f"{USER} USER: <image>\nWhy? ASSISTANT:",
     "llava_v0": f"{tiny.SYSTEM}###Human: <image>\nWhy?###Assistant:",
-    "llava_llama_2": f"[INST] <<SYS>>\n{llava_original.HELPFUL}\n<</SYS>>\n\n<image>\nWhy? [/INST]",
+    "llava_llama_2": f"[INST] <<SYS>>\n{llava_conversations.HELPFUL}\n<</SYS>>\n\n<image>\nWhy? [/INST]",
     "plain": "<image>\nWhy?\n",
 }
 
@@ -368,7 +369,7 @@ def test_conversation_templates_render_and_system_prompts_replace_or_leave(
     )
     assert prompts.prompt_for(vlm, "Why?")[0] == PROMPTS["llava_v1"]  # not by the folder's name
     for mode, prompt in PROMPTS.items():
-        vlm.processor.chat_template = llava_original.chat_template(mode)
+        vlm.processor.chat_template = llava_conversations.chat_template(mode)
         vlm.options["system_prompt"] = None
         text, system, question = prompts.prompt_for(vlm, "Why?")
         assert text == prompt
@@ -495,7 +496,7 @@ def broken(source, folder, what):
     if what == "missing shard":
         (folder / "model-00002-of-00003.safetensors").unlink()
     if what in ("missing parameter", "unknown parameter"):
-        state = llava_original.read_weights(folder, lambda key: key)
+        state = read_weights(folder, lambda key: key)
         if what == "missing parameter":
             del state["model.mm_projector.2.bias"]
         else:

@@ -18,6 +18,9 @@ import common
 from tests.random_models.molmo import HIDDEN, LAYERS, MODELS, VISION, WIDTH, tokenizer_of
 from vlmdiag.cli import UsageError
 from vlmdiag.families import molmo
+from vlmdiag.families.molmo_config import CONSTANTS, read_config, reads
+from vlmdiag.families.molmo_images import EXTRA, choose_crops, region
+from vlmdiag.families.molmo_model import Molmo
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.selfcheck import noise_picture
 from vlmdiag.model.vision import prefill
@@ -374,9 +377,9 @@ def test_molmo_7b_d_has_as_many_parameters_as_its_published_index_says(tmp_path)
         "vocab_size": 152064,
         "weight_tying": False,
     }
-    config = molmo.read_config(str(tmp_path), raw)
+    config = read_config(str(tmp_path), raw)
     with torch.device("meta"):
-        model = molmo.Molmo(config)
+        model = Molmo(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 8_021_025_280
     assert (config.side, config.window, config.canvas(2, 3)) == (
         24,
@@ -398,10 +401,10 @@ def test_the_crops_are_those_of_the_published_choice(load):
         (400, 400),
     ]:
         with np.errstate(divide="ignore"):
-            assert molmo.choose_crops((width, height), config) == crop_counts(
+            assert choose_crops((width, height), config) == crop_counts(
                 Image.new("RGB", (width, height))
             ), (width, height)
-    assert molmo.choose_crops((112 + 56, 112), config) == (1, 2) and molmo.choose_crops(
+    assert choose_crops((112 + 56, 112), config) == (1, 2) and choose_crops(
         (1000, 1000), config
     ) == (2, 2)
 
@@ -478,7 +481,7 @@ def test_the_patches_that_a_token_is_made_of_lie_in_its_box(load, size):
     corner = torch.stack([(tile - 1) % columns, (tile - 1) // columns], -1) * config.window
     places = torch.where((tile == 0)[..., None], inside, corner + inside).mean(1).numpy()
     low, high = (
-        molmo.region(size, height * PATCH, width * PATCH)
+        region(size, height * PATCH, width * PATCH)
         for height, width in ((side, side), canvas)
     )
     for place, own, box in zip(places, tile[:, 0].tolist(), run.prompt.grids[0].boxes, strict=True):
@@ -530,7 +533,7 @@ def to_native(source, target, **changes):
         "moe_num_experts": 8,
         "pad_tokenizer": True,
         "max_sequence_length": 1600,
-        "vision_backbone": molmo.CONSTANTS["vision_backbone"] | VISION,
+        "vision_backbone": CONSTANTS["vision_backbone"] | VISION,
         "tokenizer": {"identifier": "Qwen/Qwen2-7B", "tokenizer_dir": None},
     }
     (target / "config.yaml").write_text(
@@ -542,8 +545,8 @@ def to_native(source, target, **changes):
 
 
 def load_native(folder):
-    raw = molmo.reads(folder)
-    config = molmo.read_config(str(folder), raw)
+    raw = reads(folder)
+    config = read_config(str(folder), raw)
     model, processor = molmo.load(str(folder), config, dtype=torch.float32)
     return common.VLM(model.eval().requires_grad_(False), processor, molmo.FAMILY, str(folder))
 
@@ -559,7 +562,7 @@ def test_the_native_layout_is_the_same_model(folders, load, tmp_path, name):
     mine, theirs = encode(vlm, SIZES[0]), encode(own, SIZES[0])
     assert torch.equal(mine.input_ids, theirs.input_ids) and torch.equal(mine.groups, theirs.groups)
     assert (prefill(vlm, mine).logits - prefill(own, theirs).logits).abs().max() < 1e-4
-    assert molmo.reads(folders[name]) is None and molmo.reads(tmp_path) is None
+    assert reads(folders[name]) is None and reads(tmp_path) is None
 
 
 @torch.inference_mode()
@@ -597,7 +600,7 @@ def test_a_native_folder_without_a_tokenizer_says_what_to_do(folders, tmp_path):
         load_native(folder)
     (folder / "config.yaml").write_text("model: [")
     with pytest.raises(ValueError, match="config.yaml is not readable"):
-        molmo.reads(folder)
+        reads(folder)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -657,7 +660,7 @@ def test_a_tokenizer_with_other_ids_is_refused(folders, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(folders["molmo-d"], folder)
     tokenizer = tokenizer_of()
-    tokenizer.add_tokens(list(molmo.EXTRA), special_tokens=True)
+    tokenizer.add_tokens(list(EXTRA), special_tokens=True)
     tokenizer.save_pretrained(folder)
     with pytest.raises(UsageError, match="the ids of <im_start>, .* are .*, wanted"):
         common.load_model(folder)

@@ -18,6 +18,7 @@ from tests.random_models.nvila import MODELS
 from vlmdiag import families as models
 from vlmdiag.cli import UsageError
 from vlmdiag.families import llava_original, nvila
+from vlmdiag.families.nvila_model import Nvila, NvilaConfig
 from vlmdiag.model.selfcheck import noise_picture
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
@@ -319,9 +320,9 @@ def test_tower_and_connector_of_nvila_lite_8b_are_as_large_as_the_published_file
         num_key_value_heads=4,
         vocab_size=151648,
     )
-    config = nvila.NvilaConfig(text, tower, "mlp_downsample_3x3_fix", image_token_id=151649)
+    config = NvilaConfig(text, tower, "mlp_downsample_3x3_fix", image_token_id=151649)
     with torch.device("meta"):
-        model = nvila.Nvila(config)
+        model = Nvila(config)
     megabytes = [
         2 * sum(parameter.numel() for parameter in part.parameters()) / 1e6
         for part in (model.vision_tower, model.mm_projector)

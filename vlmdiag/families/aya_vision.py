@@ -3,59 +3,76 @@ text model.
 
 Prompt: <|START_OF_IMG|>, then for every tile TILE_1, TILE_2, ... and its <|IMG_PATCH|> x 169, then
 TILE_GLOBAL and the 169 tokens of the whole picture, then <|END_OF_IMG|>. A picture that fits one
-tile has TILE_GLOBAL alone. Tiles and their order are InternVL's (see models/internvl.py): a canvas
-of up to 12 square tiles, cut row by row, the whole picture last; 26 x 26 patches of a tile become
-13 x 13 tokens of 2 x 2 patches each, row-major. The tower has no CLS.
+tile has TILE_GLOBAL alone. Tiles and their order are InternVL's (internvl.py): a canvas of up to 12
+square tiles, cut row by row, the whole picture last; 26 x 26 patches of a tile become 13 x 13
+tokens of 2 x 2 patches each, row-major. The tower has no CLS.
 
-Cohere turns neighbouring dimensions (not halves), and Cohere2's full-attention layers, every
-fourth, have no positions at all: "rotary" is not had. Its other layers see a window of 4096
-positions. Cohere's text models multiply their logits by the config's logit_scale; transformers'
-AyaVision class leaves that out, so its log-probabilities are too sharp though its greedy answers
-are right. A hook puts it back.
+Cohere turns neighbouring dimensions (not halves), and every fourth layer of Cohere2, those with
+full attention, has no positions at all, so this family does not declare `rotary`. Its other layers
+see a window of 4096 positions. Cohere's text models multiply their logits by the config's
+logit_scale; transformers' AyaVision class leaves that out, so its log-probabilities are too sharp
+though its greedy answers are right. A hook puts it back.
 
-Checked on small random models with processors made in the tests: tokens against transformers' own
+Tested on small random models with processors made in the tests: tokens against transformers' own
 processor, tiles by their pixels, logits and greedy answers against transformers' own class. Not
-checked, for want of the files: published weights and their tokenizers; the older Cohere text model.
+tested: we had no published weights or tokenizers; the older Cohere text model.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from transformers import AyaVisionForConditionalGeneration, AyaVisionProcessor
 
 from vlmdiag.families import Family, generic
 from vlmdiag.families.internvl import tiled
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from typing_extensions import Unpack
 
-def load(path, config, **options):
-    model, processor = generic.loader(AyaVisionForConditionalGeneration, AyaVisionProcessor)(
-        path, config, **options
-    )
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.types import VLM
+
+LOAD = generic.loader(AyaVisionForConditionalGeneration, AyaVisionProcessor)
+
+
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """transformers' class, its logits scaled."""
+    model, processor = LOAD(path, config, **options)
     model.register_forward_hook(scaled)
     return model, processor
 
 
-def scaled(model, args, output):
+def scaled(
+    model: PreTrainedModel, args: tuple[object, ...], output: CausalLMOutputWithPast
+) -> CausalLMOutputWithPast:
     """Forward hook: the logits times the text model's logit_scale, where it has one."""
     output.logits = output.logits * getattr(model.config.text_config, "logit_scale", 1)
     return output
 
 
-def grid(vlm, size, inputs):
+def tiles(vlm: VLM, inputs: Inputs) -> tuple[int, int]:
+    """Tiles of a picture, the whole one included, and vision tokens along a side of one."""
+    config = vlm.model.config
+    count, *_, edge = inputs["pixel_values"].shape
+    return count, edge // config.vision_config.patch_size // config.downsample_factor
+
+
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """Tiles of the canvas, then the whole picture."""
-    count, *_, edge = inputs["pixel_values"].shape
-    config = vlm.model.config
-    return tiled(
-        vlm.processor.image_processor,
-        size,
-        count,
-        edge // config.vision_config.patch_size // config.downsample_factor,
-    )
+    count, side = tiles(vlm, inputs)
+    return tiled(vlm.processor.image_processor, size, count, side)
 
 
-def sources(vlm, size, inputs):
+def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P k"]:
     """2 x 2 patches of each tile."""
-    count, *_, edge = inputs["pixel_values"].shape
-    config = vlm.model.config
-    side = edge // config.vision_config.patch_size // config.downsample_factor
-    return generic.merged(side, side, config.downsample_factor, count)
+    count, side = tiles(vlm, inputs)
+    return generic.merged(side, side, vlm.model.config.downsample_factor, count)
 
 
 FAMILY = Family(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float, Int
-    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
     from vlmdiag.batch import Batch
     from vlmdiag.pictures.grid import PatchGrid
@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 Config = dict[str, Any]  # config.json
 Inputs = Mapping[str, Tensor]  # image inputs of one sample, or joined of a batch
 Size = tuple[int, int]  # width, height of a picture
+Loaded = tuple["PreTrainedModel", "ProcessorMixin"]
+
+
+class LoadOptions(TypedDict, total=False):
+    """How common.load_model() wants a model loaded; dtype is always given."""
+
+    dtype: torch.dtype
+    device_map: str | dict[str, Any] | None
+    vision_tower_path: str | None
+    conv_mode: str | None
+    trust_remote_code: bool
+    quantization_config: BitsAndBytesConfig | None
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,8 @@ class Family:
     reads: Callable[[str], Config | None] | None = None
     # (path, config.json) -> config, for layouts that transformers does not read
     read_config: Callable[[str, Config], PreTrainedConfig] | None = None
-    # (path, config, **options) -> model and processor
-    load: Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
+    # (path, config, **LoadOptions) -> model and processor
+    load: Callable[..., Loaded]
     parts: Callable[[PreTrainedModel], Parts]
 
     # --- the prompt ---

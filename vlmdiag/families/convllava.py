@@ -18,216 +18,220 @@ side, else the tower's preprocessing has it. A cell's box is what its convolutio
 7 convolutions at every stage see far around it. There is no attention in the tower, so relevancy
 stops at its cells.
 
-Checked on small random models written in this layout, against a forward written out by hand from
-the files' keys. Not checked, for want of the files: the published weights and configs; that their
-preprocessing is CLIP's with `size` and `crop_size` of one side; a download from the hub; several
-GPUs.
+Tested on small random models written in this layout, against a forward written out by hand from the
+files' keys. Not tested: we had no published weights or configs; that their preprocessing is CLIP's
+with `size` and `crop_size` of one side; a download from the hub; several GPUs.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, ConvNextModel, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmdiag.cli import UsageError
 from vlmdiag.families import Family, Parts, generic, llava_original
-from vlmdiag.families.assembled import assembled, longer
+from vlmdiag.families.assembled import assembled, complete_embeddings, without
+from vlmdiag.families.files import fetch, folder_of, is_hub_id, read_weights
 from vlmdiag.families.llava import grid
+from vlmdiag.families.llava_conversations import IMAGE, MARKUP, chat_template, conversation
+from vlmdiag.families.llava_original import LAYERS, TOWER
 
-SELECTED = {-1: 0, -2: 1}  # mm_vision_select_layer: blocks of the last stage that are left out
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import (
+        BaseImageProcessor,
+        ConvNextConfig,
+        LlavaConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Config, Loaded, LoadOptions
+    from vlmdiag.families.files import State
+
+# mm_vision_select_layer -> blocks of the last stage that are left out
+SELECTED = {-1: 0, -2: 1}
 
 
-def recognises(raw):
-    """Whether a config.json (as a dict) is LLaVA's with a ConvNeXt tower, by the tower's name or by
-    the config of the folder it names."""
+def recognises(raw: Config) -> bool:
+    """Whether a config.json is LLaVA's with a ConvNeXt tower, by the tower's name or by the config
+    of the folder it names."""
     name = raw.get("mm_vision_tower") or raw.get("vision_tower")
     if not isinstance(name, str) or not llava_original.is_original(raw):
         return False
-    own = Path(name) / "config.json"
-    if own.exists():
-        return json.loads(own.read_text()).get("model_type") == "convnext"
+    of_tower = Path(name) / "config.json"
+    if of_tower.exists():
+        return json.loads(of_tower.read_text()).get("model_type") == "convnext"
     return "convnext" in Path(name).name.lower()
+
+
+# --- the model ------------------------------------------------------------------------------------
 
 
 class ConvTower(ConvNextModel):
     """ConvNeXt whose hidden_states are (cells,): the last stage's output (B, rows * columns, d) in
     row-major order, not normed."""
 
-    def __init__(self, config):
+    def __init__(self, config: ConvNextConfig) -> None:
         super().__init__(config)
         del self.layernorm
 
-    def forward(self, pixel_values, **_):
-        cells = (
-            self.encoder(self.embeddings(pixel_values)).last_hidden_state.flatten(2).transpose(1, 2)
-        )
+    def forward(
+        self, pixel_values: Float[Tensor, "B c height width"], **_: object
+    ) -> BaseModelOutputWithPooling:
+        """The cells, as LLaVA's class reads them."""
+        plane = self.encoder(self.embeddings(pixel_values)).last_hidden_state
+        cells = plane.flatten(2).transpose(1, 2)  # (B, d, rows, columns) -> (B, rows * columns, d)
         return BaseModelOutputWithPooling(last_hidden_state=cells, hidden_states=(cells,))
 
 
 class ConvLlava(llava_original.OriginalLlava):
     """LLaVA with that tower."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
         self.model.vision_tower = ConvTower(config.vision_config)
         self.post_init()
 
 
-def find_tower(path, folder, raw, vision_tower_path):
+# --- files ----------------------------------------------------------------------------------------
+
+
+def find_tower(
+    path: str, folder: Path, raw: Config, vision_tower_path: str | None
+) -> tuple[Path, ConvNextConfig]:
     """The tower's folder and its config; UsageError that names the places looked at."""
-    found, looked = llava_original.find_tower(path, raw, vision_tower_path)
-    name = str(vision_tower_path or raw.get("mm_vision_tower") or raw.get("vision_tower"))
+    tower, looked = llava_original.find_tower(path, raw, vision_tower_path)
+    name = llava_original.name_of_tower(raw, vision_tower_path)
     if not vision_tower_path:
         trained = folder / "vision_tower"
-        found, looked = (
-            (trained if (trained / "config.json").exists() else found),
-            [str(trained), *looked],
-        )
-    if found is None:
+        looked = [str(trained), *looked]
+        if (trained / "config.json").exists():
+            tower = trained
+    if tower is None and is_hub_id(name):
         try:
-            found = llava_original.fetch(name) if llava_original.is_hub_id(name) else None
+            tower = fetch(name)
         except (OSError, ValueError) as error:
             looked.append(f"the hub ({type(error).__name__})")
-    if found is None:
+    if tower is None:
         raise UsageError(
             f"{path}: the vision tower {name!r} was not found at"
             f" {', '.join(looked) or 'any place'}; give --vision_tower_path"
         )
-    config = AutoConfig.from_pretrained(found)
+    config = AutoConfig.from_pretrained(tower)
     if config.model_type != "convnext":
         raise UsageError(
-            f"{found}: a ConvNeXt vision tower was wanted, this is of type {config.model_type!r}"
+            f"{tower}: a ConvNeXt vision tower was wanted, this is of type {config.model_type!r}"
         )
     config.hidden_size = config.hidden_sizes[-1]  # what LLaVA's projector reads
-    return found, config
+    return tower, config
 
 
-def tower_name(key):
+def tower_name(key: str) -> str | None:
     """The parameter of ConvLlava that a parameter of the tower's own file is; None for the final
     norm, which is not used."""
-    return (
-        None
-        if key.startswith(("layernorm.", "convnext.layernorm."))
-        else "model.vision_tower." + key.removeprefix("convnext.")
-    )
+    if key.startswith(("layernorm.", "convnext.layernorm.")):
+        return None
+    return TOWER + key.removeprefix("convnext.")
 
 
-def load_weights(folder, tower_folder, config):
+def our_name(key: str) -> str | None:
+    """The parameter of ConvLlava that a parameter of the checkpoint is: LLaVA's, the tower's as in
+    its own file."""
+    name = llava_original.hf_name(key)
+    if name is not None and name.startswith(TOWER):
+        return tower_name(name.removeprefix(TOWER))
+    return name
+
+
+def load_weights(folder: Path, tower_folder: Path, config: LlavaConfig) -> State:
     """State dict of ConvLlava(config), from the checkpoint's files and the tower's."""
-
-    def rename(key):
-        name = llava_original.hf_name(key)
-        return (
-            None
-            if name is None
-            else (
-                tower_name(name.removeprefix("model.vision_tower."))
-                if name.startswith("model.vision_tower.")
-                else name
-            )
-        )
-
-    state = llava_original.read_weights(folder, rename)
-    if not any(name.startswith("model.vision_tower.") for name in state):
-        state |= llava_original.read_weights(tower_folder, tower_name)
-    depth = config.vision_config.depths[-1]
-    last = f"model.vision_tower.encoder.stages.{config.vision_config.num_stages - 1}.layers."
-    state = {
-        name: tensor
-        for name, tensor in state.items()
-        if not (name.startswith(last) and int(name[len(last) :].split(".")[0]) >= depth)
-    }
-    if config.text_config.num_hidden_layers == 0:  # left out on purpose, see llava_original
-        state = {
-            name: tensor
-            for name, tensor in state.items()
-            if not name.startswith("model.language_model.layers.")
-        }
-    table = state.get("model.language_model.embed_tokens.weight")
-    if table is not None:
-        if config.original_tied:
-            state["lm_head.weight"] = table
-        state["model.language_model.embed_tokens.weight"] = longer(
-            table, config.image_token_index + 1
-        )
+    state = read_weights(folder, our_name)
+    if not any(name.startswith(TOWER) for name in state):
+        state |= read_weights(tower_folder, tower_name)
+    state = _without_blocks(state, config.vision_config)
+    if config.text_config.num_hidden_layers == 0:
+        state = without(state, LAYERS)
+    table = "model.language_model.embed_tokens.weight"
+    rows = config.image_token_index + 1
+    complete_embeddings(state, table, "lm_head.weight", rows, config.original_tied)
     return state
 
 
-def load(
-    path,
-    config,
-    dtype,
-    device_map=None,
-    vision_tower_path=None,
-    conv_mode=None,
-    trust_remote_code=False,
-    quantization_config=None,
-):
-    """(ConvLlava, processor); ValueError for parameters that no file fills or that have no
-    place."""
-    folder, raw = (
-        (Path(path) if Path(path).is_dir() else llava_original.fetch(path)),
-        config.original_layout,
-    )
-    if raw.get("mm_vision_select_layer", -1) not in SELECTED:
-        raise ValueError(
-            f"mm_vision_select_layer = {raw['mm_vision_select_layer']!r} is not known for ConvNeXt"
-            " (only -1, -2)"
-        )
-    name = llava_original.conversation(raw, conv_mode)
-    tower_folder, vision = find_tower(path, folder, raw, vision_tower_path)
-    vision.depths = [
-        *vision.depths[:-1],
-        vision.depths[-1] - SELECTED[raw.get("mm_vision_select_layer", -1)],
-    ]
-    tokenizer = llava_original.make_tokenizer(folder)
-    images = llava_original.make_image_processor(
-        folder, tower_folder, vision.image_size, raw.get("image_aspect_ratio") == "pad"
-    )
-    side, stride = (
-        raw.get("mm_vision_resolution") or 0,
-        vision.patch_size * 2 ** (vision.num_stages - 1),
-    )
+def _without_blocks(state: State, vision: ConvNextConfig) -> State:
+    """`state` without the last stage's blocks past its depth, which are left out."""
+    stage = f"{TOWER}encoder.stages.{vision.num_stages - 1}.layers."
+    depth = vision.depths[-1]
+
+    def is_left_out(name: str) -> bool:
+        return name.startswith(stage) and int(name[len(stage) :].split(".")[0]) >= depth
+
+    return {name: tensor for name, tensor in state.items() if not is_left_out(name)}
+
+
+def set_side(images: BaseImageProcessor, raw: Config, stride: int) -> int:
+    """Give the preprocessing the side that the config wants, and return the number of vision
+    tokens; ValueError where a picture is not whole cells."""
+    side = raw.get("mm_vision_resolution") or 0
     if side > 256:
-        images.size, images.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
-    shape = images.crop_size["height"], images.crop_size["width"]
-    if any(side % stride for side in shape):
+        images.size = {"shortest_edge": side}
+        images.crop_size = {"height": side, "width": side}
+    height = images.crop_size["height"]
+    width = images.crop_size["width"]
+    if height % stride or width % stride:
         raise ValueError(
-            f"pictures of {shape[0]} x {shape[1]} pixels are not whole cells of {stride} x {stride}"
+            f"pictures of {height} x {width} pixels are not whole cells of {stride} x {stride}"
         )
-    config.vision_config, config.image_token_index = (
-        vision,
-        tokenizer.convert_tokens_to_ids(llava_original.IMAGE),
-    )
-    config.vision_feature_layer, config.vision_feature_select_strategy = -1, "full"
-    config.image_seq_length = shape[0] * shape[1] // stride**2
+    return height * width // stride**2
+
+
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """ConvLlava and its processor; ValueError for parameters that no file fills or that have no
+    place."""
+    folder = folder_of(path)
+    raw = config.original_layout
+    layer = raw.get("mm_vision_select_layer", -1)
+    if layer not in SELECTED:
+        raise ValueError(
+            f"mm_vision_select_layer = {layer!r} is not known for ConvNeXt (only -1, -2)"
+        )
+    name = conversation(raw, options.get("conv_mode"))
+    tower_folder, vision = find_tower(path, folder, raw, options.get("vision_tower_path"))
+    vision.depths = [*vision.depths[:-1], vision.depths[-1] - SELECTED[layer]]
+    tokenizer = llava_original.make_tokenizer(folder)
+    pad = raw.get("image_aspect_ratio") == "pad"
+    images = llava_original.make_image_processor(folder, tower_folder, vision.image_size, pad)
+    stride = vision.patch_size * 2 ** (vision.num_stages - 1)
+    config.image_seq_length = set_side(images, raw, stride)
+    config.vision_config = vision
+    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE)
+    config.vision_feature_layer = -1
+    config.vision_feature_select_strategy = "full"
     state = load_weights(folder, tower_folder, config)
-    model = assembled(ConvLlava, config, state, dtype, device_map, quantization_config)
-    settings = folder / "generation_config.json"
-    own = json.loads(settings.read_text()) if settings.exists() else {}
-    model.generation_config.eos_token_id = own.get(
-        "eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id)
-    )
+    model = assembled(ConvLlava, config, state, options)
+    llava_original.set_eos(model, folder, raw, tokenizer)
     processor = LlavaProcessor(
         images,
         tokenizer,
         patch_size=stride,
         vision_feature_select_strategy="full",
-        chat_template=llava_original.chat_template(name, bool(raw.get("mm_use_im_start_end"))),
+        chat_template=chat_template(name, bool(raw.get("mm_use_im_start_end"))),
     )
     return model, processor
 
 
-def parts(model):
-    base, text = model.model, model.model.language_model
-    return Parts(
-        text,
-        list(text.layers),
-        text.norm,
-        model.lm_head,
-        base.vision_tower,
-        base.multi_modal_projector,
+def parts(model: PreTrainedModel) -> Parts:
+    """The modules under their names in transformers' Llava; no blocks, the tower has no
+    attention."""
+    base = model.model
+    return generic.decoder_parts(
+        base.language_model, model.lm_head, base.vision_tower, base.multi_modal_projector
     )
 
 
@@ -241,6 +245,6 @@ FAMILY = Family(
     grid=grid,
     positions=generic.positions,
     rotary=generic.rotary,
-    markup=llava_original.MARKUP,
+    markup=MARKUP,
     has=frozenset({"decoder-only", "causal", "rotary", "grid", "square-pad"}),
 )

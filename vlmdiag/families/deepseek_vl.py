@@ -7,28 +7,46 @@ side is 384, the shorter one rounded, and put in the middle of a square of the m
 patch of 16 pixels is one token, row-major, without CLS, so boxes at the edge lie off the picture.
 
 transformers' class keeps get_image_features in its inner model; DeepseekVL below hands it on.
-Checked on a small random model with a processor made in the tests: tokens against transformers' own
+Tested on a small random model with a processor made in the tests: tokens against transformers' own
 processor, cells by their pixels, logits and greedy answers against transformers' own class. Not
-checked, for want of the files: published weights and their tokenizers.
+tested: we had no published weights or tokenizers.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from transformers import DeepseekVLForConditionalGeneration, DeepseekVLProcessor
 
 from vlmdiag.families import Family, Parts, generic
 from vlmdiag.pictures.grid import PatchGrid
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    from vlmdiag.families.contract import Inputs, Size
+    from vlmdiag.pictures.grid import Region
+    from vlmdiag.types import VLM
+
 
 class DeepseekVL(DeepseekVLForConditionalGeneration):
-    def get_image_features(self, pixel_values, **kwargs):
+    """transformers' class with get_image_features."""
+
+    def get_image_features(
+        self, pixel_values: Float[Tensor, "B c height width"], **kwargs: object
+    ) -> BaseModelOutputWithPooling:
+        """The inner model's."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
 
-def parts(model):
-    base, text = model.model, model.model.language_model
-    return Parts(
-        text,
-        list(text.layers),
-        text.norm,
+def parts(model: PreTrainedModel) -> Parts:
+    """The modules under their names in transformers' class."""
+    base = model.model
+    return generic.decoder_parts(
+        base.language_model,
         model.lm_head,
         base.vision_model,
         base.aligner,
@@ -36,25 +54,27 @@ def parts(model):
     )
 
 
-def region(image_processor, size):
+def region(image_processor: BaseImageProcessor, size: Size) -> Region:
     """The part of the original picture, in its pixels, that the padded square shows: (x0, y0, x1,
     y1), beyond the picture along its shorter side."""
     edge = image_processor.size["height"]
-    scaled = [max(round(side * (edge / max(size))), image_processor.min_size) for side in size]
-    start = [(edge - side) // 2 for side in scaled]
-    low = [-first * side / new for first, side, new in zip(start, size, scaled, strict=True)]
-    high = [
-        (edge - first) * side / new for first, side, new in zip(start, size, scaled, strict=True)
-    ]
-    return *low, *high
+    smallest = image_processor.min_size
+
+    def shown(side: int) -> tuple[float, float]:
+        """What the square shows along one side of the picture."""
+        scaled = max(round(side * (edge / max(size))), smallest)
+        margin = (edge - scaled) // 2
+        return -margin * side / scaled, (edge - margin) * side / scaled
+
+    width, height = size
+    x0, x1 = shown(width)
+    y0, y1 = shown(height)
+    return x0, y0, x1, y1
 
 
-def grid(vlm, size, inputs):
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per patch of the padded square."""
-    rows, columns = (
-        side // vlm.model.config.vision_config.patch_size
-        for side in inputs["pixel_values"].shape[-2:]
-    )
+    rows, columns = generic.patch_sides(inputs, vlm.model.config.vision_config.patch_size)
     return PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
 
 

@@ -7,42 +7,54 @@ beginning of the user's turn. The picture is squeezed to the square; its 64 x 64
 averaged 4 x 4 into 16 x 16 tokens, row-major. The processor's own default leaves pan-and-scan
 (crops of a long picture as further pictures) off, whatever the checkpoint's file says.
 
-Picture tokens see each other in both directions, all else is causal, so "causal" is not had.
-Prefill masks come from token_type_ids (1 at picture tokens). Five of six layers see a window of
-1024 positions and have a rotary base of their own (10 thousand; the others a million, scaled), so
-there is not one set of frequencies and "rotary" is not had; a cached step of a window's layer has
-the keys of its last positions only.
+Picture tokens see each other in both directions, all else is causal, so this family does not
+declare `causal`. Prefill masks come from token_type_ids (1 at picture tokens). Five of six layers
+see a window of 1024 positions and have a rotary base of their own (10 thousand; the others a
+million, scaled), so there is not one set of frequencies and this family does not declare `rotary`;
+a cached step of a window's layer has the keys of its last positions only.
 
-Checked on small random models (one whose window is shorter than the prompt) with processors made in
+Tested on small random models (one whose window is shorter than the prompt) with processors made in
 the tests: tokens against transformers' own processor, logits and greedy answers against
-transformers' own class, pooling by its pixels. Not checked, for want of the files: published
-weights and their tokenizers.
+transformers' own class, pooling by its pixels. Not tested: we had no published weights or
+tokenizers.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from transformers import Gemma3ForConditionalGeneration, Gemma3Processor
 
 from vlmdiag.families import Family, generic
-from vlmdiag.groups import GROUPS
+from vlmdiag.groups import VISION
 from vlmdiag.pictures.grid import PatchGrid
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+    from torch import Tensor
 
-def grid(vlm, size, inputs):
+    from vlmdiag.batch import Batch
+    from vlmdiag.families.contract import Inputs, Size
+    from vlmdiag.types import VLM
+
+
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per pooled block of patches of the squeezed picture."""
     side = vlm.model.model.multi_modal_projector.tokens_per_side
     return PatchGrid.regular(side, side, (0, 0, *size), size)
 
 
-def sources(vlm, size, inputs):
+def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P k"]:
     """4 x 4 patches."""
     projector = vlm.model.model.multi_modal_projector
-    return generic.merged(
-        projector.tokens_per_side, projector.tokens_per_side, projector.kernel_size
-    )
+    side = projector.tokens_per_side
+    return generic.merged(side, side, projector.kernel_size)
 
 
-def inputs(vlm, batch):
-    """token_type_ids (B, T): 1 at picture tokens."""
-    return {"token_type_ids": (batch.groups == GROUPS.index("vision")).long()}
+def inputs(vlm: VLM, batch: Batch) -> dict[str, Int[Tensor, "B T"]]:
+    """token_type_ids: 1 at picture tokens."""
+    return {"token_type_ids": (batch.groups == VISION).long()}
 
 
 FAMILY = Family(

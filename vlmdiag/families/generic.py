@@ -1,124 +1,201 @@
 """Any model that follows the conventions of transformers 5: get_decoder(), get_image_features(),
 image_token_id, a processor with a chat template.
 
-The grid of its vision tokens cannot be known from these conventions: what needs one says so. Parts
-that a family file shares are defined here.
+The grid of its vision tokens cannot be known from these conventions, so scripts that need a grid
+exit with an error. What several family files share is written here: loading, modules, boxes of
+tiles, positions.
 """
+
+from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlmdiag.cli import UsageError
 from vlmdiag.families import Family, Parts, Rotary, checked
+from vlmdiag.pictures.grid import PatchGrid, cells
 
-PIL_BACKEND = {
-    "backend": "pil"
-}  # image processors on PIL, also where torchvision is installed, so that numbers agree between machines
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, QFormer, Size
+    from vlmdiag.pictures.grid import Region
+    from vlmdiag.types import VLM
+
+# Image processors on PIL, also where torchvision is installed, so that numbers agree between
+# machines.
+PIL_BACKEND = {"backend": "pil"}
 
 
-def load(
-    path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_
-):
-    options = {
-        "dtype": dtype,
-        "device_map": device_map,
-        "trust_remote_code": trust_remote_code,
-        "quantization_config": quantization_config,
-    }
-    model = checked(
-        AutoModelForImageTextToText.from_pretrained(
-            path, config=config, output_loading_info=True, **options
-        )
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load_model_class(
+    model_class: type[PreTrainedModel],
+    path: str | None,
+    config: PreTrainedConfig,
+    options: LoadOptions,
+    **more: object,
+) -> PreTrainedModel:
+    """The model of a class by its from_pretrained(), which gets `more` too; ValueError that names
+    parameters no file filled."""
+    loaded = model_class.from_pretrained(
+        path,
+        config=config,
+        output_loading_info=True,
+        dtype=options["dtype"],
+        device_map=options.get("device_map"),
+        quantization_config=options.get("quantization_config"),
+        **more,
     )
-    return model, load_processor(path, trust_remote_code)
+    return checked(loaded)
 
 
-def load_processor(path, trust_remote_code=False):
+def load_processor(path: str, trust_remote_code: bool = False) -> ProcessorMixin:
+    """The processor of a folder or hub id."""
     return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **PIL_BACKEND)
 
 
-def image_only(kind):
-    """A transformers processor class without its video part, which would need torchvision."""
-    return type(
-        kind.__name__,
-        (kind,),
-        {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])},
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """Model and processor by transformers' Auto classes."""
+    trusted = options.get("trust_remote_code", False)
+    model = load_model_class(
+        AutoModelForImageTextToText, path, config, options, trust_remote_code=trusted
     )
+    return model, load_processor(path, trusted)
 
 
-def loader(model_class, processor_class):
+def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A transformers processor class without its video part, which would need torchvision."""
+
+    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    methods = {"get_attributes": classmethod(get_attributes)}
+    return type(processor_class.__name__, (processor_class,), methods)
+
+
+def loader(
+    model_class: type[PreTrainedModel], processor_class: type[ProcessorMixin]
+) -> Callable[..., Loaded]:
     """Family.load for a class of transformers with an image-only processor."""
 
-    def load(
-        path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_
-    ):
-        options = {
-            "dtype": dtype,
-            "device_map": device_map,
-            "quantization_config": quantization_config,
-        }
-        model = checked(
-            model_class.from_pretrained(path, config=config, output_loading_info=True, **options)
-        )
+    def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+        model = load_model_class(model_class, path, config, options)
         return model, image_only(processor_class).from_pretrained(path, **PIL_BACKEND)
 
     return load
 
 
-def parts(model):
+def refuse_conv_mode(path: str, options: LoadOptions, layout: str) -> None:
+    """UsageError where --conv_mode is given for a checkpoint of another layout than LLaVA's."""
+    mode = options.get("conv_mode")
+    if mode is not None:
+        raise UsageError(
+            f"--conv_mode {mode}: for checkpoints in LLaVA's original layout; {path} is in"
+            f" {layout}: give --prompt_template"
+        )
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+def decoder_parts(
+    decoder: PreTrainedModel,
+    lm_head: nn.Linear,
+    tower: nn.Module | None,
+    connector: nn.Module | None,
+    vision_blocks: Sequence[nn.Module] = (),
+    qformer: QFormer | None = None,
+) -> Parts:
+    """Parts of a model whose decoder has its blocks in `layers` and its final norm in `norm`."""
+    layers = list(decoder.layers)
+    return Parts(decoder, layers, decoder.norm, lm_head, tower, connector, qformer, vision_blocks)
+
+
+CONNECTORS = ("multi_modal_projector", "connector", "mm_projector", "aligner")
+
+
+def parts(model: PreTrainedModel) -> Parts:
     """Decoder, its layers and final norm, LM head, tower and connector by transformers' own
     accessors; AttributeError where one is missing."""
-    decoder = model.get_decoder()
     tower = None
     with contextlib.suppress(AttributeError, ValueError, TypeError):
         tower = model.get_encoder(modality="image")
     base = getattr(model, "model", model)
-    connector = next(
-        (
-            getattr(base, name)
-            for name in ("multi_modal_projector", "connector", "mm_projector", "aligner")
-            if hasattr(base, name)
-        ),
-        None,
-    )
-    return Parts(
-        decoder, list(decoder.layers), decoder.norm, model.get_output_embeddings(), tower, connector
-    )
+    connectors = [getattr(base, name) for name in CONNECTORS if hasattr(base, name)]
+    connector = connectors[0] if connectors else None
+    return decoder_parts(model.get_decoder(), model.get_output_embeddings(), tower, connector)
 
 
-def parts_with_tower(model):
+# where towers of transformers have their blocks
+BLOCKS = ("encoder.layers", "encoder.layer", "vision_model.encoder.layers", "layers", "blocks")
+
+
+def parts_with_tower(model: PreTrainedModel) -> Parts:
     """parts() with the blocks of the tower, for families whose vision tokens are made of its
     positions as Family.sources says."""
-    found = parts(model)
-    for name in (
-        "encoder.layers",
-        "encoder.layer",
-        "vision_model.encoder.layers",
-        "layers",
-        "blocks",
-    ):
+    without_blocks = parts(model)
+    tower: Any = without_blocks.tower
+    for name in BLOCKS:
         with contextlib.suppress(AttributeError):
-            return replace(found, vision_blocks=list(found.tower.get_submodule(name)))
-    raise AttributeError(f"{type(found.tower).__name__} has its blocks at none of the known places")
+            return replace(without_blocks, vision_blocks=list(tower.get_submodule(name)))
+    raise AttributeError(f"{type(tower).__name__} has its blocks at none of the known places")
 
 
-def merged(rows, columns, factor, tiles=1, cls=0):
+# --- boxes and patches ----------------------------------------------------------------------------
+
+
+def patch_sides(inputs: Inputs, patch: int) -> tuple[int, int]:
+    """(rows, columns) of patches of `patch` pixels a side in a preprocessed picture."""
+    height, width = inputs["pixel_values"].shape[-2:]
+    return height // patch, width // patch
+
+
+def regions(rows: int, columns: int, size: Size) -> list[Region]:
+    """Where rows x columns equal tiles lie in a picture of `size`, row by row."""
+    boxes = cells(rows, columns, (0, 0, *size)).reshape(-1, 4)
+    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
+
+
+def grid_of_tiles(tiles: Iterable[Region], rows: int, columns: int, size: Size) -> PatchGrid:
+    """The grid of tiles of rows x columns vision tokens one after the other. tiles: the region of
+    the picture that each shows."""
+    boxes = [cells(rows, columns, region).reshape(-1, 4) for region in tiles]
+    return PatchGrid(np.concatenate(boxes), None, size)
+
+
+def merged(
+    rows: int, columns: int, factor: int, tiles: int = 1, cls: int = 0
+) -> Int[np.ndarray, "P k"]:
     """Family.sources of tiles of rows x columns vision tokens, each made of factor x factor
     patches: (tiles * rows * columns, factor ** 2). cls: positions of the tower before a tile's
     patches."""
-    patch = (
-        np.arange(rows * columns * factor**2)
-        .reshape(rows, factor, columns, factor)
-        .transpose(0, 2, 1, 3)
-        .reshape(rows * columns, factor**2)
-    )
-    return np.concatenate([tile * (cls + patch.size) + cls + patch for tile in range(tiles)])
+    # (rows * factor, columns * factor) patches of a tile, numbered row by row, block by block
+    numbers = np.arange(rows * columns * factor**2).reshape(rows, factor, columns, factor)
+    blocks = numbers.transpose(0, 2, 1, 3).reshape(rows * columns, factor**2)
+    step = cls + blocks.size
+    return np.concatenate([tile * step + cls + blocks for tile in range(tiles)])
 
 
-def positions(vlm, input_ids, attention_mask, image_inputs):
+# --- positions ------------------------------------------------------------------------------------
+
+
+def positions(
+    vlm: VLM,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"],
+    image_inputs: Inputs,
+) -> tuple[Int[Tensor, "... B T"], Int[Tensor, " B"]]:
     """Positions as the model takes them and the next one (B,): 0, 1, 2, ... of each row without its
     padding, (B, T); or, for models with positions in time, height and width, (3, B, T) by their own
     get_rope_index. These would silently fall back to one dimension if they were left to themselves.
@@ -126,9 +203,11 @@ def positions(vlm, input_ids, attention_mask, image_inputs):
     base = getattr(vlm.model, "model", vlm.model)
     if hasattr(base, "get_rope_index"):
         types = (input_ids == vlm.image_token_id).int()
-        wanted = inspect.signature(base.get_rope_index).parameters
+        taken = inspect.signature(base.get_rope_index).parameters
         grids = {
-            key: value.to(input_ids.device) for key, value in image_inputs.items() if key in wanted
+            name: tensor.to(input_ids.device)
+            for name, tensor in image_inputs.items()
+            if name in taken
         }
         ids, _ = base.get_rope_index(
             input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **grids
@@ -138,7 +217,7 @@ def positions(vlm, input_ids, attention_mask, image_inputs):
     return ids.clamp(min=0), ids[:, -1] + 1
 
 
-def rotary(vlm):
+def rotary(vlm: VLM) -> Rotary | None:
     """Half-split rotary positions with one set of frequencies for all layers; None where the
     decoder has none."""
     embedding = getattr(vlm.parts.decoder, "rotary_emb", None)

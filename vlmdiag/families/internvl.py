@@ -10,53 +10,56 @@ the tower behind a CLS, which is dropped, and each 2 x 2 of them are stacked int
 So a thumbnail's box lies over many of the tiles'.
 
 Videos are not read (their processor needs torchvision). Checkpoints of the type `internvl_chat`,
-which bring their own code, are another layout. Checked on small random models with processors made
+which bring their own code, are another layout. Tested on small random models with processors made
 in the tests: tiles by their pixels, logits and greedy answers against transformers' own class. Not
-checked, for want of the files: published weights and their tokenizers; text models other than Qwen2
-and Llama.
+tested: we had no published weights or tokenizers; text models other than Qwen2 and Llama.
 """
 
-import numpy as np
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from transformers import InternVLForConditionalGeneration, InternVLProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmdiag.families import Family, generic
-from vlmdiag.pictures.grid import PatchGrid, cells
+from vlmdiag.pictures.grid import PatchGrid
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+    from transformers import BaseImageProcessor
+
+    from vlmdiag.families.contract import Inputs, Size
+    from vlmdiag.types import VLM
 
 
-def tiled(image_processor, size, count, side):
+def tiled(image_processor: BaseImageProcessor, size: Size, count: int, side: int) -> PatchGrid:
     """PatchGrid of a picture cut into `count` tiles of side x side tokens, row by row, the whole
     picture last where there is more than one."""
-    tile, rows, columns = image_processor.size, 1, 1
-    if count > 1:
-        limits = image_processor.min_patches, image_processor.max_patches
-        columns, rows = get_optimal_tiled_canvas(
-            size[::-1], (tile["height"], tile["width"]), *limits
-        )
-    whole = (0, 0, *size)
-    regions = [*cells(rows, columns, whole).reshape(-1, 4), *([whole] if count > 1 else [])]
-    boxes = np.concatenate([cells(side, side, region).reshape(-1, 4) for region in regions])
-    return (
-        PatchGrid(boxes, None, tuple(size))
-        if count > 1
-        else PatchGrid.regular(side, side, whole, size)
-    )
+    if count == 1:
+        return PatchGrid.regular(side, side, (0, 0, *size), size)
+    tile = image_processor.size["height"], image_processor.size["width"]
+    fewest, most = image_processor.min_patches, image_processor.max_patches
+    columns, rows = get_optimal_tiled_canvas(size[::-1], tile, fewest, most)
+    tiles = [*generic.regions(rows, columns, size), (0, 0, *size)]
+    return generic.grid_of_tiles(tiles, side, side, size)
 
 
-def grid(vlm, size, inputs):
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """Tiles of the canvas, then the thumbnail."""
+    config = vlm.model.config
     count, *_, edge = inputs["pixel_values"].shape
-    side = int(
-        edge // vlm.model.config.vision_config.patch_size[1] * vlm.model.config.downsample_ratio
-    )
+    side = int(edge // config.vision_config.patch_size[1] * config.downsample_ratio)
     return tiled(vlm.processor.image_processor, size, count, side)
 
 
-def sources(vlm, size, inputs):
+def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P k"]:
     """2 x 2 patches behind each tile's CLS."""
+    config = vlm.model.config
     count, *_, edge = inputs["pixel_values"].shape
-    factor = round(1 / vlm.model.config.downsample_ratio)
-    side = edge // vlm.model.config.vision_config.patch_size[1] // factor
+    factor = round(1 / config.downsample_ratio)
+    side = edge // config.vision_config.patch_size[1] // factor
     return generic.merged(side, side, factor, count, cls=1)
 
 

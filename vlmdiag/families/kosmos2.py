@@ -3,93 +3,119 @@ Magneto text decoder that writes boxes as pairs of patch indices.
 
 Layout of the prompt: <s>, <image>, 64 places of the queries, </image>, then the text: "Question:
 {question} Answer:", no chat template. The processor fills the places with ids of ordinary words and
-a mask tells them; Processor below puts one id there, that of </chunk>, a tag which no prompt holds,
-so that an id tells. "<grounding>" at the text's beginning (--prompt_template "<grounding> Question:
-{question} Answer:") asks for boxes: native_box() gives their pixels.
+says in a mask where they are; Processor below puts one id there, that of </chunk>, a tag which no
+prompt holds, so that the ids alone say it. "<grounding>" at the text's beginning (--prompt_template
+"<grounding> Question: {question} Answer:") asks for boxes: native_box() gives their pixels.
 
 A vision token is a query that read the whole picture in one layer of attention, one softmax over
-the projected ViT positions (CLS and patches) and the queries themselves. So it has no box ("grid"
-is not had), and what leads from it back to the picture is in Parts.qformer and patches(). The
-decoder has sinusoidal positions, counted from pad_token_id + 1 and added to its inputs: no
-"rotary". Inputs are scaled by sqrt(d) inside the decoder, vision tokens as well. Its masks are
-additive. Earlier positions do not depend on later ones.
+the projected ViT positions (CLS and patches) and the queries themselves. So it has no box, and this
+family does not declare `grid`; what leads from it back to the picture is in Parts.qformer and
+patches(). The decoder has sinusoidal positions, counted from pad_token_id + 1 and added to its
+inputs, so there is no `rotary`. Inputs are scaled by sqrt(d) inside the decoder, vision tokens as
+well. Its masks are additive. Earlier positions do not depend on later ones.
 
 transformers' forward takes the queries as image_embeds with their mask, and a picture at every
-step; Kosmos2 below takes what the others here take. Its queries come before the patches among the
-keys of the resampler, where transformers has them behind: keys have no order. Checked on a small
-random model with a processor made in the tests: ids against transformers' own processor, logits and
-greedy answers against transformers' own class, boxes against its arithmetic and against the
-patches. Not checked, for want of the files: published weights and their tokenizer.
+step; Kosmos2 below takes what the other families' models take. Its queries come before the patches
+among the keys of the resampler, where transformers has them behind: keys have no order. Tested on a
+small random model with a processor made in the tests: ids against transformers' own processor,
+logits and greedy answers against transformers' own class, boxes against its arithmetic and against
+the patches. Not tested: we had no published weights or tokenizer.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import Kosmos2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection
 
-from vlmdiag.families import Family, Parts, QFormer, checked, generic
-from vlmdiag.families.blip2 import patches
-from vlmdiag.groups import GROUPS
+from vlmdiag.families import Family, Parts, QFormer, generic
+from vlmdiag.families.assembled import with_features
+from vlmdiag.families.blip2 import patches, prompt
+from vlmdiag.groups import VISION
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import Kosmos2Config, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, ModelOutput
+    from typing_extensions import Unpack
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.pictures.grid import Region
+    from vlmdiag.types import VLM
+
+
+# --- the model ------------------------------------------------------------------------------------
 
 
 class Resampler(Kosmos2ImageToTextProjection):
-    """Features (B, S, d_v) of the tower -> (vision tokens (B, q, d), weights (B, H, q, q + S) with
-    eager attention, else None)."""
+    """The queries' attention over the picture, with the queries before the patches."""
 
-    def forward(self, features):
+    def forward(
+        self, features: Float[Tensor, "B S d_v"]
+    ) -> tuple[Float[Tensor, "B q d"], Float[Tensor, "B H q q+S"] | None]:
+        """Vision tokens from the tower's features, and the weights (with eager attention)."""
         queries = self.latent_query.expand(len(features), -1, -1)
-        return self.x_attn(
-            queries, encoder_hidden_states=torch.cat([queries, self.dense(features)], 1)
-        )
+        keys = torch.cat([queries, self.dense(features)], 1)
+        return self.x_attn(queries, encoder_hidden_states=keys)
 
 
 class Kosmos2(Kosmos2ForConditionalGeneration):
     """transformers' class with get_image_features, and a forward over token ids or embeddings that
     needs no picture."""
 
-    def __init__(self, config):
+    def __init__(self, config: Kosmos2Config) -> None:
         super().__init__(config)
         self.image_to_text_projection = Resampler(config)
 
-    def get_image_features(self, pixel_values, return_dict=True):
+    def get_image_features(
+        self, pixel_values: Float[Tensor, "B c height width"], return_dict: bool = True
+    ) -> BaseModelOutputWithPooling:
+        """pooler_output (B, q, d); last_hidden_state (B, S, d_v) of unit length."""
         states = self.vision_model(pixel_values=pixel_values).last_hidden_state
-        states = torch.nn.functional.normalize(
-            self.vision_model.model.post_layernorm(states), dim=-1
-        )
-        return BaseModelOutputWithPooling(
-            last_hidden_state=states, pooler_output=self.image_to_text_projection(states)[0]
-        )
+        states = self.vision_model.model.post_layernorm(states)
+        states = torch.nn.functional.normalize(states, dim=-1)
+        tokens, _ = self.image_to_text_projection(states)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=tokens)
 
     def forward(
         self,
-        input_ids=None,
-        inputs_embeds=None,
-        mm_encoder_outputs=None,
-        logits_to_keep=0,
-        pixel_values=None,
-        image_embeds_position_mask=None,
-        **inputs,
-    ):
-        inputs |= {"logits_to_keep": logits_to_keep}
+        input_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T d"] | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        logits_to_keep: int = 0,
+        pixel_values: Float[Tensor, "B c height width"] | None = None,
+        image_embeds_position_mask: Int[Tensor, "B T"] | None = None,
+        **inputs: object,
+    ) -> ModelOutput | CausalLMOutputWithCrossAttentions:
+        """With pixel_values transformers' own forward; else the decoder's output over token ids,
+        with a picture from mm_encoder_outputs {"image": ...}, or over embeddings."""
+        inputs["logits_to_keep"] = logits_to_keep
         if pixel_values is not None:
-            inputs |= {
-                "pixel_values": pixel_values,
-                "image_embeds_position_mask": image_embeds_position_mask,
-            }
-            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
+            return super().forward(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                image_embeds_position_mask=image_embeds_position_mask,
+                **inputs,
+            )
         if mm_encoder_outputs is not None:
-            embeds, features = (
+            inputs_embeds = with_features(
                 self.get_input_embeddings()(input_ids),
+                input_ids == self.config.image_token_id,
                 mm_encoder_outputs["image"].pooler_output,
             )
-            inputs_embeds = embeds.masked_scatter(
-                (input_ids == self.config.image_token_id)[..., None], features.to(embeds)
-            )
-        return self.text_model(
-            input_ids=input_ids if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
-            **inputs,
-        )
+        if inputs_embeds is not None:
+            input_ids = None
+        return self.text_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
+
+
+# --- the processor --------------------------------------------------------------------------------
 
 
 class Processor:
@@ -99,38 +125,36 @@ class Processor:
     image_token = ""  # a prompt has no placeholder
     chat_template = None
 
-    def __init__(self, processor, queries):
-        self.own, self.tokenizer, self.image_processor, self.queries = (
-            processor,
-            processor.tokenizer,
-            processor.image_processor,
-            queries,
-        )
+    def __init__(self, processor: ProcessorMixin, queries: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.image_processor = processor.image_processor
+        self.queries = queries
         self.place = self.tokenizer.convert_tokens_to_ids(processor.eoc_token)
+        # what stands before the text: <s>, <image>, a token for each query, </image>
+        places = [processor.boi_token] * (1 + queries)
+        picture = " ".join([*places, processor.eoi_token])
+        self.head = f"{self.tokenizer.bos_token}{picture} "
         # special, so that one that is typed in a question is read as text
         self.tokenizer.add_special_tokens(
             {"additional_special_tokens": [processor.eoc_token]}, replace_extra_special_tokens=False
         )
 
-    def __call__(self, images, text, return_tensors="pt", **_):
-        own = self.own
-        head = f"{self.tokenizer.bos_token}{' '.join([own.boi_token] * (1 + self.queries) + [own.eoi_token])} "
-        blanks = len(text) - len(text.lstrip())
+    def __call__(
+        self, images: Image, text: str, return_tensors: str = "pt", **_: object
+    ) -> dict[str, Tensor]:
+        """input_ids and attention_mask (1, T), offset_mapping (1, T, 2), and the picture's
+        inputs."""
         encoded = self.tokenizer(
-            head + text.strip(),
+            self.head + text.strip(),
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_tensors=return_tensors,
         )
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        last, after = 2 + self.queries, torch.arange(ids.shape[1]) >= 3 + self.queries
-        ids[0, 2:last] = self.place
-        offsets[0, after] += blanks
-        offsets[0, -1, 1] = len(head) + len(text)
-        offsets[0, :last, 0] = (
-            0  # the places lie before the text, which begins with its first character
-        )
-        offsets[0, 0, 1] = 0
+        first, end = 2, 2 + self.queries  # the queries' places, behind <s> and <image>
+        ids = encoded["input_ids"]
+        ids[0, first:end] = self.place
+        offsets = encoded["offset_mapping"]
+        self._move(offsets[0], end, text)
         picture = self.image_processor(images, return_tensors=return_tensors)
         return {
             "input_ids": ids,
@@ -139,45 +163,53 @@ class Processor:
             **picture,
         }
 
+    def _move(self, offsets: Int[Tensor, "T 2"], end: int, text: str) -> None:
+        """Move the offsets, in place, to where the tokens stand in head + text. end: position of
+        </image>."""
+        blanks = len(text) - len(text.lstrip())  # the tokenizer does not see them
+        offsets[end + 1 :] += blanks
+        offsets[-1, 1] = len(self.head) + len(text)
+        # the places lie before the text, which begins with its first character
+        offsets[:end, 0] = 0
+        offsets[0, 1] = 0
 
-def load(
-    path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_
-):
-    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
-    model = checked(
-        Kosmos2.from_pretrained(path, config=config, output_loading_info=True, **options)
-    )
-    processor = Processor(generic.load_processor(path, trust_remote_code), config.latent_query_num)
+
+# --- the family -----------------------------------------------------------------------------------
+
+
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """Kosmos2 and Processor, which agree on the id of the queries' places."""
+    model = generic.load_model_class(Kosmos2, path, config, options)
+    wrapped = generic.load_processor(path, options.get("trust_remote_code", False))
+    processor = Processor(wrapped, config.latent_query_num)
     model.config.image_token_id = processor.place
     return model, processor
 
 
-def parts(model):
-    decoder, tower, resampler = (
-        model.text_model.model,
-        model.vision_model,
-        model.image_to_text_projection,
-    )
-    connection = QFormer(
+def parts(model: PreTrainedModel) -> Parts:
+    """The modules under their names in transformers' class. The resampler's one attention is over
+    queries and patches at once."""
+    decoder = model.text_model.model
+    resampler = model.image_to_text_projection
+    qformer = QFormer(
         queries=len(resampler.latent_query),
         self_attention=[resampler.x_attn],
         cross_attention=[resampler.x_attn],
         cls=True,
     )
-    blocks = list(tower.model.encoder.layers)
     return Parts(
-        decoder,
-        list(decoder.layers),
-        decoder.layer_norm,
-        model.text_model.lm_head,
-        tower,
-        resampler,
-        connection,
-        blocks,
+        decoder=decoder,
+        layers=list(decoder.layers),
+        norm=decoder.layer_norm,
+        lm_head=model.text_model.lm_head,
+        tower=model.vision_model,
+        connector=resampler,
+        qformer=qformer,
+        vision_blocks=list(model.vision_model.model.encoder.layers),
     )
 
 
-def native_box(first, last, size, side=32):
+def native_box(first: int, last: int, size: Size, side: int = 32) -> Region:
     """The box (x0, y0, x1, y1), in pixels of a picture of `size` (width, height), that
     <patch_index_first><patch_index_last> stand for.
 
@@ -185,26 +217,29 @@ def native_box(first, last, size, side=32):
     first cell to that of its last one; where these are in one row or column, from the outer edge to
     the outer edge. Kosmos-2's own decoding of its answers (arXiv 2306.14824, section 2.1).
     """
-    (y0, x0), (y1, x1) = divmod(first, side), divmod(last, side)
-    start, end = (0, 1) if x0 == x1 or y0 == y1 else (0.5, 0.5)
+    y0, x0 = divmod(first, side)
+    y1, x1 = divmod(last, side)
+    in_line = x0 == x1 or y0 == y1
+    start, end = (0.0, 1.0) if in_line else (0.5, 0.5)
     width, height = (length / side for length in size)
     return (x0 + start) * width, (y0 + start) * height, (x1 + end) * width, (y1 + end) * height
 
 
-def prompt(vlm, question, system):
-    return f"{system + ' ' if system else ''}Question: {question} Answer:"
-
-
-def positions(vlm, input_ids, attention_mask, image_inputs):
+def positions(
+    vlm: VLM,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"],
+    image_inputs: Inputs,
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
     """From pad_token_id + 1 on in each row, without its padding."""
     ids, following = generic.positions(vlm, input_ids, attention_mask, image_inputs)
     first = vlm.model.config.text_config.pad_token_id + 1
     return ids + first, following + first
 
 
-def inputs(vlm, batch):
-    """image_embeds_position_mask (B, T), as transformers' own forward and generate() want it."""
-    return {"image_embeds_position_mask": (batch.groups == GROUPS.index("vision")).long()}
+def inputs(vlm: VLM, batch: Batch) -> dict[str, Int[Tensor, "B T"]]:
+    """image_embeds_position_mask, as transformers' own forward and generate() want it."""
+    return {"image_embeds_position_mask": (batch.groups == VISION).long()}
 
 
 FAMILY = Family(

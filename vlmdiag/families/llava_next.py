@@ -13,11 +13,14 @@ and bottom that no patch sees.
 Text models: whatever the checkpoint names (Vicuna, Mistral, Llama 3, Qwen2); the prompt is the
 processor's chat template, else llava.py's by text model.
 
-Checked on small random models with processors made in the tests: the contract. Not checked, for
-want of the files: the published weights; pictures so large that OneVision shrinks on published
-sizes."""
+Tested on small random models with processors made in the tests: the contract. Not tested: we had no
+published weights; pictures so large that OneVision shrinks on published sizes.
+"""
+
+from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from transformers import (
@@ -31,7 +34,15 @@ from transformers.image_processing_utils import select_best_resolution
 from vlmdiag.families import Family, generic, llava
 from vlmdiag.pictures.grid import PatchGrid, cells
 
-KINDS = {
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from transformers import PreTrainedConfig
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.types import VLM
+
+LOADERS = {
     "llava_next": generic.loader(LlavaNextForConditionalGeneration, LlavaNextProcessor),
     "llava_onevision": generic.loader(
         LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
@@ -39,24 +50,62 @@ KINDS = {
 }
 
 
-def load(path, config, **options):
-    return KINDS[config.model_type](path, config, **options)
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """By the loader of the model's type."""
+    return LOADERS[config.model_type](path, config, **options)
 
 
-def fitted(size, canvas):
-    """The part of `canvas` (height, width) that shows a picture of `size` (width, height): (x0, y0,
-    width, height) in whole pixels, centred."""
-    (width, height), (tall, wide) = size, canvas
-    if wide / width < tall / height:
-        new_width, new_height = wide, min(math.ceil(height * (wide / width)), tall)
+# --- the canvas -----------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Sides of a tile and of a patch in pixels, and of a tile in whole patches."""
+
+    edge: int
+    patch: int
+    side: int
+
+
+class Canvas(NamedTuple):
+    """How a picture lies on its tiles."""
+
+    height: int  # in pixels
+    width: int
+    # patches of the canvas that are kept: [top, bottom) x [left, right)
+    top: int
+    bottom: int
+    left: int
+    right: int
+    # vision tokens, fewer than the kept patches where OneVision shrinks
+    rows: int
+    columns: int
+
+
+def tile_of(config: PreTrainedConfig) -> Tile:
+    """The tile of a model."""
+    edge = config.vision_config.image_size
+    patch = config.vision_config.patch_size
+    return Tile(edge, patch, edge // patch)
+
+
+def fitted(size: Size, canvas: Canvas) -> tuple[int, int, int, int]:
+    """The part of the canvas that shows a picture of `size`: (x0, y0, width, height) in whole
+    pixels, centred."""
+    width, height = size
+    if canvas.width / width < canvas.height / height:
+        new_width = canvas.width
+        new_height = min(math.ceil(height * (canvas.width / width)), canvas.height)
     else:
-        new_width, new_height = min(math.ceil(width * (tall / height)), wide), tall
-    return (wide - new_width) // 2, (tall - new_height) // 2, new_width, new_height
+        new_width = min(math.ceil(width * (canvas.height / height)), canvas.width)
+        new_height = canvas.height
+    x0 = (canvas.width - new_width) // 2
+    y0 = (canvas.height - new_height) // 2
+    return x0, y0, new_width, new_height
 
 
-def unpadded(size, rows, columns):
-    """(first row, end, first column, end) of the canvas's patches (rows, columns) that are kept: as
-    the model drops them, not by the pixels."""
+def unpadded(size: Size, rows: int, columns: int) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of the canvas's patches (rows, columns) that are kept: as the
+    model drops them, not by the pixels."""
     width, height = size
     if width / height > columns / rows:
         drop = (rows - int(round(height * (columns / width), 7))) // 2
@@ -65,101 +114,106 @@ def unpadded(size, rows, columns):
     return 0, rows, drop, columns - drop
 
 
-def edges(first, end, count, tile, patch):
+def canvas_of(config: PreTrainedConfig, size: Size) -> Canvas:
+    """The canvas of a picture of `size`."""
+    tile = tile_of(config)
+    width, height = size
+    tall, wide = select_best_resolution([height, width], config.image_grid_pinpoints)
+    top, bottom, left, right = unpadded(
+        size, tall // tile.edge * tile.side, wide // tile.edge * tile.side
+    )
+    rows = bottom - top
+    columns = right - left
+    limit = getattr(config, "vision_aspect_ratio", None)
+    if limit:
+        most = int(limit.removeprefix("anyres_max_"))  # tiles whose features are kept as they are
+        ratio = math.sqrt(rows * columns / (most * tile.side**2))
+        if ratio > 1.1:
+            rows = int(rows // ratio)
+            columns = int(columns // ratio)
+    return Canvas(tall, wide, top, bottom, left, right, rows, columns)
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+
+
+def edges(
+    first: int, end: int, count: int, tile: Tile
+) -> tuple[Float[np.ndarray, " count"], Float[np.ndarray, " count"]]:
     """(begin, end) of `count` equal cells over patches first .. end of a row of tiles, in pixels of
-    the canvas. tile, patch: sides in pixels."""
-    side = tile // patch
+    the canvas."""
     at = np.linspace(first, end, count + 1)
-    begin, last = (
-        np.floor(at[:-1] + 1e-9),
-        np.ceil(at[1:] - 1e-9) - 1,
-    )  # the patch that a cell begins in, and the one that it ends in
-    place = lambda index, u: index // side * tile + (index % side + u - index) * patch
-    return place(begin, at[:-1]), place(last, at[1:])
+    # the patch that a cell begins in, and the one that it ends in
+    begin = np.floor(at[:-1] + 1e-9)
+    last = np.ceil(at[1:] - 1e-9) - 1
+
+    def pixels(
+        patch: Float[np.ndarray, " count"], place: Float[np.ndarray, " count"]
+    ) -> Float[np.ndarray, " count"]:
+        """A place in patches, within or at the end of `patch`, in pixels: tiles leave a margin."""
+        within = patch % tile.side + place - patch
+        return patch // tile.side * tile.edge + within * tile.patch
+
+    return pixels(begin, at[:-1]), pixels(last, at[1:])
 
 
-def layout(config, size):
-    """(canvas (height, width), kept patches (first row, end, first column, end), rows and columns
-    of vision tokens) of a picture of size (width, height)."""
-    tile, side = (
-        config.vision_config.image_size,
-        config.vision_config.image_size // config.vision_config.patch_size,
-    )
-    canvas = select_best_resolution([size[1], size[0]], config.image_grid_pinpoints)
-    top, bottom, left, right = kept = unpadded(size, *(edge // tile * side for edge in canvas))
-    count = bottom - top, right - left
-    if limit := getattr(config, "vision_aspect_ratio", None):
-        ratio = math.sqrt(count[0] * count[1] / (int(limit.removeprefix("anyres_max_")) * side**2))
-        count = (int(count[0] // ratio), int(count[1] // ratio)) if ratio > 1.1 else count
-    return canvas, kept, count
-
-
-def grid(vlm, size, inputs):
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """Base, then the canvas's rows, each with a newline behind it."""
-    config, (width, height) = vlm.model.config, size
-    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-    side = tile // patch
-    base = cells(
-        side, side, (0, 0, width * side * patch / tile, height * side * patch / tile)
-    ).reshape(-1, 4)
-    canvas, (top, bottom, left, right), count = layout(config, size)
+    config = vlm.model.config
+    tile = tile_of(config)
+    width, height = size
+    seen = tile.side * tile.patch
+    base = cells(tile.side, tile.side, (0, 0, width * seen / tile.edge, height * seen / tile.edge))
+    canvas = canvas_of(config, size)
     x, y, new_width, new_height = fitted(size, canvas)
-    (x0, x1), (y0, y1) = (
-        edges(left, right, count[1], tile, patch),
-        edges(top, bottom, count[0], tile, patch),
-    )
-    (x0, x1), (y0, y1) = (
-        ((part - x) * width / new_width for part in (x0, x1)),
-        ((part - y) * height / new_height for part in (y0, y1)),
-    )
-    boxes = np.full((count[0], count[1] + 1, 4), np.nan)
-    boxes[:, :-1, 0], boxes[:, :-1, 2] = x0, x1
-    boxes[:, :-1, 1], boxes[:, :-1, 3] = y0[:, None], y1[:, None]
-    return PatchGrid(np.concatenate([base, boxes.reshape(-1, 4)]), None, tuple(size))
+    x0, x1 = edges(canvas.left, canvas.right, canvas.columns, tile)
+    y0, y1 = edges(canvas.top, canvas.bottom, canvas.rows, tile)
+    boxes = np.full((canvas.rows, canvas.columns + 1, 4), np.nan)
+    boxes[:, :-1, 0] = (x0 - x) * width / new_width
+    boxes[:, :-1, 1] = ((y0 - y) * height / new_height)[:, None]
+    boxes[:, :-1, 2] = (x1 - x) * width / new_width
+    boxes[:, :-1, 3] = ((y1 - y) * height / new_height)[:, None]
+    return PatchGrid(np.concatenate([base.reshape(-1, 4), boxes.reshape(-1, 4)]), None, size)
 
 
-def sources(vlm, size, inputs):
+# --- what a vision token is made of ---------------------------------------------------------------
+
+
+def neighbours(first: int, end: int, count: int) -> Int[np.ndarray, "count 2"]:
+    """The patches of first .. end that each of `count` bilinear samples lies between, -1 for the
+    second where it lies on one."""
+    patches = end - first
+    if count == patches:
+        return np.stack([np.arange(first, end), np.full(count, -1)], 1)
+    at = np.clip((np.arange(count) + 0.5) * patches / count - 0.5, 0, patches - 1)
+    below = np.floor(at).astype(int)
+    above = np.minimum(below + 1, patches - 1)
+    return np.stack([first + below, np.where(at > below, first + above, -1)], 1)
+
+
+def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P 4"]:
     """One patch each; the up to four that a bilinear sample takes where the canvas is shrunk; none
     for newlines."""
     config = vlm.model.config
-    tile, side = (
-        config.vision_config.image_size,
-        config.vision_config.image_size // config.vision_config.patch_size,
-    )
-    canvas, (top, bottom, left, right), (rows, columns) = layout(config, size)
-    cls, wide = int(config.vision_feature_select_strategy == "default"), canvas[1] // tile
-
-    def neighbours(first, end, count):
-        """(count, 2) patches that a sample lies between, -1 for the second where it lies on one."""
-        if count == end - first:
-            return np.stack([np.arange(first, end), np.full(count, -1)], 1)
-        at = np.clip((np.arange(count) + 0.5) * (end - first) / count - 0.5, 0, end - first - 1)
-        below = np.floor(at).astype(int)
-        return np.stack(
-            [
-                first + below,
-                np.where(at > below, first + np.minimum(below + 1, end - first - 1), -1),
-            ],
-            1,
-        )
-
-    ys, xs = (
-        neighbours(top, bottom, rows)[:, None, :, None],
-        neighbours(left, right, columns)[None, :, None, :],
-    )
-    place = (
-        (1 + ys // side * wide + xs // side) * (cls + side**2) + cls + ys % side * side + xs % side
-    )
-    found = np.full((rows, columns + 1, 4), -1)
-    found[:, :-1] = np.where((ys >= 0) & (xs >= 0), place, -1).reshape(rows, columns, 4)
-    base = np.full((side**2, 4), -1)
-    base[:, 0] = cls + np.arange(side**2)
-    return np.concatenate([base, found.reshape(-1, 4)])
+    edge, _, side = tile_of(config)
+    canvas = canvas_of(config, size)
+    cls = int(config.vision_feature_select_strategy == "default")
+    ys = neighbours(canvas.top, canvas.bottom, canvas.rows)[:, None, :, None]
+    xs = neighbours(canvas.left, canvas.right, canvas.columns)[None, :, None, :]
+    # place of patch (y, x) in the tower's output: behind the base and the tiles before its own
+    tile = 1 + ys // side * (canvas.width // edge) + xs // side
+    place = tile * (cls + side**2) + cls + ys % side * side + xs % side
+    place = np.where((ys >= 0) & (xs >= 0), place, -1)
+    of_canvas = np.full((canvas.rows, canvas.columns + 1, 4), -1)
+    of_canvas[:, :-1] = place.reshape(canvas.rows, canvas.columns, 4)
+    of_base = np.full((side**2, 4), -1)
+    of_base[:, 0] = cls + np.arange(side**2)
+    return np.concatenate([of_base, of_canvas.reshape(-1, 4)])
 
 
 FAMILY = Family(
     name="llava_next",
-    model_types=tuple(KINDS),
+    model_types=tuple(LOADERS),
     architectures=("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"),
     load=load,
     parts=generic.parts_with_tower,

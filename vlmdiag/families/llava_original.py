@@ -5,11 +5,13 @@ Semantics models (user074, arXiv 2503.17349).
 Such a folder is a Llama checkpoint whose config carries `mm_*` keys; its model_type is
 `llava_llama` or plainly `llava`, which transformers would take for its own type and fill with
 random weights. Weights are .bin or .safetensors files, one or several with an index:
+
     model.{embed_tokens,layers,norm}, lm_head       the decoder
     model.mm_projector[.projector].{0,2}            the connector, mlp2x_gelu
     model.mm_projector.norm.weight                  gain of the clipped RMS norm
-    (`normalize_projector`)
+                                                    (`normalize_projector`)
     model.vision_tower.vision_tower[.vision_model]  the CLIP tower, where it was saved with the rest
+
 A tower that is not in the checkpoint comes from --vision_tower_path, from the folder that
 `mm_vision_tower` names, from one of that name beside the checkpoint or from the hub; one that is in
 the checkpoint has its weights from there and its config from the same places. The prompt is the
@@ -23,19 +25,19 @@ The picture's placeholder gets an id past the LM head: the embedding table has a
 logits do not. Text on both sides of the picture is tokenized on its own, as the authors do: "\\n"
 after the picture becomes the two tokens "▁", "<0x0A>".
 
-Checked on small random models written in this layout, and on sentencepiece's own ids. Not checked,
-for want of the files: the published weights of LLaVA-1.5, Volcano and the Beyond Semantics models;
-a download from the hub; the v1 models with <im_start>. Generation stops at </s>: the '###' that
-llava_v0 models write between turns is text to us."""
+Tested on small random models written in this layout, and on sentencepiece's own ids. Not tested: we
+had no published weights of LLaVA-1.5, Volcano and the Beyond Semantics models; a download from the
+hub; the v1 models with <im_start>. Generation stops at </s>: the '###' that llava_v0 models write
+between turns is text to us.
+"""
+
+from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
@@ -49,14 +51,30 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlmdiag.cli import UsageError
-from vlmdiag.families import Family, checked, generic
-from vlmdiag.families.llava import SYSTEM, NormedLlava, grid, parts
+from vlmdiag.families import Family, generic
+from vlmdiag.families.assembled import assembled, complete_embeddings, without
+from vlmdiag.families.files import (
+    fetch,
+    folder_of,
+    generation_settings,
+    is_hub_id,
+    read_weights,
+    weight_files,
+)
+from vlmdiag.families.llava import NormedLlava, grid, parts
+from vlmdiag.families.llava_conversations import IMAGE, MARKUP, chat_template, conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Config, Loaded, LoadOptions
+    from vlmdiag.families.files import State
 
 ARCHITECTURES = ("LlavaLlamaForCausalLM",)
 MODEL_TYPES = ("llava_llama",)
-IMAGE = "<image>"
-MARKUP = ("<im_start>", "<im_end>")
-FILES = ("*.json", "*.model", "*.safetensors", "*.bin")
+LAYERS = "model.language_model.layers."
+TOWER = "model.vision_tower."
 CLIP_LARGE = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -69,7 +87,8 @@ TOWERS = {
     "openai/clip-vit-large-patch14-336": CLIP_LARGE | {"image_size": 336},
     "openai/clip-vit-large-patch14": CLIP_LARGE | {"image_size": 224},
 }
-UNSUPPORTED = {  # config key -> values that we can read
+# config key -> values that we can read
+SUPPORTED: dict[str, tuple[object, ...]] = {
     "mm_projector_type": (None, "mlp2x_gelu"),
     "mm_vision_select_feature": (None, "patch"),
     "mm_patch_merge_type": (None, "flat"),
@@ -78,45 +97,25 @@ UNSUPPORTED = {  # config key -> values that we can read
     "compression_after_projection": (None, False),
     "add_registers": (None, False),
 }
-USER = SYSTEM.replace("human", "user")
-HELPFUL = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content"
-    " that the user provides, and assist the user with a variety of tasks using natural language."
-)
-# name: (system sentence, start with a system sentence, start without one, user's turn up to the
-# answer)
-CONVERSATIONS = {
-    "llava_v1": (SYSTEM, "{system} ", "", "USER: {image}{question} ASSISTANT:"),
-    "vicuna_v1": (USER, "{system} ", "", "USER: {image}{question} ASSISTANT:"),
-    "llava_v0": (SYSTEM, "{system}###", "", "Human: {image}{question}###Assistant:"),
-    "llava_llama_2": (
-        HELPFUL,
-        "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
-        "[INST] ",
-        "{image}{question} [/INST]",
-    ),
-    "plain": ("", "{system}", "", "{image}{question}\n"),
-}
-CONVERSATIONS["v1"] = CONVERSATIONS["vicuna_v1"]  # the authors' name for it in `--version v1`
 
 
-def is_original(raw):
-    """Whether a config.json (as a dict) is of this layout."""
-    named = raw.get("model_type") in MODEL_TYPES or set(raw.get("architectures") or ()) & set(
-        ARCHITECTURES
-    )
-    return bool(named) or any(
-        key in raw for key in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
-    )
+def is_original(raw: Config) -> bool:
+    """Whether a config.json is of this layout."""
+    if raw.get("model_type") in MODEL_TYPES:
+        return True
+    if set(raw.get("architectures") or ()) & set(ARCHITECTURES):
+        return True
+    return any(key in raw for key in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size"))
 
 
 class OriginalLlava(NormedLlava):
     """NormedLlava with as many input embeddings as the placeholder's id needs and the LM head as it
     was."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
-        text, rows = config.text_config, config.image_token_index + 1
+        text = config.text_config
+        rows = config.image_token_index + 1
         if rows > text.vocab_size:
             self.model.language_model.embed_tokens = nn.Embedding(rows, text.hidden_size)
             self.post_init()
@@ -125,33 +124,35 @@ class OriginalLlava(NormedLlava):
 # --- config ---------------------------------------------------------------------------------------
 
 
-def read_config(path, raw):
+def llama_config(raw: Config) -> LlamaConfig:
+    """The Llama of a config.json that carries keys of a picture's model too."""
+    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"}
+    known -= {"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"}
+    return LlamaConfig(**{key: value for key, value in raw.items() if key in known})
+
+
+def read_config(path: str, raw: Config) -> LlavaConfig:
     """The config of transformers' Llava for a config of this layout. What only the tower and the
-    tokenizer tell is filled in by load()."""
-    for key, values in UNSUPPORTED.items():
-        if raw.get(key) not in values:
+    tokenizer say is filled in by load()."""
+    for key, supported in SUPPORTED.items():
+        if raw.get(key) not in supported:
             raise ValueError(
                 f"{key} = {raw[key]!r} is not supported in the original LLaVA layout (only"
-                f" {', '.join(map(repr, values))})"
+                f" {', '.join(map(repr, supported))})"
             )
-    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "_name_or_path",
-    }
-    text = LlamaConfig(**{key: value for key, value in raw.items() if key in known})
-    tied, text.tie_word_embeddings = text.tie_word_embeddings, False
-    extra = {}
+    text = llama_config(raw)
+    tied = text.tie_word_embeddings
+    text.tie_word_embeddings = False
+    beyond_semantics: dict[str, object] = {}
     if raw.get("normalize_projector"):
-        constants = {
+        beyond_semantics["vision_embed_norm"] = {
+            "type": "rms_clip",
+            "eps": 1e-6,
             "max_norm": raw.get("normalize_projector_max_norm", 1.22),
             "scale": raw.get("normalize_projector_scale", 0.83),
         }
-        extra["vision_embed_norm"] = {"type": "rms_clip", "eps": 1e-6} | constants
     if raw.get("use_multilayer_features"):
-        extra["vision_feature_post_layernorm"] = True
+        beyond_semantics["vision_feature_post_layernorm"] = True
     return LlavaConfig(
         text_config=text,
         projector_hidden_act="gelu",
@@ -162,24 +163,29 @@ def read_config(path, raw):
         dtype=raw.get("torch_dtype") or raw.get("dtype"),
         original_layout=raw,
         original_tied=tied,
-        **extra,
+        **beyond_semantics,
     )
 
 
-def multilayer(raw, depth):
+def multilayer(raw: Config, depth: int) -> list[int]:
     """Tower layers (hidden-state indices) of the multi-layer variant: 12, 16, 20, 24 of 24."""
-    return list(
-        raw.get("multilayer_features") or [round(depth * part / 6) for part in (3, 4, 5, 6)]
-    )
+    sixths = (3, 4, 5, 6)
+    return list(raw.get("multilayer_features") or [round(depth * n / 6) for n in sixths])
 
 
 # --- the tower ------------------------------------------------------------------------------------
 
 
-def find_tower(path, raw, vision_tower_path):
+def name_of_tower(raw: Config, vision_tower_path: str | None) -> str:
+    """What --vision_tower_path or the config names; "" where neither does."""
+    return str(vision_tower_path or raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
+
+
+def find_tower(
+    path: str | Path, raw: Config, vision_tower_path: str | None
+) -> tuple[Path | None, list[str]]:
     """The tower's folder, or None where only a hub id is left, and the places that were looked
     at."""
-    name = raw.get("mm_vision_tower") or raw.get("vision_tower") or ""
     if vision_tower_path and (Path(vision_tower_path) / "config.json").exists():
         return Path(vision_tower_path), []
     if vision_tower_path and not is_hub_id(vision_tower_path):
@@ -187,45 +193,38 @@ def find_tower(path, raw, vision_tower_path):
             f"--vision_tower_path {vision_tower_path}: no config.json there, so it is no vision"
             " tower"
         )
-    beside = (
+    name = name_of_tower(raw, None)
+    if vision_tower_path or not name:
+        return None, []
+    # beside the checkpoint, and beside what its files link to
+    parents = (
         Path(path).absolute().parent,
         (Path(path) / "tokenizer.model").resolve().parent.parent,
-    )  # the second where the files are links
-    folders = (
-        list(dict.fromkeys([Path(name), *(parent / Path(name).name for parent in beside)]))
-        if name and not vision_tower_path
-        else []
     )
-    return next((folder for folder in folders if (folder / "config.json").exists()), None), [
-        str(folder) for folder in folders
-    ]
+    folders = [Path(name), *(parent / Path(name).name for parent in parents)]
+    folders = list(dict.fromkeys(folders))
+    with_config = (folder for folder in folders if (folder / "config.json").exists())
+    return next(with_config, None), [str(folder) for folder in folders]
 
 
-def is_hub_id(name):
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
-
-
-def fetch(name):
-    """A folder with the files of a hub id, from the cache or the network."""
-    return Path(snapshot_download(name, allow_patterns=list(FILES)))
-
-
-def tower_of(path, raw, vision_tower_path, inside):
-    """(folder or None, CLIPVisionConfig) of the vision tower. inside: its weights are in the
-    checkpoint, so a known tower's config is enough."""
+def tower_of(
+    path: str, raw: Config, vision_tower_path: str | None, inside: bool
+) -> tuple[Path | None, CLIPVisionConfig]:
+    """Folder (None: its files are not needed) and config of the vision tower. inside: its weights
+    are in the checkpoint, so a known tower's config is enough."""
     folder, looked = find_tower(path, raw, vision_tower_path)
-    name = str(vision_tower_path or raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
+    name = name_of_tower(raw, vision_tower_path)
     if folder is None and inside and name in TOWERS:
         return None, CLIPVisionConfig(**TOWERS[name])
-    if folder is None:
+    if folder is None and is_hub_id(name):
         try:
-            folder = fetch(name) if is_hub_id(name) else None
+            folder = fetch(name)
         except (OSError, ValueError) as error:
             looked.append(f"the hub ({type(error).__name__})")
     if folder is None:
-        what = "the config of the vision tower" if inside else "the vision tower"
+        missing = "the config of the vision tower" if inside else "the vision tower"
         raise UsageError(
-            f"{path}: {what} {name!r} is not in the checkpoint and was not found at"
+            f"{path}: {missing} {name!r} is not in the checkpoint and was not found at"
             f" {', '.join(looked) or 'any place'}; give --vision_tower_path"
         )
     config = AutoConfig.from_pretrained(folder)
@@ -240,140 +239,76 @@ def tower_of(path, raw, vision_tower_path, inside):
 # --- weights --------------------------------------------------------------------------------------
 
 
-def weight_files(folder):
-    """The weight files of a folder, safetensors before .bin; ValueError for what its index lists
-    and the folder lacks."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{ending}.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).exists()]
-            if missing:
-                raise ValueError(
-                    f"{len(missing)} of {len(names)} weight files of {index.name} are missing in"
-                    f" {folder}, such as {missing[0]}"
-                )
-            return [folder / name for name in names]
-        if (folder / f"{stem}.{ending}").exists():
-            return [folder / f"{stem}.{ending}"]
-    raise ValueError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of several"
-    )
-
-
-def read_weights(folder, rename):
-    """{new name: tensor} of a folder's files; rename(key) is None for what is not wanted. Tensors
-    are mapped from disk, not read, wherever that can be."""
-    found = {}
-    for file in weight_files(folder):
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as stored:
-                    found |= {
-                        name: stored.get_tensor(key)
-                        for key in stored.keys()
-                        if (name := rename(key)) is not None
-                    }  # noqa: SIM118 -- no dict
-            else:
-                try:
-                    stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # the format before torch 1.6 cannot be mapped
-                    stored = torch.load(file, map_location="cpu", weights_only=True)
-                found |= {
-                    name: tensor
-                    for key, tensor in stored.items()
-                    if (name := rename(key)) is not None
-                }
-        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(
-                f"{file} is not readable ({' '.join(str(error).split())[:120]})"
-            ) from error
-    return found
-
-
-def hf_name(key):
+def hf_name(key: str) -> str | None:
     """The parameter of OriginalLlava that a parameter of this layout is; None for buffers that are
-    computed."""
-    if (
-        re.search(r"rotary_emb\.inv_freq$|embeddings\.position_ids$", key)
-        or key == "model.image_newline"
-    ):
+    computed.
+
+    model.{embed_tokens,layers,norm}.            model.language_model.{...}.
+    model.mm_projector[.projector].{0,2}.        model.multi_modal_projector.linear_{1,2}.
+    model.mm_projector.norm.                     model.multi_modal_projector.norm.
+    model.vision_tower.vision_tower[.vision_model].    model.vision_tower.
+    """
+    if re.search(r"rotary_emb\.inv_freq$|embeddings\.position_ids$", key):
         return None
-    key = re.sub(
-        r"^model\.mm_projector\.(projector\.)?([02])\.",
-        lambda m: f"model.multi_modal_projector.linear_{1 + int(m[2]) // 2}.",
-        key,
-    )
+    if key == "model.image_newline":
+        return None
+    linear = re.match(r"model\.mm_projector\.(projector\.)?([02])\.", key)
+    if linear:
+        number = 1 + int(linear[2]) // 2
+        return f"model.multi_modal_projector.linear_{number}.{key[linear.end() :]}"
     key = re.sub(r"^model\.mm_projector\.norm\.", "model.multi_modal_projector.norm.", key)
-    key = re.sub(
-        r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower.", key
-    )
+    key = re.sub(r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", TOWER, key)
     return re.sub(r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.", key)
 
 
-def tower_name(key):
+def tower_name(key: str) -> str | None:
     """The same for the file of a tower, which may be a whole CLIP model."""
-    if re.match(r"text_model\.|text_projection|visual_projection|logit_scale", key) or key.endswith(
-        "position_ids"
-    ):
+    if re.match(r"text_model\.|text_projection|visual_projection|logit_scale", key):
         return None
-    return "model.vision_tower." + key.removeprefix("vision_model.")
+    if key.endswith("position_ids"):
+        return None
+    return TOWER + key.removeprefix("vision_model.")
 
 
-def has_tower(folder):
+def has_tower(folder: Path) -> bool:
     """Whether the checkpoint's files hold the tower: by the index where there is one."""
-    indexes = [
-        folder / name
-        for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-        if (folder / name).exists()
-    ]
-    keys = (
-        json.loads(indexes[0].read_text())["weight_map"]
-        if indexes
-        else read_weights(folder, lambda key: key if "vision_tower" in key else None)
-    )
-    return any(key.startswith("model.vision_tower.") for key in keys)
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = folder / name
+        if index.exists():
+            keys = json.loads(index.read_text())["weight_map"]
+            return any(key.startswith(TOWER) for key in keys)
+    state = read_weights(folder, lambda key: key if "vision_tower" in key else None)
+    return any(key.startswith(TOWER) for key in state)
 
 
-def load_weights(folder, tower_folder, config):
+def load_weights(folder: Path, tower_folder: Path | None, config: LlavaConfig) -> State:
     """State dict of OriginalLlava(config); the embedding table gets a row of zeros for each id that
     it lacks."""
-    with torch.device("meta"):
-        wanted = set(OriginalLlava(config).state_dict())
     state = read_weights(folder, hf_name)
-    if tower_folder is not None and not any(
-        name.startswith("model.vision_tower.") for name in state
-    ):
+    if tower_folder is not None and not any(name.startswith(TOWER) for name in state):
         state |= read_weights(tower_folder, tower_name)
-    if (
-        config.text_config.num_hidden_layers == 0
-    ):  # the decoder is left out on purpose: what remains is what makes the input embeddings
-        state = {
-            name: tensor
-            for name, tensor in state.items()
-            if not name.startswith("model.language_model.layers.")
-        }
-    table = state.get("model.language_model.embed_tokens.weight")
-    if table is not None:
-        if config.original_tied:
-            state["lm_head.weight"] = table
-        lacking = max(config.image_token_index + 1 - len(table), 0)
-        state["model.language_model.embed_tokens.weight"] = (
-            torch.cat([table, table.new_zeros(lacking, table.shape[1])]) if lacking else table
-        )
-    unknown = sorted(set(state) - wanted)
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} parameters have no place in this model, such as"
-            f" {', '.join(unknown[:3])}"
-        )
+    if config.text_config.num_hidden_layers == 0:
+        state = without(state, LAYERS)
+    table = "model.language_model.embed_tokens.weight"
+    rows = config.image_token_index + 1
+    complete_embeddings(state, table, "lm_head.weight", rows, config.original_tied)
     return state
 
 
-# --- tokenizer, pictures, prompt ------------------------------------------------------------------
+def set_eos(
+    model: PreTrainedModel, folder: Path, raw: Config, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """An answer ends at what generation_config.json says, else config.json, else at the
+    tokenizer's EOS."""
+    eos = raw.get("eos_token_id", tokenizer.eos_token_id)
+    eos = generation_settings(folder).get("eos_token_id", eos)
+    model.generation_config.eos_token_id = eos
 
 
-def make_tokenizer(folder):
+# --- tokenizer and pictures -----------------------------------------------------------------------
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The Llama tokenizer with BOS, the placeholder for pictures, and a word boundary at the start
     of each piece of text between special tokens."""
     if not (folder / "tokenizer.model").exists():
@@ -390,26 +325,33 @@ def make_tokenizer(folder):
     return tokenizer
 
 
-def make_image_processor(folder, tower_folder, image_size, pad):
+# keys of preprocessor_config.json that are CLIP's preprocessing
+PREPROCESSING = (
+    "size",
+    "crop_size",
+    "resample",
+    "image_mean",
+    "image_std",
+    "rescale_factor",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+)
+
+
+def make_image_processor(
+    folder: Path, tower_folder: Path | None, image_size: int, pad: bool
+) -> LlavaImageProcessorPil:
     """CLIP's preprocessing as the tower's folder (or the checkpoint's) has it, on the picture
     padded to a square if pad."""
-    settings = {"size": {"shortest_edge": image_size}, "crop_size": image_size}
+    settings: dict[str, Any] = {"size": {"shortest_edge": image_size}, "crop_size": image_size}
     for place in (tower_folder, folder):
         if place is not None and (place / "preprocessor_config.json").exists():
-            own = json.loads((place / "preprocessor_config.json").read_text())
-            names = (
-                "size",
-                "crop_size",
-                "resample",
-                "image_mean",
-                "image_std",
-                "rescale_factor",
-                "do_resize",
-                "do_center_crop",
-                "do_rescale",
-                "do_normalize",
-            )
-            settings |= {name: own[name] for name in names if own.get(name) is not None}
+            stored = json.loads((place / "preprocessor_config.json").read_text())
+            settings |= {
+                name: stored[name] for name in PREPROCESSING if stored.get(name) is not None
+            }
             break
     if isinstance(settings["size"], int):
         settings["size"] = {"shortest_edge": settings["size"]}
@@ -418,93 +360,34 @@ def make_image_processor(folder, tower_folder, image_size, pad):
     return LlavaImageProcessorPil(do_pad=pad, **settings)
 
 
-def conversation(raw, conv_mode=None):
-    """The name of the conversation template: the config's, else --conv_mode, else llava_v1. The
-    folder's name has no say in it."""
-    own = (
-        raw.get("conv_mode")
-        or raw.get("conv_template")
-        or (raw.get("version") if raw.get("version") in CONVERSATIONS else None)
-    )
-    for name in filter(None, (own, conv_mode)):
-        if name not in CONVERSATIONS:
-            known = ", ".join(sorted(CONVERSATIONS))
-            raise UsageError(
-                f"--conv_mode {name}: no such conversation template; known: {known} (another"
-                " prompt: --prompt_template)"
-            )
-    if own and conv_mode and CONVERSATIONS[own] != CONVERSATIONS[conv_mode]:
-        raise UsageError(
-            f"--conv_mode {conv_mode}, but the checkpoint's config names {own}; leave it out, or"
-            " give --prompt_template for another prompt"
-        )
-    return own or conv_mode or "llava_v1"
+# --- loading --------------------------------------------------------------------------------------
 
 
-def chat_template(name, markup=False):
-    """A conversation template as a processor's chat template, for one user turn. markup: <im_start>
-    and <im_end> stand around the picture."""
-    sentence, start, bare, turn = CONVERSATIONS[name]
-    (before, after), (lead, rest) = start.split("{system}"), turn.split("{image}")
-    image, end = (IMAGE.join(MARKUP) if markup else IMAGE) + "\n", rest.split("{question}")[1]
-    text = (
-        "message['content'] if message['content'] is string else (message['content'] |"
-        " selectattr('type', 'equalto', 'text') | map(attribute='text') | join)"
-    )
-    return (
-        f"{{% set own = namespace(system={json.dumps(sentence)}) %}}{{% for message in messages if"
-        f" message['role'] == 'system' %}}{{% set own.system = {text} %}}{{% endfor %}}{{{{"
-        f" {json.dumps(before)} ~ own.system ~ {json.dumps(after)} if own.system else"
-        f" {json.dumps(bare)} }}}}{{% for message in messages if message['role'] == 'user' %}}{{%"
-        " if not loop.first %}{{ raise_exception('one user turn only') }}{% endif %}{{"
-        f" {json.dumps(lead)} }}}}{{% if message['content'] is not string %}}{{% for part in"
-        f" message['content'] if part['type'] == 'image' %}}{{{{ {json.dumps(image)} }}}}{{% endfor"
-        f" %}}{{% endif %}}{{{{ ({text}) ~ {json.dumps(end)} }}}}{{% endfor %}}"
-    )
-
-
-def load(
-    path,
-    config,
-    dtype,
-    device_map=None,
-    vision_tower_path=None,
-    conv_mode=None,
-    trust_remote_code=False,
-    quantization_config=None,
-):
-    folder = Path(path) if Path(path).is_dir() else fetch(path)
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """OriginalLlava and its processor; ValueError for parameters that no file fills or that have no
+    place, UsageError where the tower is not found."""
+    folder = folder_of(path)
     raw = getattr(config, "original_layout", None)
     if raw is None:  # a hub id, whose config transformers read as its own
         raw = json.loads((folder / "config.json").read_text())
         config = read_config(path, raw)
-    name = conversation(raw, conv_mode)
+    name = conversation(raw, options.get("conv_mode"))
     files = weight_files(folder)
-    tower_folder, vision = tower_of(path, raw, vision_tower_path, has_tower(folder))
+    tower_folder, vision = tower_of(path, raw, options.get("vision_tower_path"), has_tower(folder))
     tokenizer = make_tokenizer(folder)
-    config.vision_config, config.image_token_index = vision, tokenizer.convert_tokens_to_ids(IMAGE)
+    config.vision_config = vision
+    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE)
     config.image_seq_length = (vision.image_size // vision.patch_size) ** 2
     if raw.get("use_multilayer_features"):
         config.vision_feature_layer = multilayer(raw, vision.num_hidden_layers)
     state = load_weights(folder, tower_folder, config)
     if not state:
         raise ValueError(f"{files[0]} holds no parameter")
-    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
-    model = checked(
-        OriginalLlava.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True, **options
-        )
-    )
-    settings = folder / "generation_config.json"
-    own = json.loads(settings.read_text()) if settings.exists() else {}
-    model.generation_config.eos_token_id = own.get(
-        "eos_token_id", raw.get("eos_token_id", tokenizer.eos_token_id)
-    )
-    images = make_image_processor(
-        folder, tower_folder, vision.image_size, raw.get("image_aspect_ratio") == "pad"
-    )
+    model = assembled(OriginalLlava, config, state, options)
+    set_eos(model, folder, raw, tokenizer)
+    pad = raw.get("image_aspect_ratio") == "pad"
     processor = LlavaProcessor(
-        images,
+        make_image_processor(folder, tower_folder, vision.image_size, pad),
         tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",

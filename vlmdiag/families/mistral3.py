@@ -7,8 +7,13 @@ patches (Mistral 3: to whole groups of spatial_merge_size x spatial_merge_size p
 connector merges into one vision token), nothing is cropped. The tower has no CLS and sees the
 pictures of a batch as one sequence under a block mask, so relevancy does not go on into it.
 
-Checked on small random models with processors made in the tests: the contract. Not checked, for
-want of the files: the published weights and the tokenizers of Mistral (tekken)."""
+Tested on small random models with processors made in the tests: the contract. Not tested: we had no
+published weights, nor Mistral's tokenizers (tekken).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from transformers import LlavaForConditionalGeneration, Mistral3ForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
@@ -16,66 +21,73 @@ from transformers.processing_utils import ProcessorMixin
 from vlmdiag.families import Family, generic
 from vlmdiag.pictures.grid import PatchGrid
 
-KINDS = {"llava": LlavaForConditionalGeneration, "mistral3": Mistral3ForConditionalGeneration}
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.types import VLM
 
 
 class RowsProcessor(ProcessorMixin):
     """Pixtral's processor; transformers' own cannot be imported without torchvision."""
 
     @classmethod
-    def get_attributes(cls):
+    def get_attributes(cls) -> list[str]:
+        """No video processor."""
         return ["image_processor", "tokenizer"]
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        patch_size=16,
-        spatial_merge_size=1,
-        chat_template=None,
-        image_token="[IMG]",
-        image_break_token="[IMG_BREAK]",
-        image_end_token="[IMG_END]",
-    ):
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        patch_size: int = 16,
+        spatial_merge_size: int = 1,
+        chat_template: str | None = None,
+        image_token: str = "[IMG]",
+        image_break_token: str = "[IMG_BREAK]",
+        image_end_token: str = "[IMG_END]",
+    ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.patch_size, self.spatial_merge_size = patch_size, spatial_merge_size
-        self.image_token, self.image_break_token, self.image_end_token = (
-            image_token,
-            image_break_token,
-            image_end_token,
-        )
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.patch_size = patch_size
+        self.spatial_merge_size = spatial_merge_size
+        self.image_token = image_token
+        self.image_break_token = image_break_token
+        self.image_end_token = image_end_token
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(image_token)
 
-    def _process_images(self, images, **options):
+    def _process_images(self, images: object, **options: object) -> object:
         cell = self.patch_size * self.spatial_merge_size
-        return super()._process_images(
-            images, **options | {"patch_size": {"height": cell, "width": cell}}
-        )
+        options["patch_size"] = {"height": cell, "width": cell}
+        return super()._process_images(images, **options)
 
-    def replace_image_token(self, image_inputs, image_idx, **_):
+    def replace_image_token(self, image_inputs: Inputs, image_idx: int, **_: object) -> str:
         """What stands for a picture in the prompt."""
-        rows, columns = (
-            int(edge) // (self.patch_size * self.spatial_merge_size)
-            for edge in image_inputs["image_sizes"][image_idx]
-        )
-        return (
-            self.image_break_token.join([self.image_token * columns] * rows) + self.image_end_token
-        )
+        cell = self.patch_size * self.spatial_merge_size
+        height, width = image_inputs["image_sizes"][image_idx]
+        row = self.image_token * (int(width) // cell)
+        return self.image_break_token.join([row] * (int(height) // cell)) + self.image_end_token
 
 
-def recognises(raw):
-    """Mistral 3, and a LLaVA with Pixtral's tower. raw: config.json as a dict."""
-    return raw.get("model_type") == "mistral3" or (
-        raw.get("model_type") == "llava"
-        and (raw.get("vision_config") or {}).get("model_type") == "pixtral"
-    )
+LOADERS = {
+    "llava": generic.loader(LlavaForConditionalGeneration, RowsProcessor),
+    "mistral3": generic.loader(Mistral3ForConditionalGeneration, RowsProcessor),
+}
 
 
-def load(path, config, **options):
-    return generic.loader(KINDS[config.model_type], RowsProcessor)(path, config, **options)
+def recognises(raw: Config) -> bool:
+    """Mistral 3, and a LLaVA with Pixtral's tower."""
+    tower = (raw.get("vision_config") or {}).get("model_type")
+    kind = raw.get("model_type")
+    return kind == "mistral3" or (kind == "llava" and tower == "pixtral")
 
 
-def grid(vlm, size, inputs):
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """By the loader of the model's type."""
+    return LOADERS[config.model_type](path, config, **options)
+
+
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One regular grid over the whole picture."""
     config = vlm.model.config
     cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)

@@ -15,18 +15,21 @@ as one grid, both row by row.
 A vision token's embedding is the picture's feature PLUS the embedding of <im_patch>.
 move_placeholder() makes the sum the feature and 0 the embedding: the same inputs, and features are
 all that the decoder reads at vision tokens. All picture tokens, <im_col> and the start and end
-tokens too, see each other (mm_token_type_ids), so "causal" is not had. Layers outside the config's
-rope_scaling_layers have frequencies of their own; then "rotary" is not had.
+tokens too, see each other (mm_token_type_ids), so this family does not declare `causal`, and no
+`rotary` where layers outside the config's rope_scaling_layers have frequencies of their own.
 
 transformers has no image processor without torchvision for this type; ImageProcessor below does the
-same steps (its bilinear resize without antialiasing is torch's own). Videos are not read. Checked
-on small random models with processors made in the tests: pixels, pooling and grids of the image
+same steps (its bilinear resize without antialiasing is torch's own). Videos are not read. Tested on
+small random models with processors made in the tests: pixels, pooling and grids of the image
 processor against transformers' own steps with torch's interpolation in torchvision's place; cells
-by their pixels; logits and greedy answers against transformers' own class. Not checked, for want of
-the files: published weights and their tokenizers; the image processor against torchvision itself.
+by their pixels; logits and greedy answers against transformers' own class. Not tested: we had no
+published weights or tokenizers; the image processor against torchvision itself.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -45,8 +48,22 @@ from transformers.models.molmo2.image_processing_molmo2 import (
     compute_crop_geometry,
 )
 
-from vlmdiag.families import Family, checked, generic
+from vlmdiag.families import Family, generic
 from vlmdiag.pictures.grid import PatchGrid, cells
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, UInt8
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from typing_extensions import Unpack
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.types import VLM
+
+
+# --- pictures -------------------------------------------------------------------------------------
 
 
 class ImageProcessor(PilBackend):
@@ -58,81 +75,110 @@ class ImageProcessor(PilBackend):
 
     valid_kwargs = Molmo2ImageProcessorKwargs
     model_input_names = ["pixel_values", "image_token_pooling", "image_grids", "image_num_crops"]
-    resample, image_mean, image_std, size = (
-        PILImageResampling.BILINEAR,
-        IMAGENET_STANDARD_MEAN,
-        IMAGENET_STANDARD_STD,
-        {"height": 378, "width": 378},
-    )
-    do_resize = do_rescale = do_normalize = do_convert_rgb = True
-    max_crops, overlap_margins, patch_size, pooling_size = 8, [4, 4], 14, [2, 2]
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"height": 378, "width": 378}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    max_crops = 8
+    overlap_margins = [4, 4]
+    patch_size = 14
+    pooling_size = [2, 2]
 
-    def tiling(self, size):
+    @property
+    def side(self) -> int:
+        """Patches on a crop's side."""
+        return self.size["height"] // self.patch_size
+
+    @property
+    def window(self) -> int:
+        """Patches by which crops follow each other."""
+        return self.side - sum(self.overlap_margins)
+
+    def tiling(self, size: Size) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of windows and (height, width) of the canvas in pixels for a picture of
-        `size` (width, height)."""
-        found = compute_crop_geometry(
-            *size[::-1], self.max_crops, self.overlap_margins, self.size["height"], self.patch_size
+        `size`."""
+        width, height = size
+        rows, columns, canvas_height, canvas_width = compute_crop_geometry(
+            height,
+            width,
+            self.max_crops,
+            self.overlap_margins,
+            self.size["height"],
+            self.patch_size,
         )
-        return found[:2], found[2:]
+        return (rows, columns), (canvas_height, canvas_width)
 
-    def resized(self, image, height, width):
-        """uint8 (3, h, w) squeezed to (height, width), as float scaled and normalised (height,
-        width, 3)."""
-        image = torch.nn.functional.interpolate(
+    def resized(
+        self, image: UInt8[np.ndarray, "3 h w"], height: int, width: int
+    ) -> Float[Tensor, "height width 3"]:
+        """A picture squeezed to (height, width), scaled and normalised."""
+        squeezed = torch.nn.functional.interpolate(
             torch.from_numpy(image)[None].float(),
             (height, width),
             mode="bilinear",
             align_corners=False,
             antialias=False,
         )
-        image = image.round().clamp(0, 255)[0].permute(1, 2, 0) * (
-            self.rescale_factor if self.do_rescale else 1
-        )
-        return (
-            (image - torch.tensor(self.image_mean)) / torch.tensor(self.image_std)
-            if self.do_normalize
-            else image
-        )
+        pixels = squeezed.round().clamp(0, 255)[0].permute(1, 2, 0)
+        pixels = pixels * (self.rescale_factor if self.do_rescale else 1)
+        if not self.do_normalize:
+            return pixels
+        return (pixels - torch.tensor(self.image_mean)) / torch.tensor(self.image_std)
 
-    def _preprocess(self, images, return_tensors=None, **_):
-        if len(images) != 1 or self.size["height"] != self.size["width"]:
+    def _preprocess(
+        self,
+        images: list[UInt8[np.ndarray, "3 h w"]],
+        return_tensors: str | None = None,
+        **_: object,
+    ) -> BatchFeature:
+        edge = self.size["height"]
+        if len(images) != 1 or edge != self.size["width"]:
             raise ValueError(
                 f"one picture and a square size are wanted, not {len(images)} and {self.size}"
             )
-        edge, (before, after), patch = self.size["height"], self.overlap_margins, self.patch_size
-        side = edge // patch
-        (rows, columns), canvas = self.tiling(images[0].shape[:0:-1])
-        picture, step = self.resized(images[0], *canvas), (side - before - after) * patch
-        crops = [
-            picture[i * step : i * step + edge, j * step : j * step + edge]
-            for i in range(rows)
-            for j in range(columns)
-        ]
-        patches = batch_pixels_to_patches(
-            torch.stack([self.resized(images[0], edge, edge), *crops]), patch
-        )
+        image = images[0]
+        _, height, width = image.shape
+        (rows, columns), canvas = self.tiling((width, height))
+        picture = self.resized(image, *canvas)
+        step = self.window * self.patch_size
+        corners = [(i * step, j * step) for i in range(rows) for j in range(columns)]
+        crops = [picture[y : y + edge, x : x + edge] for y, x in corners]
+        whole = self.resized(image, edge, edge)
+        patches = batch_pixels_to_patches(torch.stack([whole, *crops]), self.patch_size)
 
-        def owner(count, length):
-            """For each patch of the canvas along one side: the window it is taken from, and its
-            place in that window's crop."""
-            place = torch.arange(length // patch)
-            window = ((place - before).clamp(min=0) // (side - before - after)).clamp(max=count - 1)
-            return window, place - window * (side - before - after)
-
-        (row, y), (column, x) = owner(rows, canvas[0]), owner(columns, canvas[1])
-        index = ((row[:, None] * columns + column) * side + y[:, None]) * side + x
-        low, *low_shape = arange_for_pooling(
-            torch.arange(side * side).view(side, side), *self.pooling_size
-        )
-        high, *high_shape = arange_for_pooling(index + side * side, *self.pooling_size)
-        grids = torch.tensor([[*low_shape, *high_shape]])
+        in_whole = torch.arange(self.side**2).view(self.side, self.side)
+        in_crops = self._owners(rows, columns, canvas) + self.side**2
+        low, *low_shape = arange_for_pooling(in_whole, *self.pooling_size)
+        high, *high_shape = arange_for_pooling(in_crops, *self.pooling_size)
         data = {
             "pixel_values": patches,
             "image_token_pooling": torch.cat([low, high]),
-            "image_grids": grids,
+            "image_grids": torch.tensor([[*low_shape, *high_shape]]),
             "image_num_crops": torch.tensor([len(patches)]),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _owners(
+        self, rows: int, columns: int, canvas: tuple[int, int]
+    ) -> Int[Tensor, "height width"]:
+        """For each patch of the canvas its number among the patches of all crops: it is taken from
+        the crop whose window holds it."""
+        before, _ = self.overlap_margins
+
+        def owner(count: int, length: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+            """Along one side: the crop of each patch, and its place in that crop."""
+            place = torch.arange(length // self.patch_size)
+            crop = ((place - before).clamp(min=0) // self.window).clamp(max=count - 1)
+            return crop, place - crop * self.window
+
+        row, y = owner(rows, canvas[0])
+        column, x = owner(columns, canvas[1])
+        crop = row[:, None] * columns + column
+        return (crop * self.side + y[:, None]) * self.side + x
 
 
 class ImageOnlyProcessor(Molmo2Processor):
@@ -140,38 +186,39 @@ class ImageOnlyProcessor(Molmo2Processor):
     that it would add, so that offsets count from it."""
 
     @classmethod
-    def get_attributes(cls):
+    def get_attributes(cls) -> list[str]:
+        """No video processor."""
         return ["image_processor", "tokenizer"]
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        image_use_col_tokens=True,
-        use_single_crop_col_tokens=None,
-        use_single_crop_start_token=True,
-        **_,
-    ):
-        parts = (
+        image_processor: ImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        image_use_col_tokens: bool = True,
+        use_single_crop_col_tokens: bool | None = None,
+        use_single_crop_start_token: bool = True,
+        **_: object,
+    ) -> None:
+        super().__init__(
             image_processor,
             tokenizer,
+            # in the video processor's place: the base class sets as many as it has attributes
             tokenizer,
-        )  # the second in the video processor's place: of three parts the base class sets as many as there are
-        super().__init__(
-            *parts,
             chat_template,
             image_use_col_tokens,
             use_single_crop_col_tokens,
             use_single_crop_start_token,
         )
 
-    def apply_chat_template(self, *args, **kwargs):
-        text, bos = (
-            super().apply_chat_template(*args, **kwargs),
-            self.tokenizer.bos_token or self.tokenizer.eos_token,
-        )
+    def apply_chat_template(self, *args: object, **kwargs: object) -> str:
+        """The template's text behind the BOS."""
+        text = super().apply_chat_template(*args, **kwargs)
+        bos = self.tokenizer.bos_token or self.tokenizer.eos_token
         return text if text.startswith(bos) else bos + text
+
+
+# --- the model ------------------------------------------------------------------------------------
 
 
 class Molmo2(Molmo2ForConditionalGeneration):
@@ -179,103 +226,107 @@ class Molmo2(Molmo2ForConditionalGeneration):
     are counted from 0 in every one."""
 
     def get_image_features(
-        self, pixel_values, image_token_pooling, image_grids, image_num_crops, **kwargs
-    ):
-        tokens, patches = (
-            image_grids[:, 0] * image_grids[:, 1] + image_grids[:, 2] * image_grids[:, 3],
-            image_num_crops * pixel_values.shape[1],
-        )
+        self,
+        pixel_values: Float[Tensor, "crops patches pixels"],
+        image_token_pooling: Int[Tensor, "P 4"],
+        image_grids: Int[Tensor, "pictures 4"],
+        image_num_crops: Int[Tensor, " pictures"],
+        **kwargs: object,
+    ) -> BaseModelOutputWithPooling:
+        """The inner model's, for patches counted through all pictures."""
+        tokens = image_grids[:, 0] * image_grids[:, 1] + image_grids[:, 2] * image_grids[:, 3]
+        patches = image_num_crops * pixel_values.shape[1]
         first = (patches.cumsum(0) - patches).repeat_interleave(tokens)[:, None]
-        pooling = torch.where(
-            image_token_pooling < 0, image_token_pooling, image_token_pooling + first
-        )
+        is_none = image_token_pooling < 0
+        pooling = torch.where(is_none, image_token_pooling, image_token_pooling + first)
         return self.model.get_image_features(pixel_values, pooling, image_grids, **kwargs)
 
 
-def move_placeholder(model):
+def move_placeholder(model: PreTrainedModel) -> None:
     """Take the placeholder's embedding out of the table, which is 0 there then, and add it to every
     feature."""
-    table, token = model.get_input_embeddings().weight.data, model.config.image_token_id
+    table = model.get_input_embeddings().weight.data
+    token = model.config.image_token_id
     placeholder = table[token].clone()
     table[token] = 0
 
-    def add(module, args, output):
-        output.last_hidden_state = output.last_hidden_state + placeholder.to(
-            output.last_hidden_state
-        )
+    def add(
+        module: nn.Module, args: tuple[object, ...], output: BaseModelOutputWithPooling
+    ) -> BaseModelOutputWithPooling:
+        features = output.last_hidden_state
+        output.last_hidden_state = features + placeholder.to(features)
         return output
 
     model.model.multi_modal_projector.register_forward_hook(add)
 
 
-def load(
-    path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_
-):
-    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
-    model = checked(
-        Molmo2.from_pretrained(path, config=config, output_loading_info=True, **options)
-    )
+# --- the family -----------------------------------------------------------------------------------
+
+
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """Molmo2, its placeholder moved, and the processors of this file."""
+    model = generic.load_model_class(Molmo2, path, config, options)
     move_placeholder(model)
-    tokenizer, (settings, _) = (
-        AutoTokenizer.from_pretrained(path),
-        ImageOnlyProcessor.get_processor_dict(path),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    settings, _ = ImageOnlyProcessor.get_processor_dict(path)
     settings.setdefault("chat_template", tokenizer.chat_template)
-    return model, ImageOnlyProcessor.from_args_and_dict(
-        [ImageProcessor.from_pretrained(path), tokenizer], settings
-    )
+    processors = [ImageProcessor.from_pretrained(path), tokenizer]
+    return model, ImageOnlyProcessor.from_args_and_dict(processors, settings)
 
 
-def grid(vlm, size, inputs):
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """Pooled patches of the whole picture, then of the canvas, both squeezed to the picture."""
-    processor, (width, height) = vlm.processor.image_processor, size
-    pool_rows, pool_columns = processor.pooling_size
-    edge, boxes = processor.size["height"], []
-    for (rows, columns), sides in zip(
-        inputs["image_grids"].view(2, 2).tolist(),
-        ((edge, edge), processor.tiling(size)[1]),
-        strict=True,
-    ):
-        down, across = (side // processor.patch_size for side in sides)
-        top, left = (
-            (rows * pool_rows - down) // 2,
-            (columns * pool_columns - across) // 2,
-        )  # padded patches before the first
-        x, y = width / across, height / down
-        region = (
-            -left * x,
-            -top * y,
-            (columns * pool_columns - left) * x,
-            (rows * pool_rows - top) * y,
-        )
-        boxes.append(cells(rows, columns, region).reshape(-1, 4))
-    return PatchGrid(np.concatenate(boxes), None, tuple(size))
+    images = vlm.processor.image_processor
+    whole = (images.size["height"], images.size["height"])
+    _, canvas = images.tiling(size)
+    shapes = inputs["image_grids"].view(2, 2).tolist()
+    boxes = [
+        boxes_of(images, (rows, columns), shown, size)
+        for (rows, columns), shown in zip(shapes, (whole, canvas), strict=True)
+    ]
+    return PatchGrid(np.concatenate(boxes), None, size)
 
 
-def sources(vlm, size, inputs):
+def boxes_of(
+    images: ImageProcessor, shape: tuple[int, int], canvas: tuple[int, int], size: Size
+) -> Float[np.ndarray, "P 4"]:
+    """Boxes of the (rows, columns) tokens of a canvas (height, width) to which the picture is
+    squeezed."""
+    rows, columns = shape
+    pool_rows, pool_columns = images.pooling_size
+    down, across = (side // images.patch_size for side in canvas)
+    # padded patches before the first
+    top = (rows * pool_rows - down) // 2
+    left = (columns * pool_columns - across) // 2
+    x = size[0] / across
+    y = size[1] / down
+    region = (
+        -left * x,
+        -top * y,
+        (columns * pool_columns - left) * x,
+        (rows * pool_rows - top) * y,
+    )
+    return cells(rows, columns, region).reshape(-1, 4)
+
+
+def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P 4"]:
     """Up to 2 x 2 patches of the crops."""
     return inputs["image_token_pooling"].numpy()
 
 
-def inputs(vlm, batch):
-    """mm_token_type_ids (B, T): 1 at picture tokens and what stands around and between them."""
-    return {
-        "mm_token_type_ids": (
-            torch.isin(
-                batch.input_ids,
-                torch.tensor(vlm.processor.image_token_ids, device=batch.input_ids.device),
-            ).long()
-        )
-    }
+def inputs(vlm: VLM, batch: Batch) -> dict[str, Int[Tensor, "B T"]]:
+    """mm_token_type_ids: 1 at picture tokens and what stands around and between them."""
+    ids = torch.tensor(vlm.processor.image_token_ids, device=batch.input_ids.device)
+    return {"mm_token_type_ids": torch.isin(batch.input_ids, ids).long()}
 
 
-def variant(config):
-    """The family without rotary positions where only some layers' are scaled. config: config.json
-    as a dict."""
+def variant(config: Config) -> Family:
+    """The family without rotary positions where only some layers' are scaled."""
     text = config.get("text_config") or {}
     layers = text.get("rope_scaling_layers")
-    one = layers is None or len(layers) == text.get("num_hidden_layers")
-    return FAMILY if one else replace(FAMILY, rotary=None, has=FAMILY.has - {"rotary"})
+    if layers is None or len(layers) == text.get("num_hidden_layers"):
+        return FAMILY
+    return replace(FAMILY, rotary=None, has=FAMILY.has - {"rotary"})
 
 
 FAMILY = Family(

@@ -1,7 +1,7 @@
 """NVILA and NVILA-Lite (arXiv 2412.04468): SigLIP reads tiles of the picture, a connector folds 2 x
-2 or 3 x 3 patches into one vision token, Qwen2 reads them. Published as config.json with the
-folders llm/, vision_tower/ and mm_projector/, each with its own config and safetensors (tokenizer
-in llm/).
+2 or 3 x 3 patches into one vision token, Qwen2 reads them. Its classes are in nvila_model.py.
+Published as config.json with the folders llm/, vision_tower/ and mm_projector/, each with its own
+config and safetensors (tokenizer in llm/).
 
     llm           model.{embed_tokens,layers,norm}, lm_head (not there where it is tied)
                   Qwen2
@@ -11,16 +11,17 @@ in llm/).
                   layer norms and linear layers
 
 How the picture is cut stands in `image_aspect_ratio`:
+
     dynamic     (Lite) the picture is stretched to 1 to 12 tiles, as many columns and rows as come
-                closest to its shape, and once more to a single tile if
-                there are several. Every tile is an <image> in the prompt with a line break behind
-                it: <image>\\n<image>\\n...Question.
+                closest to its shape, and once more to a single tile if there are several. Every
+                tile is an <image> in the prompt with a line break behind it:
+                <image>\\n<image>\\n...Question.
     dynamic_s2  the picture as 1 x 1, 2 x 2 and 9 to 12 tiles of its shape; each scale is put
-                together again, brought to the size of scale
-                `s2_resize_output_to_scale_idx` by area means, and the three are the channels of one
-                picture, which the connector reads tile by tile.
-                One <image> in the prompt; its tokens go row by row over the whole picture.
+                together again, brought to the size of scale `s2_resize_output_to_scale_idx` by area
+                means, and the three are the channels of one picture, which the connector reads tile
+                by tile. One <image> in the prompt; its tokens go row by row over the whole picture.
     resize      one tile, one <image>.
+
 The embedding of a line break stands behind the vision tokens of every <image>, as published. It is
 the text's own embedding, so it is a token with that id here ("image_markup"), not a vision token.
 Every vision token has a box; what the connector fills up with zeros at a tile's right and lower end
@@ -36,258 +37,93 @@ for it, the logits do not. RoboRefer (NVILA-Lite with a depth tower) is read wit
 as it answers to a picture alone. VILA-1.5 (another text model, tokens of a tile column by column)
 is refused.
 
-Facts are those of the public VILA code at its NVILA release. Checked on small random models in this
-layout, against a forward pass written apart from this file; tower and connector of NVILA-Lite-8B
-have the size of the published files. Not checked, for want of the files: the published weights and
-tokenizers; RoboRefer's; several GPUs."""
+Facts are those of the public VILA code at its NVILA release. Tested on small random models in this
+layout, against a forward pass written apart from these files; tower and connector of NVILA-Lite-8B
+have the size of the published files. Not tested: we had no published weights or tokenizers, nor
+RoboRefer's; several GPUs.
+"""
+
+from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, SiglipVisionModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from vlmdiag.cli import UsageError
 from vlmdiag.families import Family, Parts, generic
-from vlmdiag.families.assembled import IMAGE, Assembled, Expanding, assembled, longer
-from vlmdiag.families.llava_original import read_weights
+from vlmdiag.families.assembled import IMAGE, Expanding, assembled, complete_embeddings
+from vlmdiag.families.files import folder_of, read_weights
+from vlmdiag.families.nvila_model import FACTORS, Fold, Nvila, NvilaConfig, cut, stitched
 from vlmdiag.pictures.grid import PatchGrid, cells
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jaxtyping import Float, Int
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import (
+        BaseImageProcessor,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.families.files import State
+    from vlmdiag.pictures.grid import Region
+    from vlmdiag.types import VLM
+
 ADDED = ("<vila/sentinel>", IMAGE, "<vila/video>")  # in the order in which VILA adds them
-PARTS = ("llm", "vision_tower", "mm_projector")
-FILES = tuple(
-    f"{part}/{files}" for part in PARTS for files in ("*.json", "*.txt", "*.safetensors", "*.bin")
-) + ("config.json",)
-FACTORS = {
-    "mlp_downsample": 2,
-    "mlp_downsample_2x2_fix": 2,
-    "mlp_downsample_3x3_fix": 3,
-}  # patches per token and side
+FOLDERS = ("llm", "vision_tower", "mm_projector")
+ENDINGS = ("*.json", "*.txt", "*.safetensors", "*.bin")
+FILES = (*(f"{folder}/{ending}" for folder in FOLDERS for ending in ENDINGS), "config.json")
 TILINGS = ("dynamic", "dynamic_s2", "resize")
-ENCODER = {
-    "_target_": "llava.model.encoders.BasicImageEncoder"
-}  # with its own settings, a line break behind the features and nothing before them
+# with its own settings, a line break behind the features and nothing before them
+ENCODER = {"_target_": "llava.model.encoders.BasicImageEncoder"}
 TEMPLATE = (
-    "{{% if messages[0]['role'] != 'system' %}}{{{{ '<|im_start|>system\\n{sentence}<|im_end|>\\n'"
-    " }}}}{{% endif %}}{{% for message in messages %}}{{{{ '<|im_start|>' ~ message['role'] ~ '\\n'"
-    " ~ message['content'] ~ '<|im_end|>\\n' }}}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{"
-    " '<|im_start|>assistant\\n' }}}}{{% endif %}}"
+    "{{% if messages[0]['role'] != 'system' %}}"
+    "{{{{ '<|im_start|>system\\n{sentence}<|im_end|>\\n' }}}}"
+    "{{% endif %}}"
+    "{{% for message in messages %}}"
+    "{{{{ '<|im_start|>' ~ message['role'] ~ '\\n' ~ message['content'] ~ '<|im_end|>\\n' }}}}"
+    "{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}"
 )
-QWEN2, VILA = (TEMPLATE.format(sentence="You are a helpful assistant" + end) for end in (".", ""))
-
-
-# --- the model ------------------------------------------------------------------------------------
-
-
-class NvilaConfig(PreTrainedConfig):
-    """text_config, vision_config (SigLIP); connector: a key of FACTORS; feature_layer: index of the
-    tower's hidden states; tiling: one of TILINGS; scales: sides of the S2 scales in pixels,
-    output_scale the index of that whose size they get; min_tiles, max_tiles of the dynamic tiling.
-    """
-
-    model_type = "nvila"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-
-    def __init__(
-        self,
-        text_config=None,
-        vision_config=None,
-        connector="mlp_downsample_3x3_fix",
-        feature_layer=-2,
-        tiling="dynamic",
-        scales=(),
-        output_scale=-1,
-        min_tiles=1,
-        max_tiles=12,
-        image_token_id=0,
-        **options,
-    ):
-        self.text_config, self.vision_config, self.connector, self.feature_layer = (
-            text_config,
-            vision_config,
-            connector,
-            feature_layer,
-        )
-        self.tiling, self.scales, self.output_scale, self.min_tiles, self.max_tiles = (
-            tiling,
-            list(scales),
-            output_scale,
-            min_tiles,
-            max_tiles,
-        )
-        self.image_token_id = image_token_id
-        super().__init__(**options)
-
-    @property
-    def side(self):
-        """Patches on a tile's side."""
-        return self.vision_config.image_size // self.vision_config.patch_size
-
-    @property
-    def tokens(self):
-        """Vision tokens on a tile's side."""
-        return -(-self.side // FACTORS[self.connector])
-
-    def tiles(self, rows, columns):
-        """(rows, columns) of tiles per scale of a picture whose finest scale has `rows` x
-        `columns`."""
-        return [(scale // self.scales[0],) * 2 for scale in self.scales[:-1]] + [(rows, columns)]
-
-
-class Fold(nn.Module):
-    """(n, side * side, c) patches -> (n, tokens, factor * factor * c): channels of a block's
-    patches row by row, blocks row by row; zeros fill up what is missing to whole blocks at the
-    right and lower end."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, patches):
-        side, factor = math.isqrt(patches.shape[1]), self.factor
-        missing = -side % factor
-        plane = F.pad(patches.unflatten(1, (side, side)), (0, 0, 0, missing, 0, missing))
-        return (
-            plane.unflatten(2, (-1, factor))
-            .unflatten(1, (-1, factor))
-            .transpose(2, 3)
-            .flatten(3)
-            .flatten(1, 2)
-        )
-
-
-def make_connector(kind, inside, outside):
-    factor = FACTORS[kind]
-    folded = factor * factor * inside
-    if factor == 2:
-        return nn.Sequential(
-            Fold(2),
-            nn.LayerNorm(folded),
-            nn.Linear(folded, outside),
-            nn.GELU(),
-            nn.Linear(outside, outside),
-        )
-    middle = 3 * inside
-    return nn.Sequential(
-        Fold(3),
-        nn.LayerNorm(folded),
-        nn.Linear(folded, middle),
-        nn.GELU(),
-        nn.LayerNorm(middle),
-        nn.Linear(middle, outside),
-        nn.GELU(),
-        nn.Linear(outside, outside),
-    )
-
-
-def stitched(tiles, rows, columns):
-    """(rows * columns, side * side, c) tiles -> (rows * side, columns * side, c) one plane."""
-    side = math.isqrt(tiles.shape[1])
-    return (
-        tiles.unflatten(1, (side, side))
-        .unflatten(0, (rows, columns))
-        .transpose(1, 2)
-        .flatten(2, 3)
-        .flatten(0, 1)
-    )
-
-
-def cut(plane, rows, columns):
-    """The inverse of stitched()."""
-    return (
-        plane.unflatten(1, (columns, -1))
-        .unflatten(0, (rows, -1))
-        .transpose(1, 2)
-        .flatten(2, 3)
-        .flatten(0, 1)
-    )
-
-
-class Nvila(Assembled):
-    """NVILA, see the module."""
-
-    config_class = NvilaConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.vision_tower = SiglipVisionModel(config.vision_config)
-        inside = config.vision_config.hidden_size * (
-            len(config.scales) if config.tiling == "dynamic_s2" else 1
-        )
-        self.mm_projector = make_connector(config.connector, inside, config.text_config.hidden_size)
-        self.post_init()
-
-    def get_image_features(self, pixel_values, tile_grids, return_dict=True):
-        """pixel_values (tiles of all pictures, 3, size, size), tile_grids (pictures, 2): rows and
-        columns of each picture's finest tiles. pooler_output: a list of one (P, d) per tile, with
-        dynamic_s2 per picture."""
-        patches = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
-            self.config.feature_layer
-        ]
-        features = (
-            self.scaled(patches, tile_grids.tolist())
-            if self.config.tiling == "dynamic_s2"
-            else self.mm_projector(patches).unbind()
-        )
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(features))
-
-    def scaled(self, patches, grids):
-        """Features (P, d) per picture from the tiles of all its scales."""
-        output, start = self.config.output_scale, 0
-        for rows, columns in grids:
-            splits, planes = self.config.tiles(rows, columns), []
-            for split in splits:
-                count = math.prod(split)
-                planes.append(
-                    stitched(patches[start : start + count], *split).permute(2, 0, 1)[None]
-                )
-                start += count
-            size = planes[output].shape[-2:]
-            plane = torch.cat(
-                [
-                    F.interpolate(plane.float(), size=size, mode="area").to(plane.dtype)
-                    for plane in planes
-                ],
-                1,
-            )[0].permute(1, 2, 0)
-            yield stitched(self.mm_projector(cut(plane, *splits[output])), *splits[output]).flatten(
-                0, 1
-            )
+QWEN2 = TEMPLATE.format(sentence="You are a helpful assistant.")
+VILA = TEMPLATE.format(sentence="You are a helpful assistant")
 
 
 # --- pictures and prompts -------------------------------------------------------------------------
 
 
-def closest_tiling(size, tile, least, most):
-    """(rows, columns), `least` to `most` tiles, whose shape is closest to a picture's `size`
-    (width, height). Of two equally close ones, such as 1 x 1 and 2 x 2, the larger if the picture
-    has more than half its pixels."""
+def closest_tiling(size: Size, tile: int, least: int, most: int) -> tuple[int, int]:
+    """(rows, columns), `least` to `most` tiles, whose shape is closest to a picture's `size`. Of
+    two equally close ones, such as 1 x 1 and 2 x 2, the larger if the picture has more than half
+    its pixels."""
     width, height = size
-    tilings = sorted(
-        (
-            (rows, columns)
-            for rows in range(1, most + 1)
-            for columns in range(1, most + 1)
-            if least <= rows * columns <= most
-        ),
-        key=math.prod,
-    )
-    best, off = (1, 1), math.inf
+    numbers = range(1, most + 1)
+    tilings = [(rows, columns) for rows in numbers for columns in numbers]
+    tilings = [tiling for tiling in tilings if least <= math.prod(tiling) <= most]
+    tilings.sort(key=math.prod)
+    closest = (1, 1)
+    distance = math.inf
     for rows, columns in tilings:
         away = abs(width / height - columns / rows)
-        if away < off or (away == off and width * height > 0.5 * tile * tile * rows * columns):
-            best, off = (rows, columns), away
-    return best
+        fills_half = width * height > 0.5 * tile * tile * rows * columns
+        if away < distance or (away == distance and fills_half):
+            closest = (rows, columns)
+            distance = away
+    return closest
 
 
-def tiles_of(image, rows, columns, tile):
+def tiles_of(image: Image, rows: int, columns: int, tile: int) -> list[Image]:
     """The picture stretched to rows x columns tiles of `tile` pixels, row by row."""
     image = image.resize((columns * tile, rows * tile))
     corners = [(column * tile, row * tile) for row in range(rows) for column in range(columns)]
@@ -297,47 +133,57 @@ def tiles_of(image, rows, columns, tile):
 class NvilaProcessor(Expanding):
     """Tiles and prompts of a model with `config`; its image processor normalises one tile."""
 
-    def __init__(self, tokenizer, image_processor, config):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
+        config: NvilaConfig,
+    ) -> None:
         super().__init__(tokenizer, image_processor)
-        self.config, self.chat_template = config, tokenizer.chat_template
+        self.config = config
+        self.chat_template = tokenizer.chat_template
 
-    def picture(self, image):
-        config, tile = self.config, self.config.vision_config.image_size
-        least = (
-            (config.scales[-1] // config.scales[0]) ** 2
-            if config.tiling == "dynamic_s2"
-            else config.min_tiles
-        )
-        rows, columns = (
-            (1, 1)
-            if config.tiling == "resize"
-            else closest_tiling(image.size, tile, least, config.max_tiles)
-        )
-        splits, written, count = [(rows, columns)], IMAGE, config.tokens**2
+    def finest(self, size: Size) -> tuple[int, int]:
+        """(rows, columns) of the finest tiles of a picture."""
+        config = self.config
+        if config.tiling == "resize":
+            return 1, 1
+        least = config.min_tiles
+        if config.tiling == "dynamic_s2":
+            least = (config.scales[-1] // config.scales[0]) ** 2
+        return closest_tiling(size, config.vision_config.image_size, least, config.max_tiles)
+
+    def picture(self, image: Image) -> tuple[str, list[tuple[int, str]], dict[str, Tensor]]:
+        """Each <image> is its vision tokens and the tokens of a line break, which stand for no
+        text."""
+        config = self.config
+        rows, columns = self.finest(image.size)
+        splits = [(rows, columns)]
+        written = IMAGE
+        count = config.tokens**2
         if config.tiling == "dynamic":
-            splits += [(1, 1)] if rows * columns > 1 else []
+            if rows * columns > 1:
+                splits.append((1, 1))
             written = f"{IMAGE}\n" * sum(map(math.prod, splits))
         if config.tiling == "dynamic_s2":
             splits = config.tiles(rows, columns)
             count *= math.prod(splits[config.output_scale])
-        tiles = [own for split in splits for own in tiles_of(image, *split, tile)]
+        tiles: list[Image] = []
+        for split in splits:
+            tiles += tiles_of(image, *split, config.vision_config.image_size)
         pixels = self.image_processor(images=tiles, return_tensors="pt")["pixel_values"]
-        end = [(token, "") for token in self.tokenizer("\n", add_special_tokens=False)["input_ids"]]
-        return (
-            written,
-            [(config.image_token_id, IMAGE)] * count + end,
-            {"pixel_values": pixels, "tile_grids": torch.tensor([[rows, columns]])},
-        )
+        line_break = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        tokens = [(config.image_token_id, IMAGE)] * count + [(token, "") for token in line_break]
+        grids = torch.tensor([[rows, columns]])
+        return written, tokens, {"pixel_values": pixels, "tile_grids": grids}
 
-    def apply_chat_template(self, messages, add_generation_prompt=False):
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
+        """The tokenizer's, over messages as text."""
         plain = [
-            {
-                "role": m["role"],
-                "content": "".join(
-                    IMAGE if part["type"] == "image" else part["text"] for part in m["content"]
-                ),
-            }
-            for m in messages
+            {"role": message["role"], "content": "".join(map(as_text, message["content"]))}
+            for message in messages
         ]
         return self.tokenizer.apply_chat_template(
             plain,
@@ -347,248 +193,237 @@ class NvilaProcessor(Expanding):
         )
 
 
-def averaged(plane, height, width):
-    """(h, w) patch numbers -> (height, width, k) numbers of those that area means to that size
-    take; 0 where there are fewer."""
+def as_text(content: dict[str, str]) -> str:
+    """One piece of a message: its text, or the picture's placeholder."""
+    return IMAGE if content["type"] == "image" else content["text"]
+
+
+# --- the grid, and what a vision token is made of -------------------------------------------------
+
+
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
+    """Blocks of factor x factor patches, cut at their tile's end. Tiles of `dynamic` one after the
+    other, the whole picture as one tile last."""
+    config = vlm.model.config
+    rows, columns = inputs["tile_grids"][0].tolist()
+    count = config.tokens
+    if config.tiling == "dynamic_s2":
+        rows, columns = config.tiles(rows, columns)[config.output_scale]
+    tiles = [boxes_of_tile(config, region) for region in generic.regions(rows, columns, size)]
+    by_tile = np.array(tiles).reshape(rows, columns, count, count, 4)
+    is_whole = count * config.factor == config.side  # nothing is filled up at a tile's end
+    if config.tiling == "dynamic_s2":
+        shape = (rows * count, columns * count) if is_whole else None
+        return PatchGrid(by_tile.transpose(0, 2, 1, 3, 4).reshape(-1, 4), shape, size)
+    boxes = by_tile.reshape(-1, 4)
+    if rows * columns > 1:
+        whole = boxes_of_tile(config, (0, 0, *size))
+        return PatchGrid(np.concatenate([boxes, whole.reshape(-1, 4)]), None, size)
+    return PatchGrid(boxes, (count, count) if is_whole else None, size)
+
+
+def boxes_of_tile(config: NvilaConfig, region: Region) -> Float[np.ndarray, "count count 4"]:
+    """Boxes of the vision tokens of a tile that shows a region of the picture."""
+    count = config.tokens
+    reach = count * config.factor  # patches along a side, with those that are filled up
+    x0, y0, x1, y1 = region
+    end_x = x0 + (x1 - x0) * reach / config.side
+    end_y = y0 + (y1 - y0) * reach / config.side
+    boxes = cells(count, count, (x0, y0, end_x, end_y))
+    return np.minimum(boxes, np.array([x1, y1, x1, y1]))
+
+
+def averaged(plane: Int[Tensor, "h w"], height: int, width: int) -> Int[Tensor, "height width k"]:
+    """The patch numbers of a plane that area means to that size take; 0 where there are fewer."""
     places = []
     for old, new in zip(plane.shape, (height, width), strict=True):
-        first, end = torch.arange(new) * old // new, -(-(torch.arange(new) + 1) * old // new)
+        first = torch.arange(new) * old // new
+        end = -(-(torch.arange(new) + 1) * old // new)
         at = first[:, None] + torch.arange(int((end - first).max()))
         places.append(torch.where(at < end[:, None], at, old))
-    return F.pad(plane, (0, 1, 0, 1))[
-        places[0][:, None, :, None], places[1][None, :, None, :]
-    ].flatten(2)
+    padded = F.pad(plane, (0, 1, 0, 1))
+    return padded[places[0][:, None, :, None], places[1][None, :, None, :]].flatten(2)
 
 
-def sources(vlm, size, inputs):
+def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P k"]:
     """The patches of a token's block; with dynamic_s2 those of all scales that its area means
     take."""
-    config, fold = vlm.model.config, Fold(FACTORS[vlm.model.config.connector])
+    config = vlm.model.config
+    fold = Fold(config.factor)
     count = len(inputs["pixel_values"])
-    numbers = torch.arange(1, count * config.side**2 + 1).view(
-        count, -1, 1
-    )  # 0 is what the connector fills up with
+    # 0 is what the connector fills up with
+    numbers = torch.arange(1, count * config.side**2 + 1).view(count, -1, 1)
     if config.tiling != "dynamic_s2":
         return fold(numbers).flatten(0, 1).numpy() - 1
     splits = config.tiles(*inputs["tile_grids"][0].tolist())
+    of_scales = numbers.split([math.prod(split) for split in splits])
     planes = [
-        stitched(own, *split)[..., 0]
-        for own, split in zip(
-            numbers.split([math.prod(split) for split in splits]), splits, strict=True
-        )
+        stitched(of_scale, *split)[..., 0]
+        for of_scale, split in zip(of_scales, splits, strict=True)
     ]
-    shape, split = planes[config.output_scale].shape, splits[config.output_scale]
-    plane = torch.cat([averaged(plane, *shape) for plane in planes], -1)
-    found = stitched(fold(cut(plane, *split)), *split).flatten(0, 1).sort(-1).values
-    found[:, 1:][found[:, 1:] == found[:, :-1]] = (
-        0  # a coarse patch that several cells of a block take
-    )
-    found = found.sort(-1, descending=True).values
-    return found[:, : int((found > 0).sum(-1).max())].numpy() - 1
+    height, width = planes[config.output_scale].shape
+    split = splits[config.output_scale]
+    plane = torch.cat([averaged(plane, height, width) for plane in planes], -1)
+    taken = stitched(fold(cut(plane, *split)), *split).flatten(0, 1).sort(-1).values
+    # a coarse patch that several cells of a block take counts once
+    taken[:, 1:][taken[:, 1:] == taken[:, :-1]] = 0
+    taken = taken.sort(-1, descending=True).values
+    return taken[:, : int((taken > 0).sum(-1).max())].numpy() - 1
 
 
-def grid(vlm, size, inputs):
-    """Blocks of factor x factor patches, cut at their tile's end. Tiles of `dynamic` one after the
-    other, the whole picture as one tile last."""
-    config, (rows, columns), (width, height) = (
-        vlm.model.config,
-        inputs["tile_grids"][0].tolist(),
-        size,
-    )
-    side, count, reach = config.side, config.tokens, config.tokens * FACTORS[config.connector]
-    if config.tiling == "dynamic_s2":
-        rows, columns = config.tiles(rows, columns)[config.output_scale]
-
-    def boxes(region):  # (count, count, 4)
-        x0, y0, x1, y1 = region
-        own = cells(
-            count, count, (x0, y0, x0 + (x1 - x0) * reach / side, y0 + (y1 - y0) * reach / side)
-        )
-        return np.minimum(own, np.array([x1, y1, x1, y1]))
-
-    tiles = np.array(
-        [[boxes(region) for region in line] for line in cells(rows, columns, (0, 0, width, height))]
-    )  # (rows, columns, count, count, 4)
-    if config.tiling == "dynamic_s2":
-        shape = (rows * count, columns * count) if reach == side else None
-        return PatchGrid(tiles.transpose(0, 2, 1, 3, 4).reshape(-1, 4), shape, tuple(size))
-    whole = [boxes((0, 0, width, height)).reshape(-1, 4)] if rows * columns > 1 else []
-    return PatchGrid(
-        np.concatenate([tiles.reshape(-1, 4), *whole]),
-        (count, count) if rows * columns == 1 and reach == side else None,
-        tuple(size),
-    )
+# --- config ---------------------------------------------------------------------------------------
 
 
-# --- reading a checkpoint -------------------------------------------------------------------------
+def is_nvila(raw: Config) -> bool:
+    """Whether a config.json is of this layout: it holds the configs of three folders. LLaVA's own
+    layout, of the same model_type, has none."""
+    return all(f"{folder}_cfg" in raw for folder in FOLDERS)
 
 
-def is_nvila(raw):
-    """Whether a config.json (as a dict) is of this layout: it holds the configs of three folders.
-    LLaVA's own layout, of the same model_type, has none."""
-    return all(f"{part}_cfg" in raw for part in PARTS)
-
-
-def folder_of(path):
-    """The checkpoint's folder, fetched where `path` is a hub id."""
-    return (
-        Path(path)
-        if Path(path).is_dir()
-        else Path(snapshot_download(path, allow_patterns=list(FILES)))
-    )
-
-
-def read_config(path, raw):
+def read_config(path: str, raw: Config) -> NvilaConfig:
     """NvilaConfig of the checkpoint in `path`. ValueError that says in one line what is not
     supported."""
-    folder = folder_of(path)
-    lacking = [part for part in PARTS if not (folder / part / "config.json").exists()]
+    folder = folder_of(path, FILES)
+    lacking = [name for name in FOLDERS if not (folder / name / "config.json").exists()]
     if lacking:
         raise ValueError(
-            f"no {lacking[0]}/config.json: an NVILA checkpoint has the folders {', '.join(PARTS)}"
+            f"no {lacking[0]}/config.json: an NVILA checkpoint has the folders {', '.join(FOLDERS)}"
         )
-    text, vision = (AutoConfig.from_pretrained(folder / part) for part in PARTS[:2])
-    connector = json.loads((folder / "mm_projector" / "config.json").read_text()).get(
-        "mm_projector_type"
-    )
+    text = AutoConfig.from_pretrained(folder / "llm")
+    vision = AutoConfig.from_pretrained(folder / "vision_tower")
+    projector = json.loads((folder / "mm_projector" / "config.json").read_text())
+    connector = projector.get("mm_projector_type")
     tiling = raw.get("image_aspect_ratio") or "resize"
-    template, encoder = raw.get("chat_template"), raw.get("image_encoder")
-    for what, found, known in (
-        ("the text model", text.model_type, ("qwen2",)),
-        ("the vision tower", vision.model_type, ("siglip_vision_model",)),
-        ("mm_projector_type", connector, tuple(FACTORS)),
-        ("image_aspect_ratio", tiling, TILINGS),
-        ("s2", bool(raw.get("s2")), (False,)),
-        (
-            "mm_vision_select_feature",
-            raw.get("mm_vision_select_feature", "cls_patch"),
-            ("cls_patch",),
-        ),
-        ("chat_template", template, (None, "qwen2")),
-        (
-            "image_encoder",
-            json.loads(encoder) if isinstance(encoder, str) else encoder,
-            (None, ENCODER),
-        ),
-    ):
-        if found not in known:
-            raise ValueError(
-                f"{what} = {found!r} is not supported in NVILA's layout (only"
-                f" {', '.join(map(repr, known))})"
-            )
+    refuse_unsupported(raw, text.model_type, vision.model_type, connector, tiling)
     vision.vision_use_head = False
-    tied, text.tie_word_embeddings = text.tie_word_embeddings, False
-    scales = raw.get("s2_scales") or ""
-    scales = (
-        sorted(map(int, scales.split(",") if isinstance(scales, str) else scales))
-        if tiling == "dynamic_s2"
-        else []
-    )
-    if tiling == "dynamic_s2" and (
-        not scales or scales[0] != vision.image_size or any(scale % scales[0] for scale in scales)
-    ):
-        raise ValueError(
-            f"s2_scales = {raw.get('s2_scales')!r} are not whole multiples of the tower's"
-            f" {vision.image_size} pixels, itself first"
-        )
+    tied = text.tie_word_embeddings
+    text.tie_word_embeddings = False
+    model_dtype = str(raw.get("model_dtype", "torch.float16")).removeprefix("torch.")
     return NvilaConfig(
         text,
         vision,
-        connector,
-        raw.get("mm_vision_select_layer", -2),
-        tiling,
-        scales,
-        raw.get("s2_resize_output_to_scale_idx", 0),
-        raw.get("min_tiles") or 1,
-        raw.get("max_tiles") or 12,
+        connector=connector,
+        feature_layer=raw.get("mm_vision_select_layer", -2),
+        tiling=tiling,
+        scales=scales_of(raw, vision.image_size) if tiling == "dynamic_s2" else [],
+        output_scale=raw.get("s2_resize_output_to_scale_idx", 0),
+        min_tiles=raw.get("min_tiles") or 1,
+        max_tiles=raw.get("max_tiles") or 12,
         tie_word_embeddings=False,
         original_tied=tied,
-        original_template=template,
-        dtype=raw.get("torch_dtype")
-        or raw.get("dtype")
-        or str(raw.get("model_dtype", "torch.float16")).removeprefix("torch."),
+        original_template=raw.get("chat_template"),
+        dtype=raw.get("torch_dtype") or raw.get("dtype") or model_dtype,
     )
 
 
-def load_weights(folder, config):
+def refuse_unsupported(
+    raw: Config, text: str, vision: str, connector: str | None, tiling: str
+) -> None:
+    """ValueError for a part or a setting of another kind. text, vision: types of the models."""
+    encoder = raw.get("image_encoder")
+    if isinstance(encoder, str):
+        encoder = json.loads(encoder)
+    feature = raw.get("mm_vision_select_feature", "cls_patch")
+    settings: list[tuple[str, object, tuple[object, ...]]] = [
+        ("the text model", text, ("qwen2",)),
+        ("the vision tower", vision, ("siglip_vision_model",)),
+        ("mm_projector_type", connector, tuple(FACTORS)),
+        ("image_aspect_ratio", tiling, TILINGS),
+        ("s2", bool(raw.get("s2")), (False,)),
+        ("mm_vision_select_feature", feature, ("cls_patch",)),
+        ("chat_template", raw.get("chat_template"), (None, "qwen2")),
+        ("image_encoder", encoder, (None, ENCODER)),
+    ]
+    for name, setting, supported in settings:
+        if setting not in supported:
+            raise ValueError(
+                f"{name} = {setting!r} is not supported in NVILA's layout (only"
+                f" {', '.join(map(repr, supported))})"
+            )
+
+
+def scales_of(raw: Config, image_size: int) -> list[int]:
+    """Sides of the S2 scales in pixels, sorted; ValueError where the tower's tiles do not fill
+    them."""
+    given = raw.get("s2_scales") or ""
+    scales = sorted(map(int, given.split(",") if isinstance(given, str) else given))
+    if not scales or scales[0] != image_size or any(scale % scales[0] for scale in scales):
+        raise ValueError(
+            f"s2_scales = {raw.get('s2_scales')!r} are not whole multiples of the tower's"
+            f" {image_size} pixels, itself first"
+        )
+    return scales
+
+
+# --- weights, loading -----------------------------------------------------------------------------
+
+
+def text_name(key: str) -> str | None:
+    """The parameter of Nvila that one of llm/ is; None for a buffer that is computed."""
+    if key.endswith("rotary_emb.inv_freq"):
+        return None
+    return key if key.startswith("lm_head.") else "language_model." + key.removeprefix("model.")
+
+
+def tower_name(key: str) -> str | None:
+    """The same for vision_tower/; None for the pooling head, which is not used."""
+    if ".head." in key or key.endswith("position_ids"):
+        return None
+    return "vision_tower." + key.removeprefix("vision_model.")
+
+
+def connector_name(key: str) -> str:
+    """The same for mm_projector/."""
+    return "mm_projector." + key.removeprefix("layers.")
+
+
+def load_weights(folder: Path, config: NvilaConfig) -> State:
     """State dict of Nvila(config) from the three folders."""
-    state = read_weights(
-        folder / "llm", lambda key: None if key.endswith("rotary_emb.inv_freq") else key
-    )
-    table = state.get("model.embed_tokens.weight")
-    if table is not None:
-        if config.original_tied:
-            state["lm_head.weight"] = table
-        state["model.embed_tokens.weight"] = longer(table, config.image_token_id + 1)
-    state = {
-        key if key.startswith("lm_head.") else "language_model." + key.removeprefix("model."): value
-        for key, value in state.items()
-    }
-    tower = lambda key: (
-        None
-        if ".head." in key or key.endswith("position_ids")
-        else "vision_tower." + key.removeprefix("vision_model.")
-    )
-    return (
-        state
-        | read_weights(folder / "vision_tower", tower)
-        | read_weights(
-            folder / "mm_projector", lambda key: "mm_projector." + key.removeprefix("layers.")
-        )
-    )
+    state = read_weights(folder / "llm", text_name)
+    table = "language_model.embed_tokens.weight"
+    rows = config.image_token_id + 1
+    complete_embeddings(state, table, "lm_head.weight", rows, config.original_tied)
+    state |= read_weights(folder / "vision_tower", tower_name)
+    return state | read_weights(folder / "mm_projector", connector_name)
 
 
-def load(
-    path,
-    config,
-    dtype,
-    device_map=None,
-    vision_tower_path=None,
-    conv_mode=None,
-    trust_remote_code=False,
-    quantization_config=None,
-):
-    if conv_mode is not None:
-        raise UsageError(
-            f"--conv_mode {conv_mode}: for checkpoints in LLaVA's original layout; {path} is in"
-            " NVILA's: give --prompt_template"
-        )
-    folder = folder_of(path)
+def make_tokenizer(folder: Path, template: str | None) -> PreTrainedTokenizerBase:
+    """The text model's tokenizer with VILA's tokens and the chat template of that name."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
-    tokenizer.add_tokens(
-        [token for token in ADDED if token not in tokenizer.get_vocab()], special_tokens=True
-    )
-    tokenizer.chat_template = (
-        VILA if config.original_template == "qwen2" else tokenizer.chat_template or QWEN2
-    )
+    added = [token for token in ADDED if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(added, special_tokens=True)
+    if template == "qwen2":
+        tokenizer.chat_template = VILA
+    else:
+        tokenizer.chat_template = tokenizer.chat_template or QWEN2
+    return tokenizer
+
+
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """Nvila and its processor; ValueError for parameters that no file fills or that have no
+    place."""
+    generic.refuse_conv_mode(path, options, "NVILA's")
+    folder = folder_of(path, FILES)
+    tokenizer = make_tokenizer(folder, config.original_template)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    model = assembled(
-        Nvila, config, load_weights(folder, config), dtype, device_map, quantization_config
-    )
+    model = assembled(Nvila, config, load_weights(folder, config), options)
     ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")} - {None}
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
-        sorted(ends),
-        tokenizer.pad_token_id,
-    )
+    model.generation_config.eos_token_id = sorted(ends)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     images = SiglipImageProcessorPil.from_pretrained(folder / "vision_tower")
-    images.size = {
-        "height": config.vision_config.image_size,
-        "width": config.vision_config.image_size,
-    }
+    edge = config.vision_config.image_size
+    images.size = {"height": edge, "width": edge}
     return model, NvilaProcessor(tokenizer, images, config)
 
 
-def parts(model):
-    decoder = model.language_model
-    blocks = list(model.vision_tower.encoder.layers)
-    return Parts(
-        decoder,
-        list(decoder.layers),
-        decoder.norm,
+def parts(model: PreTrainedModel) -> Parts:
+    """The modules of Nvila."""
+    return generic.decoder_parts(
+        model.language_model,
         model.lm_head,
         model.vision_tower,
         model.mm_projector,
-        vision_blocks=blocks,
+        vision_blocks=list(model.vision_tower.encoder.layers),
     )
 
 

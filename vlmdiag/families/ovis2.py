@@ -14,13 +14,15 @@ columns) and then takes the pair as (columns, rows): a picture three times as wi
 three tiles one above the other, squeezed to them, while its own arithmetic of their cover cuts side
 by side. We follow what the processor does, and the grid says which pixels a token has seen.
 
-Checked on small random models (tiles and none) with processors made in the tests: tokens against
+Tested on small random models (tiles and none) with processors made in the tests: tokens against
 transformers' own processor, tiles by their pixels, logits and greedy answers against transformers'
-own class. Not checked, for want of the files: published weights and tokenizers; argmax in the
-softmax's place.
+own class. Not tested: we had no published weights or tokenizers; argmax in the softmax's place.
 """
 
-import numpy as np
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from transformers import Ovis2ForConditionalGeneration, Ovis2Processor
 from transformers.models.ovis2.image_processing_pil_ovis2 import (
@@ -29,81 +31,86 @@ from transformers.models.ovis2.image_processing_pil_ovis2 import (
 )
 
 from vlmdiag.families import Family, Parts, generic
-from vlmdiag.pictures.grid import PatchGrid, cells
+from vlmdiag.pictures.grid import PatchGrid
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+    from torch import Tensor, nn
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.types import VLM
+
+LOAD = generic.loader(Ovis2ForConditionalGeneration, Ovis2Processor)
 
 
-def load(path, config, **options):
-    model, processor = generic.loader(Ovis2ForConditionalGeneration, Ovis2Processor)(
-        path, config, **options
-    )
-    table, first = (
-        model.model.visual_embeddings_table,
-        -config.vision_config.num_visual_indicator_tokens,
-    )  # their rows are its last
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """transformers' class, whose text embedding gives <IMG_START> and the like their visual
+    embeddings."""
+    model, processor = LOAD(path, config, **options)
+    table = model.model.visual_embeddings_table
+    first = -config.vision_config.num_visual_indicator_tokens  # their rows are the table's last
     indicators = list(enumerate(config.visual_indicator_token_ids, first))
 
-    def with_indicators(module, args, output):
-        for row, token in (
-            indicators if args[0].shape[-1] > 1 else ()
-        ):  # one that was generated keeps its text embedding, as in transformers
-            output = torch.where(
-                (args[0] == token).to(output.device)[..., None],
-                table.weight[row].to(output),
-                output,
-            )
+    def with_indicators(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        ids = args[0]
+        if ids.shape[-1] == 1:  # a generated one keeps its text embedding, as in transformers
+            return output
+        for row, token in indicators:
+            places = (ids == token).to(output.device)[..., None]
+            output = torch.where(places, table.weight[row].to(output), output)
         return output
 
     model.get_input_embeddings().register_forward_hook(with_indicators)
     return model, processor
 
 
-def parts(model):
-    base, text = model.model, model.model.language_model
-    blocks = list(base.vision_tower.transformer.encoder.layers)
-    return Parts(
-        text,
-        list(text.layers),
-        text.norm,
+def parts(model: PreTrainedModel) -> Parts:
+    """The modules under their names in transformers' class; the connector is the visual
+    vocabulary's table."""
+    base = model.model
+    return generic.decoder_parts(
+        base.language_model,
         model.lm_head,
         base.vision_tower,
         base.visual_embeddings_table,
-        vision_blocks=blocks,
+        vision_blocks=list(base.vision_tower.transformer.encoder.layers),
     )
 
 
-def tile_counts(processor, size):
-    """(columns, rows) of the canvas that a picture of `size` (width, height) is resized to, as the
-    processor counts them."""
-    tile = processor.size["height"], processor.size["width"]
-    if processor.use_covering_area_grid:
-        return get_min_tile_covering_grid(size[::-1], tile[0], processor.max_patches, 0.9)
-    return get_optimal_tiled_canvas(size[::-1], tile, processor.min_patches, processor.max_patches)
+def tile_counts(image_processor: BaseImageProcessor, size: Size) -> tuple[int, int]:
+    """(columns, rows) of the canvas that a picture of `size` is resized to, as the processor counts
+    them."""
+    shape = size[::-1]
+    tile = image_processor.size["height"], image_processor.size["width"]
+    most = image_processor.max_patches
+    if image_processor.use_covering_area_grid:
+        return get_min_tile_covering_grid(shape, tile[0], most, 0.9)
+    return get_optimal_tiled_canvas(shape, tile, image_processor.min_patches, most)
 
 
-def shape(vlm, inputs):
+def tiles(vlm: VLM, inputs: Inputs) -> tuple[int, int]:
     """Tiles of a picture, the whole one included, and vision tokens along a side of one."""
     count, *_, edge = inputs["pixel_values"].shape
     vision = vlm.model.config.vision_config
     return count, edge // vision.patch_size // vision.hidden_stride
 
 
-def grid(vlm, size, inputs):
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """The whole picture, then its tiles where it has more than one."""
-    (count, side), whole = shape(vlm, inputs), (0, 0, *size)
+    count, side = tiles(vlm, inputs)
     if count == 1:
-        return PatchGrid.regular(side, side, whole, size)
+        return PatchGrid.regular(side, side, (0, 0, *size), size)
     columns, rows = tile_counts(vlm.processor.image_processor, size)
-    regions = [whole, *cells(rows, columns, whole).reshape(-1, 4)]
-    return PatchGrid(
-        np.concatenate([cells(side, side, region).reshape(-1, 4) for region in regions]),
-        None,
-        tuple(size),
-    )
+    shown = [(0, 0, *size), *generic.regions(rows, columns, size)]
+    return generic.grid_of_tiles(shown, side, side, size)
 
 
-def sources(vlm, size, inputs):
+def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P k"]:
     """2 x 2 patches of each tile."""
-    count, side = shape(vlm, inputs)
+    count, side = tiles(vlm, inputs)
     return generic.merged(side, side, vlm.model.config.vision_config.hidden_stride, count)
 
 

@@ -2,29 +2,46 @@
 Gemma 2 that reads picture and question in both directions.
 
 Prompt: <image> x P, <bos>, the question, a line break; no chat template. The whole prompt is a
-prefix whose positions all see each other, the answer is causal: so "causal" is not had (a prompt's
-keys and values cannot be shared with another prompt of the same picture). The mask comes from
-token_type_ids, 0 over the prompt and 1 at generated tokens. Positions count from 1. Text embeddings
-are scaled by sqrt(d) inside the embedding, the picture's features are not. Checkpoints are tuned
-for short commands, as "answer en where is the cat"; a question is passed on as it is.
+prefix whose positions all see each other, the answer is causal, so this family does not declare
+`causal` (a prompt's keys and values cannot be shared with another prompt of the same picture). The
+mask comes from token_type_ids, 0 over the prompt and 1 at generated tokens. Positions count from 1.
+Text embeddings are scaled by sqrt(d) inside the embedding, the picture's features are not.
+Checkpoints are tuned for short commands, as "answer en where is the cat"; a question is passed on
+as it is.
 
 The picture is squeezed to the tower's square; one patch of 14 pixels is one token, row-major,
 without CLS. Gemma 2 caps its attention scores and its logits and has windows of 4096 positions in
 every second layer, which a prefix of 896 pixels and a long question reaches.
 
-Checked on small random models on Gemma and Gemma 2 with processors made in the tests: tokens
-against transformers' own processor, logits and greedy answers against transformers' own class, the
-mask by what the picture sees of the question. Not checked, for want of the files: published weights
-and tokenizers.
+Tested on small random models on Gemma and Gemma 2 with processors made in the tests: tokens against
+transformers' own processor, logits and greedy answers against transformers' own class, the mask by
+what the picture sees of the question. Not tested: we had no published weights or tokenizers.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from vlmdiag.families import Family, Parts, checked, generic
+from vlmdiag.families import Family, Parts, generic
 from vlmdiag.families.llava import region
 from vlmdiag.groups import GROUPS
 from vlmdiag.pictures.grid import PatchGrid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Int
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
+    from typing_extensions import Unpack
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.types import VLM
 
 
 class PlainProcessor(PaliGemmaProcessor):
@@ -33,78 +50,76 @@ class PlainProcessor(PaliGemmaProcessor):
 
     chat_template = None
 
-    def __call__(self, images=None, text=None, **options):
+    def __call__(
+        self,
+        images: Image | None = None,
+        text: str | Sequence[str] | None = None,
+        **options: object,
+    ) -> BatchFeature:
         """Without the labels of training, which differ by question and are no input of the
         tower."""
         return ProcessorMixin.__call__(self, images=images, text=text, **options)
 
-    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        images, text, *rest = ProcessorMixin.prepare_inputs_layout(
+    def prepare_inputs_layout(
+        self, images: object = None, text: object = None, **kwargs: object
+    ) -> tuple[object, ...]:
+        """The base class's lists, each prompt with its BOS."""
+        images, samples, *others = ProcessorMixin.prepare_inputs_layout(
             self, images=images, text=text, **kwargs
         )
         bos = self.tokenizer.bos_token
-        return (
-            images,
-            [
-                (
-                    sample
-                    if bos in sample
-                    else sample.replace(self.image_token, self.image_token + bos)
-                )
-                for sample in text
-            ],
-            *rest,
-        )
+        behind_picture = self.image_token + bos
+        with_bos = [
+            sample if bos in sample else sample.replace(self.image_token, behind_picture)
+            for sample in samples
+        ]
+        return (images, with_bos, *others)
 
 
-def load(
-    path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_
-):
-    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
-    model = checked(
-        PaliGemmaForConditionalGeneration.from_pretrained(
-            path, config=config, output_loading_info=True, **options
-        )
-    )
-    processor = generic.load_processor(path, trust_remote_code)
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """transformers' class, with PlainProcessor."""
+    model = generic.load_model_class(PaliGemmaForConditionalGeneration, path, config, options)
+    processor = generic.load_processor(path, options.get("trust_remote_code", False))
     return model, PlainProcessor(processor.image_processor, processor.tokenizer)
 
 
-def parts(model):
-    base, text = model.model, model.model.language_model
-    blocks = list(base.vision_tower.encoder.layers)
-    return Parts(
-        text,
-        list(text.layers),
-        text.norm,
+def parts(model: PreTrainedModel) -> Parts:
+    """The modules under their names in transformers' class."""
+    base = model.model
+    return generic.decoder_parts(
+        base.language_model,
         model.lm_head,
         base.vision_tower,
         base.multi_modal_projector,
-        vision_blocks=blocks,
+        vision_blocks=list(base.vision_tower.encoder.layers),
     )
 
 
-def grid(vlm, size, inputs):
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per patch of the squeezed picture."""
-    rows, columns = (
-        side // vlm.model.config.vision_config.patch_size
-        for side in inputs["pixel_values"].shape[-2:]
-    )
+    rows, columns = generic.patch_sides(inputs, vlm.model.config.vision_config.patch_size)
     return PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
 
 
-def prompt(vlm, question, system):
-    return f"{vlm.processor.image_token}{system + ' ' if system else ''}{question}\n"
+def prompt(vlm: VLM, question: str, system: str | None) -> str:
+    """Picture, system prompt and question on one line."""
+    before = f"{system} " if system else ""
+    return f"{vlm.processor.image_token}{before}{question}\n"
 
 
-def positions(vlm, input_ids, attention_mask, image_inputs):
+def positions(
+    vlm: VLM,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"],
+    image_inputs: Inputs,
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
     """1, 2, 3, ... of each row without its padding."""
     ids, following = generic.positions(vlm, input_ids, attention_mask, image_inputs)
     return ids + 1, following + 1
 
 
-def inputs(vlm, batch):
-    """token_type_ids (B, T): 0 over the prefix, 1 at what was generated."""
+def inputs(vlm: VLM, batch: Batch) -> dict[str, Int[Tensor, "B T"]]:
+    """token_type_ids: 0 over the prefix, 1 at what was generated."""
     return {"token_type_ids": (batch.groups == GROUPS.index("generated")).long()}
 
 

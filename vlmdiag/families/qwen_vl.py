@@ -8,13 +8,18 @@ height, width) and come from the model's own get_rope_index. Relevancy does not 
 tower, whose attention runs in windows and in another order of patches.
 
 Qwen3-VL adds features of the tower's middle to the vision tokens of its first decoder layers
-(deepstack): the picture is not in the input embeddings alone, see capturing.entered. What replaces
-a vision token leaves nothing of it there either; prompts about a picture share no keys and values.
+(deepstack): the picture is not in the input embeddings alone, see vlmdiag.model.vision.entered.
+What replaces a vision token leaves nothing of it there either; prompts about a picture share no
+keys and values.
 
-Checked on small random models with processors made in the tests: the contract. Not checked, for
-want of the files: the published weights; videos are not read."""
+Tested on small random models with processors made in the tests: the contract. Not tested: we had no
+published weights; videos are not read.
+"""
+
+from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from transformers import (
     AutoTokenizer,
@@ -28,10 +33,18 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vlmdiag.families import Family, Parts, checked, generic
+from vlmdiag.families import Family, Parts, generic
 from vlmdiag.pictures.grid import PatchGrid
 
-KINDS = {  # model type: classes of the model and, without its video part, of the processor
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from typing_extensions import Unpack
+
+    from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.types import VLM
+
+# model type: classes of the model and, without its video part, of the processor
+KINDS = {
     "qwen2_vl": (Qwen2VLForConditionalGeneration, generic.image_only(Qwen2VLProcessor)),
     "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, generic.image_only(Qwen2_5_VLProcessor)),
     "qwen3_vl": (Qwen3VLForConditionalGeneration, generic.image_only(Qwen3VLProcessor)),
@@ -39,47 +52,37 @@ KINDS = {  # model type: classes of the model and, without its video part, of th
 }
 
 
-def load(
-    path, config, dtype, device_map=None, trust_remote_code=False, quantization_config=None, **_
-):
+def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
+    """The classes of the model's type; pictures by the PIL image processor that all of them
+    share."""
     model_class, processor_class = KINDS[config.model_type]
-    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
-    model = model_class.from_pretrained(path, config=config, output_loading_info=True, **options)
+    model = generic.load_model_class(model_class, path, config, options)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    processor = processor_class(
-        Qwen2VLImageProcessorPil.from_pretrained(path),
-        tokenizer,
-        chat_template=tokenizer.chat_template,
-    )
-    return checked(model), processor
+    images = Qwen2VLImageProcessorPil.from_pretrained(path)
+    return model, processor_class(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def parts(model):
+def parts(model: PreTrainedModel) -> Parts:
+    """The modules under their names in transformers' classes."""
     base = model.model
-    return Parts(
-        base.language_model,
-        list(base.language_model.layers),
-        base.language_model.norm,
-        model.lm_head,
-        base.visual,
-        base.visual.merger,
+    return generic.decoder_parts(
+        base.language_model, model.lm_head, base.visual, base.visual.merger
     )
 
 
-def grid(vlm, size, inputs):
+def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """The picture is resized to whole merged patches, nothing is cropped or padded."""
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
     merge = vlm.model.config.vision_config.spatial_merge_size
     return PatchGrid.regular(rows // merge, columns // merge, (0, 0, *size), size)
 
 
-def variant(config):
-    """The family of one model type. config: config.json as a dict."""
+def variant(config: Config) -> Family:
+    """The family of one model type: Qwen3-VL's deepstack is not causal in the input embeddings."""
     kind = config["model_type"] if config.get("model_type") in KINDS else "qwen2_5_vl"
-    deep = kind.startswith("qwen3")
-    return replace(
-        FAMILY, name=kind, deepstack=deep, has=FAMILY.has - ({"causal"} if deep else set())
-    )
+    if kind.startswith("qwen3"):
+        return replace(FAMILY, name=kind, deepstack=True, has=FAMILY.has - {"causal"})
+    return replace(FAMILY, name=kind)
 
 
 FAMILY = Family(
