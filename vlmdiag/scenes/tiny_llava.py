@@ -1,39 +1,43 @@
-"""What the tiny models are made of: tokenizer, processor, configs, pictures as the processor sees
-them, and packed question turns."""
+"""What the tiny models are made of: tokenizer, processor, configs, and pictures as the processor
+sees them with what each patch shows.
+
+Shapes: B pictures, P = 144 patches (12 x 12), H = W = 168 pixels.
+"""
+
+from __future__ import annotations
 
 import re
 import string
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
 from PIL import Image
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaTokenizer,
-    LlavaConfig,
-    LlavaProcessor,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlmdiag.families.llava import SYSTEM
-from vlmdiag.scenes.questions import ask, ask_camera, ask_protocol, ask_relation
+from vlmdiag.scenes.questions import Mix, ask, ask_camera, ask_protocol, ask_relation
 from vlmdiag.scenes.scene import (
     COLORS,
     CORRIDOR_COLORS,
     CORRIDOR_SHAPES,
     SHAPES,
+    Scene,
     corridor_scene,
     floor_scene,
     instance_map,
     render,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int64, UInt8
+    from torch import Tensor
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ (message['content'] if"
@@ -44,95 +48,59 @@ CHAT_TEMPLATE = (
     " }}{% endfor %}{% endif %}{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endif"
     " %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-EXTRA_WORDS = [
-    "under",
-    "beneath",
-    "behind",
-    "front",
-    "near",
-    "nearby",
-    "distant",
-    "largest",
-    "smallest",
-    "top",
-    "bottom",
-    "corner",
-    "middle",
-    "object",
-    "objects",
-    "detail",
-    "details",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "zero",
-    "Left",
-    "Right",
-    "Above",
-    "Below",
-    "Far",
-    "Close",
-    "yes",
-    "no",
-    "Can",
-    "you",
-    "see",
-    "any",
-    "Which",
-    "What",
-    "where",
-    "Why",
-    "how",
-    "many",
-    "this",
-    "picture",
-    "scene",
-    "photo",
-    "visible",
-    "both",
-    "neither",
-    "same",
-    "different",
-]
+# words that no question of the training mix has, each one token as well
+EXTRA_WORDS = (
+    "under beneath behind front near nearby distant largest smallest top bottom corner middle"
+    " object objects detail details one two three four five zero Left Right Above Below Far Close"
+    " yes no Can you see any Which What where Why how many this picture scene photo visible both"
+    " neither same different"
+)
 VOCABULARY = 928
-IMAGE_SIZE, PATCH = 168, 14
+IMAGE_SIZE = 168
+PATCH = 14
 SIDE = IMAGE_SIZE // PATCH
 TOKENS = SIDE * SIDE
-TOWER_WIDTH, WIDTH, LAYERS, HEADS = 96, 128, 6, 4
+TOWER_WIDTH = 96
+WIDTH = 128
+LAYERS = 6
+HEADS = 4
 ALL_COLORS = list(dict.fromkeys([*COLORS, *CORRIDOR_COLORS]))
 ALL_SHAPES = [*SHAPES, *CORRIDOR_SHAPES]
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
+# CLIP's
+MEAN = [0.48145466, 0.4578275, 0.40821073]
+STD = [0.26862954, 0.26130258, 0.27577711]
+LEAST_SHARE = 0.25  # of a patch that an object covers to be what the patch shows
+
+SceneTask = tuple[str, int, int | str, float]  # what make_scene takes
 
 
-def make_tokenizer(folder):
-    """A Llama tokenizer (BPE, byte fallback) in which every word of the training mix is one token;
-    writes tokenizer.model and tokenizer.json."""
-    rng, texts = (
-        Random(0),
-        [SYSTEM, "USER ASSISTANT", " ".join(EXTRA_WORDS), " ".join(ALL_COLORS + ALL_SHAPES)],
-    )
+# --- tokenizer, processor, config -----------------------------------------------------------------
+
+
+def _training_words() -> list[str]:
+    """Every word that occurs in a sample of the training mix, and EXTRA_WORDS."""
+    rng = Random(0)
+    texts = [SYSTEM, "USER ASSISTANT", EXTRA_WORDS, " ".join(ALL_COLORS + ALL_SHAPES)]
     for i in range(6000):
-        scene = corridor_scene(rng) if i % 4 == 0 else floor_scene(rng, rng.randint(1, 4))
-        question = ask(
-            rng,
-            scene,
-            (
-                {ask_camera: 1}
-                if i % 4 == 0
-                else {ask_protocol: 1, ask_relation: 1}
-                if i % 4 == 1
-                else None
-            ),
-        )
+        mix: Mix | None = None
+        if i % 4 == 0:
+            scene = corridor_scene(rng)
+            mix = {ask_camera: 1}
+        else:
+            scene = floor_scene(rng, rng.randint(1, 4))
+            if i % 4 == 1:
+                mix = {ask_protocol: 1, ask_relation: 1}
+        question = ask(rng, scene, mix)
         texts += [question.text, question.answer]
-    words = sorted({word for text in texts for word in re.findall(r"[A-Za-z]+", text)})
+    return sorted({word for text in texts for word in re.findall(r"[A-Za-z]+", text)})
+
+
+def _train_sentencepiece(words: Sequence[str]) -> bytes:
+    """The bytes of a tokenizer.model in which each word is one token."""
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "words.txt"
-        corpus.write_text(
-            "".join(f"{word} ?{word}\n" * 20 for word in words)
-        )  # with and without a space before: a word may follow a line break
+        # with and without a space before: a word may follow a line break
+        corpus.write_text("".join(f"{word} ?{word}\n" * 20 for word in words))
         sentencepiece.SentencePieceTrainer.train(
             input=str(corpus),
             model_prefix=f"{scratch}/tokenizer",
@@ -148,9 +116,14 @@ def make_tokenizer(folder):
             pad_id=-1,
             minloglevel=2,
         )
-        (Path(folder) / "tokenizer.model").write_bytes(
-            (Path(scratch) / "tokenizer.model").read_bytes()
-        )
+        return (Path(scratch) / "tokenizer.model").read_bytes()
+
+
+def make_tokenizer(folder: str | Path) -> LlamaTokenizer:
+    """A Llama tokenizer (BPE, byte fallback) in which every word of the training mix is one token;
+    writes tokenizer.model and tokenizer_config.json."""
+    words = _training_words()
+    (Path(folder) / "tokenizer.model").write_bytes(_train_sentencepiece(words))
     (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     tokenizer = LlamaTokenizer.from_pretrained(str(folder))
     tokenizer.add_bos_token = True
@@ -161,18 +134,22 @@ def make_tokenizer(folder):
     return tokenizer
 
 
-def make_processor(tokenizer):
+def word_id(tokenizer: LlamaTokenizer, word: str) -> int:
+    """The id of a word behind a space."""
+    return int(tokenizer.encode(f"? {word}")[-1])
+
+
+def make_processor(tokenizer: LlamaTokenizer) -> LlavaProcessor:
     """CLIP preprocessing that pads to a square, as LLaVA-1.5 was trained."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = LlavaImageProcessorPil(
+    image_processor = LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": IMAGE_SIZE},
-        crop_size=size,
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=MEAN,
         image_std=STD,
     )
     return LlavaProcessor(
-        images,
+        image_processor,
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -181,7 +158,10 @@ def make_processor(tokenizer):
     )
 
 
-def make_config(tokenizer, **extra):
+def make_config(
+    tokenizer: LlamaTokenizer, vision_feature_layer: int | list[int] = -2, **extra: object
+) -> LlavaConfig:
+    """The config of a tiny model; extra: further fields of LlavaConfig."""
     vision = CLIPVisionConfig(
         hidden_size=TOWER_WIDTH,
         intermediate_size=192,
@@ -207,7 +187,7 @@ def make_config(tokenizer, **extra):
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=extra.pop("vision_feature_layer", -2),
+        vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="default",
         image_seq_length=TOKENS,
         tie_word_embeddings=True,
@@ -218,174 +198,80 @@ def make_config(tokenizer, **extra):
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def square(picture, fill):
+class Example(NamedTuple):
+    """A picture to train on, with what each of its P patches shows."""
+
+    scene: Scene
+    pixels: UInt8[np.ndarray, "H W 3"]
+    color: Int64[np.ndarray, " P"]  # 1 + index in ALL_COLORS, 0: no object
+    shape: Int64[np.ndarray, " P"]  # 1 + index in ALL_SHAPES, 0: no object
+    center: Float32[np.ndarray, "P 2"]  # of the patch's object, -1 to 1 of the padded picture
+
+
+def square(picture: Image.Image, fill: int | tuple[int, ...]) -> Image.Image:
     """Centred on a square of its longer side, as the image processor pads."""
     side = max(picture.size)
-    out = Image.new(picture.mode, (side, side), fill)
-    out.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return out
+    padded = Image.new(picture.mode, (side, side), fill)
+    padded.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return padded
 
 
-def example(scene):
-    """(pixels (168, 168, 3) uint8, colour (P,), shape (P,), centre (P, 2)): per patch the object
-    that covers it most (0 = none; at least a quarter of the patch, or the object's best patch) and
-    that object's centre in [-1, 1] of the padded picture."""
-    pixels = np.asarray(
-        square(render(scene), tuple(int(m * 255) for m in MEAN)).resize(
-            (IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC
-        )
-    )
+def object_of_patch(scene: Scene) -> Int64[np.ndarray, " P"]:
+    """Index of the object that covers each patch most, -1 for none: at least a quarter of the
+    patch, or the object's best patch."""
     padded = np.asarray(square(Image.fromarray(instance_map(scene)), 0))
-    cell = np.arange(len(padded)) * SIDE // len(padded)
+    patch_row = np.arange(len(padded)) * SIDE // len(padded)  # of each pixel row, or column
     counts = np.zeros((len(scene.things) + 1, SIDE, SIDE))
-    np.add.at(counts, (padded, cell[:, None], cell[None, :]), 1)
+    np.add.at(counts, (padded, patch_row[:, None], patch_row[None, :]), 1)
     share = counts[1:].reshape(len(scene.things), TOKENS) / (len(padded) / SIDE) ** 2
-    best = np.where(share.max(0) >= 0.25, share.argmax(0), -1)
+    covering = np.where(share.max(0) >= LEAST_SHARE, share.argmax(0), -1)
     for i in range(len(scene.things)):
-        best[share[i].argmax()] = i
-    color = np.array([0] + [1 + ALL_COLORS.index(thing.color) for thing in scene.things])[best + 1]
-    shape = np.array([0] + [1 + ALL_SHAPES.index(thing.shape) for thing in scene.things])[best + 1]
-    offset = (
-        np.array(
-            [
-                max(scene.width, scene.height) - scene.width,
-                max(scene.width, scene.height) - scene.height,
-            ]
-        )
-        / 2
-    )
-    centres = np.array(
-        [(0.0, 0.0)]
-        + [
-            tuple((np.array([thing.x, thing.y]) + offset) / max(scene.width, scene.height) * 2 - 1)
-            for thing in scene.things
-        ]
-    )
-    return (
+        covering[share[i].argmax()] = i
+    return covering
+
+
+def example(scene: Scene) -> Example:
+    """The picture as the processor gives it to the tower, and what its patches show."""
+    background = tuple(int(mean * 255) for mean in MEAN)
+    picture = square(render(scene), background)
+    pixels = np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    side = max(scene.width, scene.height)
+    offset = np.array([side - scene.width, side - scene.height]) / 2  # of the padding
+    # the first entry of each stands for no object
+    colors = [0]
+    shapes = [0]
+    centers: list[tuple[float, ...]] = [(0.0, 0.0)]
+    for thing in scene.things:
+        colors.append(1 + ALL_COLORS.index(thing.color))
+        shapes.append(1 + ALL_SHAPES.index(thing.shape))
+        centers.append(tuple((np.array([thing.x, thing.y]) + offset) / side * 2 - 1))
+    covering = object_of_patch(scene) + 1
+    return Example(
+        scene,
         pixels,
-        color.astype(np.int64),
-        shape.astype(np.int64),
-        centres[best + 1].astype(np.float32),
+        np.array(colors)[covering].astype(np.int64),
+        np.array(shapes)[covering].astype(np.int64),
+        np.array(centers)[covering].astype(np.float32),
     )
 
 
-def make_scene(task):
+def make_scene(task: SceneTask) -> Scene:
     """(seed, index, kind, correlation of height and depth) -> scene; kind: number of shapes on a
     floor, or 'corridor', where the two are always free."""
     seed, index, kind, correlation = task
     rng = Random(f"{seed}-{kind}-{index}")
-    return corridor_scene(rng) if kind == "corridor" else floor_scene(rng, kind, correlation)
+    if isinstance(kind, str):
+        return corridor_scene(rng)
+    return floor_scene(rng, kind, correlation)
 
 
-def make_example(task):
-    scene = make_scene(task)
-    return (scene, *example(scene))
+def make_example(task: SceneTask) -> Example:
+    """The example of make_scene's scene."""
+    return example(make_scene(task))
 
 
-def normalized(pixels):
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) as the processor gives it."""
-    return (
-        (torch.tensor(np.asarray(pixels)).float() / 255 - torch.tensor(MEAN))
-        .div(torch.tensor(STD))
-        .permute(0, 3, 1, 2)
-    )
-
-
-# --- packed turns ---------------------------------------------------------------------------------
-
-
-class Packer:
-    """Packs single-turn prompts of one picture into one row: slots of equal length behind a shared
-    prefix (system, picture). With `packed_attention` a slot sees the prefix and itself only, at the
-    positions it would have alone, so each turn is trained exactly as it will be asked.
-    """
-
-    LAYOUTS = {"short": (10, 28), "long": (3, 90)}  # slots, tokens a slot
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.cache = tokenizer, {}
-        self.image = tokenizer.convert_tokens_to_ids("<image>")
-        heads = (tokenizer.encode("USER: <image>"), tokenizer.encode(f"{SYSTEM} USER: <image>"))
-        self.heads = [head[: head.index(self.image)] for head in heads]
-
-    def turn(self, question):
-        """(prompt ids after the picture, answer ids with </s>)."""
-        key = (question.text, question.answer)
-        if key not in self.cache:
-            prompt = f"USER: <image>\n{question.text} ASSISTANT:"
-            ids = self.tokenizer.encode(prompt)
-            full = self.tokenizer.encode(f"{prompt} {question.answer}") + [
-                self.tokenizer.eos_token_id
-            ]
-            if full[: len(ids)] != ids:
-                raise ValueError(f"the answer changes the prompt's tokens: {key}")
-            start = ids.index(self.image) + 1
-            self.cache[key] = ids[start:], full[len(ids) :]
-        return self.cache[key]
-
-    def row(self, rng, scene, system, layout, mix=None):
-        """ids, targets (-100 = none), loss weights and positions, each (prefix + slots * size,);
-        and the questions."""
-        slots, size = self.LAYOUTS[layout]
-        head = self.heads[system]
-        prefix = len(head) + TOKENS
-        length = prefix + slots * size
-        ids, targets, weights = (
-            np.zeros(length, np.int64),
-            np.full(length, -100),
-            np.zeros(length, np.float32),
-        )
-        ids[:prefix] = head + [self.image] * TOKENS
-        positions = np.concatenate(
-            [np.arange(prefix), np.tile(np.arange(prefix, prefix + size), slots)]
-        )
-        questions = []
-        while len(questions) < slots:
-            question = ask(rng, scene, mix)
-            prompt, answer = self.turn(question)
-            if len(prompt) + len(answer) > size:
-                continue
-            start = prefix + len(questions) * size
-            middle, end = start + len(prompt), start + len(prompt) + len(answer)
-            ids[start:end], targets[middle:end], weights[middle:end] = (
-                prompt + answer,
-                answer,
-                len(answer) ** -0.5,
-            )
-            questions.append(question)
-        return (ids, targets, weights, positions), questions
-
-
-def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, packed=None, **kwargs
-):
-    """Causal attention of rows made by Packer: query, key, value (B, H, T, D); packed: (prefix
-    length, slots, slot length)."""
-    prefix, slots, size = packed
-    causal = torch.ones(
-        max(prefix, size), max(prefix, size), dtype=torch.bool, device=query.device
-    ).triu(1)
-
-    def fold(x):  # (B, H, slots * size, ...) -> (B, H, slots, size, ...)
-        return x.unflatten(2, (slots, size))
-
-    query = query * scaling
-    shared_key, shared_value = key[:, :, :prefix], value[:, :, :prefix]
-    before = (query[:, :, :prefix] @ shared_key.mT).masked_fill(
-        causal[:prefix, :prefix], -1e4
-    ).softmax(-1, dtype=query.dtype) @ shared_value
-    turns, turn_keys, turn_values = (
-        query[:, :, prefix:],
-        fold(key[:, :, prefix:]),
-        fold(value[:, :, prefix:]),
-    )
-    own = (fold(turns) @ turn_keys.mT).masked_fill(causal[:size, :size], -1e4).flatten(2, 3)
-    weights = torch.cat([turns @ shared_key.mT, own], -1).softmax(-1, dtype=query.dtype)
-    after = weights[..., :prefix] @ shared_value + (
-        fold(weights[..., prefix:]) @ turn_values
-    ).flatten(2, 3)
-    return torch.cat([before, after], 2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("packed_turns", packed_attention)
-AttentionMaskInterface.register("packed_turns", lambda *args, **kwargs: None)
+def normalized(pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[Tensor, "B 3 H W"]:
+    """The pixels as the processor gives them."""
+    zero_to_one = torch.tensor(np.asarray(pixels)).float() / 255
+    standard = (zero_to_one - torch.tensor(MEAN)).div(torch.tensor(STD))
+    return standard.permute(0, 3, 1, 2)
