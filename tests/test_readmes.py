@@ -6,6 +6,7 @@ as
     ```bash real    needs real weights, data or a cluster: Python commands are parsed by the
                     script's own parser
     ```bash setup   sets the machine up: files are looked for, nothing is run
+    ```python       README.md: run as it stands; models/README.md: test_own_model.py runs it
 Shell scripts are never run from a block, only checked with bash -n: they download, or run these
 tests. A block starts at the repository's root, `cd` counts within it, an unset variable is 0.
 diagnostic_tools/README.md is run cell by cell as the notebook that make_walkthrough.py makes from
@@ -52,7 +53,11 @@ READMES = [
         "visualize/README.md",
         "swap_analysis/README.md",
         "data/README.md",
+        "models/README.md",
+        "checkpoints/README.md",
         "benchmarks/README.md",
+        "docs/README.md",
+        "CONTRIBUTING.md",
     )
     if (path := ROOT / name).exists()
 ]
@@ -247,6 +252,29 @@ def test_a_file_that_a_readme_names_exists(path):
             assert any((folder / name).exists() for folder in (ROOT, path.parent)), name
         else:
             assert any(file.split("/")[-1] == name for file in present), name
+
+
+PAGES = [*READMES, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_a_link_leads_to_a_file_or_a_heading_that_is_there(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        page = path.parent / name if name else path
+        assert page.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()) for heading in headings]
+            assert anchor in [heading.replace(" ", "-") for heading in anchors], target
+
+
+def test_a_module_that_a_page_names_by_its_room_exists():
+    for path in PAGES:
+        for name in re.findall(r"`(vlmdiag/[\w/]+(?:\.\w+|/)?)`", path.read_text()):
+            assert (ROOT / name).exists(), f"{path}: {name}"
 
 
 def test_a_flag_that_the_readme_names_exists():
@@ -507,6 +535,22 @@ def test_a_command_for_the_tiny_models_runs(path, folder, words, request, tmp_pa
     done = run([sys.executable, *words[1:], *limits], root / folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):
+    in_order = [
+        (info, text) for info, _, text in blocks(ROOT / "README.md") if info in ("bash", "python")
+    ]
+    (_, draw), (_, quickstart) = in_order
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    for _, words in steps(draw):
+        done = run([sys.executable, ROOT / words[1], *words[2:]], tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = run([sys.executable, "-c", quickstart], tmp_path)
+    assert done.returncode == 0, done.stderr
+    shares = re.findall(r"(\d\.\d\d) of the attention goes to the picture", done.stdout)
+    assert len(shares) == len(done.stdout.splitlines()) > 5
+    assert all(0 < float(share) < 1 for share in shares)
 
 
 @pytest.fixture(scope="session")
