@@ -44,7 +44,8 @@ QWEN_TEMPLATE = (
 def sharpen(model, layers):
     """Scale q and k until the median entropy of the attention rows is under half of uniform."""
     ids = torch.randint(10, 500, (1, 60), generator=torch.Generator().manual_seed(0))
-    decoder, before = model.get_decoder(), model.get_decoder().config._attn_implementation
+    decoder = model.get_decoder()
+    before = model.get_decoder().config._attn_implementation
     decoder.set_attn_implementation("eager")
     for _ in range(40):
         with torch.no_grad():
@@ -81,9 +82,8 @@ def build_llava(folder, **text):
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     for name, p in model.model.vision_tower.named_parameters():
-        p.data *= (
-            0.3 if "out_proj" in name else 3
-        )  # different patches are to get different features, each mostly from its own pixels
+        # different patches are to get different features, each mostly from its own pixels
+        p.data *= 0.3 if "out_proj" in name else 3
     sharpen(model, model.model.language_model.layers).save_pretrained(folder)
     tiny.make_processor(tokenizer).save_pretrained(folder)
     return folder
@@ -198,11 +198,52 @@ def blip_tokenizer(text):
     )
 
 
+def language_config(text, tokenizer):
+    """The config of BLIP's language model `text`."""
+    size = {
+        "vocab_size": max(len(tokenizer), 520),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": {"opt": 3, "llama": 1, "t5": 1}[text],
+    }
+    if text == "opt":
+        return OPTConfig(
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            bos_token_id=2,
+            init_std=0.1,
+            **size,
+        )
+    if text == "llama":
+        return LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,
+            **size,
+        )
+    return T5Config(
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        **size,
+    )
+
+
 def build_blip(folder, instruct, text):
     """A random BLIP-2 or InstructBLIP with 6 queries, 4 x 4 patches, 4 Q-Former layers. OPT ends
     its answers at id 3, no EOS of its tokenizer; the Llama config names its BOS as EOS, as Vicuna
     checkpoints do."""
-    tokenizer, queries = blip_tokenizer(text), 6
+    tokenizer = blip_tokenizer(text)
+    queries = 6
     images = BlipImageProcessorPil(size={"height": 56, "width": 56})
     letters = [*string.ascii_lowercase, *string.digits, *"?.,:<>|/[]"]
     words = sorted(
@@ -223,42 +264,6 @@ def build_blip(folder, instruct, text):
         else Blip2Processor(images, tokenizer, queries)
     )
     processor.save_pretrained(folder)
-    size = {
-        "vocab_size": max(len(tokenizer), 520),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": {"opt": 3, "llama": 1, "t5": 1}[text],
-    }
-    language = {
-        "opt": lambda: OPTConfig(
-            hidden_size=64,
-            word_embed_proj_dim=64,
-            ffn_dim=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            bos_token_id=2,
-            init_std=0.1,
-            **size,
-        ),
-        "llama": lambda: LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-            **size,
-        ),
-        "t5": lambda: T5Config(
-            d_model=64,
-            d_kv=16,
-            d_ff=96,
-            num_layers=3,
-            num_decoder_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            **size,
-        ),
-    }
     config = (InstructBlipConfig if instruct else Blip2Config)(
         vision_config={
             "hidden_size": 48,
@@ -276,7 +281,7 @@ def build_blip(folder, instruct, text):
             "num_attention_heads": 4,
             "initializer_range": 0.1,
         },
-        text_config=language[text](),
+        text_config=language_config(text, tokenizer),
         num_query_tokens=queries,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         initializer_range=0.1,
@@ -292,9 +297,8 @@ def build_blip(folder, instruct, text):
             if "query.weight" in name or "key.weight" in name or "vision_model.embeddings" in name
             else 1
         )
-        p.data *= (
-            5 if ".block." in name and p.ndim == 2 and "relative" not in name else 1
-        )  # a random T5 says one token over and over
+        # a random T5 says one token over and over
+        p.data *= 5 if ".block." in name and p.ndim == 2 and "relative" not in name else 1
     if text != "t5":
         decoder = (
             model.language_model.model.decoder if text == "opt" else model.language_model.model

@@ -98,17 +98,16 @@ def text_of(vlm, batch, group):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_has_what_its_text_model_has(blip, name):
-    vlm, text = blip(name), name.split("-")[1]
+    vlm = blip(name)
+    text = name.split("-")[1]
     expected = {
         "opt": {"decoder-only", "causal"},
         "llama": {"decoder-only", "rotary"},
         "t5": set(),
     }[text]
-    assert (
-        vlm.family.name == name
-        and vlm.family.has == expected
-        and {"blip-2", "instructblip"} <= set(known_types())
-    )
+    assert vlm.family.name == name
+    assert vlm.family.has == expected
+    assert {"blip-2", "instructblip"} <= set(known_types())
     for lacking in {"decoder-only", "rotary", "grid"} - expected:
         with pytest.raises(UsageError, match=f"needs {lacking}, which the family {name} lacks"):
             vlm.need(lacking)
@@ -160,7 +159,8 @@ def test_positions_that_ignore_padding_are_found_by_the_self_check(blip, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_reads_what_its_own_processor_makes(blip, originals, pictures, name):
-    vlm, (_, processor) = blip(name), originals(name)
+    vlm = blip(name)
+    _, processor = originals(name)
     for question, picture in zip(QUESTIONS, pictures, strict=True):
         batch = vlm.encode([Sample("0", None, question)], [picture])
         text = question if name.startswith("instruct") else f"Question: {question} Answer:"
@@ -175,13 +175,13 @@ def test_the_model_reads_what_its_own_processor_makes(blip, originals, pictures,
 def test_the_groups_of_a_known_prompt(blip):
     vlm = blip("blip2-opt")
     batch = one(vlm, "Is there a red circle?")
-    vision, bos = vlm.parts.qformer.queries, batch.spans(0)["bos"]
+    vision = vlm.parts.qformer.queries
+    bos = batch.spans(0)["bos"]
     assert batch.spans(0)["vision"] == [[0, vision]] and bos == [[vision, vision + 1]], (
         "the picture stands before the BOS"
     )
-    assert text_of(vlm, batch, "user").strip() == "Is there a red circle?" and text_of(
-        vlm, batch, "template"
-    ).split() == ["Question:", "Answer:"]
+    assert text_of(vlm, batch, "user").strip() == "Is there a red circle?"
+    assert text_of(vlm, batch, "template").split() == ["Question:", "Answer:"]
     vlm = blip("blip2-t5")
     batch = one(vlm, "Describe the image.")
     assert "bos" not in batch.spans(0) and text_of(vlm, batch, "template").endswith("Answer:</s>")
@@ -198,17 +198,18 @@ def test_the_groups_of_a_known_prompt(blip):
 @settings(max_examples=40, deadline=None)
 @given(question=questions, more=st.sampled_from(["", " [SEP]", "</s>", "<extra_id_3>", "<image>"]))
 def test_the_question_and_nothing_else_is_the_user_group(blip, name, question, more):
-    vlm, question = blip(name), question + more
-    plain, batch = one(vlm, "Hi?"), one(vlm, question)
+    vlm = blip(name)
+    question = question + more
+    plain = one(vlm, "Hi?")
+    batch = one(vlm, question)
     for group in ("bos", "vision", "template"):
         assert torch.equal(
             batch.input_ids[0][batch.groups[0] == GROUPS.index(group)],
             plain.input_ids[0][plain.groups[0] == GROUPS.index(group)],
         ), group
     user = set(batch.input_ids[0][batch.groups[0] == GROUPS.index("user")].tolist())
-    unknown = (
-        {vlm.tokenizer.unk_token_id} if name.endswith("t5") else set()
-    )  # T5's small vocabulary has no "<"
+    # T5's small vocabulary has no "<"
+    unknown = {vlm.tokenizer.unk_token_id} if name.endswith("t5") else set()
     assert user and not (user - unknown) & set(vlm.tokenizer.all_special_ids)
     if not name.endswith("t5"):
         assert "".join(text_of(vlm, batch, "user").split()) == "".join(question.split())
@@ -224,19 +225,15 @@ def test_a_prompt_of_ones_own_has_the_picture_first_too(blip_folders, name):
         self_check=False,
     )
     batch = one(vlm, "Is it red?")
-    assert batch.prompts == ["Be brief. Tell me: Is it red?"] and batch.spans(0)["vision"] == [
-        [0, 6]
-    ]
+    assert batch.prompts == ["Be brief. Tell me: Is it red?"]
+    assert batch.spans(0)["vision"] == [[0, 6]]
     assert {"system", "template", "user"} <= set(batch.spans(0))
     if not name.endswith("t5"):
-        assert (
-            text_of(vlm, batch, "system").strip() == "Be brief."
-            and text_of(vlm, batch, "user").strip() == "Is it red?"
-        )
+        assert text_of(vlm, batch, "system").strip() == "Be brief."
+        assert text_of(vlm, batch, "user").strip() == "Is it red?"
     named = common.load_model(blip_folders(name), system_prompt="Be brief.", self_check=False)
-    assert one(named, "Is it red?").prompts[0].startswith("Be brief. ") and "system" in one(
-        named, "Is it red?"
-    ).spans(0)
+    assert one(named, "Is it red?").prompts[0].startswith("Be brief. ")
+    assert "system" in one(named, "Is it red?").spans(0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,20 +242,20 @@ def test_padding_is_on_the_left_and_a_batch_computes_what_single_prompts_do(blip
     batch = batch_of(vlm)
     assert len(set(batch.lengths)) == 3
     with torch.no_grad():
-        together, features = prefill(vlm, batch).logits[:, -1], vlm.vision(batch).pooler_output
+        together = prefill(vlm, batch).logits[:, -1]
+        features = vlm.vision(batch).pooler_output
     for row, length in enumerate(batch.lengths):
-        pad, alone = batch.groups.shape[1] - length, batch_of(vlm, (row,))
-        assert (
-            batch.attention_mask[row].tolist() == [0] * pad + [1] * length
-            and (batch.groups[row, :pad] == PAD).all()
-        )
-        assert torch.equal(alone.input_ids[0], batch.input_ids[row, pad:]) and torch.equal(
-            alone.position_ids[0], batch.position_ids[row, pad:]
-        )
+        pad = batch.groups.shape[1] - length
+        alone = batch_of(vlm, (row,))
+        assert batch.attention_mask[row].tolist() == [0] * pad + [1] * length
+        assert (batch.groups[row, :pad] == PAD).all()
+        assert torch.equal(alone.input_ids[0], batch.input_ids[row, pad:])
+        assert torch.equal(alone.position_ids[0], batch.position_ids[row, pad:])
         with torch.no_grad():
+            # T5's scaled weights magnify rounding
             assert torch.allclose(
                 prefill(vlm, alone).logits[0, -1], together[row], atol=3e-4, rtol=1e-4
-            )  # T5's scaled weights magnify rounding
+            )
             assert torch.allclose(vlm.vision(alone).pooler_output[0], features[row], atol=1e-5)
     if not name.endswith("t5"):
         cut = replace(batch, attention_mask=torch.ones_like(batch.attention_mask))
@@ -275,7 +272,8 @@ def test_padding_is_on_the_left_and_a_batch_computes_what_single_prompts_do(blip
 def test_logits_are_those_of_transformers_own_class_which_derives_positions_itself(
     blip, originals, batch_of, name
 ):
-    vlm, (model, _) = blip(name), originals(name)
+    vlm = blip(name)
+    model, _ = originals(name)
     batch = batch_of(vlm)
     more = {"decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)} if name.endswith("t5") else {}
     with torch.no_grad():
@@ -285,20 +283,18 @@ def test_logits_are_those_of_transformers_own_class_which_derives_positions_itse
             attention_mask=batch.attention_mask,
             **more,
         ).logits[:, -1]
-        ours, direct = (
-            prefill(vlm, batch).logits[:, -1],
-            prefill(vlm, batch, embeds=embeddings(vlm, batch)).logits[:, -1],
-        )
-    assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4) and torch.allclose(
-        direct, theirs, atol=1e-5, rtol=1e-4
-    )
+        ours = prefill(vlm, batch).logits[:, -1]
+        direct = prefill(vlm, batch, embeds=embeddings(vlm, batch)).logits[:, -1]
+    assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert torch.allclose(direct, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_decoding_is_transformers_generate_of_the_single_prompt(
     blip, originals, batch_of, name
 ):
-    vlm, (model, _) = blip(name), originals(name)
+    vlm = blip(name)
+    model, _ = originals(name)
     own = generate(vlm, batch_of(vlm), 12)
     for row, ids in enumerate(own.ids):
         alone = batch_of(vlm, (row,))
@@ -307,13 +303,14 @@ def test_greedy_decoding_is_transformers_generate_of_the_single_prompt(
             "attention_mask": alone.attention_mask,
         }
         theirs = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
+        # decoder's start; prompt
         theirs = (
             theirs[1:]
             if name.endswith("t5")
             else theirs[alone.input_ids.shape[1] :]
             if len(theirs) > 12
             else theirs
-        )  # decoder's start; prompt
+        )
         assert ids == theirs[: len(ids)] and (len(ids) == 12 or ids[-1] in vlm.eos_ids)
     assert max(len(set(ids)) for ids in own.ids) > 3, "one token over and over shows little"
 
@@ -330,8 +327,10 @@ def test_answers_end_where_the_language_model_ends_them(blip):
 
 def test_forced_answers_have_the_log_probabilities_of_one_plain_pass(blip, originals, batch_of):
     for name in ("blip2-opt", "blip2-t5"):
-        vlm, (model, _) = blip(name), originals(name)
-        batch, answer = batch_of(vlm, (0, 1)), [20, 31, 22, 45]
+        vlm = blip(name)
+        model, _ = originals(name)
+        batch = batch_of(vlm, (0, 1))
+        answer = [20, 31, 22, 45]
         found = generate(vlm, batch, STEPS, answers=[answer] * 2).logprobs
         for row in range(2):
             alone = batch_of(vlm, (row,))
@@ -374,13 +373,10 @@ def test_the_tower_runs_once_per_picture_and_its_edited_features_are_what_is_rea
         features.pooler_output = [part * 0.5 for part in features.pooler_output]
         half = generate(vlm, batch, 3, features=features).first
     hook.remove()
-    assert (
-        seen == [2]
-        and [part.shape[0] for part in features.pooler_output] == [vlm.parts.qformer.queries] * 3
-    )
-    assert torch.allclose(plain[0], plain[2], atol=1e-5) and not torch.allclose(
-        plain[0], plain[1], atol=1e-3
-    )
+    assert seen == [2]
+    assert [part.shape[0] for part in features.pooler_output] == [vlm.parts.qformer.queries] * 3
+    assert torch.allclose(plain[0], plain[2], atol=1e-5)
+    assert not torch.allclose(plain[0], plain[1], atol=1e-3)
     assert not torch.allclose(plain, half, atol=1e-3)
 
 
@@ -390,7 +386,8 @@ def test_the_tower_runs_once_per_picture_and_its_edited_features_are_what_is_rea
 def eager(vlm, batch, ids):
     """Attention maps (L, B, H, T + n, T + n), the residual stream before every layer and after the
     last, logits: one plain pass of the language model."""
-    size, n = len(ids), len(ids[0])
+    size = len(ids)
+    n = len(ids[0])
     mask = torch.cat([batch.attention_mask, torch.ones(size, n, dtype=torch.long)], 1)
     positions = torch.cat([batch.position_ids, batch.next_position[:, None] + torch.arange(n)], 1)
     states = []
@@ -435,7 +432,8 @@ def test_what_is_captured_is_the_eager_map_at_prefill_and_every_cached_step(
     ids = torch.randint(
         20, 340, (len(rows), STEPS), generator=torch.Generator().manual_seed(1)
     ).tolist()
-    mass, norms = GroupMass(batch, STEPS), HiddenNorms()
+    mass = GroupMass(batch, STEPS)
+    norms = HiddenNorms()
     with capture(vlm, [mass, norms]):
         found = generate(vlm, batch, STEPS, answers=ids)
     maps, states, logits = eager(vlm, batch, ids)
@@ -447,22 +445,18 @@ def test_what_is_captured_is_the_eager_map_at_prefill_and_every_cached_step(
     assert entropy.median() < 0.75, "nearly uniform attention hides errors"
     for step in range(STEPS):
         wanted = slow_masses(maps, batch, step)
-        assert torch.allclose(mass.mass[step], wanted, atol=1e-5) and torch.allclose(
-            wanted.sum(-1), torch.ones(()), atol=1e-5
-        )
+        assert torch.allclose(mass.mass[step], wanted, atol=1e-5)
+        assert torch.allclose(wanted.sum(-1), torch.ones(()), atol=1e-5)
     wrong = slow_masses(maps, batch, 1)  # mutants: step, layer, spans shifted by one
-    assert not torch.allclose(mass.mass[0], wrong, atol=1e-3) and not torch.allclose(
-        mass.mass[1].roll(1, 0), wrong, atol=1e-3
-    )
+    assert not torch.allclose(mass.mass[0], wrong, atol=1e-3)
+    assert not torch.allclose(mass.mass[1].roll(1, 0), wrong, atol=1e-3)
     assert not torch.allclose(
         mass.mass[1],
         slow_masses(maps, replace(batch, groups=batch.groups.roll(1, 1)), 1),
         atol=1e-3,
     )
-    real, expected = (
-        batch.attention_mask.bool(),
-        torch.stack([state[:, :total].norm(dim=-1) for state in states], 1),
-    )
+    real = batch.attention_mask.bool()
+    expected = torch.stack([state[:, :total].norm(dim=-1) for state in states], 1)
     assert torch.allclose(
         norms.norms.transpose(1, 2)[real], expected.transpose(1, 2)[real], rtol=1e-5, atol=1e-5
     )
@@ -497,11 +491,9 @@ def test_a_block_takes_the_picture_out_of_the_last_row(blip, batch_of, name):
     ):
         prefill(vlm, batch)
     vision = mass.mass[0][..., GROUPS.index("vision")]
-    assert (
-        vision[1].max() == 0
-        and vision[0].min() > 0
-        and torch.allclose(mass.mass[0].sum(-1), torch.ones(()), atol=1e-5)
-    )
+    assert vision[1].max() == 0
+    assert vision[0].min() > 0
+    assert torch.allclose(mass.mass[0].sum(-1), torch.ones(()), atol=1e-5)
 
 
 def test_the_rope_probe_runs_where_there_are_rotary_positions(blip, batch_of):
@@ -518,11 +510,12 @@ def test_the_rope_probe_runs_where_there_are_rotary_positions(blip, batch_of):
 @pytest.mark.parametrize("name", ["blip2-opt", "instructblip-llama"])
 def test_the_q_former_parts_are_the_attention_that_runs_layer_by_layer(blip, batch_of, name):
     vlm = blip(name)
-    batch, parts, shapes = batch_of(vlm, (0,)), vlm.parts.qformer, []
+    batch = batch_of(vlm, (0,))
+    parts = vlm.parts.qformer
+    shapes = []
     m = batch.image_rows[0][parts.instruction].shape[1] if parts.instruction else 0
-    assert (m > 2) == name.startswith(
-        "instruct"
-    ) and parts.queries == vlm.model.config.num_query_tokens == len(batch.vision_positions(0))
+    assert (m > 2) == name.startswith("instruct")
+    assert parts.queries == vlm.model.config.num_query_tokens == len(batch.vision_positions(0))
     assert [module is not None for module in parts.cross_attention] == [True, False, True, False], (
         "every second layer reads the picture"
     )
@@ -547,7 +540,9 @@ def test_the_q_former_parts_are_the_attention_that_runs_layer_by_layer(blip, bat
     for hook in hooks:
         hook.remove()
     rows, columns = vlm.family.patches(vlm, (60, 50), batch.image_rows[0]).shape
-    heads, q, s = 4, parts.queries, rows * columns + parts.cls
+    heads = 4
+    q = parts.queries
+    s = rows * columns + parts.cls
     expected = [(module, (1, heads, s, s)) for module in tower]
     for own, cross in zip(parts.self_attention, parts.cross_attention, strict=True):
         expected += [(own, (1, heads, q + m, q + m))] + (
@@ -612,10 +607,8 @@ def shapes(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_script_runs_or_names_what_the_model_lacks(blip_folders, shapes, tmp_path, name):
-    model, annotations = (
-        ("--model_path", blip_folders(name)),
-        shapes / "annotations" / "instances_val2017.json",
-    )
+    model = ("--model_path", blip_folders(name))
+    annotations = shapes / "annotations" / "instances_val2017.json"
     picture = next((shapes / "val2017").iterdir())
     runs = {
         "tokens": tool["tokens"](blip_folders(name), picture, "Is it red?"),

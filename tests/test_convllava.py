@@ -88,7 +88,8 @@ def strided(x, w, name, size):
 
 def depthwise(x, w, name):
     """7 x 7 around each place, every channel alone. x (rows, columns, c)."""
-    kernel, (rows, columns, _) = w[f"{name}.weight"][:, 0], x.shape
+    kernel = w[f"{name}.weight"][:, 0]
+    rows, columns, _ = x.shape
     padded = torch.nn.functional.pad(x, (0, 0, 3, 3, 3, 3))
     taps = [
         padded[i : i + rows, j : j + columns] * kernel[:, i, j] for i in range(7) for j in range(7)
@@ -132,7 +133,8 @@ def turned(x, theta=10000.0):
     """Rotary positions 0, 1, 2, ... of one head (T, D), halves split."""
     half = x.shape[-1] // 2
     angles = torch.arange(len(x))[:, None] * theta ** (-torch.arange(half) / half)
-    a, b = x[:, :half], x[:, half:]
+    a = x[:, :half]
+    b = x[:, half:]
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
@@ -175,14 +177,13 @@ def put_in(table, ids, features, image_id):
 
 
 def test_features_and_logits_are_those_of_the_plain_forward(folder, vlm, picture):
-    main, tower = (
-        load_file(folder / "model.safetensors"),
-        torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True),
-    )
+    main = load_file(folder / "model.safetensors")
+    tower = torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True)
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     pixels = batch.image_inputs["pixel_values"][0]
     with torch.no_grad():
-        found, logits = vlm.vision(batch).pooler_output[0], prefill(vlm, batch).logits[0, -1]
+        found = vlm.vision(batch).pooler_output[0]
+        logits = prefill(vlm, batch).logits[0, -1]
     features = plain_features(main, tower, pixels)
     embeds = put_in(
         main["model.embed_tokens.weight"], batch.input_ids[0], features, vlm.image_token_id
@@ -190,11 +191,9 @@ def test_features_and_logits_are_those_of_the_plain_forward(folder, vlm, picture
     wanted = plain_llama(
         main, embeds, TEXT["num_hidden_layers"], TEXT["num_attention_heads"], TEXT["rms_norm_eps"]
     )[-1]
-    assert (
-        found.shape == ((SIDE // 64) ** 2, 64)
-        and torch.allclose(found, features, atol=1e-4)
-        and torch.allclose(logits, wanted, atol=1e-4)
-    )
+    assert found.shape == ((SIDE // 64) ** 2, 64)
+    assert torch.allclose(found, features, atol=1e-4)
+    assert torch.allclose(logits, wanted, atol=1e-4)
     assert logits.std() > 0.1 and features.std(0).mean() > 0.1
     for wrong in ({"row_major": False}, {"normed": True}, {"depths": [1, 1, 2, 1, 1]}):
         assert not torch.allclose(found, plain_features(main, tower, pixels, **wrong), atol=1e-2), (
@@ -213,21 +212,17 @@ def test_pixels_are_those_of_a_picture_padded_with_the_mean_colour(vlm, picture)
         batch.image_inputs["pixel_values"][0].permute(1, 2, 0).numpy(), wanted, atol=1e-5
     )
     grid = batch.grids[0]
-    assert (
-        grid.shape == (12, 12)
-        and grid.boxes[0].tolist() == [0, -60, 25, -35]
-        and grid.boxes[-1].tolist() == [275, 215, 300, 240]
-    )
+    assert grid.shape == (12, 12)
+    assert grid.boxes[0].tolist() == [0, -60, 25, -35]
+    assert grid.boxes[-1].tolist() == [275, 215, 300, 240]
 
 
 def test_select_layer_minus_two_leaves_out_the_last_block(folder, tmp_path, picture):
     vlm = common.load_model(
         changed(folder, tmp_path / "two", mm_vision_select_layer=-2), self_check=False
     )
-    main, tower = (
-        load_file(folder / "model.safetensors"),
-        torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True),
-    )
+    main = load_file(folder / "model.safetensors")
+    tower = torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True)
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     with torch.no_grad():
         found = vlm.vision(batch).pooler_output[0]
@@ -242,11 +237,9 @@ def test_the_configs_resolution_replaces_that_of_the_towers_preprocessing(
 ):
     vlm = common.load_model(changed(folder, tmp_path / "model", mm_vision_resolution=320))
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
-    assert (
-        batch.image_inputs["pixel_values"].shape[-2:] == (320, 320)
-        and batch.grids[0].shape == (5, 5)
-        and len(batch.vision_positions(0)) == 25
-    )
+    assert batch.image_inputs["pixel_values"].shape[-2:] == (320, 320)
+    assert batch.grids[0].shape == (5, 5)
+    assert len(batch.vision_positions(0)) == 25
     with pytest.raises(UsageError, match="330 x 330 pixels are not whole cells of 64 x 64"):
         common.load_model(changed(folder, tmp_path / "odd", mm_vision_resolution=330))
 
@@ -319,10 +312,8 @@ def test_a_tower_in_a_folder_of_its_own_is_found(folder, tmp_path, where):
 
 
 def test_the_tower_that_training_wrote_comes_before_the_one_that_it_began_with(folder, tmp_path):
-    began, copy = (
-        tmp_path / "began",
-        changed(folder, tmp_path / "model", mm_vision_tower=str(tmp_path / "began")),
-    )
+    began = tmp_path / "began"
+    copy = changed(folder, tmp_path / "model", mm_vision_tower=str(tmp_path / "began"))
     shutil.copytree(copy / "vision_tower", began)
     tower = torch.load(began / "pytorch_model.bin", weights_only=True)
     torch.save({name: value * 0 for name, value in tower.items()}, began / "pytorch_model.bin")

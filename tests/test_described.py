@@ -49,16 +49,16 @@ for _module in (
 ):
     BUILDERS |= _module.MODELS
 NAMES = sorted(BUILDERS)
-OWN = [
-    name for name in NAMES if not name.startswith(("internvl", "molmo2"))
-]  # these two have processors that need torchvision
+# these two have processors that need torchvision
+OWN = [name for name in NAMES if not name.startswith(("internvl", "molmo2"))]
 SIZES = [(168, 126), (60, 130), (200, 90)]
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
     """get(name) -> VLM, loaded once."""
-    loaded, root = {}, tmp_path_factory.mktemp("described")
+    loaded = {}
+    root = tmp_path_factory.mktemp("described")
 
     def get(name):
         if name not in loaded:
@@ -75,14 +75,13 @@ def one(vlm, question=QUESTIONS[0], picture=None):
 @pytest.mark.parametrize("name", OWN)
 def test_the_model_reads_what_transformers_own_processor_makes(families, name):
     vlm = families(name)
-    own, bos = AutoProcessor.from_pretrained(vlm.path, backend="pil"), vlm.tokenizer.bos_token
+    own = AutoProcessor.from_pretrained(vlm.path, backend="pil")
+    bos = vlm.tokenizer.bos_token
     own.use_default_system_prompt = False  # of Janus: its own template writes one
     for question, size in zip(QUESTIONS, SIZES, strict=True):
         batch = one(vlm, question, picture := noise_picture(size))
-        text, options = (
-            batch.prompts[0],
-            {"add_special_tokens": not batch.prompts[0].startswith(bos)},
-        )
+        text = batch.prompts[0]
+        options = {"add_special_tokens": not batch.prompts[0].startswith(bos)}
         if name.startswith("paligemma"):
             text = text.removesuffix("\n")  # it adds BOS and line break to the bare question
         if name == "kosmos2":
@@ -94,9 +93,8 @@ def test_the_model_reads_what_transformers_own_processor_makes(families, name):
                 theirs["image_embeds_position_mask"], (batch.input_ids == vlm.image_token_id).long()
             )
             ids[theirs["image_embeds_position_mask"] == 1] = vlm.image_token_id
-        assert torch.equal(batch.input_ids, ids) and torch.equal(
-            batch.image_inputs["pixel_values"], theirs["pixel_values"]
-        )
+        assert torch.equal(batch.input_ids, ids)
+        assert torch.equal(batch.image_inputs["pixel_values"], theirs["pixel_values"])
 
 
 @torch.inference_mode()
@@ -114,9 +112,8 @@ def test_logits_are_those_of_transformers_own_class_which_derives_masks_and_posi
             attention_mask=batch.attention_mask,
             **more_inputs(vlm, batch),
         ).logits[:, -1]
-        theirs = (
-            theirs * 0.25 if name == "aya-vision" else theirs
-        )  # the text model's logit_scale, which that class leaves out
+        # the text model's logit_scale, which that class leaves out
+        theirs = theirs * 0.25 if name == "aya-vision" else theirs
         assert torch.allclose(prefill(vlm, batch).logits[:, -1], theirs, atol=1e-5, rtol=1e-4)
         assert torch.allclose(
             prefill(vlm, batch, embeds=embeddings(vlm, batch)).logits[:, -1],
@@ -158,9 +155,8 @@ def test_what_the_first_vision_token_sees_of_what_follows(
     vlm = families(name)
     batch = one(vlm)
     places = batch.vision_positions(0)
-    window = (
-        36 if name == "gemma3-window" else len(places)
-    )  # 40 positions, of which 36 are the picture
+    # 40 positions, of which 36 are the picture
+    window = 36 if name == "gemma3-window" else len(places)
     embeds = embeddings(vlm, batch)
 
     def first_state(changed):
@@ -174,10 +170,8 @@ def test_what_the_first_vision_token_sees_of_what_follows(
         return (first_state(changed) - first_state(embeds)).abs().max() > 1e-5
 
     question = (batch.groups[0] == GROUPS.index("user")).nonzero()[-1, 0]
-    assert (
-        bool(with_other(places[window - 1])) == picture_ahead
-        and bool(with_other(question)) == question_ahead
-    )
+    assert bool(with_other(places[window - 1])) == picture_ahead
+    assert bool(with_other(question)) == question_ahead
     assert ("causal" in vlm.family.has) == (not picture_ahead)
 
 
@@ -188,7 +182,8 @@ def test_rotary_positions_are_had_where_all_layers_turn_alike_and_by_halves(fami
 
 def test_tiles_lie_side_by_side_and_the_whole_picture_is_last_or_first(families):
     boxes = one(families("internvl-qwen2"), picture=noise_picture((168, 84))).grids[0].boxes
-    assert len(boxes) == 27 and [boxes[i].tolist() for i in (0, 1, 3, 9, 18)] == [
+    assert len(boxes) == 27
+    assert [boxes[i].tolist() for i in (0, 1, 3, 9, 18)] == [
         [0, 0, 28, 28],
         [28, 0, 56, 28],
         [0, 28, 28, 56],
@@ -210,11 +205,9 @@ def test_tiles_lie_side_by_side_and_the_whole_picture_is_last_or_first(families)
 def test_a_padded_square_reaches_past_the_picture(families):
     for name in ("deepseek-vl", "janus"):
         grid = one(families(name), picture=noise_picture((200, 100))).grids[0]
-        assert (
-            grid.shape == (12, 12)
-            and grid.boxes[0, :2].tolist() == [0, -50]
-            and grid.boxes[-1, 2:].tolist() == [200, 150]
-        )
+        assert grid.shape == (12, 12)
+        assert grid.boxes[0, :2].tolist() == [0, -50]
+        assert grid.boxes[-1, 2:].tolist() == [200, 150]
 
 
 @pytest.mark.parametrize("size", [(60, 50), (200, 90), (70, 300), (500, 480)])
@@ -263,17 +256,16 @@ def test_the_image_processor_of_molmo2_does_transformers_steps(families, size):
             2,
             2,
         )
-        assert torch.equal(found["image_grids"], grids) and torch.equal(
-            found["image_token_pooling"], pooling[0]
-        )
-        assert found["image_num_crops"].tolist() == [patches.shape[1]] and torch.allclose(
-            found["pixel_values"], patches[0], atol=1e-5
-        )
+        assert torch.equal(found["image_grids"], grids)
+        assert torch.equal(found["image_token_pooling"], pooling[0])
+        assert found["image_num_crops"].tolist() == [patches.shape[1]]
+        assert torch.allclose(found["pixel_values"], patches[0], atol=1e-5)
 
 
 def test_the_placeholder_of_molmo2_is_in_its_features(families):
     vlm = families("molmo2")
-    batch, token = one(vlm), vlm.image_token_id
+    batch = one(vlm)
+    token = vlm.image_token_id
     own = AutoModelForImageTextToText.from_pretrained(vlm.path).eval()
     with torch.no_grad():
         wanted = torch.cat(
@@ -320,8 +312,10 @@ def test_native_boxes_are_what_kosmos2s_processor_makes_of_them(first, last, siz
 @torch.inference_mode()
 @pytest.mark.parametrize("index", [0, 31, 5 * 32 + 21, 31 * 32, 1023])
 def test_a_native_index_lies_where_the_towers_patches_see_it(families, index):
-    vlm, size = families("kosmos2"), (320, 160)
-    kept, picture = [], Image.new("RGB", size, (90, 120, 60))
+    vlm = families("kosmos2")
+    size = (320, 160)
+    kept = []
+    picture = Image.new("RGB", size, (90, 120, 60))
     hook = vlm.model.vision_model.model.embeddings.register_forward_hook(
         lambda module, args, out: kept.append(out[0])
     )

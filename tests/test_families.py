@@ -1,7 +1,8 @@
 """The contract that every family in models/ keeps, on small random models built from their configs
 (tests/random_models/).
 
-python tests/test_families.py     # writes what the models have into models/README.md"""
+    python -m tests.test_families     # writes what the models have into models/README.md
+"""
 
 import importlib
 import pkgutil
@@ -41,7 +42,8 @@ CAPABILITIES = ("decoder-only", "causal", "rotary", "grid")
 
 def row(name, vlm):
     """A line of the table: what a loaded model is and has."""
-    parts, mark = vlm.parts, {True: "yes", False: "-"}
+    parts = vlm.parts
+    mark = {True: "yes", False: "-"}
     onto = (
         "-"
         if "decoder-only" not in vlm.family.has
@@ -99,12 +101,10 @@ def test_every_family_has_a_random_model():
 
 def test_the_family_is_its_files(vlm):
     assert vlm.family.name != "generic"
-    assert (
-        len(vlm.parts.layers) >= 2
-        and vlm.parts.lm_head is not None
-        and vlm.parts.tower is not None
-        and vlm.parts.connector is not None
-    )
+    assert len(vlm.parts.layers) >= 2
+    assert vlm.parts.lm_head is not None
+    assert vlm.parts.tower is not None
+    assert vlm.parts.connector is not None
     known = {"decoder-only", "causal", "rotary", "grid", "square-pad"}
     assert vlm.family.has <= known
     assert ("grid" in vlm.family.has) == (vlm.family.grid is not None)
@@ -112,7 +112,7 @@ def test_the_family_is_its_files(vlm):
 
 def test_the_readme_has_its_line(vlm, request):
     assert row(request.node.callspec.params["vlm"], vlm) in README.read_text(), (
-        "run python tests/test_families.py"
+        "run python -m tests.test_families"
     )
 
 
@@ -123,7 +123,7 @@ def test_the_readme_lists_the_families_there_are():
         for line in text[text.index(BEGIN) : text.index(END)].splitlines()
         if line.startswith("| ")
     ]
-    assert listed[1:] == NAMES and checks() in text, "run python tests/test_families.py"
+    assert listed[1:] == NAMES and checks() in text, "run python -m tests.test_families"
 
 
 class Kept(Probe):
@@ -155,7 +155,8 @@ def eager(vlm, batch, ids):
     size = len(batch.samples)
     whole = extended(batch, ids[0])
     assert all(row == ids[0] for row in ids) and whole.input_ids.shape[0] == size
-    maps, hooks = {}, []
+    maps = {}
+    hooks = []
 
     def keep(layer):
         def hook(module, args, output):
@@ -205,11 +206,13 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
     decoder_only(vlm)
     batch = batch_of(vlm, rows)
     ids = [forced(vlm, batch)[0]] * len(rows)
-    probe, masses = Kept(), GroupMass(batch, STEPS)
+    probe = Kept()
+    masses = GroupMass(batch, STEPS)
     with capture(vlm, [probe, masses]):
         found = generate(vlm, batch, STEPS, answers=ids)
     maps, logits = eager(vlm, batch, ids)
-    total, sharp = batch.groups.shape[1], []
+    total = batch.groups.shape[1]
+    sharp = []
     for step in range(STEPS):
         for layer, row in enumerate(probe.rows[step]):
             own = maps[layer][:, :, total - 1 + step, : total + step]
@@ -238,14 +241,14 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
 def test_a_batch_computes_what_single_prompts_do(vlm, batch_of):
     batch = batch_of(vlm)
     assert len(set(batch.lengths)) > 1
-    together, features = prefill(vlm, batch).logits[:, -1].float(), vlm.vision(batch).pooler_output
+    together = prefill(vlm, batch).logits[:, -1].float()
+    features = vlm.vision(batch).pooler_output
     size = together.abs().amax()
     for row, length in enumerate(batch.lengths):
-        pad, alone = batch.groups.shape[1] - length, batch_of(vlm, (row,))
-        assert (
-            batch.attention_mask[row].tolist() == [0] * pad + [1] * length
-            and (batch.groups[row, :pad] == PAD).all()
-        )
+        pad = batch.groups.shape[1] - length
+        alone = batch_of(vlm, (row,))
+        assert batch.attention_mask[row].tolist() == [0] * pad + [1] * length
+        assert (batch.groups[row, :pad] == PAD).all()
         assert torch.equal(alone.input_ids[0], batch.input_ids[row, pad:])
         assert (prefill(vlm, alone).logits[0, -1].float() - together[row]).abs().max() < 1e-4 * size
         assert torch.allclose(
@@ -398,9 +401,8 @@ def test_a_bright_square_lies_where_the_grid_says(vlm, seed):
     )
     if painted is not None:
         y, x = np.unravel_index(np.nanargmax(painted), painted.shape)
-        assert square[0] - (x1 - x0) <= x <= square[2] + (x1 - x0) and square[1] - (
-            y1 - y0
-        ) <= y <= square[3] + (y1 - y0)
+        assert square[0] - (x1 - x0) <= x <= square[2] + (x1 - x0)
+        assert square[1] - (y1 - y0) <= y <= square[3] + (y1 - y0)
 
 
 @torch.inference_mode()
@@ -412,7 +414,8 @@ def test_a_bright_square_changes_the_patches_under_it(vlm, seed):
         pytest.skip("vision tokens have boxes themselves, or none is known")
     rng = random.Random(seed)
     picture = random_picture(rng)
-    x0, y0 = rng.randint(0, picture.width - 20), rng.randint(0, picture.height - 20)
+    x0 = rng.randint(0, picture.width - 20)
+    y0 = rng.randint(0, picture.height - 20)
     bright = picture.copy()
     bright.paste((255, 255, 255), (x0, y0, x0 + 20, y0 + 20))
     entered = []
@@ -424,7 +427,8 @@ def test_a_bright_square_changes_the_patches_under_it(vlm, seed):
         batch = vlm.encode([Sample("0", None, "Hi?")], [shown])
         vlm.vision(batch)
     hook.remove()
-    patches, (plain, changed) = vlm.family.patches(vlm, picture.size, batch.image_rows[0]), entered
+    patches = vlm.family.patches(vlm, picture.size, batch.image_rows[0])
+    plain, changed = entered
     change = (changed - plain)[0].float().norm(dim=-1).numpy()
     assert not vlm.parts.qformer.cls or change[0] < 1e-4 * change.max(), (
         "CLS comes first and is the same for all pictures"
@@ -435,7 +439,8 @@ def test_a_bright_square_changes_the_patches_under_it(vlm, seed):
     mask[y0 : y0 + 20, x0 : x0 + 20] = True
     wide = np.zeros_like(mask)  # resizing mixes a patch with its neighbours' edges
     wide[max(0, y0 - 8) : y0 + 28, max(0, x0 - 8) : x0 + 28] = True
-    cover, near = patches.coverage(mask), patches.coverage(wide) > 0
+    cover = patches.coverage(mask)
+    near = patches.coverage(wide) > 0
     assert change[~near].max(initial=0) < 0.02 * change.max()
     assert cover.max() == 0 or np.corrcoef(change, cover)[0, 1] > 0.9
 
@@ -518,17 +523,17 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(vlm, shapes, tmp_path, r
         tmp_path,
     )
     probes = ("--probe_hidden_norms", *(() if "rotary" in vlm.family.has else ("--no_rope",)))
-    run = lambda: in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py")(
-        "--model_path",
-        vlm.path,
-        *where,
-        *probes,
-        "--max_new_tokens",
-        2,
-        "--batch_size",
-        2,
-        "--no_self_check",
-    )
+
+    def run():
+        return in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py")(
+            *("--model_path", vlm.path),
+            *where,
+            *probes,
+            *("--max_new_tokens", 2),
+            *("--batch_size", 2),
+            "--no_self_check",
+        )
+
     assert (done := run()).returncode == 0, done.stderr
     (folder,) = tmp_path.glob("*__sp-?/per_image")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -39,12 +39,10 @@ def pixel_centres(size):
 def test_cells_tile_the_region_in_row_major_order(size, shape, region):
     grid = PatchGrid.regular(*shape, region, size)
     x0, y0, x1, y1 = grid.boxes.reshape(*shape, 4).transpose(2, 0, 1)
-    assert (
-        np.allclose(x0[:, 1:], x1[:, :-1])
-        and np.allclose(y0[1:], y1[:-1])
-        and (x1 > x0).all()
-        and (y1 > y0).all()
-    )
+    assert np.allclose(x0[:, 1:], x1[:, :-1])
+    assert np.allclose(y0[1:], y1[:-1])
+    assert (x1 > x0).all()
+    assert (y1 > y0).all()
     assert np.allclose([x0.min(), y0.min(), x1.max(), y1.max()], region)
     assert grid.has_box.all() and grid.shape == shape and grid.size == size
 
@@ -72,11 +70,10 @@ def test_smooth_painting_is_the_bilinear_interpolation_between_cell_centres(size
     xs, ys = pixel_centres(size)
     column = np.clip((xs - region[0]) / (region[2] - region[0]) * shape[1] - 0.5, 0, shape[1] - 1)
     row = np.clip((ys - region[1]) / (region[3] - region[1]) * shape[0] - 0.5, 0, shape[0] - 1)
-    j, i = (
-        np.minimum(column.astype(int), max(shape[1] - 2, 0)),
-        np.minimum(row.astype(int), max(shape[0] - 2, 0)),
-    )
-    b, a = column - j, row - i
+    j = np.minimum(column.astype(int), max(shape[1] - 2, 0))
+    i = np.minimum(row.astype(int), max(shape[0] - 2, 0))
+    b = column - j
+    a = row - i
     cells = np.pad(values.reshape(shape), ((0, 1), (0, 1)), mode="edge")
     expected = (1 - a) * ((1 - b) * cells[i, j] + b * cells[i, j + 1]) + a * (
         (1 - b) * cells[i + 1, j] + b * cells[i + 1, j + 1]
@@ -98,12 +95,13 @@ def test_flat_painting_gives_each_pixel_the_token_over_its_centre(size, shape, r
         (size[0] // 3, size[1] * 2 // 3),
     }:
         x0, y0, x1, y1 = grid.boxes.T
+        # several where the centre is on an edge
         near = (
             (x0 - 1e-6 <= x + 0.5)
             & (x + 0.5 <= x1 + 1e-6)
             & (y0 - 1e-6 <= y + 0.5)
             & (y + 0.5 <= y1 + 1e-6)
-        )  # several where the centre is on an edge
+        )
         assert painted[y, x] in values[near] if near.any() else np.isnan(painted[y, x])
 
 
@@ -143,7 +141,8 @@ def test_coverage_is_the_share_of_a_box_under_the_mask(size, shape, region, seed
     mask = np.random.default_rng(seed).random((size[1], size[0])) < 0.4
     found = grid.coverage(mask)
     assert (found >= -1e-9).all() and (found <= 1 + 1e-9).all()
-    x, y = np.arange(size[0]), np.arange(size[1])
+    x = np.arange(size[0])
+    y = np.arange(size[1])
     for token in {0, len(found) // 2, len(found) - 1}:
         x0, y0, x1, y1 = grid.boxes[token]
         across = np.clip(np.minimum(x + 1, x1) - np.maximum(x, x0), 0, None)
@@ -222,8 +221,10 @@ def test_a_bright_square_is_brightest_in_the_patch_whose_box_holds_its_centre(na
     )
     assume(whole.any())  # a token with at least one whole pixel
     token = data.draw(st.sampled_from(np.flatnonzero(whole).tolist()))
-    left, right = max(0, math.ceil(x0[token])), min(size[0], math.floor(x1[token]))
-    top, bottom = max(0, math.ceil(y0[token])), min(size[1], math.floor(y1[token]))
+    left = max(0, math.ceil(x0[token]))
+    right = min(size[0], math.floor(x1[token]))
+    top = max(0, math.ceil(y0[token]))
+    bottom = min(size[1], math.floor(y1[token]))
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     pixels[top:bottom, left:right] = 255
     brightness, grid = preprocess(name, Image.fromarray(pixels))
@@ -245,12 +246,10 @@ def test_a_bright_square_is_brightest_in_the_patch_whose_box_holds_its_centre(na
 )
 def test_the_grid_of_any_picture_shows_its_middle_and_no_token_lies_elsewhere(name, size):
     _, grid = preprocess(name, Image.new("RGB", size, "white"))
-    x0, y0, x1, y1 = (
-        grid.boxes[:, 0].min(),
-        grid.boxes[:, 1].min(),
-        grid.boxes[:, 2].max(),
-        grid.boxes[:, 3].max(),
-    )
+    x0 = grid.boxes[:, 0].min()
+    y0 = grid.boxes[:, 1].min()
+    x1 = grid.boxes[:, 2].max()
+    y1 = grid.boxes[:, 3].max()
     assert x0 <= size[0] / 2 <= x1 and y0 <= size[1] / 2 <= y1
     painted = grid.paint(np.ones(len(grid.boxes)))
     assert painted.shape == size[::-1] and (np.isnan(painted) | (painted == 1)).all()

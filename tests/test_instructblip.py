@@ -51,21 +51,19 @@ def test_vision_tokens_depend_on_the_question_and_are_computed_once_for_each(bli
         found = vlm.vision(batch).pooler_output
     hook.remove()
     assert len(seen) == 1 and seen[0][0] == 2
-    assert (
-        torch.equal(found[0], found[2])
-        and (found[0] - found[1]).abs().max() > 1e-3 * found[0].abs().max()
-    )
+    assert torch.equal(found[0], found[2])
+    assert (found[0] - found[1]).abs().max() > 1e-3 * found[0].abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_instructions_are_kept_without_padding_and_padded_on_the_right(blip, batch_of, name):
     vlm = blip(name)
-    batch, key = batch_of(vlm), vlm.parts.qformer.instruction
+    batch = batch_of(vlm)
+    key = vlm.parts.qformer.instruction
     lengths = [row[key].shape[1] for row in batch.image_rows]
     tokenizer = vlm.processor.wrapped.qformer_tokenizer
-    assert len(set(lengths)) == 3 and all(
-        row["qformer_attention_mask"].all() for row in batch.image_rows
-    )
+    assert len(set(lengths)) == 3
+    assert all(row["qformer_attention_mask"].all() for row in batch.image_rows)
     for question, row in zip(QUESTIONS, batch.image_rows, strict=True):
         assert (
             tokenizer.decode(row[key][0]).split()
@@ -75,18 +73,15 @@ def test_instructions_are_kept_without_padding_and_padded_on_the_right(blip, bat
         )
     joined = batch.image_inputs
     assert joined[key].shape == joined["qformer_attention_mask"].shape == (3, max(lengths))
-    assert (
-        joined["qformer_attention_mask"].sum(1).tolist() == lengths
-        and joined["qformer_attention_mask"][:, 0].all()
-    )
+    assert joined["qformer_attention_mask"].sum(1).tolist() == lengths
+    assert joined["qformer_attention_mask"][:, 0].all()
     with torch.no_grad():
         right = vlm.vision(batch).pooler_output
         for row, length in enumerate(lengths):
             alone = vlm.vision(batch_of(vlm, (row,))).pooler_output[0]
             assert torch.allclose(right[row], alone, atol=1e-5)
-            if length < max(
-                lengths
-            ):  # what padding on the left would give: positions count from the left
+            # what padding on the left would give: positions count from the left
+            if length < max(lengths):
                 moved = {
                     name: value.roll(max(lengths) - length, 1) if name != "pixel_values" else value
                     for name, value in joined.items()
@@ -138,14 +133,14 @@ def test_rounds_of_questions_about_one_picture_get_each_its_own_vision_tokens(bl
             rows, questions, ask(rows, questions, "x", True), strict=True
         ):
             alone = Asker(args, vlm, [samples[row]], [pictures[row]])([0], [question], "x", True)[0]
-            assert answer.ids == alone.ids and np.allclose(
-                answer.attention["mean"], alone.attention["mean"], atol=1e-5
-            )
+            assert answer.ids == alone.ids
+            assert np.allclose(answer.attention["mean"], alone.attention["mean"], atol=1e-5)
     assert len(ask.grids) == 2
 
 
 def test_the_swap_analysis_gives_each_question_its_own_vision_tokens(blip, blip_folders, tmp_path):
-    shapes, swap = tmp_path / "set", in_process(ROOT / "swap_analysis" / "swap_analysis.py")
+    shapes = tmp_path / "set"
+    swap = in_process(ROOT / "swap_analysis" / "swap_analysis.py")
     assert (
         make_shapes.main(
             [
@@ -194,7 +189,8 @@ def test_the_swap_analysis_gives_each_question_its_own_vision_tokens(blip, blip_
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = rundirs.read_run(tmp_path / "swap_analysis" / "x_base", "swap_analysis")
-    states, vlm = np.load(run.path / "states.npy"), blip("instructblip-llama")
+    states = np.load(run.path / "states.npy")
+    vlm = blip("instructblip-llama")
     images = [load_image(path) for path in (shapes / "val2017").iterdir()]
     assert len(states) == len(run.ids()) > 3
     for id in run.ids():

@@ -79,7 +79,8 @@ def original_name(name, projector="", level="vision_model."):
 
 def write_weights(folder, state, kind, shards):
     stem, ending = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
-    names, size = sorted(state), -(-len(state) // shards)
+    names = sorted(state)
+    size = -(-len(state) // shards)
     parts = [
         {name: state[name].clone().contiguous() for name in names[i * size :][:size]}
         for i in range(shards)
@@ -115,7 +116,8 @@ def to_original(
     """Write the Hugging Face model in `source` in the authors' layout. tower: its weights inside;
     else only its name is in the config."""
     folder.mkdir(parents=True)
-    text, rows = source.model.config.text_config, source.pieces.vocab_size()
+    text = source.model.config.text_config
+    rows = source.pieces.vocab_size()
     state = {
         original_name(name, projector, level): value
         for name, value in source.model.state_dict().items()
@@ -123,9 +125,8 @@ def to_original(
     }
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name][:rows]
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
-        3
-    )  # a buffer that old checkpoints hold
+    # a buffer that old checkpoints hold
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
     write_weights(folder, state, kind, shards)
     names = (
         "hidden_size",
@@ -291,9 +292,8 @@ def test_logits_and_prompt_ids_equal_those_of_the_source(
     sources, reference, picture, tmp_path, variant, layout
 ):
     folder = to_original(sources[variant], tmp_path / "anything", **layout)
-    tower = write_tower(
-        sources[variant], tmp_path / "tower"
-    )  # for its config: the weights are in the checkpoint
+    # for its config: the weights are in the checkpoint
+    tower = write_tower(sources[variant], tmp_path / "tower")
     vlm = common.load_model(folder, vision_tower_path=str(tower), self_check=False)
     assert vlm.family.name == "llava_original"
     assert_same(vlm, picture, reference[variant], sources[variant].pieces.vocab_size())
@@ -382,9 +382,8 @@ def test_conversation_templates_render_and_system_prompts_replace_or_leave(
         assert (stripped, system) == (bare, None)
         vlm.options["system_prompt"] = "Be brief."
         text, system, _ = prompts.prompt_for(vlm, "Why?")
-        assert text[slice(*system)] == "Be brief." and (
-            mode == "plain" or text.replace("Be brief.", CONVERSATIONS[mode][0]) == prompt
-        )
+        assert text[slice(*system)] == "Be brief."
+        assert mode == "plain" or text.replace("Be brief.", CONVERSATIONS[mode][0]) == prompt
 
 
 def test_the_conversation_template_comes_from_the_config_then_from_the_flag(sources, tmp_path):
@@ -396,10 +395,8 @@ def test_the_conversation_template_comes_from_the_config_then_from_the_flag(sour
             common.load_model(folder, vision_tower_path=tower, self_check=False, **options), "Why?"
         )[0]
 
-    plain, named = (
-        to_original(source, tmp_path / "v0"),
-        to_original(source, tmp_path / "named", conv_mode="llava_v0", version="1.0"),
-    )
+    plain = to_original(source, tmp_path / "v0")
+    named = to_original(source, tmp_path / "named", conv_mode="llava_v0", version="1.0")
     assert system(plain, conv_mode="vicuna_v1") == PROMPTS["vicuna_v1"]
     assert system(named) == system(named, conv_mode="llava_v0") == PROMPTS["llava_v0"]
     with pytest.raises(UsageError, match="names llava_v0"):
@@ -426,7 +423,8 @@ def test_image_start_and_end_markers_are_markup(sources, picture, tmp_path):
     )
     batch = vlm.encode([Sample("0", None, "Why?")], [picture])
     assert batch.prompts[0].endswith("USER: <im_start><image><im_end>\nWhy? ASSISTANT:")
-    markup, (start, end) = batch.spans(0)["image_markup"], batch.spans(0)["vision"][0]
+    markup = batch.spans(0)["image_markup"]
+    start, end = batch.spans(0)["vision"][0]
     assert markup == [[start - 1, start], [end, end + 1]]
     assert batch.input_ids[0, [start - 1, start, end]].tolist() == [rows, rows + 2, rows + 1]
     assert vlm.image_token_id == rows + 2
@@ -467,7 +465,8 @@ def test_published_constants_and_layers_are_the_defaults():
         "normalize_projector": True,
         "use_multilayer_features": True,
     }
-    assert llava_original.is_original(raw) and not llava_original.is_original(
+    assert llava_original.is_original(raw)
+    assert not llava_original.is_original(
         {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
     )
     config = llava_original.read_config("x", raw)
@@ -595,10 +594,8 @@ def test_llava_with_other_decoders_loads_encodes_and_generates(tmp_path, picture
         image_size=168,
         patch_size=14,
     )
-    decoder, image = (
-        {"phi3": Phi3Config, "qwen2": Qwen2Config}[kind](**text),
-        tokenizer.convert_tokens_to_ids("<image>"),
-    )
+    decoder = {"phi3": Phi3Config, "qwen2": Qwen2Config}[kind](**text)
+    image = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(
         vision_config=vision,
         text_config=decoder,

@@ -97,7 +97,10 @@ def as_pickles(folder, out):
     """The same checkpoint as pytorch_model-0000n.bin files."""
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     index = folder / "model.safetensors.index.json"
-    name_of = lambda file: file.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+
+    def name_of(file):
+        return file.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+
     for file in folder.glob("*.safetensors"):
         torch.save(load_file(file), out / name_of(file.name))
     if index.exists():
@@ -165,9 +168,8 @@ def test_the_authors_layouts_take_no_more(tmp_path, folders, monkeypatch, name):
         name
     ](tmp_path / name)
     grown, weights = measured(path, folders["llava"], "bfloat16")
-    assert grown < weights + 0.15 * weights, (
-        f"{grown:.0f} MiB for {weights:.0f} MiB of weights"
-    )  # one tensor as it is converted
+    # one tensor as it is converted
+    assert grown < weights + 0.15 * weights, f"{grown:.0f} MiB for {weights:.0f} MiB of weights"
 
 
 def test_pickles_are_read_as_safetensors_are(folders, tmp_path, batch_of):
@@ -227,10 +229,8 @@ def test_a_parameter_that_no_file_fills_is_named(folders, tmp_path):
 def test_a_device_map_gives_the_same_model(folders, batch_of):
     """Without GPUs everything stays on the CPU; the path through accelerate is the one that several
     GPUs take."""
-    plain, mapped = (
-        common.load_model(folders["llava"]),
-        common.load_model(folders["llava"], device_map="auto"),
-    )
+    plain = common.load_model(folders["llava"])
+    mapped = common.load_model(folders["llava"], device_map="auto")
     with torch.no_grad():
         assert torch.allclose(
             prefill(plain, batch_of(plain)).logits,

@@ -55,7 +55,8 @@ def load(folders):
 def stored(folder):
     """All tensors of a folder by their published names, the ViT's behind "visual_encoder.", Llama's
     as they are."""
-    config, weights = json.loads((folder / "config.json").read_text()), {}
+    config = json.loads((folder / "config.json").read_text())
+    weights = {}
     for key in ("vision_model", "qformer", "projection"):
         if config[key]:
             state = torch.load(folder / config[key], weights_only=True)
@@ -80,7 +81,8 @@ def attention(q, k, v, heads):
 def plain_vit(w, pixels, order=(0, 1, 2)):
     """(3, S, S) -> (1 + patches, d) after `ln_vision` where there is one, else after a norm without
     gain and bias. order: of q, k, v in the fused matrix."""
-    patch, side = VISION["patch_size"], VISION["image_size"]
+    patch = VISION["patch_size"]
+    side = VISION["image_size"]
     count = side // patch
     blocks = (
         pixels.reshape(3, count, patch, count, patch)
@@ -159,11 +161,13 @@ def plain_features(w, pixels, order=(0, 1, 2), across=False):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch_of, name):
-    vlm, w = load(name), stored(folders[name])
+    vlm = load(name)
+    w = stored(folders[name])
     batch = batch_of(vlm, (1,))
     pixels = batch.image_inputs["pixel_values"][0]
     with torch.no_grad():
-        found, logits = vlm.vision(batch).pooler_output[0], prefill(vlm, batch).logits[0, -1]
+        found = vlm.vision(batch).pooler_output[0]
+        logits = prefill(vlm, batch).logits[0, -1]
     features = plain_features(w, pixels)
     wanted = plain_llama(
         w,
@@ -180,9 +184,8 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
         plain_features(w, pixels, order=(0, 2, 1)),
     ]
     if name == "minigpt4":
-        wrongs.append(
-            linear(plain_qformer(w, plain_vit(w, pixels)[1:]), w, "llama_proj")
-        )  # without CLS
+        # without CLS
+        wrongs.append(linear(plain_qformer(w, plain_vit(w, pixels)[1:]), w, "llama_proj"))
     else:
         wrongs.append(plain_features(w, pixels, across=True))
     for i, wrong in enumerate(wrongs):
@@ -219,17 +222,14 @@ def test_prompt_ids_are_those_of_the_pieces_around_the_picture_tokenised_apart(
     )
     assert batch.input_ids[0].tolist() == expected
     without = vlm.encode([Sample("0", None, QUESTION)], pictures[:1], strip_system=True)
-    assert without.prompts[0] == batch.prompts[0].removeprefix(
-        minigpt4.SYSTEM
-    ) and "system" not in without.spans(0)
+    assert without.prompts[0] == batch.prompts[0].removeprefix(minigpt4.SYSTEM)
+    assert "system" not in without.spans(0)
 
 
 def test_an_answer_ends_at_the_first_token_of_three_hashes(load, batch_of):
     vlm = load("minigpt4")
-    batch, hashes = (
-        batch_of(vlm, (1,)),
-        vlm.tokenizer("a###", add_special_tokens=False)["input_ids"][1],
-    )
+    batch = batch_of(vlm, (1,))
+    hashes = vlm.tokenizer("a###", add_special_tokens=False)["input_ids"][1]
     assert vlm.eos_ids >= {2, hashes} and 1 not in vlm.eos_ids
     bias = vlm.model.language_model.lm_head.register_forward_hook(
         lambda module, args, out: out.index_fill(-1, torch.tensor([hashes]), 99.0)
@@ -246,40 +246,36 @@ def test_relevancy_reaches_the_patches_through_the_q_former(load, batch_of):
     vlm = load("minigpt4")
     batch = batch_of(vlm, (1,))
     found = attribution.relevancy(trace(vlm, batch, [20, 31]), [0, 1])
-    assert (
-        found.cells.shape == (2, 3, 64)
-        and found.image.shape == (2, 3, QUERIES)
-        and found.cells.max() > 0
-    )
-    assert (
-        vlm.family.patches(vlm, (60, 50), batch.image_rows[0]).shape == (8, 8)
-        and batch.grids[0] is None
-    )
+    assert found.cells.shape == (2, 3, 64)
+    assert found.image.shape == (2, 3, QUERIES)
+    assert found.cells.max() > 0
+    assert vlm.family.patches(vlm, (60, 50), batch.image_rows[0]).shape == (8, 8)
+    assert batch.grids[0] is None
     assert vlm.parts.qformer.queries == QUERIES and len(vlm.parts.vision_blocks) == 2
 
 
 def test_a_token_without_a_q_former_lies_over_four_patches_of_a_row(load, pictures):
     vlm = load("minigpt4-patches")
     grid = vlm.encode([Sample("0", None, "Hi?")], [pictures[1].resize((160, 80))]).grids[0]
-    assert (
-        grid.shape == (8, 2)
-        and grid.boxes[3].tolist() == [80, 10, 160, 20]
-        and vlm.parts.qformer is None
-        and vlm.family.patches is None
-    )
+    assert grid.shape == (8, 2)
+    assert grid.boxes[3].tolist() == [80, 10, 160, 20]
+    assert vlm.parts.qformer is None
+    assert vlm.family.patches is None
     assert vlm.need("grid") is None
 
 
 def test_relevancy_without_a_q_former_reaches_the_four_patches_of_a_row(load, batch_of):
     vlm = load("minigpt4-patches")
     run = trace(vlm, batch_of(vlm, (1,)), [20, 31])
-    assert run.tower.sources.shape == (16, 4) and run.tower.sources[3].tolist() == [13, 14, 15, 16], (
-        "CLS is at 0, a row has 8 patches"
-    )
+    assert run.tower.sources.shape == (16, 4) and run.tower.sources[3].tolist() == [
+        13,
+        14,
+        15,
+        16,
+    ], "CLS is at 0, a row has 8 patches"
     found = attribution.relevancy(run, [0, 1])
-    assert found.cells.shape == found.image.shape == (2, 3, 16) and not np.allclose(
-        found.cells, found.image, rtol=1e-2
-    )
+    assert found.cells.shape == found.image.shape == (2, 3, 16)
+    assert not np.allclose(found.cells, found.image, rtol=1e-2)
     plain = attribution.relevancy(run, [0, 1], tower=False)
     assert plain.cells is None and np.array_equal(plain.image, found.image)
 
@@ -305,10 +301,8 @@ def test_the_last_file_replaces_what_the_others_hold(folders, load, tmp_path, ba
     last["model"] |= {"query_tokens": torch.zeros(1, QUERIES, 32), "ln_vision.bias": torch.ones(48)}
     torch.save(last, copy / "projection.pth")
     vlm = common.load_model(copy)
-    assert (
-        vlm.model.query_tokens.abs().max() == 0
-        and (vlm.model.vision_model.post_layernorm.bias == 1).all()
-    )
+    assert vlm.model.query_tokens.abs().max() == 0
+    assert (vlm.model.vision_model.post_layernorm.bias == 1).all()
     assert torch.equal(
         vlm.model.language_projection.weight, load("minigpt4").model.language_projection.weight
     )
@@ -388,9 +382,8 @@ def test_a_broken_folder_is_one_clear_line(folders, tmp_path, what, message):
 
 def test_norms_have_the_published_eps(load):
     tower = load("minigpt4").model.vision_model
-    assert tower.post_layernorm.eps == 1e-5 and {
-        layer.layer_norm1.eps for layer in tower.encoder.layers
-    } == {1e-6}
+    assert tower.post_layernorm.eps == 1e-5
+    assert {layer.layer_norm1.eps for layer in tower.encoder.layers} == {1e-6}
     assert load("minigpt4").model.qformer.layernorm.eps == 1e-12
 
 
@@ -422,11 +415,9 @@ def test_published_sizes_are_the_defaults(folders, tmp_path):
         qformer.cross_attention_frequency,
         qformer.encoder_hidden_size,
     ) == (12, 768, 2, 1408)
-    assert (
-        config.num_query_tokens == 32
-        and qformer.layer_norm_eps == 1e-12
-        and family.name == "minigpt4"
-    )
+    assert config.num_query_tokens == 32
+    assert qformer.layer_norm_eps == 1e-12
+    assert family.name == "minigpt4"
 
 
 def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(

@@ -29,10 +29,8 @@ from vlmdiag.relevancy.gradients import trace
 
 QUESTION = "Is there a red circle in the image?"
 SIZES = [(300, 180), (90, 260), (60, 50), (112, 112)]
-MEAN, STD = (
-    np.float32([0.48145466, 0.4578275, 0.40821073]),
-    np.float32([0.26862954, 0.26130258, 0.27577711]),
-)
+MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
+STD = np.float32([0.26862954, 0.26130258, 0.27577711])
 CROP, PATCH, MARGIN, MOST = 112, 14, 2, 6  # pixels, pixels, patches, crops
 
 
@@ -81,13 +79,16 @@ def on_canvas(picture, height, width):
         np.float32(width) / np.float32(picture.width),
         np.float32(height) / np.float32(picture.height),
     )
-    h, w = int(np.float32(picture.height) * scale), int(np.float32(picture.width) * scale)
+    h = int(np.float32(picture.height) * scale)
+    w = int(np.float32(picture.width) * scale)
     bands = [
         Image.fromarray(band.astype(np.float32) / np.float32(255)).resize((w, h), Image.BILINEAR)
         for band in np.asarray(picture).transpose(2, 0, 1)
     ]
-    canvas, mask = np.zeros((height, width, 3), np.float32), np.zeros((height, width), bool)
-    top, left = (height - h) // 2, (width - w) // 2
+    canvas = np.zeros((height, width, 3), np.float32)
+    mask = np.zeros((height, width), bool)
+    top = (height - h) // 2
+    left = (width - w) // 2
     canvas[top : top + h, left : left + w] = np.stack(
         [np.asarray(band) for band in bands], -1
     ).clip(0, 1)
@@ -124,7 +125,9 @@ def clip(state, pixels, layers):
         for key, value in state.items()
         if "image_vit" in key
     }
-    side, heads, width = CROP // PATCH, VISION["image_num_heads"], VISION["image_head_dim"]
+    side = CROP // PATCH
+    heads = VISION["image_num_heads"]
+    width = VISION["image_head_dim"]
     rows = [
         pixels[PATCH * i : PATCH * i + PATCH, PATCH * j : PATCH * j + PATCH].reshape(-1)
         for i in range(side)
@@ -139,7 +142,8 @@ def clip(state, pixels, layers):
         )
         + own["positional_embedding"]
     )
-    x, states = norm(x, own, "pre_ln"), []
+    x = norm(x, own, "pre_ln")
+    states = []
     for i in range(VISION["image_num_layers"]):
         block = f"transformer.resblocks.{i}."
         y = norm(x, own, block + "attention_norm")
@@ -157,8 +161,11 @@ def clip(state, pixels, layers):
 
 def pooled(state, patches, first_as_query=False):
     """(side / 2, side / 2, d) of one crop's patches."""
-    side, heads, width = CROP // PATCH, VISION["image_num_heads"], VISION["image_head_dim"]
-    plane, cells = patches.view(side, side, -1), []
+    side = CROP // PATCH
+    heads = VISION["image_num_heads"]
+    width = VISION["image_head_dim"]
+    plane = patches.view(side, side, -1)
+    cells = []
     for i in range(0, side, 2):
         for j in range(0, side, 2):
             four = torch.stack([plane[i, j], plane[i, j + 1], plane[i + 1, j], plane[i + 1, j + 1]])
@@ -182,15 +189,19 @@ def pooled(state, patches, first_as_query=False):
 
 def decoder(state, config, x, gate_first=False):
     """Logits behind embeddings x (T, d)."""
-    heads, after = config["num_attention_heads"], config["norm_after"]
-    shared, depth, length = config["num_key_value_heads"] or heads, WIDTH // heads, len(x)
+    heads = config["num_attention_heads"]
+    after = config["norm_after"]
+    shared = config["num_key_value_heads"] or heads
+    depth = WIDTH // heads
+    length = len(x)
     angle = (
         torch.arange(length)[:, None]
         * config["rope_theta"] ** (-torch.arange(depth // 2) * 2 / depth)[None]
     )
 
     def turn(part):
-        a, b = part[:, : depth // 2], part[:, depth // 2 :]
+        a = part[:, : depth // 2]
+        b = part[:, depth // 2 :]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     for layer in range(LAYERS):
@@ -200,19 +211,16 @@ def decoder(state, config, x, gate_first=False):
             if key.startswith(f"transformer.blocks.{layer}.")
         }
         fused = linear(x if after else rms(x, own["attn_norm.weight"]), own, "att_proj")
-        q, k, v = (
-            fused[:, :WIDTH],
-            fused[:, WIDTH : WIDTH + shared * depth],
-            fused[:, WIDTH + shared * depth :],
-        )
+        q = fused[:, :WIDTH]
+        k = fused[:, WIDTH : WIDTH + shared * depth]
+        v = fused[:, WIDTH + shared * depth :]
         if config["attention_layer_norm"]:
-            q, k = rms(q, own["q_norm.weight"]), rms(k, own["k_norm.weight"])
+            q = rms(q, own["q_norm.weight"])
+            k = rms(k, own["k_norm.weight"])
         out = []
         for head in range(heads):
-            at, kv = (
-                slice(depth * head, depth * head + depth),
-                slice(depth * (head * shared // heads), depth * (head * shared // heads) + depth),
-            )
+            at = slice(depth * head, depth * head + depth)
+            kv = slice(depth * (head * shared // heads), depth * (head * shared // heads) + depth)
             scores = turn(q[:, at]) @ turn(k[:, kv]).T / math.sqrt(depth)
             scores[torch.ones(length, length).triu(1).bool()] = -math.inf
             out.append(scores.softmax(-1) @ v[:, kv])
@@ -242,13 +250,13 @@ def by_hand(
     **pooling,
 ):
     """What is added at the vision tokens, (P, d), and the logits behind the prompt."""
-    state, config, tokenizer = (
-        published(folder),
-        json.loads((folder / "config.json").read_text()),
-        tokenizer_of(),
-    )
-    side, half = CROP // PATCH, CROP // PATCH // 2
-    (rows, columns), step = crop_counts(picture), CROP - 2 * MARGIN * PATCH
+    state = published(folder)
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = tokenizer_of()
+    side = CROP // PATCH
+    half = CROP // PATCH // 2
+    rows, columns = crop_counts(picture)
+    step = CROP - 2 * MARGIN * PATCH
     low, low_mask = on_canvas(picture, CROP, CROP)
     canvas, mask = on_canvas(
         picture, rows * step + 2 * MARGIN * PATCH, columns * step + 2 * MARGIN * PATCH
@@ -258,15 +266,15 @@ def by_hand(
         low,
         *(canvas[i * step : i * step + CROP, j * step : j * step + CROP] for i, j in corners),
     ]
-    share = lambda part: torch.tensor(
-        [
-            [
-                part[PATCH * i : PATCH * i + PATCH, PATCH * j : PATCH * j + PATCH].mean()
-                for j in range(side)
-            ]
+
+    def share(crop):
+        means = [
+            crop[PATCH * i : PATCH * i + PATCH, PATCH * j : PATCH * j + PATCH].mean()
             for i in range(side)
+            for j in range(side)
         ]
-    ).flatten()
+        return torch.tensor(means)
+
     shares = [
         share(mask[i * step : i * step + CROP, j * step : j * step + CROP].astype(np.float64))
         for i, j in corners
@@ -278,10 +286,8 @@ def by_hand(
     )
     found = []
     for pixels, part in zip(crops, shares, strict=True):
-        patches, pad = (
-            clip(state, np.ascontiguousarray(pixels), layers),
-            state["vision_backbone.pad_embed"],
-        )
+        patches = clip(state, np.ascontiguousarray(pixels), layers)
+        pad = state["vision_backbone.pad_embed"]
         patches = torch.stack(
             [
                 row + (pad[0] if own == 0 else pad[1] if own < 1 else 0)
@@ -303,7 +309,8 @@ def by_hand(
                     tokens.append(
                         (i * step // PATCH // 2 + a, j * step // PATCH // 2 + b, cells[a, b])
                     )
-    height, width = canvas.shape[0] // PATCH // 2, canvas.shape[1] // PATCH // 2
+    height = canvas.shape[0] // PATCH // 2
+    width = canvas.shape[1] // PATCH // 2
     assert sorted(token[:2] for token in tokens) == [
         (a, b) for a in range(height) for b in range(width)
     ], "the kept tokens cover the canvas once"
@@ -312,14 +319,18 @@ def by_hand(
 
     table = torch.cat([state["transformer.wte.embedding"], state["transformer.wte.new_embedding"]])
     start, end, patch, column = range(config["embedding_size"], config["embedding_size"] + 4)
-    line = lambda count: [patch] * count + [column] * row_ends
+
+    def line(count):
+        return [patch] * count + [column] * row_ends
+
     ids = [start, *line(half) * half, end, start, *line(width) * height, end]
     ids = [
         tokenizer.eos_token_id,
         *ids,
         *tokenizer(f" User: {question} Assistant:", add_special_tokens=False)["input_ids"],
     ]
-    x, places = table[ids].clone(), torch.tensor(ids) == patch
+    x = table[ids].clone()
+    places = torch.tensor(ids) == patch
     x[places] = features + (x[places] if add else 0)
     return features, table[patch], ids, decoder(state, config, x, gate_first)
 
@@ -328,7 +339,8 @@ def by_hand(
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("size", SIZES)
 def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders, load, name, size):
-    vlm, batch = load(name), encode(load(name), size)
+    vlm = load(name)
+    batch = encode(load(name), size)
     features, own, ids, logits = by_hand(folders[name], noise_picture(size), QUESTION)
     assert batch.input_ids[0].tolist() == ids
     assert (vlm.vision(batch).pooler_output[0] - own - features).abs().max() < 1e-4
@@ -351,7 +363,8 @@ def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders,
     ],
 )
 def test_another_order_of_operations_is_told_apart(folders, load, name, change):
-    vlm, batch = load(name), encode(load(name), SIZES[0])
+    vlm = load(name)
+    batch = encode(load(name), SIZES[0])
     features, own, _, logits = by_hand(folders[name], noise_picture(SIZES[0]), QUESTION, **change)
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() > 1e-2
     same = (vlm.vision(batch).pooler_output[0] - own - features).abs().max() < 1e-4
@@ -381,11 +394,8 @@ def test_molmo_7b_d_has_as_many_parameters_as_its_published_index_says(tmp_path)
     with torch.device("meta"):
         model = Molmo(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 8_021_025_280
-    assert (config.side, config.window, config.canvas(2, 3)) == (
-        24,
-        16,
-        (40, 56),
-    ) and config.max_crops == 12
+    assert (config.side, config.window, config.canvas(2, 3)) == (24, 16, (40, 56))
+    assert config.max_crops == 12
 
 
 # --- crops and prompt -----------------------------------------------------------------------------
@@ -404,29 +414,26 @@ def test_the_crops_are_those_of_the_published_choice(load):
             assert choose_crops((width, height), config) == crop_counts(
                 Image.new("RGB", (width, height))
             ), (width, height)
-    assert choose_crops((112 + 56, 112), config) == (1, 2) and choose_crops(
-        (1000, 1000), config
-    ) == (2, 2)
+    assert choose_crops((112 + 56, 112), config) == (1, 2)
+    assert choose_crops((1000, 1000), config) == (2, 2)
 
 
 def test_the_prompt_is_laid_out_as_published(load):
     vlm, batch = load("molmo-d"), encode(load("molmo-d"), (300, 180))  # 2 x 3 crops, 6 x 8 tokens
-    spans, ids = batch.spans(0), batch.input_ids[0].tolist()
+    spans = batch.spans(0)
+    ids = batch.input_ids[0].tolist()
     text = vlm.tokenizer.decode(ids)
-    low, high = ("<im_patch>" * 4 + "<im_col>") * 4, ("<im_patch>" * 8 + "<im_col>") * 6
+    low = ("<im_patch>" * 4 + "<im_col>") * 4
+    high = ("<im_patch>" * 8 + "<im_col>") * 6
     assert (
         text == f"<|endoftext|><im_start>{low}<im_end><im_start>{high}<im_end> User: {QUESTION}"
         " Assistant:"
     )
-    assert (
-        spans["bos"] == [[0, 1]]
-        and vlm.tokenizer.decode(ids[slice(*spans["user"][0])]).strip() == QUESTION
-    )
+    assert spans["bos"] == [[0, 1]]
+    assert vlm.tokenizer.decode(ids[slice(*spans["user"][0])]).strip() == QUESTION
     assert vlm.tokenizer.decode(ids[spans["template"][0][0] : spans["template"][0][1]]) == " User:"
-    assert (
-        spans["image_markup"][0] == [1, 2]
-        and spans["image_markup"][-1][1] == spans["template"][0][0]
-    )
+    assert spans["image_markup"][0] == [1, 2]
+    assert spans["image_markup"][-1][1] == spans["template"][0][0]
     told = replace(vlm, options={"system_prompt": "Be brief."})
     batch = encode(told, (60, 50), "Hi?")
     assert batch.prompts == ["<|image|> User: Be brief. Hi? Assistant:"]
@@ -448,20 +455,13 @@ def test_the_prompt_is_laid_out_as_published(load):
 
 
 def test_boxes_have_the_padding_of_the_preprocessing(load):
-    boxes = (
-        encode(load("molmo-d"), (224, 112)).grids[0].boxes
-    )  # low: half the size, 28 pixels above and below; 1 x 3 crops of 224 x 112 pixels
-    assert boxes[:2].tolist() == [[0, -56, 56, 0], [56, -56, 112, 0]] and boxes[15].tolist() == [
-        168,
-        112,
-        224,
-        168,
-    ]
-    assert (
-        len(boxes) == 16 + 4 * 8
-        and boxes[16].tolist() == [0, 0, 28, 28]
-        and boxes[-1].tolist() == [196, 84, 224, 112]
-    )
+    # low: half the size, 28 pixels above and below; 1 x 3 crops of 224 x 112 pixels
+    boxes = encode(load("molmo-d"), (224, 112)).grids[0].boxes
+    assert boxes[:2].tolist() == [[0, -56, 56, 0], [56, -56, 112, 0]]
+    assert boxes[15].tolist() == [168, 112, 224, 168]
+    assert len(boxes) == 16 + 4 * 8
+    assert boxes[16].tolist() == [0, 0, 28, 28]
+    assert boxes[-1].tolist() == [196, 84, 224, 112]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -469,20 +469,20 @@ def test_the_patches_that_a_token_is_made_of_lie_in_its_box(load, size):
     """By where each crop lies on the canvas: the mean of the patches' centres is the box's."""
     vlm = load("molmo-d")
     run = trace(vlm, encode(vlm, size), [20])
-    config, (rows, columns) = vlm.model.config, run.prompt.image_rows[0]["tile_grids"][0].tolist()
-    side, canvas = config.side, config.canvas(rows, columns)
-    tile, patch = run.tower.sources // (1 + side**2), run.tower.sources % (1 + side**2) - 1
-    assert (
-        (patch >= 0).all()
-        and tile.unique().tolist() == list(range(1 + rows * columns))
-        and (tile == tile[:, :1]).all()
-    )
+    config = vlm.model.config
+    rows, columns = run.prompt.image_rows[0]["tile_grids"][0].tolist()
+    side = config.side
+    canvas = config.canvas(rows, columns)
+    tile = run.tower.sources // (1 + side**2)
+    patch = run.tower.sources % (1 + side**2) - 1
+    assert (patch >= 0).all()
+    assert tile.unique().tolist() == list(range(1 + rows * columns))
+    assert (tile == tile[:, :1]).all()
     inside = torch.stack([patch % side, patch // side], -1) + 0.5
     corner = torch.stack([(tile - 1) % columns, (tile - 1) // columns], -1) * config.window
     places = torch.where((tile == 0)[..., None], inside, corner + inside).mean(1).numpy()
     low, high = (
-        region(size, height * PATCH, width * PATCH)
-        for height, width in ((side, side), canvas)
+        region(size, height * PATCH, width * PATCH) for height, width in ((side, side), canvas)
     )
     for place, own, box in zip(places, tile[:, 0].tolist(), run.prompt.grids[0].boxes, strict=True):
         (x0, y0, x1, y1), (height, width) = (high, canvas) if own else (low, (side, side))
@@ -554,12 +554,13 @@ def load_native(folder):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_native_layout_is_the_same_model(folders, load, tmp_path, name):
-    own, vlm = load(name), load_native(to_native(folders[name], tmp_path / "native"))
+    own = load(name)
+    vlm = load_native(to_native(folders[name], tmp_path / "native"))
     state = own.model.state_dict()
-    assert state.keys() == vlm.model.state_dict().keys() and all(
-        torch.equal(value, state[key]) for key, value in vlm.model.state_dict().items()
-    )
-    mine, theirs = encode(vlm, SIZES[0]), encode(own, SIZES[0])
+    assert state.keys() == vlm.model.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in vlm.model.state_dict().items())
+    mine = encode(vlm, SIZES[0])
+    theirs = encode(own, SIZES[0])
     assert torch.equal(mine.input_ids, theirs.input_ids) and torch.equal(mine.groups, theirs.groups)
     assert (prefill(vlm, mine).logits - prefill(own, theirs).logits).abs().max() < 1e-4
     assert reads(folders[name]) is None and reads(tmp_path) is None

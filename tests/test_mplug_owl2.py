@@ -28,7 +28,8 @@ from vlmdiag.relevancy.gradients import trace
 from vlmdiag.scenes import tiny_llava as tiny
 
 NAMES = list(MODELS)
-QUERIES, SIDE = ABSTRACTOR["num_learnable_queries"], TOWER["image_size"] // TOWER["patch_size"]
+QUERIES = ABSTRACTOR["num_learnable_queries"]
+SIDE = TOWER["image_size"] // TOWER["patch_size"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +64,9 @@ def load(folders):
 def plain_vit(w, pixels, by_head=True):
     """(3, S, S) -> (1 + patches, d) after the last norm. by_head: the fused matrix is (head, q k v,
     dimension), else (q k v, head, dimension)."""
-    patch, heads, eps = TOWER["patch_size"], TOWER["num_attention_heads"], 1e-6
+    patch = TOWER["patch_size"]
+    heads = TOWER["num_attention_heads"]
+    eps = 1e-6
     name = "model.vision_model.embeddings"
     blocks = [
         pixels[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].flatten()
@@ -83,9 +86,10 @@ def plain_vit(w, pixels, by_head=True):
             layer_norm(x, w, f"{name}.input_layernorm", eps), w, f"{name}.self_attn.query_key_value"
         )
         width = fused.shape[1] // heads // 3
-        column = lambda head, part, width=width: (
-            ((head * 3 + part) if by_head else (part * heads + head)) * width
-        )
+
+        def column(head, part, width=width):
+            return ((head * 3 + part) if by_head else (part * heads + head)) * width
+
         q, k, v = (
             torch.cat([fused[:, column(head, part) :][:, :width] for head in range(heads)], 1)
             for part in range(3)
@@ -117,11 +121,9 @@ def plain_abstractor(w, patches, columns_first=True, normed=True, eos_last=True)
         name = f"model.visual_abstractor.encoder.layers.{layer}.crossattention"
         y = layer_norm(x, w, f"{name}.norm1", 1e-5)
         both = torch.cat([y, layer_norm(patches, w, f"{name}.normk", 1e-5)])
-        q, k, v = (
-            linear(y + own, w, f"{name}.attention.query"),
-            linear(both + places, w, f"{name}.attention.key"),
-            linear(both, w, f"{name}.attention.value"),
-        )
+        q = linear(y + own, w, f"{name}.attention.query")
+        k = linear(both + places, w, f"{name}.attention.key")
+        v = linear(both, w, f"{name}.attention.value")
         x = (y if normed else x) + linear(
             attention(q, k, v, ABSTRACTOR["num_attention_heads"]), w, f"{name}.output.out_proj"
         )
@@ -134,44 +136,41 @@ def plain_abstractor(w, patches, columns_first=True, normed=True, eos_last=True)
             1e-6,
         )
         x = x + linear(y, w, f"{name}.output.mlp.w2")
-    tokens, eos = (
-        linear(x, w, "model.visual_abstractor.visual_fc"),
-        w["model.visual_abstractor.vit_eos"][0],
-    )
+    tokens = linear(x, w, "model.visual_abstractor.visual_fc")
+    eos = w["model.visual_abstractor.vit_eos"][0]
     return torch.cat([tokens, eos] if eos_last else [eos, tokens])
 
 
 def plain_decoder(w, x, picture, grouped):
     """Embeddings (T, d) and for each token whether it is of the picture -> logits (T, V), token by
     token where there are two of a part."""
-    heads, eps = TEXT["num_attention_heads"], TEXT["rms_norm_eps"]
+    heads = TEXT["num_attention_heads"]
+    eps = TEXT["rms_norm_eps"]
 
     def chosen(apply, name):
         return torch.stack(
             [apply(row, f"{name}.multiway.{int(own)}") for row, own in zip(y, picture, strict=True)]
         )
 
-    norm, project = (
-        lambda row, name: rms_norm(row, w[f"{name}.weight"], eps),
-        lambda row, name: linear(row, w, name),
-    )
+    def norm(row, name):
+        return rms_norm(row, w[f"{name}.weight"], eps)
+
+    def project(row, name):
+        return linear(row, w, name)
+
     for layer in range(TEXT["num_hidden_layers"]):
         name = f"model.layers.{layer}"
         y = x
         y = chosen(norm, f"{name}.input_layernorm")
-        q, k, v = (
-            linear(y, w, f"{name}.self_attn.q_proj"),
-            chosen(project, f"{name}.self_attn.k_proj"),
-            chosen(project, f"{name}.self_attn.v_proj"),
-        )
+        q = linear(y, w, f"{name}.self_attn.q_proj")
+        k = chosen(project, f"{name}.self_attn.k_proj")
+        v = chosen(project, f"{name}.self_attn.v_proj")
         out = []
         for head in range(heads):
-            own = lambda part, head, count: part.chunk(count, -1)[head]
-            q_h, k_h, v_h = (
-                own(q, head, heads),
-                own(k, head * grouped // heads, grouped),
-                own(v, head * grouped // heads, grouped),
-            )
+            group = head * grouped // heads
+            q_h = q.chunk(heads, -1)[head]
+            k_h = k.chunk(grouped, -1)[group]
+            v_h = v.chunk(grouped, -1)[group]
             scores = turned(q_h) @ turned(k_h).T / q_h.shape[-1] ** 0.5
             out.append(
                 scores.masked_fill(torch.ones_like(scores).triu(1) > 0, float("-inf")).softmax(-1)
@@ -189,11 +188,14 @@ def plain_decoder(w, x, picture, grouped):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch_of, name):
-    vlm, w = load(name), load_file(folders[name] / "model.safetensors")
-    batch, grouped = batch_of(vlm, (1,)), 2 if name.endswith("gqa") else 4
+    vlm = load(name)
+    w = load_file(folders[name] / "model.safetensors")
+    batch = batch_of(vlm, (1,))
+    grouped = 2 if name.endswith("gqa") else 4
     pixels = batch.image_inputs["pixel_values"][0]
     with torch.no_grad():
-        found, logits = vlm.vision(batch).pooler_output[0], prefill(vlm, batch).logits[0, -1]
+        found = vlm.vision(batch).pooler_output[0]
+        logits = prefill(vlm, batch).logits[0, -1]
     patches = plain_vit(w, pixels)
     features = plain_abstractor(w, patches)
     picture = batch.input_ids[0] == vlm.image_token_id
@@ -217,7 +219,8 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
 
 
 def test_text_alone_goes_through_the_first_of_each_pair_with_or_without_modality(folders, load):
-    vlm, w = load("mplug_owl2"), load_file(folders["mplug_owl2"] / "model.safetensors")
+    vlm = load("mplug_owl2")
+    w = load_file(folders["mplug_owl2"] / "model.safetensors")
     ids = torch.tensor([[1, 40, 77, 301, 52]])
     embeds = vlm.model.get_input_embeddings()(ids)
     wanted = plain_decoder(w, w["model.embed_tokens.weight"][ids[0]], [False] * 5, 4)
@@ -236,7 +239,8 @@ def test_text_alone_goes_through_the_first_of_each_pair_with_or_without_modality
 
 
 def test_generated_tokens_are_text_whose_logits_a_plain_pass_gives(load, batch_of):
-    vlm, answer = load("mplug_owl2"), [40, 77, 301, 52]
+    vlm = load("mplug_owl2")
+    answer = [40, 77, 301, 52]
     batch = batch_of(vlm, (0,))
     found = generate(vlm, batch, 4, answers=[answer]).logprobs[0]
     ids = torch.cat([batch.input_ids, torch.tensor([answer[:-1]])], 1)
@@ -255,7 +259,8 @@ def test_generated_tokens_are_text_whose_logits_a_plain_pass_gives(load, batch_o
 def test_prompt_ids_are_those_of_the_pieces_around_the_picture_tokenised_apart(
     folders, load, pictures
 ):
-    vlm, question = load("mplug_owl2"), "Where  are the 12 blue squares?\nSay: é"
+    vlm = load("mplug_owl2")
+    question = "Where  are the 12 blue squares?\nSay: é"
     pieces = sentencepiece.SentencePieceProcessor(
         model_file=str(folders["mplug_owl2"] / "tokenizer.model")
     )
@@ -266,10 +271,8 @@ def test_prompt_ids_are_those_of_the_pieces_around_the_picture_tokenised_apart(
         *[vlm.image_token_id] * (QUERIES + 1),
         *pieces.encode(f"{question} ASSISTANT:"),
     ]
-    assert (
-        batch.prompts[0] == f"USER: <image>{question} ASSISTANT:"
-        and batch.input_ids[0].tolist() == expected
-    )
+    assert batch.prompts[0] == f"USER: <image>{question} ASSISTANT:"
+    assert batch.input_ids[0].tolist() == expected
     assert mplug_owl2.inputs(vlm, batch)["modality"][0].tolist() == [
         int(i == vlm.image_token_id) for i in expected
     ]
@@ -304,11 +307,9 @@ def test_relevancy_reaches_the_patches_through_the_abstractor(load, batch_of):
     batch = batch_of(vlm, (1,))
     run = trace(vlm, batch, [40, 77])
     found = attribution.relevancy(run, [0, 1])
-    assert (
-        found.image.shape == (2, 3, QUERIES + 1)
-        and found.cells.shape == (2, 3, SIDE * SIDE)
-        and found.cells.max() > 0
-    )
+    assert found.image.shape == (2, 3, QUERIES + 1)
+    assert found.cells.shape == (2, 3, SIDE * SIDE)
+    assert found.cells.max() > 0
     with torch.no_grad():
         assert torch.allclose(
             run.logits[0], prefill(vlm, batch).logits[0, -1].float(), atol=1e-4
@@ -319,11 +320,10 @@ def test_relevancy_reaches_the_patches_through_the_abstractor(load, batch_of):
 
 @torch.inference_mode()
 def test_a_bright_square_lies_where_the_grid_of_patches_says(load):
-    vlm, noise = (
-        load("mplug_owl2"),
-        np.random.default_rng(2).integers(0, 60, (90, 250, 3), dtype=np.uint8),
-    )
-    sample, states = Sample("0", None, "Hi?"), []
+    vlm = load("mplug_owl2")
+    noise = np.random.default_rng(2).integers(0, 60, (90, 250, 3), dtype=np.uint8)
+    sample = Sample("0", None, "Hi?")
+    states = []
     grid = vlm.family.patches(
         vlm, (250, 90), vlm.encode([sample], [Image.fromarray(noise)]).image_rows[0]
     )
@@ -340,7 +340,8 @@ def test_a_bright_square_lies_where_the_grid_of_patches_says(load):
 
 
 def test_a_layer_of_the_abstractor_gives_one_map_over_queries_and_patches(load, batch_of):
-    vlm, maps = load("mplug_owl2"), []
+    vlm = load("mplug_owl2")
+    maps = []
     abstractor = vlm.model.visual_abstractor
     hooks = [
         layer.attention.register_forward_hook(lambda module, args, out: maps.append(out[1]))
@@ -355,9 +356,8 @@ def test_a_layer_of_the_abstractor_gives_one_map_over_queries_and_patches(load, 
     abstractor.set_attn_implementation(before)
     for hook in hooks:
         hook.remove()
-    assert [tuple(own.shape) for own in maps] == [
-        (1, 4, QUERIES, QUERIES + 1 + SIDE * SIDE)
-    ] * 3 and torch.allclose(plain, eager, atol=1e-5)
+    assert [tuple(own.shape) for own in maps] == [(1, 4, QUERIES, QUERIES + 1 + SIDE * SIDE)] * 3
+    assert torch.allclose(plain, eager, atol=1e-5)
     assert all(torch.allclose(own.sum(-1), torch.ones(()), atol=1e-5) for own in maps)
 
 
@@ -379,9 +379,8 @@ def copy_of(folder, to, visual=None, **keys):
 def test_sine_tables_come_from_the_files_where_these_hold_them(folders, load, tmp_path):
     name = "model.visual_abstractor.encoder.layers.1.crossattention.attention.q_pos_embed"
     with_tables = load_file(folders["mplug_owl2-gqa"] / "model.safetensors")
-    assert name in with_tables and name not in load_file(
-        folders["mplug_owl2"] / "model.safetensors"
-    )
+    assert name in with_tables
+    assert name not in load_file(folders["mplug_owl2"] / "model.safetensors")
     computed = [layer.attention for layer in load("mplug_owl2").model.visual_abstractor.layers]
     stored = [layer.attention for layer in load("mplug_owl2-gqa").model.visual_abstractor.layers]
     assert all(
@@ -448,7 +447,8 @@ def test_a_broken_folder_is_one_clear_line(folders, tmp_path, what, message):
 
 def test_norms_have_the_published_eps(load):
     model = load("mplug_owl2").model
-    layer, tower = model.visual_abstractor.layers[0], model.vision_model
+    layer = model.visual_abstractor.layers[0]
+    tower = model.vision_model
     assert (layer.norm1.eps, layer.normk.eps, layer.norm2.eps, layer.ffn_ln.eps) == (
         1e-5,
         1e-5,

@@ -97,13 +97,14 @@ def siglip(state, pixels, heads=4, layer=-2):
 
 def qwen2(state, x, heads=4, shared=2):
     """Logits at the last position of embeddings x (T, d)."""
-    length, layer = len(x), 0
-    angle = (
-        torch.arange(length)[:, None] / 10000.0 ** (torch.arange(8) / 8)[None]
-    )  # head width 16: pairs (j, j + 8)
+    length = len(x)
+    layer = 0
+    # head width 16: pairs (j, j + 8)
+    angle = torch.arange(length)[:, None] / 10000.0 ** (torch.arange(8) / 8)[None]
 
     def turn(part):
-        a, b = part[:, :8], part[:, 8:]
+        a = part[:, :8]
+        b = part[:, 8:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     while f"model.layers.{layer}.input_layernorm.weight" in state:
@@ -116,10 +117,8 @@ def qwen2(state, x, heads=4, shared=2):
         q, k, v = (linear(y, own, f"self_attn.{name}_proj") for name in "qkv")
         out = []
         for head in range(heads):
-            at, kv = (
-                slice(16 * head, 16 * head + 16),
-                slice(16 * (head * shared // heads), 16 * (head * shared // heads) + 16),
-            )
+            at = slice(16 * head, 16 * head + 16)
+            kv = slice(16 * (head * shared // heads), 16 * (head * shared // heads) + 16)
             scores = turn(q[:, at]) @ turn(k[:, kv]).T / 4
             scores[torch.ones(length, length).triu(1).bool()] = -math.inf
             out.append(scores.softmax(-1) @ v[:, kv])
@@ -139,8 +138,10 @@ def qwen2(state, x, heads=4, shared=2):
 
 def connect(state, plane, factor, columns_first=False, channels_by_column=False):
     """One tile's plane (side, side, c) -> its tokens, block by block."""
-    side, width = plane.shape[0], plane.shape[2]
-    count, tokens = math.ceil(side / factor), []
+    side = plane.shape[0]
+    width = plane.shape[2]
+    count = math.ceil(side / factor)
+    tokens = []
     for i in range(count):
         for j in range(count):
             i_, j_ = (j, i) if columns_first else (i, j)
@@ -158,15 +159,16 @@ def connect(state, plane, factor, columns_first=False, channels_by_column=False)
 def area(plane, height, width):
     """(h, w, c) -> (height, width, c): each cell the mean of the cells that it touches."""
     h, w, _ = plane.shape
-    span = lambda i, old, new: slice(i * old // new, -(-(i + 1) * old // new))
-    return torch.stack(
-        [
-            torch.stack(
-                [plane[span(i, h, height), span(j, w, width)].mean((0, 1)) for j in range(width)]
-            )
-            for i in range(height)
-        ]
-    )
+
+    def span(i, old, new):
+        return slice(i * old // new, -(-(i + 1) * old // new))
+
+    cells = [
+        plane[span(i, h, height), span(j, w, width)].mean((0, 1))
+        for i in range(height)
+        for j in range(width)
+    ]
+    return torch.stack(cells).unflatten(0, (height, width))
 
 
 def tiling(size, tile, least, most):
@@ -211,7 +213,10 @@ def by_hand(
     )
     tile = config["vision_tower_cfg"]["image_size"]
     side = tile // 14
-    read = lambda own: siglip(tower, own, layer=layer).view(side, side, -1)
+
+    def read(own):
+        return siglip(tower, own, layer=layer).view(side, side, -1)
+
     between = ""
     if config["image_aspect_ratio"] == "resize":
         features = [connect(connector, read(pixels(picture, 1, 1, tile)[0][0]), 3, **order)]
@@ -224,7 +229,8 @@ def by_hand(
         between = "\n"
     else:
         columns, rows = tiling(picture.size, tile, 9, 12)
-        planes, splits = [], ((1, 1), (2, 2), (columns, rows))
+        planes = []
+        splits = ((1, 1), (2, 2), (columns, rows))
         for c, r in splits:
             planes.append(
                 torch.cat(
@@ -256,7 +262,10 @@ def by_hand(
             ).flatten(0, 1)
         ]
     table = llm["model.embed_tokens.weight"]
-    text = lambda string: table[tokenizer(string, add_special_tokens=False)["input_ids"]]
+
+    def text(string):
+        return table[tokenizer(string, add_special_tokens=False)["input_ids"]]
+
     x = [text("<|im_start|>system\nYou are Tiny.<|im_end|>\n<|im_start|>user\n")]
     for own in features:
         x += [own, *([text("\n")] if newline else []), *([text(between)] if between else [])]
@@ -268,13 +277,12 @@ def by_hand(
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("size", SIZES)
 def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders, load, name, size):
-    vlm, batch = load(name), encode(load(name), size)
+    vlm = load(name)
+    batch = encode(load(name), size)
     features, logits = by_hand(folders[name], vlm.tokenizer, noise_picture(size), QUESTION)
     found = vlm.vision(batch).pooler_output[0]
-    assert (
-        found.shape == torch.cat(features).shape
-        and (found - torch.cat(features)).abs().max() < 1e-4
-    )
+    assert found.shape == torch.cat(features).shape
+    assert (found - torch.cat(features)).abs().max() < 1e-4
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
 
 
@@ -293,7 +301,8 @@ def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders,
     ],
 )
 def test_another_order_of_operations_is_told_apart(folders, load, name, change):
-    vlm, batch = load(name), encode(load(name), SIZES[0])
+    vlm = load(name)
+    batch = encode(load(name), SIZES[0])
     features, logits = by_hand(
         folders[name], vlm.tokenizer, noise_picture(SIZES[0]), QUESTION, **change
     )
@@ -327,13 +336,11 @@ def test_tower_and_connector_of_nvila_lite_8b_are_as_large_as_the_published_file
         2 * sum(parameter.numel() for parameter in part.parameters()) / 1e6
         for part in (model.vision_tower, model.mm_projector)
     ]
-    assert [round(size) for size in megabytes] == [827, 122] and (config.side, config.tokens) == (
-        32,
-        11,
-    )  # bfloat16
-    assert (
-        model.lm_head.out_features == 151648 and len(model.get_input_embeddings().weight) == 151650
-    )
+    # bfloat16
+    assert [round(size) for size in megabytes] == [827, 122]
+    assert (config.side, config.tokens) == (32, 11)
+    assert model.lm_head.out_features == 151648
+    assert len(model.get_input_embeddings().weight) == 151650
 
 
 # --- tiles and prompt -----------------------------------------------------------------------------
@@ -352,23 +359,22 @@ def test_the_tiling_is_the_closest_one():
                 nvila.closest_tiling((width, height), 448, least, most)
                 == tiling((width, height), 448, least, most)[::-1]
             )
-    assert nvila.closest_tiling((400, 200), 448, 1, 12) == (1, 2) and nvila.closest_tiling(
-        (900, 900), 448, 1, 12
-    ) == (2, 2)
-    assert nvila.closest_tiling((2000, 1000), 448, 1, 12) == (2, 4) and nvila.closest_tiling(
-        (100, 100), 448, 9, 12
-    ) == (3, 3)
+    assert nvila.closest_tiling((400, 200), 448, 1, 12) == (1, 2)
+    assert nvila.closest_tiling((900, 900), 448, 1, 12) == (2, 2)
+    assert nvila.closest_tiling((2000, 1000), 448, 1, 12) == (2, 4)
+    assert nvila.closest_tiling((100, 100), 448, 9, 12) == (3, 3)
 
 
 def test_the_prompt_is_laid_out_as_published(load):
-    vlm, batch = load("nvila-lite"), encode(load("nvila-lite"), SIZES[0])
+    vlm = load("nvila-lite")
+    batch = encode(load("nvila-lite"), SIZES[0])
     newline = vlm.tokenizer("\n", add_special_tokens=False)["input_ids"]
     tile = [vlm.image_token_id] * 9 + newline + newline  # the features' line break and the text's
-    ids, spans = batch.input_ids[0].tolist(), batch.spans(0)
+    ids = batch.input_ids[0].tolist()
+    spans = batch.spans(0)
     start = spans["vision"][0][0]
-    assert (
-        ids[start : start + 7 * 11] == tile * 7 and vlm.image_token_id not in ids[start + 7 * 11 :]
-    )
+    assert ids[start : start + 7 * 11] == tile * 7
+    assert vlm.image_token_id not in ids[start + 7 * 11 :]
     assert vlm.image_token_id >= vlm.model.lm_head.out_features, "no answer can hold it"
     assert vlm.tokenizer.decode(ids[slice(*spans["user"][0])]) == QUESTION
     assert vlm.tokenizer.decode(ids[slice(*spans["system"][0])]) == "You are Tiny."
@@ -383,28 +389,17 @@ def test_the_prompt_is_laid_out_as_published(load):
 
 
 def test_boxes_end_where_their_tile_does(load):
-    grid = encode(load("nvila-lite"), (224, 112)).grids[
-        0
-    ]  # 1 x 2 tiles of 8 x 8 patches of 14 pixels, then both as one
-    assert grid.boxes[:3].tolist() == [
-        [0, 0, 42, 42],
-        [42, 0, 84, 42],
-        [84, 0, 112, 42],
-    ] and grid.boxes[9].tolist() == [112, 0, 154, 42]
-    assert grid.boxes[18].tolist() == [0, 0, 84, 42] and grid.boxes[-1].tolist() == [
-        168,
-        84,
-        224,
-        112,
-    ]
-    plane = encode(load("nvila-s2"), (168, 168)).grids[
-        0
-    ]  # 3 x 3 tiles of 4 x 4 patches, 2 x 2 each
-    assert (
-        plane.shape == (6, 6)
-        and plane.boxes[7].tolist() == [28, 28, 56, 56]
-        and plane.boxes[2].tolist() == [56, 0, 84, 28]
-    )
+    # 1 x 2 tiles of 8 x 8 patches of 14 pixels, then both as one
+    grid = encode(load("nvila-lite"), (224, 112)).grids[0]
+    assert grid.boxes[:3].tolist() == [[0, 0, 42, 42], [42, 0, 84, 42], [84, 0, 112, 42]]
+    assert grid.boxes[9].tolist() == [112, 0, 154, 42]
+    assert grid.boxes[18].tolist() == [0, 0, 84, 42]
+    assert grid.boxes[-1].tolist() == [168, 84, 224, 112]
+    # 3 x 3 tiles of 4 x 4 patches, 2 x 2 each
+    plane = encode(load("nvila-s2"), (168, 168)).grids[0]
+    assert plane.shape == (6, 6)
+    assert plane.boxes[7].tolist() == [28, 28, 56, 56]
+    assert plane.boxes[2].tolist() == [56, 0, 84, 28]
 
 
 def made_of(run):
@@ -427,15 +422,12 @@ def test_a_token_of_s2_is_made_of_patches_of_all_scales(load, monkeypatch, scale
     vlm = load("nvila-s2")
     for config in (vlm.model.config, vlm.processor.config):
         monkeypatch.setattr(config, "output_scale", scale)
-    run = trace(
-        vlm, encode(vlm, (300, 120)), [20]
-    )  # 2 x 5 tiles of 4 x 4 patches, behind 1 and 4 tiles
+    # 2 x 5 tiles of 4 x 4 patches, behind 1 and 4 tiles
+    run = trace(vlm, encode(vlm, (300, 120)), [20])
     found = [sorted(own[own >= 0].tolist()) for own in run.tower.sources]
-    assert (
-        found == list(made_of(run))
-        and len(found) == [4, 16, 40][scale]
-        and len(run.tower.blocks[0].input) == 1 + 4 + 10
-    )
+    assert found == list(made_of(run))
+    assert len(found) == [4, 16, 40][scale]
+    assert len(run.tower.blocks[0].input) == 1 + 4 + 10
     assert all(
         own[0] < 16 <= own[-1] and any(16 <= patch < 80 for patch in own) and own[-1] >= 80
         for own in found
@@ -443,9 +435,8 @@ def test_a_token_of_s2_is_made_of_patches_of_all_scales(load, monkeypatch, scale
 
 
 def test_a_token_at_a_border_is_made_of_fewer_patches(load):
-    sources = trace(
-        load("nvila-lite"), encode(load("nvila-lite"), (224, 112)), [20]
-    ).tower.sources  # 1 x 2 tiles and both as one, 8 x 8 patches each
+    # 1 x 2 tiles and both as one, 8 x 8 patches each
+    sources = trace(load("nvila-lite"), encode(load("nvila-lite"), (224, 112)), [20]).tower.sources
     assert [int((own >= 0).sum()) for own in sources] == [9, 9, 6, 9, 9, 6, 6, 6, 4] * 3
     assert sorted(sources[11][sources[11] >= 0].tolist()) == [
         64 + row * 8 + column for row in range(3) for column in (6, 7)
@@ -461,9 +452,8 @@ def test_relevancy_through_the_tower_is_shared_and_not_multiplied(load, name):
     run.tower.descend = lambda gradient, tile: iter(())
     image = torch.rand(1, 2, len(run.features), generator=torch.Generator().manual_seed(0))
     cells, _ = attribution.onto_patches(run.tower, image, None)
-    assert torch.allclose(cells.sum(-1), image.sum(-1)) and torch.allclose(cells, image) == (
-        name == "nvila-lite"
-    )
+    assert torch.allclose(cells.sum(-1), image.sum(-1))
+    assert torch.allclose(cells, image) == (name == "nvila-lite")
 
 
 # --- configs --------------------------------------------------------------------------------------
@@ -481,10 +471,8 @@ def test_nvila_and_llava_in_their_own_layouts_are_told_apart(folders):
     assert llava_original.is_original(llava) and llava_original.is_original(raw), (
         "NVILA's configs have mm_* keys too, so it has to come first"
     )
-    assert (
-        models.find_family(raw).name == "nvila"
-        and models.find_family(raw | {"model_type": "vila"}).name == "nvila"
-    )
+    assert models.find_family(raw).name == "nvila"
+    assert models.find_family(raw | {"model_type": "vila"}).name == "nvila"
     assert models.find_family(llava).name == "llava_original"
 
 
@@ -510,16 +498,13 @@ def test_other_scales_and_a_picture_in_one_piece(folders, tmp_path, name, config
     vlm = common.load_model(folder)
     batch = encode(vlm, SIZES[0])
     features, logits = by_hand(folder, vlm.tokenizer, noise_picture(SIZES[0]), QUESTION)
-    assert (vlm.vision(batch).pooler_output[0] - torch.cat(features)).abs().max() < 1e-4 and (
-        prefill(vlm, batch).logits[0, -1] - logits
-    ).abs().max() < 1e-4
+    assert (vlm.vision(batch).pooler_output[0] - torch.cat(features)).abs().max() < 1e-4
+    assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
     grid = batch.grids[0]
-    assert (
-        len(grid.boxes) == tokens
-        and grid.shape == shape
-        and grid.boxes[0, :2].tolist() == [0, 0]
-        and grid.boxes[-1, 2:].tolist() == list(SIZES[0])
-    )
+    assert len(grid.boxes) == tokens
+    assert grid.shape == shape
+    assert grid.boxes[0, :2].tolist() == [0, 0]
+    assert grid.boxes[-1, 2:].tolist() == list(SIZES[0])
 
 
 @pytest.mark.parametrize(
@@ -573,7 +558,8 @@ def test_roborefer_is_read_without_its_depth_part(folders, load, tmp_path):
     )
     shutil.copytree(folder / "vision_tower", folder / "depth_tower")
     shutil.copytree(folder / "mm_projector", folder / "depth_projector")
-    vlm, own = common.load_model(folder, self_check=False), load("nvila-lite")
+    vlm = common.load_model(folder, self_check=False)
+    own = load("nvila-lite")
     batch = encode(vlm, SIZES[0])
     assert batch.prompts[0].startswith(
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n<image>"
@@ -599,7 +585,8 @@ def test_weights_in_shards_are_read(folders, load, tmp_path):
     }
     (folder / "llm" / "model.safetensors.index.json").write_text(json.dumps(index))
     file.unlink()
-    vlm, own = common.load_model(folder, self_check=False), load("nvila-s2")
+    vlm = common.load_model(folder, self_check=False)
+    own = load("nvila-s2")
     assert all(
         torch.equal(value, own.model.state_dict()[name])
         for name, value in vlm.model.state_dict().items()

@@ -175,14 +175,12 @@ def test_it_loads_with_the_self_check_and_is_measured(folder, pictures):
         for i, question in enumerate(("What is left?", "Is there a red circle in the image?"))
     ]
     batch = vlm.encode(samples, pictures[:2])
-    assert [len(grid.boxes) for grid in batch.grids] == [
-        (SIDE // PATCH) ** 2
-    ] * 2 and batch.prompts[0].startswith("<image>\nQuestion: What is left?")
+    assert [len(grid.boxes) for grid in batch.grids] == [(SIDE // PATCH) ** 2] * 2
+    assert batch.prompts[0].startswith("<image>\nQuestion: What is left?")
     with capture(vlm, [mass := GroupMass(batch, 3), rope := RopeShift(batch, vlm.rotary, [1.0])]):
         found = generate(vlm, batch, 3)
-    assert torch.allclose(mass.mass[0].sum(-1), torch.ones(()), atol=1e-5) and rope[
-        "alphaV"
-    ].shape == (3, 2, 4)
+    assert torch.allclose(mass.mass[0].sum(-1), torch.ones(()), atol=1e-5)
+    assert rope["alphaV"].shape == (3, 2, 4)
     alone = [
         generate(vlm, vlm.encode([sample], [picture]), 3).ids[0]
         for sample, picture in zip(samples, pictures, strict=False)
@@ -204,12 +202,10 @@ def test_relevancy_stops_at_its_vision_tokens(folder, pictures):
     batch = vlm.encode([Sample("0", None, "What is left?")], [pictures[0]])
     run = trace(vlm, batch, generate(vlm, batch, 3).ids[0])
     found = attribution.relevancy(run, range(len(run.ids)))
-    assert (
-        found.cells is None
-        and found.picture.shape == (len(run.ids), 3, (SIDE // PATCH) ** 2)
-        and found.rows.min() >= 0
-        and found.picture.max() > 0
-    )
+    assert found.cells is None
+    assert found.picture.shape == (len(run.ids), 3, (SIDE // PATCH) ** 2)
+    assert found.rows.min() >= 0
+    assert found.picture.max() > 0
 
 
 def test_scripts_run_on_it(folder, pictures, tmp_path):

@@ -28,9 +28,8 @@ def restored(layer):
     """The weight of a quantised layer as numbers."""
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    scales = (
-        layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
-    )  # moved at the first pass
+    # moved at the first pass
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
     return layer.weight.data.float() * scales[:, None] / 127
 
 
@@ -53,22 +52,20 @@ def test_the_decoder_computes_with_rounded_weights_and_nothing_else_is_rounded(
 ):
     """4 bits: the logits of the plain model with the rounded weights in it. int8 rounds what enters
     a layer too: each layer by itself."""
-    plain, vlm = (
-        common.load_model(folder, self_check=False),
-        common.load_model(folder, quantize_type=kind),
-    )
-    layers, everywhere = rounded_layers(vlm.parts.decoder), rounded_layers(vlm.model)
+    plain = common.load_model(folder, self_check=False)
+    vlm = common.load_model(folder, quantize_type=kind)
+    layers = rounded_layers(vlm.parts.decoder)
+    everywhere = rounded_layers(vlm.model)
     linear = {
         name
         for name, module in plain.parts.decoder.named_modules()
         if type(module) is torch.nn.Linear
     }
-    assert set(layers) <= linear and all(
-        name.endswith(("lm_head", ".wo")) for name in linear - set(layers)
-    )  # transformers leaves a T5's wo alone
-    assert (
-        len(everywhere) == len(layers) or "decoder-only" not in vlm.family.has
-    )  # a T5's encoder reads the prompt
+    # transformers leaves a T5's wo alone
+    assert set(layers) <= linear
+    assert all(name.endswith(("lm_head", ".wo")) for name in linear - set(layers))
+    # a T5's encoder reads the prompt
+    assert len(everywhere) == len(layers) or "decoder-only" not in vlm.family.has
     seen = []
     hooks = [
         layer.register_forward_hook(
@@ -99,10 +96,8 @@ def test_gradients_go_through_rounded_weights(tmp_path, kind, pictures):
     from tests.random_models import mplug_owl2
 
     path = mplug_owl2.MODELS["mplug_owl2"](tmp_path / "model")
-    plain, vlm = (
-        common.load_model(path, self_check=False),
-        common.load_model(path, quantize_type=kind),
-    )
+    plain = common.load_model(path, self_check=False)
+    vlm = common.load_model(path, quantize_type=kind)
     for name, layer in rounded_layers(vlm.parts.decoder).items():
         plain.parts.decoder.get_submodule(name).weight.data.copy_(restored(layer))
     exact, found = (
@@ -119,10 +114,8 @@ def test_gradients_go_through_rounded_weights(tmp_path, kind, pictures):
 
 
 def test_a_script_runs_on_rounded_weights_and_does_not_go_on_with_others(folders, tmp_path):
-    make, coco = (
-        in_process(ROOT / "data" / "make_shapes.py"),
-        in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py"),
-    )
+    make = in_process(ROOT / "data" / "make_shapes.py")
+    coco = in_process(ROOT / "diagnostic_tools" / "run_coco_diagnostics.py")
     assert (
         make(
             "--num_images",

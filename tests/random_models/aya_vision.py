@@ -62,9 +62,8 @@ def build(folder):
         "model.vision_tower.embeddings.patch_embedding",
         ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"],
     )
-    gate = (
-        model.model.multi_modal_projector.linear_1
-    )  # its second half gates the first: nearly open, so that a plain change stays one
+    # its second half gates the first: nearly open, so that a plain change stays one
+    gate = model.model.multi_modal_projector.linear_1
     gate.weight.data[32:] *= 0.1
     gate.bias.data[32:] += 5
     sharpen(model, model.model.language_model.layers).save_pretrained(folder)

@@ -70,19 +70,19 @@ def build(folder):
     }
     (folder / "config.json").write_text(json.dumps(raw))
     config = read_config(folder, raw)
-    config.vision_config, config.image_token_index = (
-        ConvNextConfig(**TOWER, initializer_range=0.2),
-        rows,
-    )
-    config.vision_config.hidden_size, config.vision_feature_layer = TOWER["hidden_sizes"][-1], -1
+    config.vision_config = ConvNextConfig(**TOWER, initializer_range=0.2)
+    config.image_token_index = rows
+    config.vision_config.hidden_size = TOWER["hidden_sizes"][-1]
+    config.vision_feature_layer = -1
     torch.manual_seed(0)
     model = ConvLlava(config)
     for name, p in model.named_parameters():
         if p.ndim == 1 and "language_model" not in name:
             p.data += 0.1 * torch.randn_like(p)  # gains and biases that are not 1 and 0
+        # a cell's own pixels count most
         p.data *= (
             4 if "downsampling_layer.1.weight" in name or "patch_embeddings.weight" in name else 1
-        )  # a cell's own pixels count most
+        )
     state = {
         original_name(name): value
         for name, value in sharpen(model, model.model.language_model.layers).state_dict().items()
@@ -98,9 +98,8 @@ def build(folder):
     )
     beside = folder / "vision_tower"
     beside.mkdir()
-    torch.save(
-        tower | {"layernorm.weight": torch.ones(64)}, beside / "pytorch_model.bin"
-    )  # half of the norm that nobody uses, as training leaves it
+    # half of the norm that nobody uses, as training leaves it
+    torch.save(tower | {"layernorm.weight": torch.ones(64)}, beside / "pytorch_model.bin")
     (beside / "config.json").write_text(
         json.dumps(TOWER | {"model_type": "convnext", "architectures": ["ConvNextModel"]})
     )

@@ -40,9 +40,8 @@ def build(folder):
         ["model.aligner.linear1", "model.aligner.linear2"],
         by=4,
     )
-    model.model.vision_model.embeddings.position_embedding.weight.data.normal_(
-        0, 5
-    )  # so that norms weaken a plain change no more than a small one
+    # so that norms weaken a plain change no more than a small one
+    model.model.vision_model.embeddings.position_embedding.weight.data.normal_(0, 5)
     sharpen(model, model.model.language_model.layers).save_pretrained(folder)
     images = DeepseekVLImageProcessorPil(size={"height": 168, "width": 168})
     DeepseekVLProcessor(

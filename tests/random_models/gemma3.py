@@ -48,9 +48,8 @@ def build(folder, window=512):
     model = Gemma3ForConditionalGeneration(config)
     clear(model, "model.vision_tower.embeddings.patch_embedding", [])
     model.model.multi_modal_projector.mm_input_projection_weight.data.normal_(0, 0.3)
-    for layer in (
-        model.model.language_model.layers
-    ):  # q and k are normalised, so their gains are what sharpens
+    # q and k are normalised, so their gains are what sharpens
+    for layer in model.model.language_model.layers:
         layer.self_attn.q_norm.weight.data += 0.6 + torch.rand(16)
         layer.self_attn.k_norm.weight.data += 0.6 + torch.rand(16)
     model.save_pretrained(folder)

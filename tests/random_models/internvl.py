@@ -14,12 +14,13 @@ TEMPLATE = (
     " endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt"
     " %}<|im_start|>assistant\n{% endif %}"
 )
+# of text models
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-}  # of text models
+}
 
 
 def make_tokenizer(folder, special=(), eos="</s>", bos=True, **named):

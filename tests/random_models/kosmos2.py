@@ -7,10 +7,12 @@ from tests.random_models.internvl import make_tokenizer
 
 
 def build(folder):
-    tokenizer, square = make_tokenizer(folder), {"height": 56, "width": 56}
+    tokenizer = make_tokenizer(folder)
+    square = {"height": 56, "width": 56}
+    # it adds its tags to the tokenizer
     Kosmos2Processor(
         CLIPImageProcessorPil(size=square, crop_size=square), tokenizer
-    ).save_pretrained(folder)  # it adds its tags to the tokenizer
+    ).save_pretrained(folder)
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,

@@ -123,11 +123,12 @@ def build_with(folder, qformer):
         for name in list(state)
         if name.startswith("visual_encoder.")
     }
+    # a block that is not used
     more = {
         name.replace("blocks.1.", "blocks.2."): value
         for name, value in vision.items()
         if name.startswith("blocks.1.")
-    }  # a block that is not used
+    }
     torch.save(
         vision | more | {"norm.weight": torch.ones(48), "mask_token": torch.ones(1, 1, 48)},
         folder / "eva_vit_g.pth",

@@ -42,16 +42,16 @@ DECODERS = {
 def parameters(kind, rows):
     """{name: tensor} of the published model; rows: of the LM head."""
     torch.manual_seed(1)
-    state, normal = {}, lambda *shape, std: std * torch.randn(*shape)
+    state = {}
+
+    def normal(*shape, std):
+        return std * torch.randn(*shape)
+
     shared = WIDTH // HEADS * (DECODERS[kind]["num_key_value_heads"] or HEADS)
-    state["transformer.wte.embedding"], state["transformer.wte.new_embedding"] = (
-        normal(rows, WIDTH, std=0.5),
-        normal(128, WIDTH, std=0.5),
-    )
-    state["transformer.ff_out.weight"], state["transformer.ln_f.weight"] = (
-        normal(rows, WIDTH, std=0.3),
-        1 + normal(WIDTH, std=0.2),
-    )
+    state["transformer.wte.embedding"] = normal(rows, WIDTH, std=0.5)
+    state["transformer.wte.new_embedding"] = normal(128, WIDTH, std=0.5)
+    state["transformer.ff_out.weight"] = normal(rows, WIDTH, std=0.3)
+    state["transformer.ln_f.weight"] = 1 + normal(WIDTH, std=0.2)
     for i in range(LAYERS):
         block = f"transformer.blocks.{i}."
         state |= {
@@ -60,10 +60,8 @@ def parameters(kind, rows):
         }
         state[block + "att_proj.weight"] = normal(WIDTH + 2 * shared, WIDTH, std=0.2)
         state[block + "attn_out.weight"] = normal(WIDTH, WIDTH, std=0.1)
-        state[block + "ff_proj.weight"], state[block + "ff_out.weight"] = (
-            normal(2 * HIDDEN, WIDTH, std=0.15),
-            normal(WIDTH, HIDDEN, std=0.1),
-        )
+        state[block + "ff_proj.weight"] = normal(2 * HIDDEN, WIDTH, std=0.15)
+        state[block + "ff_out.weight"] = normal(WIDTH, HIDDEN, std=0.1)
         if DECODERS[kind]["qkv_bias"]:
             state[block + "att_proj.bias"] = normal(WIDTH + 2 * shared, std=0.3)
         if DECODERS[kind]["attention_layer_norm"]:
@@ -71,15 +69,11 @@ def parameters(kind, rows):
                 block + "q_norm.weight": 1.6 + normal(WIDTH, std=0.3),
                 block + "k_norm.weight": 1.6 + normal(shared, std=0.3),
             }
-    width, inside, vit = (
-        VISION["image_emb_dim"],
-        VISION["image_mlp_dim"],
-        "vision_backbone.image_vit.",
-    )
-    state[vit + "class_embedding"], state[vit + "positional_embedding"] = (
-        normal(width, std=0.1),
-        normal(VISION["image_num_pos"], width, std=0.1),
-    )
+    width = VISION["image_emb_dim"]
+    inside = VISION["image_mlp_dim"]
+    vit = "vision_backbone.image_vit."
+    state[vit + "class_embedding"] = normal(width, std=0.1)
+    state[vit + "positional_embedding"] = normal(VISION["image_num_pos"], width, std=0.1)
     state[vit + "patch_embedding.weight"] = normal(width, 14 * 14 * 3, std=0.1)
     state |= {
         vit + "pre_ln.weight": 1 + normal(width, std=0.1),

@@ -40,9 +40,8 @@ PROCESSOR = {
 
 def build(folder, **text):
     tokenizer = make_tokenizer(folder, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", False)
-    words = len(
-        tokenizer
-    )  # the LM head has these; pictures' tokens are in a second part of the embedding table
+    # the LM head has these; pictures' tokens are in a second part of the embedding table
+    words = len(tokenizer)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": PICTURE}, replace_extra_special_tokens=False
     )

@@ -77,9 +77,8 @@ def original_name(name):
 
 def build_with(folder, heads, tables):
     folder.mkdir(parents=True, exist_ok=True)
-    rows = tiny.make_tokenizer(folder).convert_tokens_to_ids(
-        "<pad>"
-    )  # what sentencepiece itself has
+    # what sentencepiece itself has
+    rows = tiny.make_tokenizer(folder).convert_tokens_to_ids("<pad>")
     raw = TEXT | {
         "model_type": "mplug_owl2",
         "architectures": ["MPLUGOwl2LlamaForCausalLM"],
@@ -99,9 +98,8 @@ def build_with(folder, heads, tables):
     model = MplugOwl2(config)
     for name, p in model.named_parameters():
         if p.ndim == 1:
-            p.data += 0.1 * torch.randn_like(
-                p
-            )  # gains and biases that are not 1 and 0, and differ between text and picture
+            # gains and biases that are not 1 and 0, and differ between text and picture
+            p.data += 0.1 * torch.randn_like(p)
         p.data *= (
             3 if re.search(r"patch_embedding.weight|attention.(query|key).weight", name) else 1
         )
@@ -147,7 +145,8 @@ class _Text:
 
     def __init__(self, attention):
         self.self_attn = self
-        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj.multiway[0]
+        self.q_proj = attention.q_proj
+        self.k_proj = attention.k_proj.multiway[0]
 
 
 def sharpened(model):

@@ -18,10 +18,8 @@ def build(folder, crop=True):
         False,
         image_token="<image>",
     )
-    ids, text = (
-        tokenizer.convert_tokens_to_ids,
-        text_config(tokenizer, "qwen2", tie_word_embeddings=False),
-    )
+    ids = tokenizer.convert_tokens_to_ids
+    text = text_config(tokenizer, "qwen2", tie_word_embeddings=False)
     config = Ovis2Config(
         text_config=text,
         hidden_size=64,

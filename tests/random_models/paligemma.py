@@ -28,9 +28,8 @@ def build(folder, text):
         {"sliding_window": 4096, "query_pre_attn_scalar": 16} if text == "gemma2" else {}
     )
     images = SiglipImageProcessorPil(size={"height": 84, "width": 84}, image_seq_length=36)
-    PaliGemmaProcessor(images, tokenizer).save_pretrained(
-        folder
-    )  # it adds <loc0000> ... to the tokenizer
+    # it adds <loc0000> ... to the tokenizer
+    PaliGemmaProcessor(images, tokenizer).save_pretrained(folder)
     config = PaliGemmaConfig(
         text_config=text_config(tokenizer, text, **more),
         vision_config={"model_type": "siglip_vision_model", "image_size": 84, **SIGLIP},

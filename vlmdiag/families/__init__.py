@@ -66,7 +66,7 @@ FAMILIES = (
 )
 
 
-def own_files() -> list[Path]:
+def user_files() -> list[Path]:
     """The files of a user's own families, sorted by name: those of models/ in the repository (never
     of the working folder) and of VLMDIAG_FAMILIES that define FAMILY."""
     folders = []
@@ -120,7 +120,7 @@ def family_of_file(file: Path) -> Family:
 
 def all_families() -> Iterator[Family]:
     """A user's own families, then those of this package in the order of FAMILIES."""
-    for file in own_files():
+    for file in user_files():
         yield family_of_file(file.resolve())
     for name in FAMILIES:
         yield importlib.import_module(f"vlmdiag.families.{name}").FAMILY
