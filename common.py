@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ class VLM:
     family: Family
     path: str
     # system_prompt, prompt_template, image_aspect, conv_mode, quantize_type as given
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Record = field(default_factory=dict)
 
     @cached_property
     def parts(self) -> Parts:
@@ -253,7 +254,7 @@ def load_model(
     path: str | Path,
     device: str | None = None,
     dtype: str = "auto",
-    device_map: str | dict[str, Any] | None = None,
+    device_map: str | Record | None = None,
     quantize_type: str | None = None,
     vision_tower_path: str | None = None,
     conv_mode: str | None = None,

@@ -14,9 +14,8 @@ answer --new_tokens long:
     ours       run_coco_diagnostics.py's own process() and files through engine.run_items, all
                probes on
     published  one picture at a time, eager generate() that returns all attention maps and hidden
-               states, a second complete forward for the
-               RoPE probe; written after our study of Beyond Semantics (arXiv 2503.17349), sections
-               2 and 3
+               states, a second complete forward for the RoPE probe: Beyond Semantics (arXiv
+               2503.17349) by docs/studies/beyond_semantics.md, sections 2 and 3
 First, in float32, all outputs are compared: captions of all three, published numbers against ours
 with --paper_compat (all of them) and as timed (where the definitions agree). Then the variants
 alternate in one process, in reverse order every other round; ratios are medians of the ratios
@@ -24,277 +23,55 @@ within a round. Extra memory: a variant's peak minus the floor's, on a CPU each 
 own. Out come a Markdown table and, with --out, all figures.
 """
 
-import contextlib
-import dataclasses
-import io
+from __future__ import annotations
+
+import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from typing import Any
 
 from benchmarks import measuring
-from benchmarks.published_procedure import diagnose
-from common import VLM
+from benchmarks.cases import SIZES, Case, build, decoder_shape, encode_samples, make_samples
 from vlmdiag import cli
-from vlmdiag.beyond_semantics import diagnostics
-from vlmdiag.families import find_family
-from vlmdiag.pictures.samples import Sample, load_image
-from vlmdiag.runs import engine, rundirs
-from vlmdiag.scenes import tiny_llava as tiny
-
-QUESTION, PATCH, TOLERANCE = "Describe the image.", 14, 1e-4
-SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-SIZES = {  # decoder and tower as in SHAPE; vocabulary, None: the tokenizer's
-    "quick": ((2, 64, 2, 96), (2, 32, 2, 48), None),
-    "small": ((12, 512, 8, 1376), (4, 128, 4, 256), None),
-    "7b": ((32, 4096, 32, 11008), (24, 1024, 16, 4096), 32064),
-}
 
 
-@dataclasses.dataclass
-class Case:
-    vlm: VLM
-    samples: list
-    new_tokens: int
-    folder: Path
-
-
-def build(size, prompt, device, folder):
-    """A random LLaVA in float32 with prompts of about `prompt` tokens. No special token is ever the
-    likeliest, so that no answer ends by itself."""
-    decoder, tower, vocabulary = SIZES[size]
-    tokenizer = tiny.make_tokenizer(folder)
-    side = round(
-        (
-            prompt
-            - len(tokenizer(f"{tiny.SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:").input_ids)
-            + 1
-        )
-        ** 0.5
-    )
-    pixels, image_id = side * PATCH, tokenizer.convert_tokens_to_ids("<image>")
-    vision = CLIPVisionConfig(**dict(zip(SHAPE, tower)), image_size=pixels, patch_size=PATCH)
-    text = LlamaConfig(
-        **dict(zip(SHAPE, decoder)),
-        vocab_size=vocabulary or len(tokenizer),
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    text.update(
-        {
-            name: getattr(tokenizer, name)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=image_id,
-        image_seq_length=side * side,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
-    # scores with a deviation of about 3: attention of random weights is nearly uniform and hides
-    # errors
-    for layer in model.model.language_model.layers:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            projection.weight *= (3 / (text.initializer_range**2 * text.hidden_size)) ** 0.5
-    model.lm_head.weight[sorted({*tokenizer.all_special_ids, image_id})] = 0
-    square = {"height": pixels, "width": pixels}
-    images = LlavaImageProcessorPil(
-        do_pad=True,
-        size={"shortest_edge": pixels},
-        crop_size=square,
-        image_mean=tiny.MEAN,
-        image_std=tiny.STD,
-    )
-    options = {
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "chat_template": tiny.CHAT_TEMPLATE,
-    }
-    return VLM(
-        model,
-        LlavaProcessor(images, tokenizer, patch_size=PATCH, **options),
-        find_family({"model_type": "llava"}),
-        f"random-{size}",
-    )
-
-
-def make_samples(folder, count):
-    for i in range(count):
-        noise = np.random.default_rng(i).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((640, 480), Image.Resampling.NEAREST).save(
-            folder / f"{i}.jpg", quality=95
-        )
-    return [
-        Sample(str(i), folder / f"{i}.jpg", QUESTION, extra={"image_id": i}) for i in range(count)
-    ]
-
-
-# --- the variants: variant(case) -> (where its results will be, work()) ---------------------------
-
-
-def floor(case):
-    answers = []
-
-    @torch.inference_mode()
-    def work():
-        batch = case.vlm.encode(case.samples, [load_image(sample.image) for sample in case.samples])
-        pixels = batch.image_inputs["pixel_values"].to(case.vlm.device, case.vlm.dtype)
-        inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "pixel_values": pixels,
-        }
-        found = case.vlm.model.generate(**inputs, max_new_tokens=case.new_tokens, do_sample=False)
-        answers[:] = found[:, batch.input_ids.shape[1] :].tolist()
-
-    return answers, work
-
-
-def ours(case, paper_compat=False):
-    measures = diagnostics.Measures(
-        max_new_tokens=case.new_tokens,
-        restrict_to_past=True,
-        probe_hidden_norms=True,
-        paper_compat=paper_compat,
-    )
-    settings = dataclasses.asdict(measures)
-    run = rundirs.open_run(tempfile.mkdtemp(dir=case.folder), rundirs.COCO, settings)
-    process = diagnostics.make_process(case.vlm, measures)
-
-    def load(sample):
-        return sample, load_image(sample.image)
-
-    def work():
-        with contextlib.redirect_stdout(io.StringIO()):
-            counts = engine.run_items(
-                run, case.samples, load, process, len(case.samples), num_workers=2
-            )
-        if counts["done"] != len(case.samples):
-            raise RuntimeError(f"items failed: {run.failed()}")
-
-    return run.path / "per_image", work
-
-
-def published(case):
-    folder = Path(tempfile.mkdtemp(dir=case.folder))
-    return folder, lambda: [
-        diagnose(case.vlm, sample, case.new_tokens, folder) for sample in case.samples
-    ]
-
-
-# --- equal outputs --------------------------------------------------------------------------------
-
-
-def check(case):
-    """{what: largest difference, relative where values exceed 1}; AssertionError unless the
-    variants agree within TOLERANCE."""
-    (answers, plain), (theirs, eager), *mine = (
-        floor(case),
-        published(case),
-        ours(case),
-        ours(case, paper_compat=True),
-    )
-    for work in (plain, eager, *(work for _, work in mine)):
-        work()
-    worst = {}
-    for sample, answer in zip(case.samples, answers, strict=True):
-        record, arrays = (
-            json.loads((theirs / f"{sample.id}.json").read_text()),
-            dict(np.load(theirs / f"{sample.id}.npz")),
-        )
-        arrays |= {name: value for name, value in record.items() if name.startswith("mean_")}
-        for label, (folder, _) in zip(("as timed", "--paper_compat"), mine):
-            own, values = (
-                json.loads((folder / f"{sample.id}.json").read_text()),
-                np.load(folder / f"{sample.id}.npz"),
-            )
-            if (
-                not own["generated_ids"] == answer == record["generated_ids"]
-                or len(answer) != case.new_tokens
-            ):
-                raise AssertionError(
-                    f"other captions ({label}): ours {own['generated_ids']}, floor {answer},"
-                    f" published {record['generated_ids']}"
-                )
-            for name, wanted in arrays.items():
-                found, wanted, what = (
-                    np.asarray(own[name] if name in own else values[name]),
-                    np.asarray(wanted),
-                    f"{name} ({label})",
-                )
-                if label == "as timed" and name.startswith("hidden_norms"):
-                    found, wanted = (
-                        found[:-1],
-                        wanted[:-1],
-                    )  # the published last point is after the final norm
-                elif label == "as timed" and name in (
-                    "alphaV",
-                    "share_prod_notV",
-                    "delta_gv",
-                    "delta_alphaV",
-                ):
-                    # the published probe looks from an EOS token, ours from the prompt's last
-                    continue
-                gap = float((np.abs(found - wanted) / np.maximum(1, np.abs(wanted))).max())
-                if found.shape != wanted.shape or not gap <= TOLERANCE:  # a NaN is not <= either
-                    raise AssertionError(
-                        f"{what}: ours {found.shape} and the published procedure {wanted.shape}"
-                        f" differ by {gap:.2g}, more than {TOLERANCE:g}"
-                    )
-                worst[what] = max(worst.get(what, 0.0), gap)
-    return worst
-
-
-# --- measuring ------------------------------------------------------------------------------------
-
-VARIANTS = {"floor": floor, "ours": ours, "published": published}
-
-
-def seconds_of(case, variant):
+def seconds_of(case: Case, variant: str) -> float:
     """Wall time per picture."""
-    return measuring.seconds_of(VARIANTS[variant](case)[1]) / len(case.samples)
+    from benchmarks.variants_diagnostics import VARIANTS
+
+    _, work = VARIANTS[variant](case)
+    return measuring.seconds_of(work) / len(case.samples)
 
 
-def peak_of(case, variant):
+def peak_of(case: Case, variant: str) -> float | None:
     """Peak memory of one run in MiB above what was held before, after one run of the floor; None
     where it cannot be read."""
-    return measuring.peak_of(VARIANTS[variant](case)[1], floor(case)[1])
+    from benchmarks.variants_diagnostics import VARIANTS
+
+    _, work = VARIANTS[variant](case)
+    _, before = VARIANTS["floor"](case)
+    return measuring.peak_of(work, before)
 
 
-def peaks(args, case, prompt):
+def peaks(args: argparse.Namespace, case: Case, prompt: int) -> dict[str, float | None]:
     """{variant: MiB}."""
     if case.vlm.device.type == "cuda":
-        return {name: peak_of(case, name) for name in VARIANTS}
+        return {variant: peak_of(case, variant) for variant in measuring.VARIANTS}
     flags = (
         f"--size {args.size} --prompt {prompt} --batch {len(case.samples)} --new_tokens"
         f" {args.new_tokens} --threads {args.threads}"
     )
-    return measuring.in_processes(VARIANTS, __file__, flags.split())
+    return measuring.in_processes(measuring.VARIANTS, __file__, flags.split())
 
 
-def measure(args, case, prompt):
+def measure(args: argparse.Namespace, case: Case, prompt: int) -> list[measuring.Row]:
     """One row per variant."""
-    rounds = measuring.alternating(
-        {name: partial(seconds_of, case, name) for name in VARIANTS}, args.repeats
-    )
-    batch = case.vlm.encode(case.samples[:1], [load_image(case.samples[0].image)])
+    measures = {variant: partial(seconds_of, case, variant) for variant in measuring.VARIANTS}
+    rounds = measuring.alternating(measures, args.repeats)
+    batch = encode_samples(case.vlm, case.samples[:1])
     shared = {
         "prompt_tokens": batch.lengths[0],
         "vision_tokens": len(batch.vision_positions(0)),
@@ -303,7 +80,7 @@ def measure(args, case, prompt):
     return [shared | row for row in measuring.summary(rounds, peaks(args, case, prompt))]
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument(
@@ -317,62 +94,64 @@ def parse_args(argv=None):
         help="pictures in a batch; the published procedure takes them one by one",
     )
     parser.add_argument("--new_tokens", type=int, default=32)
-    measuring.add_arguments(parser, VARIANTS)
+    measuring.add_arguments(parser, measuring.VARIANTS)
     args = parser.parse_args(argv)
     if args.quick:
-        args.size, args.prompt, args.batch, args.repeats, args.new_tokens = (
-            "quick",
-            [121],
-            [2],
-            1,
-            4,
-        )
-    if min(args.prompt) < 50 or min(args.repeats, args.new_tokens, args.threads, *args.batch) < 1:
+        args.size = "quick"
+        args.prompt = [121]
+        args.batch = [2]
+        args.repeats = 1
+        args.new_tokens = 4
+    counts = [args.repeats, args.new_tokens, *args.batch]
+    if args.threads is not None:
+        counts.append(args.threads)
+    if min(args.prompt) < 50 or min(counts) < 1:
         parser.error("--prompt needs 50 at least, the other numbers 1")
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    from benchmarks import variants_diagnostics as variants
+
     device, dtype = measuring.prepare(args)
-    rows, checked = [], {}
+    rows: list[measuring.Row] = []
+    checked: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for prompt, size in ((prompt, size) for prompt in args.prompt for size in args.batch):
-            folder = Path(tempfile.mkdtemp(dir=scratch))
-            case = Case(
-                build(args.size, prompt, device, folder),
-                make_samples(folder, size),
-                args.new_tokens,
-                folder,
-            )
-            if args.memory_of:
-                print(json.dumps(peak_of(case, args.memory_of)))
-                return 0
-            checked[f"prompt {prompt}, batch {size}"] = check(case)
-            case.vlm.model.to(dtype)
-            rows += measure(args, case, prompt)
-    report = {
+        for prompt in args.prompt:
+            for batch in args.batch:
+                folder = Path(tempfile.mkdtemp(dir=scratch))
+                vlm = build(args.size, prompt, device, folder)
+                case = Case(vlm, make_samples(folder, batch), args.new_tokens, folder)
+                if args.memory_of:
+                    print(json.dumps(peak_of(case, args.memory_of)))
+                    return 0
+                checked[f"prompt {prompt}, batch {batch}"] = variants.check(case)
+                vlm.model.to(dtype)
+                rows += measure(args, case, prompt)
+    report: dict[str, Any] = {
         "size": args.size,
-        "decoder": dict(zip(SHAPE, SIZES[args.size][0])),
+        "decoder": decoder_shape(args.size),
         "dtype": str(dtype).removeprefix("torch."),
         "new_tokens": args.new_tokens,
-    }
-    report |= {
         "repeats": args.repeats,
         "machine": measuring.machine(),
-        "tolerance": TOLERANCE,
+        "tolerance": variants.TOLERANCE,
         "equal_outputs": checked,
         "rows": rows,
     }
-    worst, what = max((gap, what) for found in checked.values() for what, gap in found.items())
-    equal = (
-        f"equal outputs: all captions, and {len(next(iter(checked.values())))} quantities within"
-        f" {worst:.1g} (the worst: {what})\n"
-    )
-    return measuring.finish(
-        report,
-        [equal, measuring.table(rows, "image", ("prompt_tokens", "vision_tokens", "batch"))],
-        args.out,
+    table = measuring.table(rows, "image", ("prompt_tokens", "vision_tokens", "batch"))
+    return measuring.finish(report, [equal_outputs(checked), table], args.out)
+
+
+def equal_outputs(checked: dict[str, dict[str, float]]) -> str:
+    """The line about what check() found."""
+    gaps = [(gap, quantity) for of_case in checked.values() for quantity, gap in of_case.items()]
+    worst, quantity = max(gaps)
+    count = len(next(iter(checked.values())))
+    return (
+        f"equal outputs: all captions, and {count} quantities within {worst:.1g} (the worst:"
+        f" {quantity})\n"
     )
 
 

@@ -53,9 +53,9 @@ def test_commands_do_not_import_commands():
 def test_families_import_no_other_room_and_pictures_none_that_reads_a_model():
     allowed = {
         "families": {"families", "pictures", "batch", "groups", "cli", "types"},
-        "pictures": {"pictures", "cli", "groups"},
+        "pictures": {"pictures", "cli", "groups", "types"},
         "model": {"model", "families", "pictures", "runs", "batch", "groups", "cli", "types"},
-        "figures": {"figures", "runs", "pictures", "cli", "groups"},
+        "figures": {"figures", "runs", "pictures", "cli", "groups", "types"},
     }
     for room, others in allowed.items():
         for path in sorted((ROOT / "vlmdiag" / room).glob("*.py")):
@@ -100,6 +100,33 @@ def test_a_mistyped_flag_is_named_with_the_nearest_right_one():
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--num_permutation" in done.stderr and "did you mean --num_permutations?" in done.stderr
+
+
+# --- signatures ---------------------------------------------------------------------------------
+
+
+def annotations_of(function):
+    """(name, annotation) of what a function takes and returns; not of *args and **options, which it
+    hands on."""
+    arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+    named = [(argument.arg, argument.annotation) for argument in arguments]
+    return [*named, ("return", function.returns)]
+
+
+def test_no_signature_says_any():
+    """JSON's objects are Record and Fields (vlmdiag/types.py); what is read from them is not typed,
+    all else is."""
+    said = []
+    for path in [ROOT / "common.py", *(ROOT / "vlmdiag").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                said += [
+                    f"{path.relative_to(ROOT)}:{node.lineno} {node.name}, {name}"
+                    for name, annotation in annotations_of(node)
+                    if annotation is not None
+                    and "Any" in re.findall(r"\w+", ast.unparse(annotation))
+                ]
+    assert not said, said
 
 
 # --- versions -------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What the rooms ask of a loaded model. common.VLM is one, so no room has to import common.py."""
+"""Types that several rooms speak of: JSON's objects, and what the rooms ask of a loaded model
+(common.VLM is one, so no room has to import common.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from vlmdiag.batch import Batch
     from vlmdiag.families import Family, Parts, Rotary
     from vlmdiag.pictures.samples import Sample
+
+# An object of a JSON file: a measurement, settings, an annotation, a row of a table. Its values are
+# of many types, and whoever reads one knows which: the one Any that signatures have.
+Record = dict[str, Any]
+Fields = Mapping[str, Any]  # a Record that is only read
 
 
 class ImageFeatures(Protocol):
@@ -31,7 +37,7 @@ class VLM(Protocol):
     processor: ProcessorMixin
     family: Family
     path: str
-    options: dict[str, Any]  # system_prompt, prompt_template, image_aspect, quantize_type as given
+    options: Record  # system_prompt, prompt_template, image_aspect, quantize_type as given
 
     @property
     def parts(self) -> Parts:

@@ -10,12 +10,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from vlmdiag.figures import plots
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,7 +50,7 @@ def draw_artifacts(
     folder: Path,
     arrays: Mapping[str, np.ndarray],
     grid: Float[np.ndarray, "states T"],
-    record: Mapping[str, Any],
+    record: Fields,
 ) -> None:
     """Write the figures and tables of one image.
 
@@ -147,9 +148,7 @@ def head_map_figure(matrix: Float[np.ndarray, "L H"], title: str) -> Figure:
     return figure
 
 
-def norm_grid_figure(
-    grid: Float[np.ndarray, "states T"], kind: str, record: Mapping[str, Any]
-) -> Figure:
+def norm_grid_figure(grid: Float[np.ndarray, "states T"], kind: str, record: Fields) -> Figure:
     """The norm of every prompt position in every hidden state, vision tokens marked."""
     figure, axis = plt.subplots(figsize=(8, 4))
     logs = np.log10(np.maximum(grid, 1e-12))
@@ -166,7 +165,7 @@ def norm_grid_figure(
     return figure
 
 
-def _npz(arrays: dict[str, Any]) -> bytes:
+def _npz(arrays: Record) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()

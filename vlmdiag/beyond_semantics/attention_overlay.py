@@ -7,10 +7,10 @@ diagnostic_tools/viz_attention_image.py and notebooks.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 
 from vlmdiag.figures import plots
 from vlmdiag.pictures import overlay
+from vlmdiag.types import Fields
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -109,7 +110,7 @@ def save_attention_overlay(
     result: AttentionVisualizationResult,
     path: str | Path,
     alpha: float = 0.55,
-    settings: Mapping[str, Any] | None = None,
+    settings: Fields | None = None,
 ) -> list[Path]:
     """Write the overlay of one result as PNG and PDF; returns the two paths."""
     facts = dict(settings or {}) | {"model": result.model_name, "prompt": result.prompt}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +29,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import Generation, answer_ids, extended, generate
 from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
 from vlmdiag.model.vision import entries
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample
     from vlmdiag.types import VLM
 
-Record = dict[str, Any]
 Arrays = dict[str, "NDArray[np.float32]"]
 # name in the record's hidden_norms -> token group
 NORM_GROUPS = {"sys": "system", "user_text": "user", "vision": "vision"}

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmdiag.figures import stats
 from vlmdiag.figures.stats import Interval
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from vlmdiag.pictures.grid import PatchGrid
-
-Record = dict[str, Any]
 
 
 def permutation(seed: int, item_id: str, k: int, count: int) -> list[int]:
@@ -79,7 +78,7 @@ def psi_interval(
     return Interval(value, low, high, np.int64(images))
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarise(records: Sequence[Record]) -> Record:
     """Accuracy, accuracy with shuffled tokens and PSI of some items, each image counting once.
 
     records: as those of shuffled_answers.py. Means and intervals over images.

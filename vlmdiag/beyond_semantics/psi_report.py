@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from vlmdiag.beyond_semantics.position_sensitivity import summarise
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlmdiag.figures.stats import Interval
     from vlmdiag.runs.rundirs import Run
 
-Summaries = dict[str, dict[str, Any]]  # {'all' or kind of question: summarise() of its records}
+Summaries = dict[str, Record]  # {'all' or kind of question: summarise() of its records}
 MEASURES = ("accuracy", "accuracy_permuted", "psi")
 
 
@@ -133,7 +133,7 @@ def _score(psi: Interval) -> str:
     return f"PSI {psi.mean:.2f}\n[{psi.low:.2f}, {psi.high:.2f}]"
 
 
-def _kind_label(kind: str, summary: Mapping[str, Any]) -> str:
+def _kind_label(kind: str, summary: Fields) -> str:
     questions = _counted(summary["questions"], "question")
     images = _counted(summary["images"], "image")
     return f"{kind.replace('_', ' ')}\n{questions}\n{images}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
 from vlmdiag.runs import selection
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -84,7 +85,7 @@ def summarise(run: Run, step: float, values: Mapping[str, Float[np.ndarray, "n L
     quantities, heads averaged within each image."""
     count, layers, heads = values["alphaV"].shape
     settings = run.meta["settings"]
-    summary: dict[str, Any] = {
+    summary: Record = {
         "images_used": count,
         "L": layers,
         "H": heads,
@@ -146,7 +147,7 @@ def layers_figure(curves: Mapping[str, Curves], names: Sequence[str], step: floa
 def save_curves(path: str | Path, curves: Mapping[str, Curves]) -> None:
     """Write the drawn numbers as CSV, one row a layer."""
     depth = max(len(intervals["abs_delta_gv"].mean) for intervals in curves.values())
-    columns: dict[str, Any] = {"layer": range(depth)}
+    columns: Record = {"layer": range(depth)}
     for label, intervals in curves.items():
         for name in DRAWN:
             for ending, values in zip(("", "_low", "_high", "_n"), intervals[name]):

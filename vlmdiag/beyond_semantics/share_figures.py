@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +18,7 @@ import pandas as pd
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
 from vlmdiag.runs import selection
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,9 +121,7 @@ def draw_pie(axis: Axes, name: str, interval: Interval, label: str) -> None:
     axis.set_title(f"{pie.title}\n{plots.with_n(label, interval.n)}", fontsize=10)
 
 
-def draw_run(
-    run: Run, label: str, shares: Shares, settings: Mapping[str, Any], side_by_side: bool
-) -> None:
+def draw_run(run: Run, label: str, shares: Shares, settings: Fields, side_by_side: bool) -> None:
     """Write the pies and the curves of one run into its analysis folder."""
     analysis = run.path / "analysis"
     if side_by_side:
@@ -175,7 +174,7 @@ def save_tables(run: Run, shares: Shares) -> None:
             numbers = {key: bound[row] for key, bound in shares.pies[name]._asdict().items()}
             slices.append({"pie": name, "group": group} | numbers)
     plots.save_csv(run.path / "analysis" / "dataset_pies.csv", pd.DataFrame(slices))
-    columns: dict[str, Any] = {"layer": range(len(shares.layers["system"].mean))}
+    columns: Record = {"layer": range(len(shares.layers["system"].mean))}
     for group, interval in shares.layers.items():
         for ending, values in zip(("", "_low", "_high", "_n"), interval):
             columns[f"{group}{ending}"] = values

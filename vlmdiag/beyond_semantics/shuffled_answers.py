@@ -8,7 +8,7 @@ the index: position_sensitivity.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from vlmdiag.beyond_semantics.position_sensitivity import shuffled
 from vlmdiag.cli import UsageError
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.vision import entries
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample
     from vlmdiag.types import VLM
 
-Record = dict[str, Any]
 Arrays = dict[str, "np.ndarray"]
 
 

@@ -7,7 +7,7 @@ script estimates them of the norms themselves and shows those on a logarithmic a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator
 
 from vlmdiag.beyond_semantics.token_norms import GROUPS
 from vlmdiag.figures import plots
+from vlmdiag.types import Fields
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,9 +42,7 @@ def bandwidth(kde: gaussian_kde) -> float:
     return max(0.9 * spread * len(logs) ** -0.2, NARROWEST) / deviation
 
 
-def draw(
-    pooled: Mapping[str, Float[np.ndarray, " tokens"]], summary: Mapping[str, Any], model: str
-) -> Figure:
+def draw(pooled: Mapping[str, Float[np.ndarray, " tokens"]], summary: Fields, model: str) -> Figure:
     """One violin a group, each as wide as its own peak; quartiles inside, mean over images with its
     interval below. pooled: the norms of all tokens; summary: {group: summarize()}."""
     figure, axis = plt.subplots(figsize=(8.4, 4.6))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
 from vlmdiag.pictures.samples import load_image
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -115,7 +116,7 @@ def measure(
 # ---- numbers ----
 
 
-def summarize(norms: Sequence[Float[np.ndarray, " tokens"]]) -> dict[str, Any]:
+def summarize(norms: Sequence[Float[np.ndarray, " tokens"]]) -> Record:
     """Numbers of one group over all tokens, and the mean over images of the image means.
 
     norms: one array an image. UsageError where no token was measured.
@@ -149,7 +150,7 @@ def plain(value: float | np.generic) -> float | int | None:
     return number
 
 
-def vision_over_text(norms: Mapping[str, ImageNorms]) -> dict[str, Any]:
+def vision_over_text(norms: Mapping[str, ImageNorms]) -> Record:
     """Mean over images of the ratio of the image's mean norms, with its interval."""
     ratios = [
         of_image.vision.mean() / of_image.text.mean()
@@ -160,7 +161,7 @@ def vision_over_text(norms: Mapping[str, ImageNorms]) -> dict[str, Any]:
     return {name: plain(value) for name, value in interval._asdict().items()}
 
 
-def table_of(summary: Mapping[str, Any]) -> str:
+def table_of(summary: Fields) -> str:
     """The numbers of both groups as lines of text."""
     names = ("mean", "min", "q25", "median", "q75", "max")
     lines: list[tuple[str, ...]] = [("", "tokens", *names, "images", "mean over images [95 %]")]

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
 from vlmdiag.families.contract import Config, Family, Parts, QFormer, Rotary
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +165,7 @@ def known_types() -> list[str]:
     return sorted({kind for family in all_families() for kind in family.model_types})
 
 
-def checked(loaded: tuple[PreTrainedModel, dict[str, Any]]) -> PreTrainedModel:
+def checked(loaded: tuple[PreTrainedModel, Record]) -> PreTrainedModel:
     """The model of from_pretrained(..., output_loading_info=True); ValueError that names parameters
     no file filled."""
     model, info = loaded

@@ -14,7 +14,7 @@ keys. Behind the queries comes `vit_eos`, a learned vector, as one more vision t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from vlmdiag.families.assembled import with_features
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,9 +94,9 @@ class MplugOwl2Config(PreTrainedConfig):
 
     def __init__(
         self,
-        text_config: LlamaConfig | dict[str, Any] | None = None,
-        vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
-        abstractor_config: AbstractorConfig | dict[str, Any] | None = None,
+        text_config: LlamaConfig | Record | None = None,
+        vision_config: CLIPVisionConfig | Record | None = None,
+        abstractor_config: AbstractorConfig | Record | None = None,
         image_token_id: int = 32000,
         **options: object,
     ) -> None:
@@ -414,7 +415,7 @@ class MplugOwl2(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids: Int[Tensor, "B T"], is_first_iteration: bool = False, **kwargs: object
-    ) -> dict[str, Any]:
+    ) -> Record:
         """transformers' own, the prompt's modality at its pass only."""
         if not is_first_iteration:
             kwargs.pop("modality", None)

@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ from vlmdiag.families.assembled import IMAGE, Expanding, assembled, complete_emb
 from vlmdiag.families.files import folder_of, read_weights
 from vlmdiag.families.nvila_model import FACTORS, Fold, Nvila, NvilaConfig, cut, stitched
 from vlmdiag.pictures.grid import PatchGrid, cells
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,7 +179,7 @@ class NvilaProcessor(Expanding):
         return written, tokens, {"pixel_values": pixels, "tile_grids": grids}
 
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+        self, messages: list[Record], add_generation_prompt: bool = False
     ) -> str:
         """The tokenizer's, over messages as text."""
         plain = [

@@ -28,6 +28,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from vlmdiag.cli import UsageError
 from vlmdiag.runs import disk
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -195,7 +196,7 @@ def legends(
         rows = entries + 1 if titles else entries
         figure.set_figheight(figure.get_figheight() + 0.25 + 0.19 * rows)
     for ax, title in zip(axes, titles or [None] * len(axes)):
-        place: dict[str, Any] = {}
+        place: Record = {}
         if below:  # under the axis label, whatever the height of the axes
             down = ScaledTranslation(0, -46 / 72, ax.figure.dpi_scale_trans)
             place = {
@@ -258,11 +259,7 @@ def use_windows() -> None:
 
 
 def save(
-    fig: Figure,
-    path: str | Path,
-    settings: Mapping[str, Any],
-    show: bool = False,
-    quiet: bool = False,
+    fig: Figure, path: str | Path, settings: Fields, show: bool = False, quiet: bool = False
 ) -> list[Path]:
     """Write a figure as PNG and PDF and print both paths unless quiet; path may end in .png, in
     .pdf or in neither. Then close it, or show it first.
@@ -289,7 +286,9 @@ def save(
     return written
 
 
-def save_csv(path: str | Path, columns: Mapping[str, Iterable[Any]], quiet: bool = False) -> Path:
+def save_csv(
+    path: str | Path, columns: Mapping[str, Iterable[object]], quiet: bool = False
+) -> Path:
     """Write {column name: values (K,)} as CSV with all digits and print the path unless quiet. A
     shorter column and a NaN leave their cells empty."""
     lists = {name: list(values) for name, values in columns.items()}
@@ -302,7 +301,7 @@ def save_csv(path: str | Path, columns: Mapping[str, Iterable[Any]], quiet: bool
     return Path(path)
 
 
-def _cell(values: Sequence[Any], row: int) -> object:
+def _cell(values: Sequence[object], row: int) -> object:
     """A value of a column, empty past its end and for NaN."""
     value = values[row] if row < len(values) else ""
     is_nan = isinstance(value, (float, np.floating)) and np.isnan(value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy.typing import ArrayLike
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 RESAMPLES = 2000
 CELLS = 4096  # quantities resampled at once: 4096 x 2000 numbers are 64 MiB

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from vlmdiag.interp.targets import Item, LoadedItem, record_of, tokens_of
 from vlmdiag.model.decoding import answer_ids, extended
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.pictures.samples import Sample
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -47,8 +48,7 @@ if TYPE_CHECKING:
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.types import VLM
 
-Record = dict[str, Any]
-Arrays = dict[str, "np.ndarray[Any, Any]"]
+Arrays = dict[str, "np.ndarray"]
 Result = tuple[Record, Arrays]
 Process = Callable[[Sequence[LoadedItem]], list[Result]]
 
@@ -157,7 +157,7 @@ def make_process(vlm: VLM, ablation: Ablation) -> Process:
 
 
 def _describe_and_poll(
-    vlm: VLM, ablation: Ablation, item: Item, image: Image.Image, mask: np.ndarray[Any, Any]
+    vlm: VLM, ablation: Ablation, item: Item, image: Image.Image, mask: np.ndarray
 ) -> Result:
     question = f"Is there {article(item.category)} in this image?"
     polled = Sample(item.id, item.image, question)
@@ -246,7 +246,7 @@ class CuratedPrompt:
 
 
 def curated_prompt(
-    vlm: VLM, item: Item, image: Image.Image, mask: np.ndarray[Any, Any], threshold: float
+    vlm: VLM, item: Item, image: Image.Image, mask: np.ndarray, threshold: float
 ) -> CuratedPrompt:
     """Read a curated question about a picture, up to the given beginning of its answer."""
     question = vlm.encode([item.sample], [image])
@@ -280,7 +280,7 @@ def make_curated_process(vlm: VLM, ablation: Ablation) -> Process:
 
 
 def _complete(
-    vlm: VLM, ablation: Ablation, item: Item, image: Image.Image, mask: np.ndarray[Any, Any]
+    vlm: VLM, ablation: Ablation, item: Item, image: Image.Image, mask: np.ndarray
 ) -> Result:
     asked = curated_prompt(vlm, item, image, mask, ablation.threshold)
     record = asked.record

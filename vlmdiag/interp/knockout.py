@@ -7,7 +7,7 @@ pure functions. Used by scripts/attention_experiment_curate.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from vlmdiag.model.attention import Block, edit
 from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.lens import Lens
 from vlmdiag.model.prefix import branches, first_positions
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -161,7 +162,7 @@ def _knock_out(
     if not paper_compat:
         right_ids = {answer_ids(vlm, question, name)[0] for name in names(record["answer"])}
 
-    def result(logits: Float[Tensor, " V"]) -> dict[str, Any]:
+    def result(logits: Float[Tensor, " V"]) -> Record:
         return logits_result(vlm, logits, asked, right_ids)
 
     unblocked = result(asked.prompt.logits)

@@ -24,6 +24,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.lens import Lens, vocabulary
 from vlmdiag.model.probes import HiddenStates
 from vlmdiag.model.vision import prefill
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 
 LEAST = 3  # letters of a piece that stands for a word
 
-Record = dict[str, Any]
-Arrays = dict[str, "np.ndarray[Any, Any]"]
+Arrays = dict[str, "np.ndarray"]
 Result = tuple[Record, Arrays]
 
 

@@ -19,12 +19,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from vlmdiag.runs import disk
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -88,7 +89,7 @@ def write_page(
         "facts": list(shown.items()),
         "picture": picture_uri(image),
     }
-    head: dict[str, Any] = {name: str(shown.get(name, ""))[:HEAD_TEXT] for name in HEAD_FACTS}
+    head: Record = {name: str(shown.get(name, ""))[:HEAD_TEXT] for name in HEAD_FACTS}
     known = " · ".join(head[name] for name in ("picture", "model") if head[name])
     head["title"] = head["title"] or known or Path(path).stem
     head["top_words"] = top_words(ids, groups, vocabulary)
@@ -136,7 +137,7 @@ def top_words(
     groups: Sequence[str],
     vocabulary: Mapping[int, str],
     count: int = 8,
-) -> list[list[Any]]:
+) -> list[tuple[str, int]]:
     """[[word, n]]: the words that are top 1 at most image positions n, in any of the last quarter
     of the layers. Case and spaces ignored."""
     layers = max(1, (len(ids) - 1) // 4)
@@ -147,7 +148,7 @@ def top_words(
         words = {str(vocabulary[int(id)]).lstrip("▁Ġ ").strip().lower() for id in position}
         counts.update(word for word in words if _is_word(word))
     by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [[word, n] for word, n in by_count[:count]]
+    return by_count[:count]
 
 
 def _is_word(text: str) -> bool:
@@ -156,7 +157,7 @@ def _is_word(text: str) -> bool:
     return bool(is_spelled) and (len(text) > 1 or not text.isascii())
 
 
-def read_facts(path: str | Path) -> dict[str, Any]:
+def read_facts(path: str | Path) -> Record:
     """The facts in the head of a page, {} if it is not one of ours. Reads the head only."""
     try:
         with open(path, "rb") as file:

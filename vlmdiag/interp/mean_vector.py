@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from torch import Tensor
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import disk
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 QUESTION = "Describe the image."  # any: vision tokens do not depend on it
 
 Picture = "Image | Exception"  # or the error that it is unreadable by
-Result = tuple[dict[str, Any], dict[str, "np.ndarray[Any, Any] | int"]]
+Result = tuple[Record, dict[str, "np.ndarray | int"]]
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ def vision_tokens(
 
 def make_process(
     vlm: VLM, run: Run, image_dir: Path, batch_size: int, keep_acts: bool, unreadable: list[str]
-) -> Callable[[Sequence[tuple[Block, Mapping[str, Any]]]], list[Result]]:
+) -> Callable[[Sequence[tuple[Block, Fields]]], list[Result]]:
     """process([(block, {name: picture or error}), ...]) -> [(record, arrays), ...]. Notes pictures
     that cannot be used in failures/ and in `unreadable`."""
     width = vlm.model.config.get_text_config().hidden_size
 
     @torch.inference_mode()
-    def process(loaded: Sequence[tuple[Block, Mapping[str, Any]]]) -> list[Result]:
+    def process(loaded: Sequence[tuple[Block, Fields]]) -> list[Result]:
         sums: dict[str, Sums] = {}
         acts: dict[str, dict[str, Tensor]] = {block.id: {} for block, _ in loaded}
         errors: dict[str, dict[str, Exception]] = {block.id: {} for block, _ in loaded}

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from vlmdiag.cli import UsageError
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.pictures.grid import PatchGrid
 
-Annotation = Mapping[str, Any]  # of COCO
+Annotation = Fields  # of COCO
 Tokens = np.ndarray[Any, np.dtype[np.int64]]  # sorted indices of vision tokens
 
 # boxes touch across a gap of so many of the smaller box's sides: tile borders are rounded to pixels
@@ -56,9 +57,7 @@ def object_mask(annotation: Annotation, size: tuple[int, int]) -> Bool[np.ndarra
     return _pixels(runs, size)
 
 
-def _checked_runs(
-    annotation: Annotation, segmentation: Mapping[str, Any], size: tuple[int, int]
-) -> list[int]:
+def _checked_runs(annotation: Annotation, segmentation: Fields, size: tuple[int, int]) -> list[int]:
     """Run lengths of a segmentation. UsageError where they are not the picture's."""
     width, height = size
     counts = segmentation.get("counts")
@@ -131,11 +130,11 @@ def _malformed(annotation: Annotation, what: str) -> UsageError:
 
 
 def find_target(
-    annotations: Sequence[dict[str, Any]],
+    annotations: Sequence[Record],
     min_area: float = 1000,
     max_area: float = 2000,
     max_annotations: int = 3,
-) -> dict[str, Any] | None:
+) -> Record | None:
     """The annotation of one image that ablations aim at, or None: the image is left out.
     docs/studies/llava_interp.md, section 2.4.
 

@@ -24,6 +24,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
 from vlmdiag.figures.stats import Interval
 from vlmdiag.runs import rundirs
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 SETTINGS = {"ablation": ("generative", "polling"), "ablation_vqa": ("vqa",), "knockout": ("vqa",)}
 LOGPROBS = {"polling": "logprob_yes", "vqa": "logprob_first_token"}
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -161,7 +160,7 @@ def _control_of(name: str) -> str | None:
 ENDINGS = ("", "_low", "_high", "_n")
 
 
-def ablation_table(runs: Mapping[str, Mapping[str, Effects]]) -> list[dict[str, Any]]:
+def ablation_table(runs: Mapping[str, Mapping[str, Effects]]) -> list[Record]:
     """Table 1, a row for each run, setting and condition."""
     return [
         {
@@ -179,7 +178,7 @@ def ablation_table(runs: Mapping[str, Mapping[str, Effects]]) -> list[dict[str, 
     ]
 
 
-def knockout_table(runs: Mapping[str, Effects]) -> list[dict[str, Any]]:
+def knockout_table(runs: Mapping[str, Effects]) -> list[Record]:
     """Table 2, a row for each run, pair and window of layers."""
     rows = []
     for label, effects in runs.items():
@@ -201,11 +200,11 @@ def knockout_table(runs: Mapping[str, Effects]) -> list[dict[str, Any]]:
 INTERVALS = {"destroyed", "minus_random", "change_of_logprob", "relative_accuracy"}
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_csv(rows: Sequence[Fields]) -> str:
     """A table with all digits; an interval takes the columns <name>, _low, _high, _n."""
     flat = []
     for row in rows:
-        cells: dict[str, Any] = {}
+        cells: Record = {}
         for name, value in row.items():
             if name in INTERVALS:
                 numbers: Iterable[Any] = [None] * len(ENDINGS) if value is None else value
@@ -216,7 +215,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return str(pd.DataFrame(flat, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_markdown(rows: Sequence[Fields]) -> str:
     """The same cells as people read them."""
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

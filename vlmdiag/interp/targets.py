@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmdiag import CHECKOUT, cli
 from vlmdiag.cli import UsageError
@@ -18,6 +18,7 @@ from vlmdiag.interp.objects import find_target, object_mask, object_tokens
 from vlmdiag.pictures import samples
 from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.runs import rundirs
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ class Item:
     it."""
 
     sample: Sample
-    annotation: dict[str, Any]
+    annotation: Record
     category: str
     answer: str
 
@@ -145,9 +146,7 @@ def instances_file(args: argparse.Namespace) -> Path:
     return Path(args.coco_root) / "annotations" / f"instances_{args.datatype}.json"
 
 
-def _filtered(
-    args: argparse.Namespace, annotations: Sequence[dict[str, Any]]
-) -> dict[str, Any] | None:
+def _filtered(args: argparse.Namespace, annotations: Sequence[Record]) -> Record | None:
     return find_target(annotations, args.min_area, args.max_area, args.max_annotations)
 
 
@@ -185,7 +184,7 @@ def read_curated_targets(args: argparse.Namespace) -> list[Item]:
     return items[: args.max_images]
 
 
-def _curated(args: argparse.Namespace, asked: dict[str, list[dict[str, Any]]]) -> Iterator[Item]:
+def _curated(args: argparse.Namespace, asked: dict[str, list[Record]]) -> Iterator[Item]:
     listed = samples.read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
     by_id = {str(sample.extra["image_id"]): sample for sample in listed}
     annotations = samples.read_instances(instances_file(args))
@@ -207,7 +206,7 @@ def _curated(args: argparse.Namespace, asked: dict[str, list[dict[str, Any]]]) -
                 yield Item(question, target, target["category"], answer)
 
 
-def _only_one_of(annotations: Sequence[dict[str, Any]], category: str) -> dict[str, Any] | None:
+def _only_one_of(annotations: Sequence[Record], category: str) -> Record | None:
     """The annotation of a category that occurs once, crowds not counted."""
     named = [
         annotation
@@ -242,13 +241,13 @@ def tokens_of(
     return tokens
 
 
-def settings_of(args: argparse.Namespace, names: Sequence[str] = ()) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, names: Sequence[str] = ()) -> Record:
     """What the numbers of a run on objects depend on; names: further flags."""
     settings = {name: getattr(args, name) for name in (*names, *COMMON)}
     return {"data": Path(args.coco_root).name} | settings
 
 
-def free_of(args: argparse.Namespace) -> dict[str, Any]:
+def free_of(args: argparse.Namespace) -> Record:
     """What may differ when such a run goes on."""
     return {name: getattr(args, name) for name in FREE}
 
@@ -263,7 +262,7 @@ def load_vlm(args: argparse.Namespace, load: Callable[[argparse.Namespace], VLM]
     return vlm
 
 
-def record_of(item: Item) -> dict[str, Any]:
+def record_of(item: Item) -> Record:
     """How a record begins."""
     return {
         "image_id": item.sample.extra["image_id"],

@@ -11,7 +11,7 @@ dimension, T prompt length with padding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmdiag.cli import UsageError
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -36,7 +37,7 @@ NAME = "vlm_capture"
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def scaling_of(query: Tensor, options: Mapping[str, Any]) -> float:
+def scaling_of(query: Tensor, options: Fields) -> float:
     """What products of queries (..., D) and keys are multiplied by: the model's own scaling, else
     1 / sqrt(D)."""
     scaling: float | None = options.get("scaling")
@@ -65,7 +66,7 @@ def scores(
 
 
 def full_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: Fields
 ) -> Tensor:
     """The mask (B, 1 or H, Q, K) of a pass as a tensor. transformers gives None where the kernel is
     causal or full by itself, which `is_causal` of the call, else of the module, says."""
@@ -94,7 +95,7 @@ class Row:
         query: Float[Tensor, "B H Q D"],
         key: Float[Tensor, "B H_kv K D"],
         mask: Tensor | None,
-        options: Mapping[str, Any],
+        options: Fields,
         index: int = -1,
         gone: int = 0,
     ) -> None:
@@ -157,7 +158,7 @@ def _softcapped(
     key: Float[Tensor, "B H_kv K D"],
     value: Float[Tensor, "B H_kv K D"],
     mask: Tensor | None,
-    options: Mapping[str, Any],
+    options: Fields,
 ) -> Float[Tensor, "B Q H D"]:
     shared_by = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(shared_by, 1)
@@ -303,8 +304,8 @@ def edit(
     """
 
     def replace(
-        module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[object, ...], dict[str, Any]]:
+        module: nn.Module, args: tuple[object, ...], kwargs: Record
+    ) -> tuple[tuple[object, ...], Record]:
         states = kwargs["inputs_embeds"]
         if states.shape[1] > 1:
             states = states.clone()
@@ -371,7 +372,7 @@ def _hooks(
     it."""
     want_hidden = [probe for probe in active.probes if probe.wants_hidden]
 
-    def begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+    def begin(module: nn.Module, args: tuple[object, ...], kwargs: Record) -> None:
         states = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         cache = kwargs.get("past_key_values")
         active.total = 0 if states is None else states.shape[1]
@@ -383,13 +384,15 @@ def _hooks(
         for probe in active.probes:
             probe.end()
 
-    def embeddings(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def embeddings(module: nn.Module, args: tuple[Tensor, ...], kwargs: Record) -> None:
         states = args[0] if args else kwargs["hidden_states"]
         for probe in want_hidden:
             probe.hidden(0, states)
 
-    def output_of(index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def output_of(index: int) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
+        ) -> None:
             states = output[0] if isinstance(output, tuple) else output
             for probe in want_hidden:
                 probe.hidden(index + 1, states)

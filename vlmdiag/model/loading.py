@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from vlmdiag.families import (
     variant_of,
 )
 from vlmdiag.runs.rundirs import slug
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -76,7 +77,9 @@ def without_weights() -> Iterator[None]:
     no weight: a family's own loading then gives its processor, and the model's shapes."""
     read = PreTrainedModel.__dict__["from_pretrained"]
 
-    def empty(cls: type[Any], /, *_: object, config: PreTrainedConfig, **__: object) -> object:
+    def empty(
+        cls: Callable[..., PreTrainedModel], /, *_: object, config: PreTrainedConfig, **__: object
+    ) -> object:
         with torch.device("meta"):
             nothing_missing = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
             return cls(config), nothing_missing
@@ -152,7 +155,7 @@ def quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | N
     )
 
 
-def _quantised(module: nn.Module) -> list[Any]:
+def _quantised(module: nn.Module) -> list[nn.Module]:
     """The layers of bitsandbytes in a module."""
     return [
         layer for layer in module.modules() if type(layer).__module__.startswith("bitsandbytes.")
@@ -168,7 +171,7 @@ def check_quantized(vlm: VLM) -> None:
         )
     for layer in _quantised(vlm.model):
         # That kernel has no gradient, and packs the weights for good at the first pass.
-        layer.support_avx512bf16_for_cpu = False
+        setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 -- a plain attribute
 
 
 def read_config(
@@ -176,7 +179,7 @@ def read_config(
 ) -> tuple[PreTrainedConfig, Family]:
     """A model's config and its family, that of family_file where one is given; UsageError in one
     line where there is none."""
-    raw: dict[str, Any] | None = None
+    raw: Record | None = None
     own = family_of_file(Path(family_file).resolve()) if family_file else None
     is_folder = os.path.isdir(path)
     if is_folder and not (Path(path) / "config.json").exists():

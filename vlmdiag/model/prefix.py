@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
@@ -17,6 +17,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.groups import PAD, VISION
 from vlmdiag.model.attention import capture
 from vlmdiag.model.vision import embeddings, more_inputs
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from vlmdiag.types import VLM, ImageFeatures
 
 # what prefill() and generate() get beside a batch: features, or embeds and cache
-Inputs = dict[str, Any]
+Inputs = Record
 
 
 def first_positions(

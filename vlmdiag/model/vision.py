@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmdiag.batch import joined
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import VISION
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -115,7 +116,9 @@ def deepened(
     the first K layers at its place, in passes over all T positions."""
 
     def adding(vectors: Float[Tensor, "N d"]) -> Callable[..., object]:
-        def add(module: nn.Module, args: tuple[object, ...], output: Any) -> object:
+        def add(
+            module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
+        ) -> object:
             states = output[0] if isinstance(output, tuple) else output
             if states.shape[:2] != in_picture.shape:  # a later step
                 return None
@@ -165,7 +168,7 @@ def prefill(
     again (see prefix.first_positions()); the others are.
     """
     start = 0 if cache is None or embeds is None else cache.get_seq_length()
-    options: dict[str, Any] = {
+    options: Record = {
         "attention_mask": batch.attention_mask,
         # contiguous, because some models take a view of them
         "position_ids": batch.position_ids[..., start:].contiguous(),

@@ -7,16 +7,17 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
 
 from vlmdiag.cli import UsageError
+from vlmdiag.types import Fields, Record
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PIXEL_LIMIT = 300_000_000  # one picture of this size takes 1.2 GB while it is converted
@@ -47,7 +48,7 @@ _TURN = {
     8: Image.Transpose.ROTATE_90,
 }
 
-Entry = dict[str, Any]  # an object of a JSON list
+Entry = Record  # an object of a JSON list
 AT_HAND = Path()  # the image of a sample whose picture is given beside it
 
 
@@ -60,7 +61,7 @@ class Sample:
     image: Path
     question: str
     answer: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    extra: Record = field(default_factory=dict, hash=False)
 
 
 class HasImage(Protocol):
@@ -77,7 +78,7 @@ WithImage = TypeVar("WithImage", bound=HasImage)
 # --- lists ----------------------------------------------------------------------------------------
 
 
-def _read(path: str | Path) -> Any:
+def _read(path: str | Path) -> object:
     try:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
@@ -160,7 +161,7 @@ def read_coco(
     return samples
 
 
-def read_instances(path: str | Path) -> dict[Any, list[Entry]]:
+def read_instances(path: str | Path) -> dict[int | str, list[Entry]]:
     """{image id: [annotation, ...]} of a COCO instances json in file order, each annotation with
     its category's name as 'category'.
 
@@ -175,7 +176,7 @@ def read_instances(path: str | Path) -> dict[Any, list[Entry]]:
     categories = _entries(path, content["categories"], ["id", "name"], "category")
     names = {category["id"]: category["name"] for category in categories}
     needed = ["image_id", "category_id", "area", "segmentation"]
-    by_image: dict[Any, list[Entry]] = {}
+    by_image: dict[int | str, list[Entry]] = {}
     for annotation in _entries(path, content["annotations"], needed, "annotation"):
         category_id = annotation["category_id"]
         if category_id not in names:
@@ -193,8 +194,7 @@ def read_curated(path: str | Path) -> dict[str, list[Entry]]:
     {"<image id>": [question or object, ...]}; images without a question are left out. UsageError:
     another form, no question at all."""
     content = _read(path)
-    is_form = isinstance(content, dict) and all(isinstance(v, list) for v in content.values())
-    if not is_form:
+    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
         raise UsageError(f"{path}: an object of lists of questions by image id was wanted")
     by_image: dict[str, list[Entry]] = {}
     for image_id, questions in content.items():
@@ -249,7 +249,7 @@ class _Counter:
         return self._seen[id]
 
 
-def _answer(entry: Mapping[str, Any], *names: str) -> str | None:
+def _answer(entry: Fields, *names: str) -> str | None:
     """The first of some fields that is there, as text."""
     return next((str(entry[name]) for name in names if entry.get(name) is not None), None)
 

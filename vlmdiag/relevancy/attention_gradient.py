@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from vlmdiag.model.attention import full_mask, kernel, scaling_of, scores
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -99,7 +100,7 @@ class AttentionCall:
         shared_heads, total = self.key.shape[1:3]
         count = len(d_output)
         causal = self.is_causal()
-        like: dict[str, Any] = {"dtype": torch.float32, "device": d_output.device}
+        like: Record = {"dtype": torch.float32, "device": d_output.device}
         average = torch.zeros(count, rows, total, **like) if maps else None  # (C, N, K)
         dQ = torch.empty(count, heads, rows, depth, **like)
         dK = torch.zeros(count, shared_heads, total, self.key.shape[3], **like)

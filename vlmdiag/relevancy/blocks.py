@@ -8,7 +8,7 @@ carried together. docs/studies/stethoscope.md, section 5.2.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmdiag.relevancy.attention_gradient import AttentionCall, attention_of, calls_of
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -33,7 +34,7 @@ class Block:
     module: nn.Module
     owner: PreTrainedModel  # the model that it belongs to, whose config names the attention
     args: tuple[Argument, ...]  # behind the hidden states
-    options: Mapping[str, Any]
+    options: Fields
     input: Float[Tensor, "B N d"]
     output: Float[Tensor, "B N d"]
 
@@ -148,7 +149,7 @@ def recording(owner: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[
     hooks: list[RemovableHandle] = []
 
     def keep(
-        module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: ModuleOutput
+        module: nn.Module, args: tuple[Tensor, ...], options: Record, output: ModuleOutput
     ) -> object:
         more = {name: value for name, value in options.items() if name != "hidden_states"}
         states = args[0] if args else options["hidden_states"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from vlmdiag.relevancy import perturbation
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.relevancy.maps import answer_of, places_of
 from vlmdiag.relevancy.methods import METHODS
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from vlmdiag.relevancy.perturbation import Annotation
     from vlmdiag.types import VLM
 
-Record = dict[str, Any]
 Arrays = dict[str, "np.ndarray"]
 Scores = dict[str, "np.ndarray"]  # {map: (T, U)}
 Span = tuple[int, int]
@@ -152,7 +152,7 @@ def removal_curves(
 
 
 def make_process(
-    vlm: VLM, protocol: Protocol, annotations: Mapping[Any, Sequence[Annotation]]
+    vlm: VLM, protocol: Protocol, annotations: Mapping[int | str, Sequence[Annotation]]
 ) -> Callable[[Sequence[tuple[Sample, Image]]], list[tuple[Record, Arrays]]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...]. annotations: {image id: of the
     picture's objects}; their categories are the names that are looked for."""

@@ -12,8 +12,8 @@ image, K shares.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ import pandas as pd
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
 from vlmdiag.relevancy import perturbation
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -41,7 +42,7 @@ Chosen = Sequence["Bool[np.ndarray, ' T']"]  # which targets of each image count
 class Evaluation:
     """A run as arrays over its n images with targets."""
 
-    records: list[dict[str, Any]]
+    records: list[Record]
     methods: list[str]
     shares: Float[np.ndarray, " K"]
     removal: list[str]
@@ -159,7 +160,7 @@ def area_table(evaluation: Evaluation, label: str, dependence: float) -> pd.Data
     return pd.DataFrame(_area_rows(evaluation, label, dependence))
 
 
-def _area_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterator[dict[str, Any]]:
+def _area_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterator[Record]:
     for removal in evaluation.removal:
         for group in GROUPS:
             chosen = evaluation.tokens(group, dependence)
@@ -168,7 +169,7 @@ def _area_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterato
                 areas = stats.mean_interval(values)
                 changes = {rival: against(values, evaluation.methods, rival) for rival in RIVALS}
                 for m, method in enumerate(evaluation.methods):
-                    row: dict[str, Any] = {
+                    row: Record = {
                         "run": label,
                         "removal": removal,
                         "tokens": group,
@@ -190,7 +191,7 @@ def local_table(evaluation: Evaluation, label: str, dependence: float) -> pd.Dat
     return pd.DataFrame(_local_rows(evaluation, label, dependence))
 
 
-def _local_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterator[dict[str, Any]]:
+def _local_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterator[Record]:
     if not all(evaluation.local):
         return
     for measure in LOCAL:
@@ -202,7 +203,7 @@ def _local_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterat
             means = stats.mean_interval(values)
             changes = {prior: against(values, methods, prior) for prior in PRIORS}
             for m, method in enumerate(methods):
-                row: dict[str, Any] = {
+                row: Record = {
                     "run": label,
                     "measure": measure,
                     "tokens": group,
@@ -237,5 +238,5 @@ def lines_of(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _cell(name: str, row: Mapping[Any, Any]) -> str:
+def _cell(name: str, row: Mapping[Hashable, float]) -> str:
     return f"{name} {row[name]:6.3f} [{row[f'{name}_low']:6.3f}, {row[f'{name}_high']:6.3f}]  "

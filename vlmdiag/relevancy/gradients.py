@@ -32,6 +32,7 @@ from vlmdiag.model.decoding import extended
 from vlmdiag.model.vision import entered, entering, more_inputs
 from vlmdiag.relevancy.blocks import Block, ModuleOutput, added, recording, vector_products
 from vlmdiag.relevancy.rules import head_mean
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -267,7 +268,7 @@ def trace(
         )
     vlm.need("decoder-only")
     whole = extended(batch, ids)
-    options: dict[str, Any] = {
+    options: Record = {
         "attention_mask": whole.attention_mask,
         "position_ids": whole.position_ids,
         "use_cache": False,
@@ -308,7 +309,7 @@ def trace(
 def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | QFormerPass | None]:
     """(vision tokens in the form of entered() with their graph, how they were made)."""
     former = vlm.parts.qformer
-    no_layers: list[list[Any]] = []
+    no_layers: list[dict[str, Tensor]] = []
     keeping = _query_attention(former) if former else contextlib.nullcontext(no_layers)
     with recording(vlm.parts.tower, vlm.parts.vision_blocks) as blocks, keeping as layers:
         features = entered(vlm, vlm.vision(batch))
@@ -317,7 +318,7 @@ def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | Q
     pooled = features[:, : vlm.model.get_input_embeddings().weight.shape[1]]
     if former:
         none = torch.empty(len(pooled), 0, dtype=torch.long, device=vlm.device)
-        maps = [QueryMaps(own, cross) for own, cross in layers]
+        maps = [QueryMaps(maps["own"], maps.get("cross")) for maps in layers]
         return features, QFormerPass(blocks, pooled, none, vlm.device, maps, former)
     if vlm.family.sources:
         grid = batch.grids[0]
@@ -332,22 +333,22 @@ def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | Q
 
 
 @contextlib.contextmanager
-def _query_attention(former: QFormer) -> Iterator[list[list[Any]]]:
-    """Within the context the attention of a Q-Former's layers is kept, with its graph, as [self,
-    cross or None] of each layer."""
-    kept: list[list[Any]] = [[None, None] for _ in former.self_attention]
+def _query_attention(former: QFormer) -> Iterator[list[dict[str, Tensor]]]:
+    """Within the context the attention of a Q-Former's layers is kept, with its graph, as
+    {"own"[, "cross"]} of each layer."""
+    kept: list[dict[str, Tensor]] = [{} for _ in former.self_attention]
     hooks: list[RemovableHandle] = []
     config: Any = former.self_attention[0].config
     before = config._attn_implementation
     config._attn_implementation = "eager"
 
-    def start(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def start(module: nn.Module, args: tuple[Tensor, ...], options: Record) -> None:
         # the queries: the first layer's attention depends on nothing else
         states = args[0] if args else options["hidden_states"]
         states.requires_grad_()
 
-    def keeper(layer: int, kind: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...], output: ModuleOutput) -> None:
+    def keeper(layer: int, kind: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[object, ...], output: ModuleOutput) -> None:
             kept[layer][kind] = output[1]
 
         return keep
@@ -356,9 +357,9 @@ def _query_attention(former: QFormer) -> Iterator[list[list[Any]]]:
         hooks.append(former.self_attention[0].register_forward_pre_hook(start, with_kwargs=True))
         pairs = zip(former.self_attention, former.cross_attention, strict=True)
         for layer, (own, cross) in enumerate(pairs):
-            hooks.append(own.register_forward_hook(keeper(layer, 0)))
+            hooks.append(own.register_forward_hook(keeper(layer, "own")))
             if cross is not None:
-                hooks.append(cross.register_forward_hook(keeper(layer, 1)))
+                hooks.append(cross.register_forward_hook(keeper(layer, "cross")))
         yield kept
     finally:
         config._attn_implementation = before

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,6 +23,7 @@ from vlmdiag.pictures import overlay
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.pictures.samples import load_image
 from vlmdiag.relevancy import rules
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,7 +48,7 @@ class Words(NamedTuple):
 class Maps:
     """What a run holds of one item, and its picture at display size."""
 
-    record: dict[str, Any]
+    record: Record
     rows: Float[np.ndarray, "T K N"]
     cells: Float[np.ndarray, "T K S"]  # NaN: a hidden sink
     hidden: int | None  # how many sinks are left out; None: they are kept

@@ -7,7 +7,7 @@ Transformer-MM-Explainability (arXiv 2103.15679); docs/studies/stethoscope.md, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.lens import vocabulary
 from vlmdiag.relevancy import methods, rules
 from vlmdiag.relevancy.gradients import trace
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from vlmdiag.relevancy.methods import Relevancy
     from vlmdiag.types import VLM
 
-Record = dict[str, Any]
 Arrays = dict[str, "np.ndarray"]
 TEXT = (GROUPS.index("user"), GROUPS.index("generated"))  # of the visual share
 

@@ -22,7 +22,7 @@ is blurred; M maps, T targets, K shares, n patterns of what is removed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 from vlmdiag.answers import find_word
 from vlmdiag.groups import VISION
 from vlmdiag.model.vision import deepened, entered, entering, more_inputs
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 # gone (n, U) -> log-probabilities (n, T)
 Measure = Callable[["Bool[np.ndarray, 'n U']"], "Float[np.ndarray, 'n T']"]
-Annotation = Mapping[str, Any]
+Annotation = Fields
 
 
 # ---- what is averaged over the shares ----
@@ -234,7 +235,7 @@ def logprobs(
     more: see vision.more_inputs.
     """
     first = min(targets)
-    options: dict[str, Any] = {
+    options: Record = {
         "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
         "position_ids": positions,
         "use_cache": False,

@@ -20,11 +20,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vlmdiag.cli import UsageError
+from vlmdiag.types import Record
 
 HOST = platform.node().split(".")[0] or "host"
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -42,7 +42,7 @@ BROKEN = (
     AttributeError,
     TypeError,
 )
-Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+Arrays = Mapping[str, "np.ndarray"]
 _numbers = itertools.count()
 
 
@@ -194,7 +194,7 @@ def npz_bytes(arrays: Arrays, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
 AGAIN = "delete it and run the command that made it again"
 
 
-def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+def read_json(path: Path, advice: str = AGAIN) -> Record:
     """The object of a JSON file. UsageError names a file that cannot be read or holds none."""
     try:
         value = json.loads(path.read_bytes())
@@ -206,9 +206,7 @@ def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
     return value
 
 
-def read_npz(
-    path: Path, keys: Sequence[str] | None = None
-) -> dict[str, np.ndarray[Any, Any]] | None:
+def read_npz(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndarray] | None:
     """Arrays of an NPZ file, all or the named ones; None if it lacks one of those. UsageError names
     a file that cannot be read."""
     try:

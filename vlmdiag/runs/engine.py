@@ -16,12 +16,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from vlmdiag.runs.disk import Arrays
@@ -39,17 +40,19 @@ class Item(Protocol):
         """Names the item's files."""
 
 
-Load = Callable[[Any], Any]
-Result = tuple[dict[str, Any], "Arrays"]  # record and arrays of an item
-Process = Callable[[list[Any]], Sequence[Result]]
-Loaded = tuple[Any, Any, "Exception | None"]  # item, what load() made of it, what it raised
+AnyItem = TypeVar("AnyItem", bound=Item)
+Content = TypeVar("Content")  # what load() makes of an item
+Result = tuple[Record, "Arrays"]  # record and arrays of an item
+Process = Callable[[list[Content]], Sequence[Result]]
+# an item, and what load() made of it or raised
+Loaded = tuple[AnyItem, "Content | Exception"]
 
 
 def run_items(
     run: Run,
-    items: Sequence[Item],
-    load: Load,
-    process: Process,
+    items: Sequence[AnyItem],
+    load: Callable[[AnyItem], Content],
+    process: Process[Content],
     batch_size: int = 1,
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
@@ -106,8 +109,8 @@ def exit_code(counts: Mapping[str, int], run: Run | None = None) -> int:
 
 
 def _batches(
-    items: Sequence[Item], batch_size: int, shard: tuple[int, int]
-) -> Sequence[Sequence[Item]]:
+    items: Sequence[AnyItem], batch_size: int, shard: tuple[int, int]
+) -> list[list[AnyItem]]:
     """The batches of a shard. UsageError where an id occurs twice."""
     items = list(items)
     repeated = [id for id, times in Counter(item.id for item in items).items() if times > 1]
@@ -121,10 +124,12 @@ def _batches(
     return [items[start : start + batch_size] for start in starts][index::shards]
 
 
-class _Shard:
+class _Shard(Generic[AnyItem, Content]):
     """The items of one shard on their way into the run directory."""
 
-    def __init__(self, run: Run, process: Process, batches: Sequence[Sequence[Item]]) -> None:
+    def __init__(
+        self, run: Run, process: Process[Content], batches: Sequence[Sequence[AnyItem]]
+    ) -> None:
         self.run = run
         self.process = process
         self.done_before = {item.id for batch in batches for item in batch if run.is_done(item.id)}
@@ -134,20 +139,20 @@ class _Shard:
         self._pending: deque[Future[bool]] = deque()
         self._most_pending = 2 * max(map(len, batches), default=1) + 2
 
-    def compute_loaded(self, batch: Sequence[Loaded]) -> None:
+    def compute_loaded(self, batch: Sequence[Loaded[AnyItem, Content]]) -> None:
         """Compute a batch as load() gave it; items that could not be loaded are failures."""
         loaded = []
-        for item, value, error in batch:
-            if isinstance(error, UsageError):
-                raise error
-            if error is not None:
-                self._fail(item, error, "load")
+        for item, attempt in batch:
+            if isinstance(attempt, UsageError):
+                raise attempt
+            if isinstance(attempt, Exception):
+                self._fail(item, attempt, "load")
             else:
-                loaded.append((item, value))
+                loaded.append((item, attempt))
         if loaded:
             self._compute(loaded)
 
-    def _compute(self, batch: list[tuple[Any, Any]]) -> None:
+    def _compute(self, batch: list[tuple[AnyItem, Content]]) -> None:
         """process() a batch, in smaller parts where it does not go through as a whole."""
         if all(item.id in self.done_before for item, _ in batch):
             return
@@ -180,7 +185,7 @@ class _Shard:
         for start in range(0, len(batch), size):
             self._compute(batch[start : start + size])
 
-    def _commit(self, batch: list[tuple[Any, Any]], results: Sequence[Result]) -> None:
+    def _commit(self, batch: list[tuple[AnyItem, Content]], results: Sequence[Result]) -> None:
         if len(results) != len(batch):
             raise RuntimeError(f"process() returned {len(results)} results for {len(batch)} items")
         for (item, _), (record, arrays) in zip(batch, results):
@@ -195,7 +200,7 @@ class _Shard:
         """Whether the oldest write is over, or too many wait behind it."""
         return self._pending[0].done() or len(self._pending) > self._most_pending
 
-    def _fail(self, item: Any, error: Exception, stage: str) -> None:
+    def _fail(self, item: AnyItem, error: Exception, stage: str) -> None:
         if item.id in self.done_before:
             return
         self.failed.add(item.id)
@@ -225,16 +230,16 @@ def _is_cuda_error(error: Exception) -> bool:
     return isinstance(error, accelerator_error) or "CUDA error" in str(error)
 
 
-def _attempt(load: Load, item: Item) -> Loaded:
+def _attempt(load: Callable[[AnyItem], Content], item: AnyItem) -> Loaded[AnyItem, Content]:
     try:
-        return item, load(item), None
+        return item, load(item)
     except Exception as error:  # noqa: BLE001 -- whatever it is, it is this item's failure alone
-        return item, None, error
+        return item, error
 
 
 def _loaded(
-    batches: Sequence[Sequence[Item]], load: Load, num_workers: int
-) -> Generator[list[Loaded], None, None]:
+    batches: Sequence[Sequence[AnyItem]], load: Callable[[AnyItem], Content], num_workers: int
+) -> Generator[list[Loaded[AnyItem, Content]], None, None]:
     """Yield batch after batch, decoded in threads just far enough ahead to keep them busy."""
     if not num_workers:
         for batch in batches:
@@ -242,7 +247,7 @@ def _loaded(
         return
     pool = ThreadPoolExecutor(num_workers, "load")
     try:
-        waiting: deque[list[Future[Loaded]]] = deque()
+        waiting: deque[list[Future[Loaded[AnyItem, Content]]]] = deque()
         remaining = iter(batches)
         while True:
             while len(waiting) < 2 or sum(map(len, waiting)) < 2 * num_workers:

@@ -7,13 +7,14 @@ return outcome.code
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vlmdiag.model.loading import identity_of
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.runs import engine, rundirs
+from vlmdiag.types import Fields
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -32,8 +33,8 @@ def open_experiment(
     args: Namespace,
     vlm: VLM,
     experiment: str,
-    settings: Mapping[str, Any],
-    free: Mapping[str, Any],
+    settings: Fields,
+    free: Fields,
     path: Path | None = None,
 ) -> Run:
     """The run directory of an experiment, new or with the same settings.
@@ -55,11 +56,11 @@ def run_experiment(
     args: Namespace,
     vlm: VLM,
     experiment: str,
-    items: Sequence[Any],
-    load: Callable[[Any], Any],
-    process: Callable[[list[Any]], list[Any]],
-    settings: Mapping[str, Any],
-    free: Mapping[str, Any],
+    items: Sequence[engine.AnyItem],
+    load: Callable[[engine.AnyItem], engine.Content],
+    process: engine.Process[engine.Content],
+    settings: Fields,
+    free: Fields,
     path: Path | None = None,
     batch_size: int = 1,
     progress: str = "images",
@@ -77,9 +78,9 @@ def complete(
     args: Namespace,
     vlm: VLM,
     run: Run,
-    items: Sequence[Any],
-    load: Callable[[Any], Any],
-    process: Callable[[list[Any]], list[Any]],
+    items: Sequence[engine.AnyItem],
+    load: Callable[[engine.AnyItem], engine.Content],
+    process: engine.Process[engine.Content],
     batch_size: int = 1,
     progress: str = "images",
 ) -> Outcome:

@@ -25,10 +25,9 @@ import subprocess
 import time
 import traceback
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,6 +35,7 @@ from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
 from vlmdiag.runs import disk
 from vlmdiag.runs.disk import write_bytes, write_json, write_npz
+from vlmdiag.types import Fields, Record
 
 __all__ = [
     "COCO",
@@ -57,8 +57,7 @@ OWNED = ("per_image", "failures", "analysis", "counters", "preds.json", "meta.js
 OTHER_NAME = "use another --run_name, or remove the folder by hand"
 _UNSET = object()
 
-Record = dict[str, Any]
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -128,9 +127,9 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(settings: Fields, prefix: str = "") -> Record:
     """Nested settings as {'outer.inner': value}, so that a difference is named by itself."""
-    flat: dict[str, Any] = {}
+    flat: Record = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
@@ -139,7 +138,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+def _differences(now: Fields, then: Fields) -> list[str]:
     """['key: value now, value then'] for every setting that differs."""
     now, then = _flat(now), _flat(then)
     lines = []
@@ -149,11 +148,11 @@ def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(settings: Mapping[str, Any], key: str) -> str:
+def _shown(settings: Fields, key: str) -> str:
     return json.dumps(settings[key], ensure_ascii=False) if key in settings else "not set"
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: Path) -> Record:
     """meta.json of a run folder, checked for its schema."""
     file = path / "meta.json"
     for _ in range(20):  # up to a second: see disk.write_once()
@@ -188,8 +187,8 @@ def _clear(path: Path) -> None:
 def open_run(
     path: str | Path,
     experiment: str,
-    identity: Mapping[str, Any],
-    free: Mapping[str, Any] | None = None,
+    identity: Fields,
+    free: Fields | None = None,
     overwrite: bool = False,
 ) -> Run:
     """Create a run directory, or open it again with the same settings.
@@ -224,9 +223,7 @@ def open_run(
     return run
 
 
-def _make_meta(
-    path: Path, experiment: str, identity: Mapping[str, Any], free: Mapping[str, Any]
-) -> None:
+def _make_meta(path: Path, experiment: str, identity: Fields, free: Fields) -> None:
     """Write meta.json unless it is there."""
     # looked at before meta.json, which another shard may make in between
     results = path / "per_image"
@@ -248,7 +245,7 @@ def _make_meta(
     disk.write_once(path / "meta.json", disk.json_bytes(meta))
 
 
-def _checked_meta(path: Path, experiment: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_meta(path: Path, experiment: str, identity: Fields) -> Record:
     """meta.json; UsageError where it is of another experiment or has other settings."""
     meta = _read_meta(path)
     if meta.get("experiment") != experiment:
@@ -274,7 +271,7 @@ class Run:
     was opened."""
 
     path: Path
-    meta: dict[str, Any]
+    meta: Record
 
     @property
     def label(self) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 
@@ -39,8 +38,8 @@ from vlmdiag.scenes.scene import (
     only,
     outline,
 )
+from vlmdiag.types import Record
 
-Record = dict[str, Any]  # an object of one of the JSON files, or a row of a table
 Scenes = Mapping[int, Scene]  # image id -> scene
 
 # swap pairs: distance of the two centres along the asked axis, as questions.margin measures it

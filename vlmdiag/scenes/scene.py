@@ -14,10 +14,12 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -88,7 +90,7 @@ class Scene:
     width: int
     height: int
     things: tuple[Thing, ...]
-    look: dict[str, Any] = field(default_factory=dict)  # colours and horizon of the background
+    look: Record = field(default_factory=dict)  # colours and horizon of the background
 
 
 def only(scene: Scene, thing: Thing) -> Scene:
@@ -282,7 +284,7 @@ def floor_scene(
             return Scene("floor", width, height, tuple(things), _floor_look(rng, horizon * height))
 
 
-def _floor_look(rng: random.Random, horizon: float) -> dict[str, Any]:
+def _floor_look(rng: random.Random, horizon: float) -> Record:
     """Colours of sky and floor, and how many tiles lie side by side."""
     grey = rng.randint(105, 160)
     hue = rng.randint(-12, 12)

@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ from vlmdiag.scenes.annotations import (
     swap_rows,
 )
 from vlmdiag.scenes.scene import Scene, corridor_scene, floor_scene, render
+from vlmdiag.types import Fields, Record
 
 FIRST_ID = {"val": 1, "train": 500_001}  # so no id is in both parts
 COUNTS = (2, 3, 4)  # objects in a floor scene
@@ -69,7 +69,7 @@ TUNNEL_LISTS = ("tunnel.json",)
 
 FOLDERS = ("annotations", "val2017", "train2017")
 
-Settings = dict[str, Any]  # what a set depends on, as the manifest has it
+Settings = Record  # what a set depends on, as the manifest has it
 Task = tuple[str, int, Path]  # (part, index, path of the picture)
 
 
@@ -146,11 +146,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_table(
-    path: Path,
-    columns: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    picture_column: str,
-    pictures: Path,
+    path: Path, columns: Sequence[str], rows: Sequence[Fields], picture_column: str, pictures: Path
 ) -> None:
     """Tab-separated, the rows' pictures as base64 JPEG. Streamed: a table may be larger than memory
     likes."""
@@ -252,7 +248,7 @@ def write_coco(out: Path, part: str, scenes: Mapping[int, Scene], kind: str) -> 
         write_json(out / name, content)
 
 
-def write_lists(out: Path, scenes: Mapping[int, Scene], seed: int) -> tuple[dict[str, Any], str]:
+def write_lists(out: Path, scenes: Mapping[int, Scene], seed: int) -> tuple[Record, str]:
     """The lists about the val pictures of a floor or corridor set. Returns what the manifest says
     of them, and it in words."""
     folder = "val2017"
@@ -281,7 +277,7 @@ def write_lists(out: Path, scenes: Mapping[int, Scene], seed: int) -> tuple[dict
     return {"rows": counts, "measured_height_depth_correlation": correlation}, summary
 
 
-def write_tunnel(out: Path, scenes: Mapping[int, Scene]) -> tuple[dict[str, Any], str]:
+def write_tunnel(out: Path, scenes: Mapping[int, Scene]) -> tuple[Record, str]:
     """tunnel.json about all pictures of a tunnel set. Returns what the manifest says of it, and it
     in words."""
     entries = tunnel.records(scenes)

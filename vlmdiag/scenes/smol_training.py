@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +59,7 @@ from vlmdiag.scenes.smol_llava import (
     write_part,
 )
 from vlmdiag.scenes.tiny_llava import ALL_COLORS, ALL_SHAPES, example, normalized
+from vlmdiag.types import Record
 
 SIMPLE_MIX: Mix = {ask_caption: 30, ask_where: 20, ask_presence: 20, ask_color: 15, ask_shape: 15}
 FLOOR_MIX: Mix = {
@@ -243,7 +243,7 @@ class Trainer:
 
     # --- state ---
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Record:
         return {name: getattr(self.args, name) for name in IDENTITY}
 
     def begin(self, stage: int) -> None:
@@ -435,7 +435,7 @@ class Trainer:
         return F.nll_loss(log_shares, ids[0, 1:]).item()
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> Record:
         """Accuracy by kind of question on held-out scenes, English and the length of vision tokens
         beside that of text."""
         rng = Random(f"{self.args.seed}-smol-held-out")

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from vlmdiag.scenes.scene import (
     only,
     wall_point,
 )
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -136,7 +137,7 @@ def ask(far: Thing, near: Thing) -> list[Question]:
     return [far_closer, near_closer, near_farther, far_farther]
 
 
-def records(scenes: Mapping[int, Scene]) -> list[dict[str, Any]]:
+def records(scenes: Mapping[int, Scene]) -> list[Record]:
     """Entries of tunnel.json for {image id: Scene}. dy: by how much the far object is higher, a
     fraction of the picture's height."""
     entries = []

@@ -45,6 +45,7 @@ from vlmdiag.relevancy import methods, rules
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.stethoscope.limits import FILE_LIMIT, PIXEL_LIMIT, QUESTION_LIMIT, TOKEN_LIMIT
 from vlmdiag.stethoscope.warning_signals import warnings_for
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -83,7 +84,7 @@ class Model:
     calibration: of hallucination_warning.py fit. UsageError for models that are not decoder-only.
     """
 
-    def __init__(self, vlm: VLM, calibration: dict[str, Any] | None = None) -> None:
+    def __init__(self, vlm: VLM, calibration: Record | None = None) -> None:
         vlm.need("decoder-only")
         self.vlm = vlm
         self.calibration = calibration
@@ -551,7 +552,7 @@ def joined(chunks: Sequence[Relevancy]) -> Relevancy:
         return None if arrays[0] is None else np.concatenate(arrays)
 
     names = ("rows", "image", "cells", "instruction", "last", "input")
-    arrays: dict[str, Any] = {name: whole(name) for name in names}
+    arrays: Record = {name: whole(name) for name in names}
     return methods.Relevancy(chunks[0].layers, **arrays)
 
 
@@ -584,7 +585,7 @@ def hallucination_warning(analysis: Analysis) -> str:
     if calibration is None:
         return "not calibrated: run hallucination_warning.py fit for this model"
 
-    def make() -> list[dict[str, Any]]:
+    def make() -> list[Record]:
         with model.lock:
             return warnings_for(
                 model.vlm, analysis.batch, analysis.answer_ids, calibration["names"], calibration

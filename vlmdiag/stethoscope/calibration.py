@@ -16,13 +16,14 @@ Shapes: n words, J signals, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 RESAMPLES = 1000
-Model = dict[str, Any]  # of fit(): mean, std, weights (J,) as lists, bias
+Model = Record  # of fit(): mean, std, weights (J,) as lists, bias
 Score = dict[str, float]  # value, low, high
 
 
@@ -72,7 +73,7 @@ def _logistic_regression() -> type[LogisticRegression]:
     return LogisticRegression
 
 
-def predict(model: Mapping[str, Any], signals: ArrayLike) -> Float[np.ndarray, " n"]:
+def predict(model: Fields, signals: ArrayLike) -> Float[np.ndarray, " n"]:
     """Probabilities of fit()'s model for signals (n, J)."""
     scaled = (np.asarray(signals, float) - np.array(model["mean"])) / np.array(model["std"])
     logits = model["bias"] + scaled @ np.array(model["weights"])
@@ -136,7 +137,7 @@ def _interval_of(
 
 def reliability(
     predicted: Float[np.ndarray, " n"], labels: ArrayLike, bins: int = 10
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """[{n, predicted, observed}, ...] over bins of equal count, by rising prediction."""
     truth = np.asarray(labels)
     order = np.argsort(predicted, kind="stable")

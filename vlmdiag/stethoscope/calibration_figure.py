@@ -3,12 +3,13 @@ believed? The figure of diagnostic_tools/viz_hallucination.py."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 
 from vlmdiag.figures import plots
+from vlmdiag.types import Fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ LABELS = {
 }
 
 
-def draw(numbers: Mapping[str, Any], kind: str, title: str) -> Figure:
+def draw(numbers: Fields, kind: str, title: str) -> Figure:
     """AUROC of each signal, and predicted against observed share. numbers: one kind of a report of
     hallucination.report()."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2))
@@ -40,7 +41,7 @@ def draw(numbers: Mapping[str, Any], kind: str, title: str) -> Figure:
     return figure
 
 
-def draw_signals(axis: Axes, signals: Mapping[str, Any]) -> None:
+def draw_signals(axis: Axes, signals: Fields) -> None:
     """AUROC of each signal with its interval, and the difference to plain token probability."""
     names = [name for name in LABELS if name in signals][::-1]
     for row, name in enumerate(names):
@@ -75,7 +76,7 @@ def draw_signals(axis: Axes, signals: Mapping[str, Any]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def draw_reliability(axis: Axes, bins: Sequence[Mapping[str, Any]], ece: float) -> None:
+def draw_reliability(axis: Axes, bins: Sequence[Fields], ece: float) -> None:
     """Predicted against observed share of hallucinated words, in bins of equal count."""
     axis.plot([0, 1], [0, 1], color=plots.EVEN_COLOR, linestyle=":", label="calibrated")
     axis.plot(

@@ -19,9 +19,9 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,6 +31,7 @@ from vlmdiag.model.loading import identity_of
 from vlmdiag.runs import rundirs
 from vlmdiag.stethoscope.figures import FIGURES, Shown, looked_at
 from vlmdiag.stethoscope.views import selected
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -87,7 +88,7 @@ def zipped(path: Path) -> Path:
     return archive
 
 
-def save(figure: Figure, path: Path, settings: Mapping[str, Any]) -> None:
+def save(figure: Figure, path: Path, settings: Fields) -> None:
     """Write a figure as PNG with its settings in the file, laid out once: somebody waits for it,
     and viz_relevancy.py makes PDFs."""
     metadata = {"Software": None, "settings": json.dumps(settings, sort_keys=True)}
@@ -118,7 +119,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def item(analysis: Analysis) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def item(analysis: Analysis) -> tuple[Record, dict[str, np.ndarray]]:
     """(record, arrays) as relevancy_maps.py writes an item."""
     relevancy = analysis.relevancy()
     arrays: dict[str, np.ndarray] = {"rows": relevancy.rows}
@@ -151,14 +152,14 @@ def item(analysis: Analysis) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return record, arrays
 
 
-def summary(analysis: Analysis, shown: Shown) -> dict[str, Any]:
+def summary(analysis: Analysis, shown: Shown) -> Record:
     """What the panels show, as JSON: lists over tokens, inside over layers."""
     lens = analysis.evolution()
 
     def words(
         ids: Iterable[Int[np.ndarray, ""]], probs: Iterable[Float[np.ndarray, ""]]
-    ) -> list[list[Any]]:
-        return [[lens.words[int(i)], float(p)] for i, p in zip(ids, probs, strict=True)]
+    ) -> list[tuple[str, float]]:
+        return [(lens.words[int(i)], float(p)) for i, p in zip(ids, probs, strict=True)]
 
     top = []
     for ids, probs in zip(lens.ids, lens.probs, strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -22,6 +22,7 @@ from vlmdiag.pictures.samples import Sample
 from vlmdiag.scenes.questions import article
 from vlmdiag.stethoscope import calibration
 from vlmdiag.stethoscope.warning_signals import SIGNALS, measure, object_words, tokens_of
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 CORRUPTIONS = ("none", "noise", "blur", "covered")
 BASELINE = "log_probability"
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def calibrate(run: Run) -> Record:
     }
 
 
-def report(run: Run, fitted: Mapping[str, Any]) -> dict[str, Record]:
+def report(run: Run, fitted: Fields) -> dict[str, Record]:
     """What a calibration is worth on words that it was not fitted on, for each kind."""
     all_words = table(run)
     reports: dict[str, Record] = {}
@@ -288,7 +288,7 @@ def _report_of(words: Words, models: Mapping[str, calibration.Model]) -> Record:
     return {"signals": signals, "reliability": calibration.reliability(predicted["all"], truth)}
 
 
-def lines_of_fit(fitted: Mapping[str, Any]) -> list[str]:
+def lines_of_fit(fitted: Fields) -> list[str]:
     """A calibration as lines of text."""
     lines = []
     for kind, numbers in fitted["kinds"].items():
@@ -319,7 +319,7 @@ def lines_of_report(reports: Mapping[str, Record]) -> list[str]:
     return lines
 
 
-def _counts_line(kind: str, numbers: Mapping[str, Any]) -> str:
+def _counts_line(kind: str, numbers: Fields) -> str:
     hallucinated = f"{numbers['n_hallucinated']} of {numbers['n_words']}"
     return f"{kind}: {hallucinated} object words hallucinated"
 

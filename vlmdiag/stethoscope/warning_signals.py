@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from vlmdiag.relevancy import methods, rules
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.runs import rundirs
 from vlmdiag.stethoscope import calibration
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -145,7 +146,7 @@ def seen_by_lens(vlm: VLM, batch: Batch, ids: Sequence[int]) -> Float[np.ndarray
 
 def find_calibration(
     model_path: str, out_root: str | Path = "runs", path: str | Path | None = None
-) -> dict[str, Any] | None:
+) -> Record | None:
     """The calibration of a model, None where there is none; UsageError where --calibration names a
     broken one or another model's."""
     if path is not None:
@@ -160,7 +161,7 @@ def find_calibration(
             f"--calibration {path}: no such file; make it with hallucination_warning.py fit"
         )
     try:
-        content: dict[str, Any] = json.loads(chosen.read_bytes())
+        content: Record = json.loads(chosen.read_bytes())
         models = [kind["models"]["all"] for kind in content["kinds"].values()]
         fitted_on = content["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -177,8 +178,8 @@ def find_calibration(
 
 
 def warnings_for(
-    vlm: VLM, batch: Batch, ids: list[int], names: Collection[str], fitted: Mapping[str, Any] | None
-) -> list[dict[str, Any]]:
+    vlm: VLM, batch: Batch, ids: list[int], names: Collection[str], fitted: Fields | None
+) -> list[Record]:
     """[{word, tokens, signals, probability}, ...] of a description's object words; probability None
     where the calibration `fitted` does not have them."""
     models = None

@@ -19,15 +19,14 @@ from vlmdiag.swap.resampling import (
     mean_limits,
     sums_by_image,
 )
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
     Flags = Bool[np.ndarray, " n"]
     Codes = Int[np.ndarray, " n"]
-    Labels = Sequence[Any] | np.ndarray[Any, Any]
-
-Record = dict[str, Any]
+    Labels = Sequence[Any] | np.ndarray
 
 
 def accuracy(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -84,7 +84,7 @@ def consistency_range(folder: str | Path, scales: Sequence[str]) -> tuple[float,
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def _reach(curve: Curve) -> list[np.ndarray[Any, Any]]:
+def _reach(curve: Curve) -> list[np.ndarray]:
     """All that is drawn of a curve: mean, interval, null with two standard deviations."""
     values = [curve[field] for field in ("mean", "low", "high") if field in curve]
     if "null_mean" in curve:
@@ -256,7 +256,7 @@ def _similarity_files(folder: str | Path, scale: str, tag: str) -> dict[int, Pat
 
 
 def _draw_heatmap(
-    ax: Axes, matrix: np.ndarray[Any, Any], title: str, n: Mapping[str, int | None], marked: Marked
+    ax: Axes, matrix: np.ndarray, title: str, n: Mapping[str, int | None], marked: Marked
 ) -> None:
     """A 6 x 6 matrix with its values written in, lines between the groups. n: pairs by
     category."""

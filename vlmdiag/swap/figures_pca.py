@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,6 +29,7 @@ from vlmdiag.swap.style import (
     say,
     settings_of,
 )
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from vlmdiag.swap.saved import Vectors
     from vlmdiag.swap.style import Marked
 
-    Labels = np.ndarray[Any, Any]  # (N,) str
+    Labels = np.ndarray  # (N,) str
 
 DELTA = "delta = state(swapped) \u2212 state(original)"
 
@@ -111,14 +112,14 @@ def _scatter(
     colors: Mapping[str, str],
     marker: str,
     marked: Collection[str],
-    order: np.ndarray[Any, Any],
+    order: np.ndarray,
 ) -> None:
     """One call for all categories in a mixed order, so that none lies on top; unreliable ones are
     fainter."""
     shade = np.array(
         [(*to_rgb(colors.get(name, "#7f7f7f")), 0.25 if name in marked else 0.75) for name in names]
     )
-    look: dict[str, Any] = {"c": shade[order], "marker": marker, "s": 16}
+    look: Record = {"c": shade[order], "marker": marker, "s": 16}
     look["linewidths"] = 0.9 if marker == "x" else 0
     if ax.name == "3d":
         look["depthshade"] = False
@@ -174,7 +175,7 @@ def _draw_2d(
     title: str,
     marked: Marked,
     path: Path,
-    settings: Mapping[str, Any],
+    settings: Fields,
     quiet: bool,
 ) -> list[Path]:
     """States by category, deltas by group and by category."""
@@ -220,7 +221,7 @@ def _draw_3d(
     title: str,
     marked: Marked,
     path: Path,
-    settings: Mapping[str, Any],
+    settings: Fields,
     quiet: bool,
 ) -> list[Path]:
     """Deltas by category."""

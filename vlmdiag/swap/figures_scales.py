@@ -47,6 +47,7 @@ from vlmdiag.swap.style import (
     scale_colors,
     settings_of,
 )
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
     OverScales = Float[np.ndarray, " S"]
     # {"n", "orig", "swap", "both", "both_low", ...: (S,)}
-    Accuracy = dict[str, np.ndarray[Any, Any]]
+    Accuracy = dict[str, np.ndarray]
 
 # panel -> (form in the cells of vd_ei_{scale}.json, its value; the interval is in <low>, <high>)
 ENTANGLEMENT_PANELS = {
@@ -65,10 +66,10 @@ ENTANGLEMENT_PANELS = {
     "cosine of the groups' mean deltas": ("group_cosine_raw", "value", "low", "high"),
 }
 BAR_PLACES = (-0.27, 0, 0.27)
-BAR_STYLE: dict[str, Any] = {"error_kw": {"elinewidth": 0.9, "ecolor": "#222222"}, "capsize": 2}
+BAR_STYLE: Record = {"error_kw": {"elinewidth": 0.9, "ecolor": "#222222"}, "capsize": 2}
 
 
-def _scale_settings(folder: str | Path, scales: Sequence[str]) -> dict[str, Any]:
+def _scale_settings(folder: str | Path, scales: Sequence[str]) -> Record:
     return {"results": Path(folder).name, "scales": list(scales)}
 
 
@@ -103,7 +104,7 @@ def read_accuracy(folder: str | Path, scales: Sequence[str]) -> dict[str, Accura
     return accuracy
 
 
-def _whiskers(accuracy: Accuracy, order: str) -> np.ndarray[Any, Any] | None:
+def _whiskers(accuracy: Accuracy, order: str) -> np.ndarray | None:
     """Reach of the error bars below and above, None without intervals."""
     value = accuracy[order]
     reach = np.array([value - accuracy[f"{order}_low"], accuracy[f"{order}_high"] - value])
@@ -180,7 +181,7 @@ def _over_scales(
     x = np.arange(len(scales))
     has_size = ~np.isnan([samples_seen(scale) for scale in scales])
     joined = has_size if has_size.any() else np.ones(len(scales), bool)
-    style: dict[str, Any] = {"marker": "o", "markersize": 5} | line
+    style: Record = {"marker": "o", "markersize": 5} | line
     ax.plot(x[joined], values[joined], color=color, label=label, **style)
     ax.plot(x[~joined], values[~joined], color=color, **(style | {"linestyle": ""}))
     if low is not None and high is not None and np.isfinite(low).any():
@@ -270,7 +271,7 @@ def draw_accuracy_strata(
     return plots.save(fig, path, _scale_settings(folder, scales), quiet=quiet)
 
 
-def _gap_text(gap: Mapping[str, Any]) -> str:
+def _gap_text(gap: Fields) -> str:
     """The gap and its interval."""
     text = f"gap {gap['value']:+.2f}"
     if gap.get("low") is None:
@@ -390,7 +391,7 @@ def read_entanglement(folder: str | Path, scale: str, condition: str) -> dict[st
     cells = (read_layers(folder, f"vd_ei_{scale}") or {}).get("", {})
     if condition == "both_correct":
         cells = {
-            layer: cell.get("both_correct") if isinstance(cell, dict) else None
+            layer: (cell.get("both_correct") or {}) if isinstance(cell, dict) else {}
             for layer, cell in cells.items()
         }
     layers = list(cells)
@@ -406,7 +407,7 @@ def read_entanglement(folder: str | Path, scale: str, condition: str) -> dict[st
     return {panel: curve for panel, curve in curves.items() if np.isfinite(curve["mean"]).any()}
 
 
-def _entry(cell: Mapping[str, Any], form: str, field: str) -> object:
+def _entry(cell: Fields, form: str, field: str) -> object:
     """A form's field in a cell that is nested or flat."""
     nested = cell.get(form)
     if isinstance(nested, dict):

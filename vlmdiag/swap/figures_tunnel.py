@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
 from vlmdiag.scenes.tunnel import ANGLES, DEPTHS, split_grid
+from vlmdiag.types import Fields
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -71,7 +72,7 @@ def read_summary(run: Run) -> Summary:
     return summary
 
 
-def _interval(content: Mapping[str, Any]) -> stats.Interval:
+def _interval(content: Fields) -> stats.Interval:
     """An interval from its JSON form; a null is NaN."""
     mean, low, high = (np.array(content[name], float) for name in ("mean", "low", "high"))
     return stats.Interval(mean, low, high, np.array(content["n"], int))
@@ -204,9 +205,9 @@ def draw_sizes(summaries: Mapping[str, Summary], colors: Mapping[str, str]) -> F
     return fig
 
 
-def table_of(summaries: Mapping[str, Summary]) -> dict[str, list[Any]]:
+def table_of(summaries: Mapping[str, Summary]) -> dict[str, list[object]]:
     """The bars and the gap as columns of a CSV."""
-    table: dict[str, list[Any]] = {"run": [], "measure": [], "mean": [], "low": [], "high": []}
+    table: dict[str, list[object]] = {"run": [], "measure": [], "mean": [], "low": [], "high": []}
     for label, summary in summaries.items():
         for name, interval in summary.measures.items():
             table["run"].append(label)

@@ -4,8 +4,10 @@ spells these keys and takes them apart; everywhere else a layer is a number."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
+
+from vlmdiag.types import Fields, Record
 
 # {(series, layer): what is measured}; series "" where there is one only
 Cells = dict[tuple[str, int], Any]
@@ -16,12 +18,12 @@ def key_of(series: str, layer: int) -> str:
     return f"{series}_L{layer}" if series else f"L{layer}"
 
 
-def spelled(cells: Cells) -> dict[str, Any]:
+def spelled(cells: Cells) -> Record:
     """{key: cell}, as JSON holds it."""
     return {key_of(series, layer): cell for (series, layer), cell in cells.items()}
 
 
-def taken_apart(content: Mapping[str, Any]) -> Cells:
+def taken_apart(content: Fields) -> Cells:
     """The cells of a file with keys "series_L3", "L3" or "3" (series ""), other keys left out."""
     cells: Cells = {}
     for key, cell in content.items():

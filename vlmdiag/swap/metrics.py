@@ -36,17 +36,18 @@ from vlmdiag.swap.resampling import (
     mean_limits,
     sums_by_image,
 )
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-    Array = np.ndarray[Any, Any]
+    Array = np.ndarray
     Labels = Sequence[Any] | Array
     Codes = Int[np.ndarray, " n"]
     Rows = Float[np.ndarray, "n d"]
 
 # {field: number} of one layer, {field: (L,)} of all
-Numbers = dict[str, Any]
+Numbers = Record
 ROWS = 256  # of a product of two sets of vectors that are held at once
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from PIL import Image
 
@@ -33,6 +33,7 @@ from vlmdiag.swap.relations import (
     WORDS,
     category_of,
 )
+from vlmdiag.types import Fields
 
 READY = {
     "original_question",
@@ -369,7 +370,7 @@ def read_boxes(path: str | Path) -> Boxes:
     return {str(key): _named_boxes(record) for key, record in records.items()}
 
 
-def _named_boxes(record: Mapping[str, Any]) -> list[tuple[str, Box]]:
+def _named_boxes(record: Fields) -> list[tuple[str, Box]]:
     """The objects of a record that have a name and a box."""
     objects = record.get("objects") or []
     if isinstance(objects, dict):

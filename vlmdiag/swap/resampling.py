@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -40,9 +40,7 @@ class ImageSums(NamedTuple):
     counts: Float[np.ndarray, " k"]
 
 
-def image_codes(
-    images: Sequence[Any] | np.ndarray[Any, Any] | None, n: int
-) -> Int[np.ndarray, " n"]:
+def image_codes(images: Sequence[object] | np.ndarray | None, n: int) -> Int[np.ndarray, " n"]:
     """Codes 0..K-1 of image ids; each row its own image where images is None."""
     if images is None:
         return np.arange(n)

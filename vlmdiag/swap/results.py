@@ -29,6 +29,7 @@ from vlmdiag.swap.accuracy import category_validity, prediction_stats
 from vlmdiag.swap.layer_keys import Cells, key_of, spelled
 from vlmdiag.swap.relations import CATEGORIES, GROUPS, SPLITS
 from vlmdiag.swap.saved import find_scales, read_json, read_layers
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
 
     Flags = Bool[np.ndarray, " n"]
     Deltas = Float[np.ndarray, "n 1 d"]
-    States = np.ndarray[Any, Any]  # (n, prompts, L, d)
+    States = np.ndarray  # (n, prompts, L, d)
 
-Record = dict[str, Any]
 TAGS = ("all_pairs", "both_correct")
 
 
@@ -48,18 +48,18 @@ TAGS = ("all_pairs", "both_correct")
 class Facts:
     """What is known of the n computed pairs, one entry each."""
 
-    ids: np.ndarray[Any, Any]
-    indices: np.ndarray[Any, Any]
-    categories: np.ndarray[Any, Any]
-    groups: np.ndarray[Any, Any]
-    images: np.ndarray[Any, Any]
-    splits: np.ndarray[Any, Any]  # "None" without one
+    ids: np.ndarray
+    indices: np.ndarray
+    categories: np.ndarray
+    groups: np.ndarray
+    images: np.ndarray
+    splits: np.ndarray  # "None" without one
     orig: Flags  # the original question was answered right
     swap: Flags
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], answers: Sequence[Record]) -> Facts:
-        def column(name: str, kind: type) -> np.ndarray[Any, Any]:
+        def column(name: str, kind: type) -> np.ndarray:
             return np.array([kind(dict(pair)[name]) for pair in pairs], dtype=kind)
 
         def is_correct(order: str) -> Flags:

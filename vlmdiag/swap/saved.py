@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,13 +19,13 @@ from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.swap.layer_keys import key_of, layers_of, taken_apart
 from vlmdiag.swap.relations import CATEGORIES, SYNONYMS
+from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-Record = dict[str, Any]
 # {"layer": (K,), field: (K,) float} of one series
-Curve = dict[str, "np.ndarray[Any, Any]"]
+Curve = dict[str, "np.ndarray"]
 
 # folder under plots/ -> tag of the files it reads
 CONDITIONS = {"all": "all_pairs", "both_correct": "both_correct", "all_with_validity": "all_pairs"}
@@ -63,8 +63,8 @@ class Vectors(NamedTuple):
     orig: Float[np.ndarray, "N d"]
     swap: Float[np.ndarray, "N d"]
     delta: Float[np.ndarray, "N d"]
-    groups: np.ndarray[Any, Any]
-    categories: np.ndarray[Any, Any]
+    groups: np.ndarray
+    categories: np.ndarray
     both: Bool[np.ndarray, " N"]  # answered right in both orders
 
     def of(self, rows: Bool[np.ndarray, " N"]) -> Vectors:
@@ -173,18 +173,18 @@ def number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else np.nan
 
 
-def read_layers(folder: str | Path, name: str) -> dict[str, dict[int, Any]] | None:
+def read_layers(folder: str | Path, name: str) -> dict[str, dict[int, Record]] | None:
     """{series: {layer: cell}} of json/<name>.json, layers sorted; None without the file."""
     content = read_json(folder, name)
     if content is None:
         return None
-    by_series: dict[str, dict[int, Any]] = {}
+    by_series: dict[str, dict[int, Record]] = {}
     for (series, layer), cell in taken_apart(content).items():
         by_series.setdefault(SYNONYMS.get(series, series), {})[layer] = cell
     return {series: dict(sorted(cells.items())) for series, cells in by_series.items()}
 
 
-def curve_of(layers: Sequence[int], cells: Sequence[Mapping[str, Any]]) -> Curve:
+def curve_of(layers: Sequence[int], cells: Sequence[Fields]) -> Curve:
     """Every field of the cells as an array over the layers, NaN where one lacks it; mean in any
     case."""
     fields = dict.fromkeys(["mean", *(field for cell in cells for field in cell)])
@@ -278,10 +278,10 @@ def read_vectors(folder: str | Path, scale: str) -> Iterator[tuple[int, Vectors]
         ) from error
 
 
-def _vectors_at(archive: Mapping[str, np.ndarray[Any, Any]], layer: int) -> Vectors:
+def _vectors_at(archive: Mapping[str, np.ndarray], layer: int) -> Vectors:
     """The vectors of one layer that are finite."""
 
-    def column(name: str) -> np.ndarray[Any, Any]:
+    def column(name: str) -> np.ndarray:
         return archive[key_of(name, layer)]
 
     categories = [SYNONYMS.get(str(name), str(name)) for name in column("categories")]

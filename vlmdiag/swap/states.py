@@ -26,6 +26,7 @@ from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.runs.disk import temporary_name
 from vlmdiag.swap.pairs import picture_at, read_answer, spellings
 from vlmdiag.swap.relations import OPPOSITE, SPELLED
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from vlmdiag.swap.pairs import Pair, Quad
     from vlmdiag.types import VLM
 
-Record = dict[str, Any]
 States = np.memmap[Any, Any]  # (n, prompts, L, d)
 SENTENCE_END = re.compile(r"(?<!\d)[.!?。！？]|\n")
 
@@ -192,12 +192,12 @@ def make_process(
     quad_states: States | None,
     quad_of: Mapping[str, Quad],
     max_new_tokens: int,
-) -> Callable[[Sequence[tuple[Item, Image]]], list[tuple[Record, dict[str, Any]]]]:
+) -> Callable[[Sequence[tuple[Item, Image]]], list[tuple[Record, Record]]]:
     """process([(item, picture), ...]) -> [(record, {}), ...]; writes the states of item.row, and of
     its quad, before the record is committed."""
 
     @torch.inference_mode()
-    def process(loaded: Sequence[tuple[Item, Image]]) -> list[tuple[Record, dict[str, Any]]]:
+    def process(loaded: Sequence[tuple[Item, Image]]) -> list[tuple[Record, Record]]:
         items, images = zip(*loaded, strict=True)
         pairs = [item.pair for item in items]
         ask = Prompts(vlm, images, layers)
@@ -282,7 +282,7 @@ def record(pair: Pair, said: Sequence[Said], gaps: Sequence[float]) -> Record:
     return kept
 
 
-def on_cpu(states: Tensor, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+def on_cpu(states: Tensor, dtype: np.dtype) -> np.ndarray:
     """States in one transfer, as an array of a dtype; ValueError where one does not fit into it."""
     array = states.to(getattr(torch, str(dtype))).cpu().numpy()
     if not np.isfinite(array).all():

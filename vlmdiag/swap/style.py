@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from vlmdiag.figures import plots
 from vlmdiag.swap.relations import GROUPS
 from vlmdiag.swap.saved import CONDITIONS
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -98,7 +99,7 @@ def path_of(folder: str | Path, condition: str, *parts: str) -> Path:
     return Path(folder, "plots", condition, *parts)
 
 
-def settings_of(folder: str | Path, condition: str, **more: object) -> dict[str, Any]:
+def settings_of(folder: str | Path, condition: str, **more: object) -> Record:
     """What a figure's metadata say."""
     tag = CONDITIONS.get(condition)
     return {"results": Path(folder).name, "condition": condition, "tag": tag} | more

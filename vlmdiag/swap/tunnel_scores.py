@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.scenes.tunnel import ANGLES, SIZES, WORDINGS
 from vlmdiag.swap.relations import SPLITS
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from vlmdiag.batch import Batch
     from vlmdiag.types import VLM
 
-Record = dict[str, Any]
 AnswerIds = dict[str, list[int]]  # {"Yes": ids, "No": ids}
 
 
@@ -123,10 +123,10 @@ def first_logits(
 
 def make_process(
     vlm: VLM, words: AnswerIds
-) -> Callable[[Sequence[tuple[Item, Image]]], list[tuple[Record, dict[str, Any]]]]:
+) -> Callable[[Sequence[tuple[Item, Image]]], list[tuple[Record, Record]]]:
     """process([(item, picture), ...]) -> [(record, {}), ...]. words: of yes_no_ids()."""
 
-    def process(loaded: Sequence[tuple[Item, Image]]) -> list[tuple[Record, dict[str, Any]]]:
+    def process(loaded: Sequence[tuple[Item, Image]]) -> list[tuple[Record, Record]]:
         items, images = zip(*loaded, strict=True)
         questions = [[asked["question"] for asked in item.entry["questions"]] for item in items]
         logits = first_logits(vlm, images, questions)
@@ -220,12 +220,7 @@ def gap_of(
         of_high = stats.draws(len(high), num_resamples, seed) @ high / len(high)
         of_low = stats.draws(len(low), num_resamples, seed + 1) @ low / len(low)
         lower, upper = (float(end) for end in stats.limits(of_high - of_low))
-    return {
-        "mean": float(mean),
-        "low": lower,
-        "high": upper,
-        "n": [len(high), len(low)],
-    }
+    return {"mean": float(mean), "low": lower, "high": upper, "n": [len(high), len(low)]}
 
 
 def grid_of(

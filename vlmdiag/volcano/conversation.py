@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import ImageAttention
 from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.scenes.questions import critique_prompt, decide_prompt, revise_prompt
+from vlmdiag.types import Fields, Record
 from vlmdiag.volcano.protocol import decision, decision_published, order_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Answer:
     prompt: str
     prompt_tokens: int
     ended: bool  # by an EOS token
-    attention: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    attention: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Ask(Protocol):
@@ -175,13 +176,11 @@ class Talk:
     revision: Answer | None = None
     feedbacks: list[str] = field(default_factory=list)
     revisions: list[str] = field(default_factory=list)
-    decisions: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[Record] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)  # iterations
     stop_iter: int = 0
 
-    def take(
-        self, iteration: int, critique: Answer, revision: Answer, decided: Mapping[str, Any]
-    ) -> None:
+    def take(self, iteration: int, critique: Answer, revision: Answer, decided: Fields) -> None:
         """Write down one iteration and what was decided in it."""
         self.feedbacks.append(critique.text)
         self.revisions.append(revision.text)
@@ -245,7 +244,7 @@ def converse(
     return talks
 
 
-def _decided(args: Settings, text: str, order: tuple[str, str]) -> dict[str, Any]:
+def _decided(args: Settings, text: str, order: tuple[str, str]) -> Record:
     """What an answer to the decide prompt says. order: what A and B stood for."""
     letter = decision_published(text) if args.paper_compat else decision(text)
     choice = "unparsed" if letter is None else order["AB".index(letter)]

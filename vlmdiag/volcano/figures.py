@@ -4,13 +4,14 @@ docs/studies/volcano.md, sections 2.4 and 2.9."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from vlmdiag.figures import plots
+from vlmdiag.types import Record
 from vlmdiag.volcano.maps import counted, top_l_mean
 from vlmdiag.volcano.stage_statistics import STATISTICS
 from vlmdiag.volcano.tensors import STAGES
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from vlmdiag.runs.rundirs import Run
 
-Record = dict[str, Any]
 
 STATISTIC_NAMES = {
     "top_l": "top-l mean over tokens\n(published)",

@@ -14,13 +14,14 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures.plots import visible
 from vlmdiag.pictures.spread import normalized_entropy
+from vlmdiag.types import Record
 from vlmdiag.volcano.maps import coverage, top_l_mean
 from vlmdiag.volcano.tensors import find_span, numbers, token_maps
 
@@ -198,11 +199,11 @@ def numbers_of(panel: Panel, grid: PatchGrid) -> dict[str, float]:
 
 def table_of(
     panels: Sequence[Panel], scale: tuple[float, float], grid: PatchGrid, args: MapSettings
-) -> dict[str, list[Any]]:
+) -> dict[str, list[object]]:
     """The panels as columns of a CSV."""
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[object]] = {}
     for panel in panels:
-        row: dict[str, Any] = {
+        row: Record = {
             "panel": panel.title,
             "stage": panel.stage,
             "statistic": panel.statistic,

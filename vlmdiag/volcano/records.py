@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vlmdiag.answers import is_right, token_spans
 from vlmdiag.runs import disk
+from vlmdiag.types import Record
 from vlmdiag.volcano.conversation import Asker, converse
 from vlmdiag.volcano.protocol import judged
 from vlmdiag.volcano.tensors import SCHEMA
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
         output_visualization_tensors: bool
 
 
-Record = dict[str, Any]
-Arrays = dict[str, "np.ndarray[Any, Any]"]
+Arrays = dict[str, "np.ndarray"]
 
 
 def make_process(

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmdiag.figures import stats
 from vlmdiag.figures.stats import Interval, paired_difference
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -184,7 +185,7 @@ def p_value(observed: float, null: Float[np.ndarray, " B"]) -> float:
     return float((1 + as_far) / (1 + len(null)))
 
 
-def _spread(values: Float[np.ndarray, " B"]) -> dict[str, Any]:
+def _spread(values: Float[np.ndarray, " B"]) -> Record:
     """Mean and central 95 %."""
     low, high = np.quantile(values, [0.025, 0.975])
     return {"mean": values.mean(), "low": low, "high": high}
@@ -192,7 +193,7 @@ def _spread(values: Float[np.ndarray, " B"]) -> dict[str, Any]:
 
 def statistics_over_images(
     observed: Float[np.ndarray, "n 2 4"], null: Float[np.ndarray, "n B 2 4"], images: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Record]:
     """{statistic: {initial, other, ratio, difference, null_ratio, null_difference, p}} over n
     instances, each image counting once: means over images, Intervals as dicts, mean and central 95
     % of the null. observed, null: of compare(); images: n ids.

@@ -10,12 +10,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
+from vlmdiag.types import Record
 from vlmdiag.volcano.maps import counted, top_l_mean
 from vlmdiag.volcano.stage_statistics import (
     STATISTICS,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from vlmdiag.runs.rundirs import Run
 
-Record = dict[str, Any]
 COMPARED = ("feedback", "revision")  # with the initial answer
 
 
@@ -239,9 +239,9 @@ def show(summaries: Mapping[str, Record]) -> None:
             )
 
 
-def table_of(summaries: Mapping[str, Record]) -> dict[str, list[Any]]:
+def table_of(summaries: Mapping[str, Record]) -> dict[str, list[object]]:
     """The tables as columns of a CSV, a row for each comparison and statistic."""
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[object]] = {}
     for stage, summary in summaries.items():
         for name in STATISTICS:
             numbers = summary["statistics"][name]

@@ -14,20 +14,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.runs import disk
+from vlmdiag.types import Record
 from vlmdiag.volcano.maps import counted, pool_heads
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Record = dict[str, Any]
-Arrays = dict[str, "np.ndarray[Any, Any]"]
+Arrays = dict[str, "np.ndarray"]
 Span = tuple[int, int]  # characters, from start to end
 
 SCHEMA = 1

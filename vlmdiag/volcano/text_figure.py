@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 
 from vlmdiag.figures import plots
 from vlmdiag.figures.plots import BREAK, drawable
+from vlmdiag.types import Record
 from vlmdiag.volcano.text_page import (
     COLORS,
     ink,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType
 
     from vlmdiag.volcano.tensors import Instance, Stage
     from vlmdiag.volcano.text_page import Weights
@@ -132,7 +134,7 @@ def draw(
     axes.axis("off")
     title = title_of(instance, stage)
     axes.text(MARGIN, 0.26, title, fontsize=12, fontweight="bold", parse_math=False)
-    small: dict[str, Any] = {"fontsize": 8.5, "color": "#3d4653", "parse_math": False}
+    small: Record = {"fontsize": 8.5, "color": "#3d4653", "parse_math": False}
     axes.text(MARGIN, 0.46, shorten(instance.question, room), **small)
     n = size_of(stage) + (" and the stop token" if stage.ended else "")
     of_model = f"{Path(instance.model).name}, instance {instance.index}, {n}"
@@ -149,16 +151,16 @@ def draw(
         f" largest of {whose_scale(instance, own_scale)}"
     )
     x = MARGIN + 2.9
-    beside: dict[str, Any] = {"fontsize": 7.5, "va": "center"}
+    beside: Record = {"fontsize": 7.5, "va": "center"}
     axes.text(x, height - 0.56, words, color="#3d4653", linespacing=1.35, **beside)
     axes.text(x, height - 0.29, f"mean of this text {mean:.3g}", color="#B34D00", **beside)
     return figure
 
 
-def _draw_token(axes: Axes, place: Placed, color: Any, is_stop: bool) -> None:
+def _draw_token(axes: Axes, place: Placed, color: ColorType, is_stop: bool) -> None:
     """A coloured box and its text; the stop token's is wider and dashed."""
     baseline = ABOVE + place.line * LINE + 0.2
-    edge: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
+    edge: Record = {"edgecolor": "white", "linewidth": 0.5}
     pad = 0.0
     if is_stop:
         edge = {"edgecolor": "#5d6775", "linewidth": 0.8, "linestyle": (0, (3, 2))}

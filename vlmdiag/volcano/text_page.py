@@ -14,7 +14,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 import matplotlib
@@ -22,11 +22,13 @@ from markupsafe import Markup
 from matplotlib.colors import Normalize, to_hex, to_rgb
 
 from vlmdiag.figures.plots import BREAK, visible
+from vlmdiag.types import Record
 from vlmdiag.volcano.tensors import STAGES, find_spans, join_target, strongest_spans
 
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float
+    from matplotlib.typing import ColorType
 
     from vlmdiag.volcano.tensors import Instance, Stage
 
@@ -104,7 +106,7 @@ def ticks_of(scale: Normalize) -> list[float]:
     return [low, (low + high) / 2, high]
 
 
-def ink(color: Any) -> str:
+def ink(color: ColorType) -> str:
     """Black or white, whichever is easier to read on a colour (WCAG luminance)."""
     r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
     return "#000000" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 else "#ffffff"
@@ -179,9 +181,7 @@ def _each_visible(text: str) -> str:
     return "".join(map(visible, text))
 
 
-def _tokens(
-    stage: Stage, weights: Weights, levels: Iterable[int], mean: float
-) -> list[dict[str, Any]]:
+def _tokens(stage: Stage, weights: Weights, levels: Iterable[int], mean: float) -> list[Record]:
     """What the page shows of each token."""
     tokens = []
     for index, (piece, weight, level) in enumerate(zip(stage.pieces(), weights, levels)):
