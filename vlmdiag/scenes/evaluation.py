@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +22,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.lens import Lens
 from vlmdiag.model.probes import Probe
-from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.scenes.questions import (
     AXES,
     Maker,
@@ -62,7 +61,6 @@ LONG_ANSWERS = ("caption", "critique", "revise")
 WHOLE_ANSWERS = ("where", "revise", "critique")  # right only where all words agree
 ONE_WORD_KINDS = (*AXES, "yes_no")
 
-NO_FILE = Path()  # of pictures that are drawn when they are needed
 
 Grouped = tuple[str, Question]  # (group in the card's table, question)
 
@@ -193,7 +191,7 @@ def lens_hits(
 
 def _lens_of(vlm: VLM, scene: Scene, picture: Image) -> tuple[Float[Tensor, "L+1 3"], int]:
     """lens_hits of one picture."""
-    batch = vlm.encode([Sample("0", NO_FILE, "Describe the image.")], [picture])
+    batch = vlm.encode([Sample("0", AT_HAND, "Describe the image.")], [picture])
     probe = TopTokens(vlm, batch)
     with capture(vlm, [probe]):
         generate(vlm, batch, 1)
@@ -231,7 +229,7 @@ def evaluate(vlm: VLM, num_scenes: int, seed: int, batch_size: int) -> Evaluatio
 
 def _answers(vlm: VLM, rows: Sequence[Asked]) -> list[str]:
     """Greedy answers."""
-    samples = [Sample(str(index), NO_FILE, row.question.text) for index, row in enumerate(rows)]
+    samples = [Sample(str(index), AT_HAND, row.question.text) for index, row in enumerate(rows)]
     batch = vlm.encode(samples, [row.picture for row in rows])
     has_long = any(row.question.kind in LONG_ANSWERS for row in rows)
     generation = generate(vlm, batch, 40 if has_long else 10)
