@@ -19,9 +19,10 @@ states of all layers at the last prompt token and the answers:
                position to the CPU in float32; generate() with its default attention, greedy, 20
                tokens; nothing is written. As a pair's time does not depend on the batch, the first
                two pairs of a batch stand for all
-After Why Far Looks Up (arXiv 2605.30161), our study's sections 1.6, 1.7, 4 and 5.1. `pair`:
-original and swapped question. `pair + quad`: two further questions about height; the published quad
-is four queries that repeat the pair's two, so six in all, and the floor asks four.
+After Why Far Looks Up (arXiv 2605.30161); docs/studies/swap_analysis.md, sections 1.6, 1.7, 4
+and 5.1. `pair`: original and swapped question. `pair + quad`: two further questions about height;
+the published quad is four queries that repeat the pair's two, so six in all, and the floor asks
+four.
 
 Two kinds of answer, planted in a few rows of embeddings and LM head, for all variants alike (a
 random model answers nothing and never ends):
@@ -64,7 +65,8 @@ TOLERANCE = 1e-4  # of the largest state of a layer
 PUBLISHED_TOKENS, PUBLISHED_PAIRS, TOKENS, WORD = 20, 2, 8, "far"
 NAMES = ("red circle", "blue square")
 WORK, ANSWERS = ("pair", "pair + quad"), ("ends", "goes on")
-# per category, in the order of our study's 1.6: the word and what counts for it
+# per category, in the order of docs/studies/swap_analysis.md, section 1.6: the word and what
+# counts for it
 SUBSTRINGS = {"far": ("far", "distant"), "close": ("close", "near", "nearby")}
 
 

@@ -1,5 +1,5 @@
 """What counts as naming an object, by vlmdiag/interp/criteria.py: every failure of the published
-rule that our study lists, and the table's own consistency."""
+rule that docs/studies/llava_interp.md, section 2.8, lists, and the table's own consistency."""
 
 import pytest
 from hypothesis import given, settings

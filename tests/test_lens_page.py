@@ -297,7 +297,7 @@ def test_top_words_count_positions_of_the_last_layers():
     ids = np.zeros((9, 5, 1), int)
     ids[:, 0], ids[:, 1], ids[:, 2], ids[:, 3], ids[:, 4] = 8, 1, 3, 6, 2
     ids[7, 2], ids[6, 2], ids[8, 1] = 0, 4, 5  # layers 7 and 8 of 8 count: dog at 6 does not
-    assert page.top_words(ids, ["user"] + ["vision"] * 4, words) == [["cat", 2], ["猫", 1]]
+    assert page.top_words(ids, ["user"] + ["vision"] * 4, words) == [("cat", 2), ("猫", 1)]
 
 
 # --- overview, without a browser ------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_delta_similarity_is_the_cosine_of_plain_means():
 
 
 # above-far, below-close, above-close, below-far, above-below, far-close, equation 3, released
-# code's form: our study's section 6.3
+# code's form: docs/studies/swap_analysis.md, section 6.3
 PUBLISHED = [
     (0.308, 0.307, -0.305, -0.321, -0.984, -0.908, 0.311, 0.319),
     (0.492, 0.437, -0.445, -0.487, -0.997, -0.932, 0.465, 0.474),
