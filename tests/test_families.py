@@ -1,4 +1,4 @@
-"""The contract that every family in models/ keeps, on small random models built from their configs
+"""The contract that every family of vlmdiag/families keeps, on small random models built from their configs
 (tests/random_models/).
 
     python -m tests.test_families     # writes what the models have into models/README.md
@@ -28,9 +28,10 @@ from vlmdiag.model.probes import GroupMass, Probe
 from vlmdiag.model.vision import more_inputs, prefill
 from vlmdiag.pictures.samples import Sample
 
-BUILDERS, FIRST = {}, set()  # all models, and one of each file
-for _found in pkgutil.iter_modules(random_models.__path__):
-    _models = importlib.import_module(f"tests.random_models.{_found.name}").MODELS
+BUILDERS = {}  # of all models
+FIRST = set()  # one model of each file
+for _module in pkgutil.iter_modules(random_models.__path__):
+    _models = importlib.import_module(f"tests.random_models.{_module.name}").MODELS
     BUILDERS |= _models
     FIRST.add(next(iter(_models)))
 NAMES = sorted(BUILDERS)
@@ -44,17 +45,12 @@ def row(name, vlm):
     """A line of the table: what a loaded model is and has."""
     parts = vlm.parts
     mark = {True: "yes", False: "-"}
-    onto = (
-        "-"
-        if "decoder-only" not in vlm.family.has
-        else (
-            "its Q-Former and tower"
-            if parts.qformer
-            else "its tower"
-            if parts.vision_blocks
-            else "-"
-        )
-    )
+    onto = "-"
+    if "decoder-only" in vlm.family.has:
+        if parts.qformer:
+            onto = "its Q-Former and tower"
+        elif parts.vision_blocks:
+            onto = "its tower"
     file = next(
         file
         for file in models.FAMILIES
@@ -75,7 +71,7 @@ def checks():
     for family in models.FAMILIES:
         text = " ".join(importlib.import_module(f"vlmdiag.families.{family}").__doc__.split())
         at = text.find("Tested on")
-        assert at >= 0, f"models/{family}.py does not say what was tested"
+        assert at >= 0, f"{family}.py does not say what was tested"
         lines.append(f"- `{family}.py`: {text[at:]}\n")
     return "".join(lines)
 
@@ -94,8 +90,8 @@ def decoder_only(vlm):
 
 
 def test_every_family_has_a_random_model():
-    """A file in models/ that no random model is loaded by is one that nothing checks."""
-    sources = {found.name for found in pkgutil.iter_modules(random_models.__path__)}
+    """A family that no random model is loaded by is one that nothing checks."""
+    sources = {module.name for module in pkgutil.iter_modules(random_models.__path__)}
     assert set(models.FAMILIES) - {"instructblip"} <= sources  # its models are made by blip2.py
 
 
@@ -160,24 +156,20 @@ def eager(vlm, batch, ids):
 
     def keep(layer):
         def hook(module, args, output):
-            found = [
-                part
-                for part in (output if isinstance(output, tuple) else ())
-                if torch.is_tensor(part) and part.ndim == 4
-            ]
-            if found and found[-1].shape[-1] == whole.input_ids.shape[1]:
-                maps[layer] = found[-1]
+            outputs = output if isinstance(output, tuple) else ()
+            weights = [item for item in outputs if torch.is_tensor(item) and item.ndim == 4]
+            if weights and weights[-1].shape[-1] == whole.input_ids.shape[1]:
+                maps[layer] = weights[-1]
 
         return hook
 
     for layer, block in enumerate(vlm.parts.layers):
-        hooks += [
-            module.register_forward_hook(keep(layer))
-            for module in block.modules()
-            if "attn" in type(module).__name__.lower()
-            or "attention" in type(module).__name__.lower()
-        ]
-    decoder, before = vlm.parts.decoder, vlm.parts.decoder.config._attn_implementation
+        for module in block.modules():
+            kind = type(module).__name__.lower()
+            if "attn" in kind or "attention" in kind:
+                hooks.append(module.register_forward_hook(keep(layer)))
+    decoder = vlm.parts.decoder
+    before = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:
         features = vlm.vision(batch)
@@ -209,28 +201,24 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
     probe = Kept()
     masses = GroupMass(batch, STEPS)
     with capture(vlm, [probe, masses]):
-        found = generate(vlm, batch, STEPS, answers=ids)
+        generation = generate(vlm, batch, STEPS, answers=ids)
     maps, logits = eager(vlm, batch, ids)
     total = batch.groups.shape[1]
     sharp = []
     for step in range(STEPS):
         for layer, row in enumerate(probe.rows[step]):
-            own = maps[layer][:, :, total - 1 + step, : total + step]
-            assert row.shape == own.shape and torch.allclose(row, own, atol=1e-5), (step, layer)
+            oracle = maps[layer][:, :, total - 1 + step, : total + step]
+            assert row.shape == oracle.shape, (step, layer)
+            assert torch.allclose(row, oracle, atol=1e-5), (step, layer)
             assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
             mass = masses.mass[step][layer, :, :, VISION]
-            assert torch.allclose(
-                mass, (own[..., :total] * (batch.groups == VISION)[:, None]).sum(-1), atol=1e-5
-            )
-            sharp.append(float(own.amax(-1).mean()) * (total + step))
+            to_vision = (oracle[..., :total] * (batch.groups == VISION)[:, None]).sum(-1)
+            assert torch.allclose(mass, to_vision, atol=1e-5)
+            sharp.append(float(oracle.amax(-1).mean()) * (total + step))
     assert max(sharp) > 3, "attention is flat, so a wrong row would look right"
-    expected = (
-        logits[:, total - 1 : -1]
-        .float()
-        .log_softmax(-1)
-        .gather(-1, torch.tensor(ids)[..., None])[..., 0]
-    )
-    assert torch.allclose(found.logprobs, expected, atol=1e-4)
+    logprobs = logits[:, total - 1 : -1].float().log_softmax(-1)
+    expected = logprobs.gather(-1, torch.tensor(ids)[..., None])[..., 0]
+    assert torch.allclose(generation.logprobs, expected, atol=1e-4)
     wrong = maps[0][:, :, total - 2, : total - 1]
     assert not torch.allclose(probe.rows[0][0][..., : total - 1], wrong, atol=1e-3), (
         "a row above is told apart"
@@ -263,8 +251,8 @@ def test_a_batch_computes_what_single_prompts_do(vlm, batch_of):
 
 @torch.inference_mode()
 def test_decoding_is_transformers_generate(vlm, batch_of):
-    own = generate(vlm, batch_of(vlm), 6)
-    for row, ids in enumerate(own.ids):
+    ours = generate(vlm, batch_of(vlm), 6)
+    for row, ids in enumerate(ours.ids):
         alone = batch_of(vlm, (row,))
         inputs = {
             key: value.to(vlm.dtype) if value.is_floating_point() else value
@@ -302,9 +290,9 @@ def test_cached_keys_and_values_give_what_the_whole_prompt_gives(vlm, batch_of):
         with pytest.raises(UsageError, match="deepstack"):
             embeddings(vlm, batch)
     elif cache is not None:
-        rest = prefill(vlm, batch, cache=cache, embeds=embeddings(vlm, batch))
+        behind = prefill(vlm, batch, cache=cache, embeds=embeddings(vlm, batch))
         assert torch.allclose(
-            rest.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3
+            behind.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3
         )
         first = prefill(vlm, batch, embeds=embeddings(vlm, batch))
         assert torch.allclose(
@@ -394,12 +382,8 @@ def test_a_bright_square_lies_where_the_grid_says(vlm, seed):
     if (alike & (cover == 0)).any():
         far = change[alike & (cover == 0)]
         assert np.median(far) < 0.5 * change[cell]
-    painted = (
-        grid.paint(np.where(alike, change, np.nan)[: len(boxes)], smooth=False)
-        if alike.all()
-        else None
-    )
-    if painted is not None:
+    if alike.all():
+        painted = grid.paint(change[: len(boxes)], smooth=False)
         y, x = np.unravel_index(np.nanargmax(painted), painted.shape)
         assert square[0] - (x1 - x0) <= x <= square[2] + (x1 - x0)
         assert square[1] - (y1 - y0) <= y <= square[3] + (y1 - y0)

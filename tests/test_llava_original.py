@@ -1,7 +1,7 @@
 """LLaVA checkpoints in their authors' layout mean the same as the Hugging Face folder they were
 made from; and what is wrong with one is said in a line.
 
-The converter below is the inverse of models/llava_original.py, written from the layout's
+The converter below is the inverse of vlmdiag/families/llava_original.py, written from the layout's
 description, and exists only here.
 """
 

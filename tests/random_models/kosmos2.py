@@ -5,6 +5,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from tests.random_models.internvl import make_tokenizer
 
+# of parameters by the end of their name, not those of the tower's blocks
+SCALES = {
+    "q_proj.weight": 8,
+    "k_proj.weight": 8,
+    "embed_tokens.weight": 6,
+    "patch_embedding.weight": 8,
+    "dense.weight": 20,
+}
+
 
 def build(folder):
     tokenizer = make_tokenizer(folder)
@@ -42,21 +51,9 @@ def build(folder):
     set_seed(0)
     model = Kosmos2ForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
-        scale = {
-            "q_proj.weight": 8,
-            "k_proj.weight": 8,
-            "embed_tokens.weight": 6,
-            "patch_embedding.weight": 8,
-            "dense.weight": 20,
-        }
-        parameter.data *= next(
-            (
-                by
-                for end, by in scale.items()
-                if name.endswith(end) and "encoder.layers" not in name
-            ),
-            1,
-        )
+        for ending, scale in SCALES.items():
+            if name.endswith(ending) and "encoder.layers" not in name:
+                parameter.data *= scale
     model.save_pretrained(folder)
     return folder
 

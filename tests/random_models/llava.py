@@ -20,7 +20,7 @@ TEXTS = {"phi3": Phi3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
 
 
 def on(folder, text):
-    """LLaVA on another text model, without a chat template: the prompt is models/llava.py's."""
+    """LLaVA on another text model, without a chat template: the prompt is the family file's."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny.make_tokenizer(folder)
     known = tiny.make_config(tokenizer)

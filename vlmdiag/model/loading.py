@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +33,10 @@ from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
+    from typing_extensions import Unpack
 
     from vlmdiag.families import Family
+    from vlmdiag.families.contract import LoadOptions
     from vlmdiag.types import VLM
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -92,7 +94,7 @@ def without_weights() -> Iterator[None]:
 
 
 def load_family(
-    family: Family, path: str, config: PreTrainedConfig, **options: Any
+    family: Family, path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor by the family's own loader; UsageError in one line where it fails."""
     hf_logging.set_verbosity_error()
