@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # maps of one step, layer by layer: the prefill's have all query rows, a step's have one
 Maps = Sequence["Float[Tensor, '1 H Q K']"]
-Groups = dict[str, list[tuple[int, int]]]  # ranges of positions: sys, user_text, vision
+Groups = dict[str, list[list[int]]]  # ranges [start, end) of positions: sys, user_text, vision
 LEAST_MASS = 1e-8  # in place of a denominator of 0
 SHARES = ("mean_vision_share", "mean_text_share", "mean_sys_share")
 PROBED = ("alphaV", "share_prod_notV", "delta_gv", "delta_alphaV")

@@ -12,11 +12,28 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import cases, measuring, variants_diagnostics, variants_relevancy, variants_swap
 from tests.conftest import command_module
 from vlmdiag import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "bench_diagnostics.py"
+
+
+def quick(script, folder):
+    """(report, what was printed) of a benchmark by its command line."""
+    out = folder / "bench.json"
+    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / script)]
+    command += ["--quick", "--threads", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip(), done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def table_of(printed):
+    """The lines of the Markdown table."""
+    return [line for line in printed.splitlines() if line.startswith("|")]
 
 
 @pytest.fixture(scope="module")
@@ -25,43 +42,21 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def case(bench, tmp_path_factory):
+def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("case")
-    return bench.Case(
-        bench.build("quick", 100, "cpu", folder), bench.make_samples(folder, 2), 3, folder
-    )
+    vlm = cases.build("quick", 100, "cpu", folder)
+    return cases.Case(vlm, cases.make_samples(folder, 2), 3, folder)
 
 
 def test_the_command_line_gives_a_table_and_a_report(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            str(FILE),
-            "--quick",
-            "--threads",
-            "1",
-            "--out",
-            str(tmp_path / "bench.json"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
-    report = json.loads((tmp_path / "bench.json").read_text())
-    assert (
-        report["size"] == "quick"
-        and report["dtype"] == "float32"
-        and report["new_tokens"] == 4
-        and report["repeats"] == 1
-    )
-    assert (
-        set(report["machine"])
-        == {"cpu", "cores", "threads", "gpu", "python", "torch", "transformers", "date"}
-        and report["machine"]["threads"] == 1
-    )
+    report, printed = quick("bench_diagnostics.py", tmp_path)
+    assert report["size"] == "quick"
+    assert report["dtype"] == "float32"
+    assert report["new_tokens"] == 4
+    assert report["repeats"] == 1
+    names = {"cpu", "cores", "threads", "gpu", "python", "torch", "transformers", "date"}
+    assert set(report["machine"]) == names
+    assert report["machine"]["threads"] == 1
     (equal,) = report["equal_outputs"].values()
     compared = {
         "alphaV",
@@ -72,113 +67,107 @@ def test_the_command_line_gives_a_table_and_a_report(tmp_path):
         "hidden_norms_vision",
         "hidden_norms_user_text",
         "hidden_norms_sys",
+        "mean_vision_share",
+        "mean_text_share",
+        "mean_sys_share",
     }
-    assert {
-        f"{name} (--paper_compat)"
-        for name in compared | {f"mean_{name}_share" for name in ("vision", "text", "sys")}
-    } <= set(equal)
-    assert {
-        "head_vision_share (as timed)",
-        "hidden_norms_vision (as timed)",
-        "mean_sys_share (as timed)",
-    } <= set(equal)
+    assert {f"{name} (--paper_compat)" for name in compared} <= set(equal)
+    timed = {"head_vision_share", "hidden_norms_vision", "mean_sys_share"}
+    assert {f"{name} (as timed)" for name in timed} <= set(equal)
     assert 0 <= max(equal.values()) <= report["tolerance"] == 1e-4
     floor, ours, published = report["rows"]
     assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"]
     for row in report["rows"]:
-        assert (
-            (row["prompt_tokens"], row["vision_tokens"], row["batch"]) == (121, 81, 2)
-            and len(row["seconds"]) == 1
-            and row["median_seconds"] > 0
-        )
-    assert floor["x_floor"] == published["published_to_this"] == 1 and floor["extra_mib"] in (
-        0,
-        None,
-    )
+        assert (row["prompt_tokens"], row["vision_tokens"], row["batch"]) == (121, 81, 2)
+        assert len(row["seconds"]) == 1
+        assert row["median_seconds"] > 0
+    assert floor["x_floor"] == published["published_to_this"] == 1
+    assert floor["extra_mib"] in (0, None)
     assert ours["x_floor"] * ours["published_to_this"] == pytest.approx(published["x_floor"])
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(table) == 5 and len({line.count("|") for line in table}) == 1
-    assert "equal outputs: all captions" in done.stdout and report["machine"]["cpu"] in done.stdout
+    table = table_of(printed)
+    assert len(table) == 5
+    assert len({line.count("|") for line in table}) == 1
+    assert "equal outputs: all captions" in printed
+    assert report["machine"]["cpu"] in printed
 
 
-MUTANTS = {
-    "head_vision_share": lambda bench, put: put(
-        bench.diagnostics, "head_vision_share", shifted(bench.diagnostics.head_vision_share)
-    ),
-    "hidden_norms": lambda bench, put: put(
-        bench.diagnostics,
-        "group_norms",
-        lambda norms, groups: ORIGINAL["group_norms"](norms, groups.roll(1, 1)),
-    ),
-    "mean_vision_share": lambda bench, put: put(
-        bench.diagnostics,
-        "step_shares",
-        lambda mass, compat: ORIGINAL["step_shares"](mass.roll(1, -1), compat),
-    ),
-    "NaN": lambda bench, put: put(
-        bench.diagnostics,
-        "head_vision_share",
-        shifted(bench.diagnostics.head_vision_share, float("nan")),
-    ),
-    "delta_gv": lambda bench, put: put(
-        bench.diagnostics,
-        "RopeShift",
-        lambda batch, rotary, deltas, past: ORIGINAL["RopeShift"](batch, rotary, [2.0], past),
-    ),
-    "alphaV": lambda bench, put: put(
-        bench.diagnostics,
-        "RopeShift",
-        lambda batch, rotary, deltas, past: ORIGINAL["RopeShift"](batch, rotary, deltas, not past),
-    ),
-    "other captions": lambda bench, put: put(bench, "floor", other_answers(bench.floor)),
+PLAIN = {
+    name: getattr(variants_diagnostics.diagnostics, name)
+    for name in ("head_vision_share", "group_norms", "step_shares", "RopeShift")
 }
-WORDS = {"NaN": "head_vision_share .* differ by nan"}
-ORIGINAL = {}
 
 
-def shifted(function, by=2e-4):
-    return lambda *args: function(*args) + by
+def other_answers(case):
+    """A floor whose second answer is reversed."""
+    answers, run = PLAIN_FLOOR(case)
+
+    def wrong():
+        run()
+        answers[1].reverse()
+
+    return answers, wrong
 
 
-def other_answers(floor):
-    def wrong(case):
-        answers, work = floor(case)
-        return answers, lambda: (work(), answers[1].reverse())
+PLAIN_FLOOR = variants_diagnostics.floor
+# what is wrong -> (name of a function of the diagnostics, what stands in its place)
+MUTANTS = {
+    "head_vision_share": (
+        "head_vision_share",
+        lambda *args: PLAIN["head_vision_share"](*args) + 2e-4,
+    ),
+    "hidden_norms": (
+        "group_norms",
+        lambda norms, groups: PLAIN["group_norms"](norms, groups.roll(1, 1)),
+    ),
+    "mean_vision_share": (
+        "step_shares",
+        lambda mass, compat: PLAIN["step_shares"](mass.roll(1, -1), compat),
+    ),
+    "NaN": ("head_vision_share", lambda *args: PLAIN["head_vision_share"](*args) + float("nan")),
+    "delta_gv": (
+        "RopeShift",
+        lambda batch, rotary, deltas, past: PLAIN["RopeShift"](batch, rotary, [2.0], past),
+    ),
+    "alphaV": (
+        "RopeShift",
+        lambda batch, rotary, deltas, past: PLAIN["RopeShift"](batch, rotary, deltas, not past),
+    ),
+}
+MESSAGES = {"NaN": "head_vision_share .* differ by nan"}
 
-    return wrong
 
-
-def test_equal_outputs_pass(bench, case):
-    assert max(bench.check(case).values()) < 1e-5
+def test_equal_outputs_pass(case):
+    assert max(variants_diagnostics.check(case).values()) < 1e-5
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_wrong_output_stops_the_benchmark(bench, case, mutant, monkeypatch):
-    ORIGINAL.update(
-        {
-            name: getattr(bench.diagnostics, name)
-            for name in ("group_norms", "step_shares", "RopeShift")
-        }
-    )
-    MUTANTS[mutant](bench, monkeypatch.setattr)
-    with pytest.raises(AssertionError, match=WORDS.get(mutant, mutant)):
-        bench.check(case)
+def test_a_wrong_output_stops_the_benchmark(case, mutant, monkeypatch):
+    name, replacement = MUTANTS[mutant]
+    monkeypatch.setattr(variants_diagnostics.diagnostics, name, replacement)
+    with pytest.raises(AssertionError, match=MESSAGES.get(mutant, mutant)):
+        variants_diagnostics.check(case)
+
+
+def test_other_captions_stop_the_benchmark(case, monkeypatch):
+    monkeypatch.setattr(variants_diagnostics, "floor", other_answers)
+    with pytest.raises(AssertionError, match="other captions"):
+        variants_diagnostics.check(case)
 
 
 def test_outputs_are_compared_before_anything_is_measured(bench, monkeypatch):
-    monkeypatch.setattr(
-        bench, "check", lambda case: (_ for _ in ()).throw(AssertionError("compared"))
-    )
+    def compared(case):
+        raise AssertionError("compared")
+
+    monkeypatch.setattr(variants_diagnostics, "check", compared)
     monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("measured first"))
     with pytest.raises(AssertionError, match="compared"):
         bench.main(["--quick", "--threads", "1"])
 
 
 def test_ratios_are_medians_within_rounds_of_alternating_order(bench, case, monkeypatch):
-    calls, planted = (
-        [],
-        {"floor": [9, 1, 2, 10], "ours": [9, 1.1, 2.4, 10], "published": [9, 3, 8, 20]},
-    )  # the first of each is the warm-up
+    calls = []
+    # the first of each is the warm-up
+    planted = {"floor": [9, 1, 2, 10], "ours": [9, 1.1, 2.4, 10], "published": [9, 3, 8, 20]}
 
     def seconds(case, name):
         calls.append(name)
@@ -191,33 +180,31 @@ def test_ratios_are_medians_within_rounds_of_alternating_order(bench, case, monk
     floor, ours, published = bench.measure(bench.parse_args(["--repeats", "3"]), case, 100)
     order = ["floor", "ours", "published"]
     assert calls == order + order + order[::-1] + order
-    assert (
-        ours["x_floor"] == pytest.approx(1.1)
-        and published["x_floor"] == 3
-        and ours["median_seconds"] == 2.4
-    )  # 2.4 / 2 would be 1.2
-    assert (
-        ours["published_to_this"] == pytest.approx(np.median([3 / 1.1, 8 / 2.4, 2]))
-        and ours["extra_mib"] == 1.5
-    )
-    assert "not measured" in bench.measuring.table([published], "image", ("batch",))
+    assert ours["x_floor"] == pytest.approx(1.1)
+    assert published["x_floor"] == 3
+    assert ours["median_seconds"] == 2.4  # 2.4 / 2 would be 1.2
+    assert ours["published_to_this"] == pytest.approx(np.median([3 / 1.1, 8 / 2.4, 2]))
+    assert ours["extra_mib"] == 1.5
+    assert "not measured" in measuring.table([published], "image", ("batch",))
+
+
+def hold(mebibytes):
+    """Take memory from the kernel and give it back, whatever an allocator keeps."""
+    with mmap.mmap(-1, mebibytes * 2**20) as memory:
+        for page in range(0, len(memory), 4096):
+            memory[page] = 1
 
 
 def test_the_peak_is_the_memory_in_use(bench, case, monkeypatch):
-    def hold(mebibytes):
-        with mmap.mmap(
-            -1, mebibytes * 2**20
-        ) as memory:  # from the kernel and back to it, whatever an allocator keeps
-            for page in range(0, len(memory), 4096):
-                memory[page] = 1
-
-    for mebibytes in (128, 64):  # the smaller one second: an earlier peak must not count
+    # the smaller one second: an earlier peak must not count
+    for mebibytes in (128, 64):
         monkeypatch.setitem(
-            bench.VARIANTS, "planted", lambda case, n=mebibytes: (None, lambda: hold(n))
+            variants_diagnostics.VARIANTS,
+            "planted",
+            lambda case, size=mebibytes: (None, lambda: hold(size)),
         )
-        peaks = [
-            bench.peak_of(case, "planted") for _ in range(5)
-        ]  # a kernel that takes pages back meanwhile lowers some
+        # a kernel that takes pages back meanwhile lowers some
+        peaks = [bench.peak_of(case, "planted") for _ in range(5)]
         assert None in peaks or any(mebibytes - 1 < peak < mebibytes + 12 for peak in peaks)
 
 
@@ -225,142 +212,113 @@ def test_the_peak_is_the_memory_in_use(bench, case, monkeypatch):
 def test_seven_billion_parameters_need_a_gpu(bench, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: bench.main(["--size", "7b"]))
-    assert end.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 def test_wrong_numbers_are_refused(bench, capsys):
     with pytest.raises(SystemExit) as end:
         bench.parse_args(["--prompt", "20"])
-    assert end.value.code == 2 and "50 at least" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "50 at least" in capsys.readouterr().err
 
 
 # --- the states of swap pairs ---------------------------------------------------------------------
 
-SWAP = ROOT / "benchmarks" / "bench_swap.py"
-
 
 def test_the_swap_benchmark_gives_a_table_and_a_report(tmp_path):
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        str(SWAP),
-        "--quick",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path / "bench.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
-    report = json.loads((tmp_path / "bench.json").read_text())
-    assert (
-        report["size"] == "quick"
-        and report["dtype"] == "float32"
-        and report["repeats"] == 1
-        and 0 <= report["worst"] <= report["tolerance"] == 1e-4
-    )
+    report, printed = quick("bench_swap.py", tmp_path)
+    assert report["size"] == "quick"
+    assert report["dtype"] == "float32"
+    assert report["repeats"] == 1
+    assert 0 <= report["worst"] <= report["tolerance"] == 1e-4
     kinds = [(row["answer"], row["work"], row["variant"]) for row in report["rows"]]
-    assert kinds == list(
-        itertools.product(
-            ("ends", "goes on"), ("pair", "pair + quad"), ("floor", "ours", "published")
-        )
-    )
+    variants = ("floor", "ours", "published")
+    wanted = itertools.product(("ends", "goes on"), ("pair", "pair + quad"), variants)
+    assert kinds == list(wanted)
     for row in report["rows"]:
-        assert row["batch"] == 2 and len(row["seconds"]) == 1 and row["median_seconds"] > 0
+        assert row["batch"] == 2
+        assert len(row["seconds"]) == 1
+        assert row["median_seconds"] > 0
         if row["variant"] == "published":
             assert row["published_to_this"] == 1
         if row["variant"] == "floor":
-            assert row["x_floor"] == 1 and row["extra_mib"] in (0, None)
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(table) == 14 and len({line.count("|") for line in table}) == 1
-    assert (
-        "equal outputs: all read answers" in done.stdout and report["machine"]["cpu"] in done.stdout
-    )
+            assert row["x_floor"] == 1
+            assert row["extra_mib"] in (0, None)
+    table = table_of(printed)
+    assert len(table) == 14
+    assert len({line.count("|") for line in table}) == 1
+    assert "equal outputs: all read answers" in printed
+    assert report["machine"]["cpu"] in printed
 
 
 @pytest.fixture(scope="module")
-def swap(bench, tmp_path_factory):
-    """(module, case) of the swap benchmark."""
-    module = command_module(SWAP)
-    case = module.make_case("quick", 100, 2, "cpu", tmp_path_factory.mktemp("swap"))
+def swap(tmp_path_factory):
+    """The case of the swap benchmark."""
+    case = variants_swap.make_case("quick", 100, 2, "cpu", tmp_path_factory.mktemp("swap"))
     case.answer_by("ends")
-    return module, case
+    return case
 
 
 SWAP_MUTANTS = {
-    "quad states differ": lambda kept, quads, texts: (kept, quads[:, [1, 0, 2, 3]], texts),
-    "states differ by .* in layer": lambda kept, quads, texts: (kept[:, :, ::-1], quads, texts),
-    "states differ by nan": lambda kept, quads, texts: (kept * np.nan, quads, texts),
-    "other answers": lambda kept, quads, texts: (kept, quads, [("close", "far")] * 2),
+    "quad states differ": lambda pairs, quads, answers: (pairs, quads[:, [1, 0, 2, 3]], answers),
+    "states differ by .* in layer": lambda pairs, quads, answers: (
+        pairs[:, :, ::-1],
+        quads,
+        answers,
+    ),
+    "states differ by nan": lambda pairs, quads, answers: (pairs * np.nan, quads, answers),
+    "other answers": lambda pairs, quads, answers: (pairs, quads, [("close", "far")] * 2),
 }
 
 
 @pytest.mark.parametrize("message", SWAP_MUTANTS)
 def test_a_wrong_state_or_answer_stops_the_swap_benchmark(swap, message, monkeypatch):
-    module, case = swap
-    plain = module.ours
-    assert module.check(case, "ends") < 1e-5
+    plain = variants_swap.ours
+    assert variants_swap.check(swap, "ends") < 1e-5
     with pytest.raises(AssertionError, match="was to go on"):
-        module.check(case, "goes on")
+        variants_swap.check(swap, "goes on")
     monkeypatch.setattr(
-        module, "ours", lambda case, quad: SWAP_MUTANTS[message](*plain(case, quad))
+        variants_swap, "ours", lambda case, quad: SWAP_MUTANTS[message](*plain(case, quad))
     )
     with pytest.raises(AssertionError, match=message):
-        module.check(case, "ends")
+        variants_swap.check(swap, "ends")
 
 
 def test_answers_of_the_swap_benchmark_are_the_planted_ones(swap):
-    module, case = swap
-    ours, published = (variant(case, False)[2] for variant in (module.ours, module.published))
+    variants = (variants_swap.ours, variants_swap.published)
+    ours, published = (variant(swap, False).answers for variant in variants)
     assert ours == published == [("far", "far")] * 2
-    case.answer_by("goes on")
-    ours, published = (variant(case, False)[2] for variant in (module.ours, module.published))
-    case.answer_by("ends")
+    swap.answer_by("goes on")
+    ours, published = (variant(swap, False).answers for variant in variants)
+    swap.answer_by("ends")
     assert ours == [("far.", "far.")] * 2
-    assert all(
-        text.startswith("far.") and len(case.vlm.tokenizer(text).input_ids) > 12
-        for both in published
-        for text in both
-    )
+    for both in published:
+        for text in both:
+            assert text.startswith("far.")
+            assert len(swap.vlm.tokenizer(text).input_ids) > 12
 
 
 # --- relevancy ------------------------------------------------------------------------------------
 
 
 def test_the_relevancy_benchmark_compares_and_reports(tmp_path):
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        str(ROOT / "benchmarks" / "bench_relevancy.py"),
-        "--quick",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path / "bench.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
-    report = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"] and report[
-        "new_tokens"
-    ] == 4
-    assert report["rows"][0]["x_floor"] == 1 and report["rows"][2]["published_to_this"] == 1
-    assert (
-        "equal outputs: image relevancy" in done.stdout
-        and len([line for line in done.stdout.splitlines() if line.startswith("|")]) == 5
-    )
+    report, printed = quick("bench_relevancy.py", tmp_path)
+    assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"]
+    assert report["new_tokens"] == 4
+    assert report["rows"][0]["x_floor"] == 1
+    assert report["rows"][2]["published_to_this"] == 1
+    assert "equal outputs: image relevancy" in printed
+    assert len(table_of(printed)) == 5
 
 
 def test_other_relevancy_stops_its_benchmark(monkeypatch):
-    module = command_module(ROOT / "benchmarks" / "bench_relevancy.py")
     maps = np.random.default_rng(0).random((3, 2, 9))
-    monkeypatch.setattr(module, "published", lambda case: maps)
+    monkeypatch.setattr(variants_relevancy, "published", lambda case: maps)
     for other, same in ((maps * (1 + 1e-5), True), (maps[::-1], False), (maps * 1.01, False)):
-        monkeypatch.setattr(module, "ours", lambda case, other=other: other)
+        monkeypatch.setattr(variants_relevancy, "ours", lambda case, other=other: other)
         if same:
-            assert module.check(None) < 1e-4
+            assert variants_relevancy.check(None) < 1e-4
         else:
             with pytest.raises(AssertionError, match="relevancy differs"):
-                module.check(None)
+                variants_relevancy.check(None)
