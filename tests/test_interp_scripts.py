@@ -201,13 +201,15 @@ def test_questions_and_knockouts_on_the_trained_model(coco, tmp_path):
     run = rundirs.read_run(tmp_path / "knockout/tiny-llava", "knockout")
     records = [record for record in run.records() if record["eligible"]]
     assert all(len(record["conditions"]) == 37 and not record["skipped"] for record in records)
-    drop = lambda key: np.mean(
-        [
-            r["conditions"][key]["vqa"]["logprob_first_token"]
-            - r["conditions"]["none"]["vqa"]["logprob_first_token"]
-            for r in records
+
+    def drop(key):
+        of_conditions = [record["conditions"] for record in records]
+        logprobs = [
+            [of[name]["vqa"]["logprob_first_token"] for name in (key, "none")]
+            for of in of_conditions
         ]
-    )
+        return np.mean([cut - whole for cut, whole in logprobs])
+
     assert drop("object+1:last_token:all") < -1 and abs(drop("image-last_row:last_row:all")) < 0.2
     published = json.loads((tmp_path / "k.json").read_text())[run.ids()[0]]["attn_block_results"]
     assert len(published) == 36 and {

@@ -117,7 +117,8 @@ def test_a_scene_does_not_depend_on_the_size_of_the_set(sets, tmp_path):
     )
     large, small = bytes_of(sets["floor"]), bytes_of(tmp_path / "small")
     pictures = [name for name in small if name.endswith(".jpg")]
-    assert len(pictures) == 4 and all(small[name] == large[name] for name in pictures)
+    assert len(pictures) == 4
+    assert all(small[name] == large[name] for name in pictures)
     assert read(tmp_path / "small/questions.json") == [
         row for row in read(sets["floor"] / "questions.json") if row["image_id"] <= 3
     ]
@@ -129,9 +130,8 @@ def test_a_finished_set_is_left_alone_and_a_lost_file_is_made_again(sets, tmp_pa
     before = bytes_of(out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
     assert make_shapes.main(["--out_dir", str(out), *flags]) == 0
-    assert "nothing to do" in capsys.readouterr().out and all(
-        path.stat().st_mtime_ns == then for path, then in times.items()
-    )
+    assert "nothing to do" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items())
     (out / "val2017/000000000007.jpg").unlink()
     (out / "swap_pairs.tsv").unlink()
     make_shapes.main(["--out_dir", str(out), *flags])
@@ -147,9 +147,8 @@ def test_an_interrupted_run_goes_on(sets, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # a shell's background job ignores Ctrl-C, and so would its children
+        # a shell's background job ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     pictures = tmp_path / "set/val2017"
     deadline = time.monotonic() + 30
@@ -159,18 +158,15 @@ def test_an_interrupted_run_goes_on(sets, tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
     _, told = process.communicate(timeout=30)
-    assert (
-        process.returncode == 130
-        and "run the same command again" in told
-        and "Traceback" not in told
-    )
+    assert process.returncode == 130
+    assert "run the same command again" in told
+    assert "Traceback" not in told
     kept = {path: path.stat().st_mtime_ns for path in pictures.glob("*.jpg")}
-    assert 40 < len(kept) < 500 and read(tmp_path / "set/manifest.json")["complete"] is False
+    assert 40 < len(kept) < 500
+    assert read(tmp_path / "set/manifest.json")["complete"] is False
     assert make(tmp_path / "set", *flags).returncode == 0
-    assert (
-        all(path.stat().st_mtime_ns == then for path, then in kept.items())
-        and len(list(pictures.glob("*.jpg"))) == 500
-    )
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+    assert len(list(pictures.glob("*.jpg"))) == 500
     for n in (0, 300, 499):
         shape_set.draw(
             {"scene": "floor", "seed": 3, "height_depth_correlation": 0.8},
@@ -192,10 +188,9 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path):
         make_shapes.main(["--out_dir", str(tmp_path / "set"), *few, "--seed", "5", "--overwrite"])
         == 0
     )
+    assert set(bytes_of(tmp_path / "set")) == set(before)
     assert (
-        set(bytes_of(tmp_path / "set")) == set(before)
-        and bytes_of(tmp_path / "set")["val2017/000000000001.jpg"]
-        != before["val2017/000000000001.jpg"]
+        bytes_of(tmp_path / "set")["val2017/000000000001.jpg"] != before["val2017/000000000001.jpg"]
     )
     make_shapes.main(
         [
@@ -243,37 +238,31 @@ def test_wrong_flags_are_named(tmp_path, flags, words):
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").touch()
     found = make(tmp_path / "file", "--num_images", 1)
-    assert (
-        found.returncode == 2
-        and found.stderr.count("\n") == 1
-        and found.stderr.startswith("error:")
-        and "not a folder" in found.stderr
-    )
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert found.stderr.startswith("error:")
+    assert "not a folder" in found.stderr
 
 
 # ---- COCO ----
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # pycocotools with numpy 2
+# pycocotools with numpy 2
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_pycocotools_reads_the_set_and_its_masks_are_what_is_seen(sets, kind):
     coco = COCO(sets[kind] / "annotations/instances_val2017.json")
-    assert len(coco.getImgIds()) == 40 and coco.getCatIds() == list(
-        range(1, 25 if kind == "floor" else 15)
-    )
+    assert len(coco.getImgIds()) == 40
+    assert coco.getCatIds() == list(range(1, 25 if kind == "floor" else 15))
     for n, scene in enumerate(scenes_of(kind, 40, 0.8 if kind == "floor" else None)):
         picture = coco.loadImgs([n + 1])[0]
         with Image.open(sets[kind] / "val2017" / picture["file_name"]) as image:
-            assert image.format == "JPEG" and image.size == (
-                picture["width"],
-                picture["height"],
-            ) == (scene.width, scene.height)
-            assert image.mode == "RGB" and image.layer[1][1:3] == (
-                1,
-                1,
-            )  # colours are not subsampled
+            assert image.format == "JPEG"
+            assert (
+                image.size == (picture["width"], picture["height"]) == (scene.width, scene.height)
+            )
+            assert image.mode == "RGB"
+            assert image.layer[1][1:3] == (1, 1)  # colours are not subsampled
         seen, found = instance_map(scene), coco.loadAnns(coco.getAnnIds(imgIds=[n + 1]))
         assert len(found) == len(scene.things)
         for i, (thing, shown) in enumerate(zip(scene.things, found), 1):
@@ -281,39 +270,37 @@ def test_pycocotools_reads_the_set_and_its_masks_are_what_is_seen(sets, kind):
             inner = np.all(
                 [np.roll(seen == i, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], 0
             )
-            assert (
-                mask[inner].all() and mask[seen == i].mean() > 0.85
-            )  # Pillow's polygons are up to a pixel wider
+            # Pillow's polygons are up to a pixel wider
+            assert mask[inner].all()
+            assert mask[seen == i].mean() > 0.85
             own = instance_map(Scene(scene.kind, scene.width, scene.height, (thing,))) == 1
-            assert (mask & own).sum() / (mask | own).sum() > 0.85 and abs(
-                shown["area"] / mask.sum() - 1
-            ) < 0.06
+            assert (mask & own).sum() / (mask | own).sum() > 0.85
+            assert abs(shown["area"] / mask.sum() - 1) < 0.06
             x, y, w, h = shown["bbox"]
-            assert x >= 0 and y >= 0 and x + w <= scene.width and y + h <= scene.height
+            assert x >= 0
+            assert y >= 0
+            assert x + w <= scene.width
+            assert y + h <= scene.height
             rows, columns = np.nonzero(mask)
             extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-            assert (
-                np.abs(extent - [x, y, x + w, y + h]).max() < 2
-            )  # the tip of a triangle is thinner than a pixel
+            # the tip of a triangle is thinner than a pixel
+            assert np.abs(extent - [x, y, x + w, y + h]).max() < 2
             category = coco.loadCats([shown["category_id"]])[0]
-            assert (
-                category["name"] == thing.name == f"{shown['color']} {shown['shape']}"
-                and category["supercategory"] == thing.shape
-            )
-            assert shown["depth"] == pytest.approx(thing.z, abs=1e-4) and shown["iscrowd"] == 0
+            assert category["name"] == thing.name == f"{shown['color']} {shown['shape']}"
+            assert category["supercategory"] == thing.shape
+            assert shown["depth"] == pytest.approx(thing.z, abs=1e-4)
+            assert shown["iscrowd"] == 0
 
 
 def test_a_polygon_is_clipped_to_the_picture():
+    # of the diamond the picture less its corner x + y > 10
     diamond = annotations.clipped([(-4, 2), (2, -4), (8, 2), (2, 8)], 6, 6)
-    assert annotations.area(diamond) == 34 and annotations.box(diamond) == [
-        0,
-        0,
-        6,
-        6,
-    ]  # the picture less its corner x + y > 10
+    assert annotations.area(diamond) == 34
+    assert annotations.box(diamond) == [0, 0, 6, 6]
     assert annotations.clipped([(-3, 0), (-1, 0), (-1, 2)], 6, 6) == []
     inside = [(1.0, 1.0), (3.0, 1.0), (1.0, 4.0)]
-    assert annotations.clipped(inside, 6, 6) == inside and annotations.area(inside) == 3
+    assert annotations.clipped(inside, 6, 6) == inside
+    assert annotations.area(inside) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,9 +314,8 @@ def test_five_different_captions_name_every_object(sets, kind):
         captions = told[picture["image_id"]]
         assert len(set(captions)) == 5
         for caption in captions:
-            assert all(
-                thing["name"] in caption.lower() for thing in picture["objects"]
-            ) and caption.endswith(".")
+            assert all(thing["name"] in caption.lower() for thing in picture["objects"])
+            assert caption.endswith(".")
     assert (
         len(
             samples.read_coco(
@@ -349,12 +335,13 @@ def test_train_and_val_share_neither_ids_nor_pictures(sets, kind):
         }
         for part in ("val", "train")
     ]
-    assert len(ids[0]) == 40 and len(ids[1]) == 6 and not ids[0] & ids[1]
+    assert len(ids[0]) == 40
+    assert len(ids[1]) == 6
+    assert not ids[0] & ids[1]
     hashes = [digest for name, digest in bytes_of(sets[kind]).items() if name.endswith(".jpg")]
     assert len(hashes) == len(set(hashes)) == 46
-    assert (
-        max(shape_set.FIRST_ID.values()) - 1
-    ) == 500_000  # val ids end before train ids begin: parse_args allows no larger part
+    # val ids end before train ids begin: parse_args allows no larger part
+    assert max(shape_set.FIRST_ID.values()) - 1 == 500_000
     assert make_shapes.parse_args(["--num_images", "500000"]).num_images == 500_000
 
 
@@ -474,7 +461,8 @@ def test_answers_follow_from_the_objects(sets, kind):
     found = samples.read_questions(sets[kind] / "questions.json") + samples.read_mmhal(
         sets[kind] / "mmhal_shapes.json"
     )
-    assert all(sample.image.is_file() for sample in found) and len(found) == len(rows) + 40
+    assert all(sample.image.is_file() for sample in found)
+    assert len(found) == len(rows) + 40
 
 
 def test_floor_questions_are_balanced(sets):
@@ -486,7 +474,8 @@ def test_floor_questions_are_balanced(sets):
         ("above_below", "above", "below"),
         ("far_close", "far", "close"),
     ):
-        assert abs(counts[kind, first] - counts[kind, second]) <= 1 and counts[kind, first] > 8
+        assert abs(counts[kind, first] - counts[kind, second]) <= 1
+        assert counts[kind, first] > 8
         ending = [
             row["question"].endswith("? Answer with only one word.")
             for row in rows
@@ -520,15 +509,15 @@ def test_floor_questions_are_balanced(sets):
 
 def test_corridor_questions_are_the_four_camera_wordings_with_their_split(sets):
     known, rows = read(sets["corridor"] / "objects.json"), read(sets["corridor"] / "questions.json")
-    assert len(rows) == 160 and Counter(row["answer"] for row in rows) == {"Yes": 80, "No": 80}
+    assert len(rows) == 160
+    assert Counter(row["answer"] for row in rows) == {"Yes": 80, "No": 80}
     for n, row in enumerate(rows):
         picture = known[f"{row['image_id']:012d}"]
         assert row["image_id"] == n // 4 + 1
         far, near = sorted(picture["objects"], key=lambda thing: -thing["depth"])
         higher = (near["center"][1] - far["center"][1]) / picture["height"]
-        assert row["split"] == (
-            "consistent" if higher > 0.05 else "counter" if higher < -0.05 else "ambiguous"
-        )
+        expected = "consistent" if higher > 0.05 else "counter"
+        assert row["split"] == (expected if abs(higher) > 0.05 else "ambiguous")
     assert (
         len(
             {
@@ -556,9 +545,8 @@ def distance(kind, a, b, picture):
 def picture_of(text, folder, picture):
     """The row's picture is the set's, byte for byte."""
     content = base64.b64decode(text, validate=True)
-    assert content == (folder / picture["image"]).read_bytes() and Image.open(
-        io.BytesIO(content)
-    ).size == (picture["width"], picture["height"])
+    assert content == (folder / picture["image"]).read_bytes()
+    assert Image.open(io.BytesIO(content)).size == (picture["width"], picture["height"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -569,13 +557,12 @@ def test_ready_swap_pairs_are_right_and_balanced(sets, kind):
         == "index question_id image_base64 original_question swapped_question original_answer"
         " swapped_answer group category"
     )
-    assert list(rows["index"]) == list(range(len(rows))) and rows["question_id"].is_unique
+    assert list(rows["index"]) == list(range(len(rows)))
+    assert rows["question_id"].is_unique
     counts = rows["category"].value_counts()
-    assert (
-        set(counts.index) == {"left", "right", "above", "under", "far", "close"}
-        and counts.nunique() == 1
-        and counts.iloc[0] >= 8
-    )
+    assert set(counts.index) == {"left", "right", "above", "under", "far", "close"}
+    assert counts.nunique() == 1
+    assert counts.iloc[0] >= 8
     opposite = {
         "left": "right",
         "right": "left",
@@ -605,7 +592,8 @@ def test_ready_swap_pairs_are_right_and_balanced(sets, kind):
         assert distance(asked, named[matches[0]["a"]], named[matches[0]["b"]], picture) > 0.1199
         picture_of(row.image_base64, sets[kind], picture)
         entry = boxes[row.question_id]
-        assert entry["relation"] == row.category and entry["data_source"] == "shapes"
+        assert entry["relation"] == row.category
+        assert entry["data_source"] == "shapes"
         assert (entry["image_width"], entry["image_height"]) == (
             picture["width"],
             picture["height"],
@@ -615,7 +603,8 @@ def test_ready_swap_pairs_are_right_and_balanced(sets, kind):
         ]
 
 
-# the five patterns by which readers find the names, in their order: reference study, section 1.3
+# the five patterns by which readers find the names, in their order:
+# docs/studies/swap_analysis.md, section 1.3
 NAMES = (
     r"between (.+?) and (.+?) in",
     r"of (.+?) and (.+?) in",
@@ -630,18 +619,10 @@ def test_embspatial_rows_are_right(sets, kind):
     rows, known = table(sets[kind] / "swap_pairs.tsv"), read(sets[kind] / "objects.json")
     ready = table(sets[kind] / "swap_pairs_ready.tsv").set_index("question_id")
     assert " ".join(rows) == "index question_id category question image answer A B C D"
-    assert rows["category"].value_counts().nunique() == 1 and set(rows["category"]) == {
-        "left",
-        "right",
-        "above",
-        "under",
-        "far",
-        "close",
-    }
-    assert (
-        set(rows["question_id"]) <= set(read(sets[kind] / "bboxes.json"))
-        and rows["question_id"].is_unique
-    )
+    assert rows["category"].value_counts().nunique() == 1
+    assert set(rows["category"]) == {"left", "right", "above", "under", "far", "close"}
+    assert set(rows["question_id"]) <= set(read(sets[kind] / "bboxes.json"))
+    assert rows["question_id"].is_unique
     forms, missing = Counter(), Counter()
     for row in rows.itertuples():
         picture = known[f"{int(row.question_id.split('_')[1]):012d}"]
@@ -653,7 +634,8 @@ def test_embspatial_rows_are_right(sets, kind):
         right = options["ABCD".index(row.answer)]
         if row.category in ("far", "close"):
             there = [option for option in options if option in named]
-            assert right in there and sorted(there) == sorted(named)
+            assert right in there
+            assert sorted(there) == sorted(named)
             depths = [named[name]["depth"] for name in there]
             assert named[right]["depth"] == (max(depths) if row.category == "far" else min(depths))
             assert row.question.endswith(
@@ -673,16 +655,16 @@ def test_embspatial_rows_are_right(sets, kind):
             words = {"left": "left", "right": "right", "above": "above", "under": "beneath"}[
                 row.category
             ]
-            assert (
-                right.startswith(f"The {first} is ")
-                and words in right
-                and right.endswith(f"the {second}.")
-                and len(set(options)) == 4
-            )
+            assert right.startswith(f"The {first} is ")
+            assert words in right
+            assert right.endswith(f"the {second}.")
+            assert len(set(options)) == 4
             assert ready.loc[row.question_id, "category"] == row.category
             forms[re.sub(f"{first}|{second}", "X", row.question)] += 1
-    assert len(forms) == 5 and min(forms.values()) >= 2
-    assert set(missing) == {"None", "n/a", "unknown", ""} and missing["None"] > 1
+    assert len(forms) == 5
+    assert min(forms.values()) >= 2
+    assert set(missing) == {"None", "n/a", "unknown", ""}
+    assert missing["None"] > 1
 
 
 # ---- download_coco.sh ----
@@ -703,23 +685,18 @@ def run_shell(script, *arguments, path=None):
 def test_download_coco_names_what_is_wrong(tmp_path):
     script = ROOT / "data/download_coco.sh"
     helped = run_shell(script, "-h")
-    assert helped.returncode == 0 and all(
-        word in helped.stdout for word in ("val", "train", "annotations", "all")
-    )
+    assert helped.returncode == 0
+    assert all(word in helped.stdout for word in ("val", "train", "annotations", "all"))
     for arguments, words in ([], "say what to fetch"), (["test"], "'test' is not one of"):
         found = run_shell(script, *arguments)
-        assert (
-            found.returncode == 2
-            and found.stderr.splitlines()[-1].startswith("error: ")
-            and words in found.stderr
-        )
+        assert found.returncode == 2
+        assert found.stderr.splitlines()[-1].startswith("error: ")
+        assert words in found.stderr
     (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
     found = run_shell(script, "val", path=tmp_path)
-    assert (
-        found.returncode == 2
-        and found.stderr.startswith("error: unzip is not installed")
-        and found.stderr.count("\n") == 1
-    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: unzip is not installed")
+    assert found.stderr.count("\n") == 1
     (tmp_path / "unzip").symlink_to("/bin/true")
     assert "neither wget nor curl" in run_shell(script, "val", path=tmp_path).stderr
 
@@ -732,9 +709,8 @@ def test_download_coco_unpacks_once_and_goes_on_after_a_failure(tmp_path, tool):
     script = shutil.copy(ROOT / "data/download_coco.sh", tmp_path / "data")
     for name in ("dirname", "mkdir", "mv", "rm", "unzip", "cp", "cat"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    fake = (
-        tmp_path / "bin" / tool
-    )  # stands in for the network: notes the URL, puts the archive in place
+    # stands in for the network: notes the URL, puts the archive in place
+    fake = tmp_path / "bin" / tool
     there, zipped = tmp_path / "data/COCO", tmp_path / "val2017.zip"
     fake.write_text(
         f'#!/bin/bash\necho "${{@: -1}}" >> {tmp_path}/urls\n[ -e {zipped} ] || exit 4\ncp {zipped}'
@@ -742,10 +718,8 @@ def test_download_coco_unpacks_once_and_goes_on_after_a_failure(tmp_path, tool):
     )
     fake.chmod(0o755)
     failed = run_shell(script, "val", path=tmp_path / "bin")
-    assert (
-        failed.returncode == 1
-        and "could not be downloaded; run the same command again" in failed.stderr
-    )
+    assert failed.returncode == 1
+    assert "could not be downloaded; run the same command again" in failed.stderr
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("val2017/000000000139.jpg", b"picture")
     assert "is ready" in run_shell(script, "val", path=tmp_path / "bin").stdout

@@ -376,7 +376,9 @@ def test_registers_lie_more_than_two_unbiased_deviations_above_the_mean():
 
 
 def test_a_generator_depends_on_its_names_only_in_every_process():
-    draw = lambda *names: objects.rng_for(*names).integers(0, 2**40).item()
+    def draw(*names):
+        return objects.rng_for(*names).integers(0, 2**40).item()
+
     assert draw(0, "a", "random", 1) == draw(0, "a", "random", 1) == draw("0", "a", "random", "1")
     assert (
         len(

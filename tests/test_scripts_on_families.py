@@ -104,15 +104,8 @@ def run(models, tmp_path):
     """run(script, model, *flags) -> CompletedProcess; runs go to tmp_path."""
 
     def call(name, model, *flags):
-        place = (
-            ()
-            if name == "overlay"
-            else (
-                ("--save_path", tmp_path / "mean_vector" / model)
-                if name == "acts"
-                else ("--out_root", tmp_path)
-            )
-        )
+        places = {"overlay": (), "acts": ("--save_path", tmp_path / "mean_vector" / model)}
+        place = places.get(name, ("--out_root", tmp_path))
         return script[name]("--model_path", models(model)[0], *place, "--no_self_check", *flags)
 
     return call

@@ -134,9 +134,8 @@ def test_p_is_that_of_the_whole_prompt_through_the_plain_model(tunnels, load, na
             right = p if record["answers"][k] == "Yes" else 1 - p
             assert record["v_each"][k] == pytest.approx(right, abs=1e-5)
             top = int(shares.argmax())
-            assert record["said"][k] == (
-                "Yes" if top in yes else "No" if top in no else vlm.tokenizer.decode([top])
-            )
+            words = dict.fromkeys(yes, "Yes") | dict.fromkeys(no, "No")
+            assert record["said"][k] == words.get(top, vlm.tokenizer.decode([top]))
             every.append(p)
         assert record["v"] == pytest.approx(np.mean(record["v_each"]))
     assert np.std(every) > 1e-4  # questions and pictures matter, so an order mixed up would be seen

@@ -727,11 +727,10 @@ def test_a_broken_or_missing_file_is_named_in_one_line(tmp_path, file, content, 
     (tmp_path / file).write_text(content)
     with pytest.raises(UsageError) as error:
         draw(tmp_path)
-    assert (
-        "\n" not in str(error.value)
-        and str(tmp_path) in str(error.value)
-        and "swap_analysis.py" in str(error.value) + " swap_analysis.py" * (content == "{}")
-    )
+    message = str(error.value)
+    assert "\n" not in message and str(tmp_path) in message
+    # "{}" is of a name that no command writes: the folder lacks everything and is named alone
+    assert content == "{}" or "swap_analysis.py" in message
 
 
 def test_vectors_that_lack_an_array_are_refused_by_its_name(tmp_path):

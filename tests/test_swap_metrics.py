@@ -415,7 +415,8 @@ def slow_group_cosine(rows, categories, images, drawn, crossfit):
     def product(one, two):
         cells = {}
         for (a, k, c), (b, m, e) in itertools.product(one, two):
-            weight = drawn[k] * drawn[m] if k != m else 0 if crossfit else drawn[k]
+            of_one_image = 0 if crossfit else drawn[k]
+            weight = drawn[k] * drawn[m] if k != m else of_one_image
             cells[c, e] = cells.get((c, e), np.zeros(2)) + weight * np.array([a @ b, 1.0])
         total = sum(cells.values())
         return total[0] / total[1]

@@ -242,13 +242,12 @@ def scripted(answers):
         asked.append((tag, tuple(rows), texts))
         out = []
         for k, row in enumerate(rows):
-            text = (
-                given[k]
-                if given
-                else answers[row][tag]
-                if tag != "decide"
-                else answers[row]["decide"].pop(0)
-            )
+            if given:
+                text = given[k]
+            elif tag == "decide":
+                text = answers[row]["decide"].pop(0)
+            else:
+                text = answers[row][tag]
             out.append(SimpleNamespace(text=text))
         return out
 
