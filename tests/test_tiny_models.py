@@ -48,30 +48,31 @@ def tiny_model():
 def test_a_folder_is_small_and_whole(tiny_model, name):
     tiny_model(name)
     assert sum(file.stat().st_size for file in (CHECKPOINTS / name).iterdir()) <= 5_000_000
-    assert (CHECKPOINTS / name / "tokenizer.json").exists() and (
-        CHECKPOINTS / name / "chat_template.jinja"
-    ).exists()
+    assert (CHECKPOINTS / name / "tokenizer.json").exists()
+    assert (CHECKPOINTS / name / "chat_template.jinja").exists()
+
+
+ALONE = """
+import sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+chat = [{"role": "user", "content": content}]
+prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+picture = Image.new("RGB", (50, 40))
+inputs = processor(images=picture, text=prompt, return_tensors="pt")
+print(type(model).__name__, len(model.generate(**inputs, max_new_tokens=3)[0]))
+"""
 
 
 def test_the_base_loads_with_nothing_of_ours():
-    code = (
-        "import torch\nfrom PIL import Image\nfrom transformers import"
-        " AutoModelForImageTextToText, AutoProcessor\npath ="
-        f" {str(CHECKPOINTS / 'tiny-llava')!r}\nprocessor, model ="
-        " AutoProcessor.from_pretrained(path),"
-        " AutoModelForImageTextToText.from_pretrained(path)\nchat = [{'role': 'user', 'content':"
-        " [{'type': 'image'}, {'type': 'text', 'text': 'Describe the image.'}]}]\nprompt ="
-        " processor.apply_chat_template(chat, add_generation_prompt=True)\ninputs ="
-        " processor(images=Image.new('RGB', (50, 40)), text=prompt,"
-        " return_tensors='pt')\nprint(type(model).__name__, len(model.generate(**inputs,"
-        " max_new_tokens=3)[0]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False
-    )
-    assert done.returncode == 0 and done.stdout.startswith("LlavaForConditionalGeneration"), (
-        done.stderr
-    )
+    command = [sys.executable, "-c", ALONE, str(CHECKPOINTS / "tiny-llava")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("LlavaForConditionalGeneration"), done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,10 +133,8 @@ def test_vision_tokens_enter_as_the_paper_says(tiny_model):
 
 def test_the_variants_are_read_by_our_family_and_refused_by_none(tiny_model):
     assert AutoProcessor.from_pretrained(CHECKPOINTS / NAMES[1]) is not None
-    plain = AutoModelForImageTextToText.from_pretrained(
-        CHECKPOINTS / NAMES[1]
-    )  # transformers alone leaves the norm out
+    # transformers alone leaves the norm out
+    plain = AutoModelForImageTextToText.from_pretrained(CHECKPOINTS / NAMES[1])
     ours = tiny_model(NAMES[1])
-    assert not hasattr(
-        plain.model.multi_modal_projector, "norm"
-    ) and ours.model.model.multi_modal_projector.norm.weight.shape == (128,)
+    assert not hasattr(plain.model.multi_modal_projector, "norm")
+    assert ours.model.model.multi_modal_projector.norm.weight.shape == (128,)
