@@ -164,11 +164,11 @@ def test_the_model_reads_what_its_own_processor_makes(blip, originals, pictures,
     for question, picture in zip(QUESTIONS, pictures, strict=True):
         batch = vlm.encode([Sample("0", None, question)], [picture])
         text = question if name.startswith("instruct") else f"Question: {question} Answer:"
-        own = processor(images=picture, text=text, return_tensors="pt")
-        assert batch.prompts == [text] and torch.equal(batch.input_ids, own["input_ids"])
+        encoded = processor(images=picture, text=text, return_tensors="pt")
+        assert batch.prompts == [text] and torch.equal(batch.input_ids, encoded["input_ids"])
         for key, value in batch.image_inputs.items():
-            assert torch.equal(value, own[key]), key
-        assert set(batch.image_inputs) == set(own) - {"input_ids", "attention_mask"}
+            assert torch.equal(value, encoded[key]), key
+        assert set(batch.image_inputs) == set(encoded) - {"input_ids", "attention_mask"}
         assert batch.grids == [None]
 
 
@@ -295,24 +295,20 @@ def test_greedy_decoding_is_transformers_generate_of_the_single_prompt(
 ):
     vlm = blip(name)
     model, _ = originals(name)
-    own = generate(vlm, batch_of(vlm), 12)
-    for row, ids in enumerate(own.ids):
+    ours = generate(vlm, batch_of(vlm), 12)
+    for row, ids in enumerate(ours.ids):
         alone = batch_of(vlm, (row,))
         inputs = alone.image_inputs | {
             "input_ids": alone.input_ids,
             "attention_mask": alone.attention_mask,
         }
         theirs = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
-        # decoder's start; prompt
-        theirs = (
-            theirs[1:]
-            if name.endswith("t5")
-            else theirs[alone.input_ids.shape[1] :]
-            if len(theirs) > 12
-            else theirs
-        )
+        if name.endswith("t5"):
+            theirs = theirs[1:]  # the decoder's start
+        elif len(theirs) > 12:
+            theirs = theirs[alone.input_ids.shape[1] :]  # the prompt
         assert ids == theirs[: len(ids)] and (len(ids) == 12 or ids[-1] in vlm.eos_ids)
-    assert max(len(set(ids)) for ids in own.ids) > 3, "one token over and over shows little"
+    assert max(len(set(ids)) for ids in ours.ids) > 3, "one token over and over shows little"
 
 
 def test_answers_end_where_the_language_model_ends_them(blip):
@@ -331,7 +327,7 @@ def test_forced_answers_have_the_log_probabilities_of_one_plain_pass(blip, origi
         model, _ = originals(name)
         batch = batch_of(vlm, (0, 1))
         answer = [20, 31, 22, 45]
-        found = generate(vlm, batch, STEPS, answers=[answer] * 2).logprobs
+        logprobs = generate(vlm, batch, STEPS, answers=[answer] * 2).logprobs
         for row in range(2):
             alone = batch_of(vlm, (row,))
             if name == "blip2-t5":
@@ -344,7 +340,7 @@ def test_forced_answers_have_the_log_probabilities_of_one_plain_pass(blip, origi
             with torch.no_grad():
                 logits = model(**alone.image_inputs, **more).logits[0, -STEPS:].log_softmax(-1)
             assert torch.allclose(
-                found[row], logits.gather(-1, torch.tensor(answer)[:, None])[:, 0], atol=1e-4
+                logprobs[row], logits.gather(-1, torch.tensor(answer)[:, None])[:, 0], atol=1e-4
             )
 
 
@@ -370,11 +366,11 @@ def test_the_tower_runs_once_per_picture_and_its_edited_features_are_what_is_rea
     with torch.no_grad():
         features = vlm.vision(batch)
         plain = generate(vlm, batch, 3, features=features).first
-        features.pooler_output = [part * 0.5 for part in features.pooler_output]
+        features.pooler_output = [tokens * 0.5 for tokens in features.pooler_output]
         half = generate(vlm, batch, 3, features=features).first
     hook.remove()
     assert seen == [2]
-    assert [part.shape[0] for part in features.pooler_output] == [vlm.parts.qformer.queries] * 3
+    assert [tokens.shape[0] for tokens in features.pooler_output] == [vlm.parts.qformer.queries] * 3
     assert torch.allclose(plain[0], plain[2], atol=1e-5)
     assert not torch.allclose(plain[0], plain[1], atol=1e-3)
     assert not torch.allclose(plain, half, atol=1e-3)
@@ -435,7 +431,7 @@ def test_what_is_captured_is_the_eager_map_at_prefill_and_every_cached_step(
     mass = GroupMass(batch, STEPS)
     norms = HiddenNorms()
     with capture(vlm, [mass, norms]):
-        found = generate(vlm, batch, STEPS, answers=ids)
+        generation = generate(vlm, batch, STEPS, answers=ids)
     maps, states, logits = eager(vlm, batch, ids)
     total = batch.groups.shape[1]
     spread = maps[:, 0, :, total - 1, :total]
@@ -463,7 +459,7 @@ def test_what_is_captured_is_the_eager_map_at_prefill_and_every_cached_step(
     wanted = (
         logits[:, total - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(ids)[..., None])[..., 0]
     )
-    assert torch.allclose(found.logprobs, wanted, atol=1e-4)
+    assert torch.allclose(generation.logprobs, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -511,17 +507,20 @@ def test_the_rope_probe_runs_where_there_are_rotary_positions(blip, batch_of):
 def test_the_q_former_parts_are_the_attention_that_runs_layer_by_layer(blip, batch_of, name):
     vlm = blip(name)
     batch = batch_of(vlm, (0,))
-    parts = vlm.parts.qformer
+    former = vlm.parts.qformer
     shapes = []
-    m = batch.image_rows[0][parts.instruction].shape[1] if parts.instruction else 0
+    m = batch.image_rows[0][former.instruction].shape[1] if former.instruction else 0
     assert (m > 2) == name.startswith("instruct")
-    assert parts.queries == vlm.model.config.num_query_tokens == len(batch.vision_positions(0))
-    assert [module is not None for module in parts.cross_attention] == [True, False, True, False], (
-        "every second layer reads the picture"
-    )
+    assert former.queries == vlm.model.config.num_query_tokens == len(batch.vision_positions(0))
+    assert [module is not None for module in former.cross_attention] == [
+        True,
+        False,
+        True,
+        False,
+    ], "every second layer reads the picture"
     tower = [block.self_attn for block in vlm.parts.vision_blocks]
-    given = [*tower, *parts.self_attention, *filter(None, parts.cross_attention)]
-    kinds = {type(tower[0]), type(parts.self_attention[0])}
+    given = [*tower, *former.self_attention, *filter(None, former.cross_attention)]
+    kinds = {type(tower[0]), type(former.self_attention[0])}
     assert {id(module) for module in given} == {
         id(module) for module in vlm.model.modules() if type(module) in kinds
     }, "all there are"
@@ -531,21 +530,21 @@ def test_the_q_former_parts_are_the_attention_that_runs_layer_by_layer(blip, bat
         )
         for module in given
     ]
-    for part in (vlm.parts.tower, vlm.model.qformer):
-        part.set_attn_implementation("eager")
+    for encoder in (vlm.parts.tower, vlm.model.qformer):
+        encoder.set_attn_implementation("eager")
     with torch.no_grad():
         vlm.vision(batch)
-    for part in (vlm.parts.tower, vlm.model.qformer):
-        part.set_attn_implementation("sdpa")
+    for encoder in (vlm.parts.tower, vlm.model.qformer):
+        encoder.set_attn_implementation("sdpa")
     for hook in hooks:
         hook.remove()
     rows, columns = vlm.family.patches(vlm, (60, 50), batch.image_rows[0]).shape
     heads = 4
-    q = parts.queries
-    s = rows * columns + parts.cls
+    q = former.queries
+    s = rows * columns + former.cls
     expected = [(module, (1, heads, s, s)) for module in tower]
-    for own, cross in zip(parts.self_attention, parts.cross_attention, strict=True):
-        expected += [(own, (1, heads, q + m, q + m))] + (
+    for attention, cross in zip(former.self_attention, former.cross_attention, strict=True):
+        expected += [(attention, (1, heads, q + m, q + m))] + (
             [(cross, (1, heads, q, s))] if cross is not None else []
         )
     assert [(id(module), tuple(shape)) for module, shape in shapes] == [
@@ -556,9 +555,9 @@ def test_the_q_former_parts_are_the_attention_that_runs_layer_by_layer(blip, bat
 @pytest.mark.parametrize("size", [(60, 50), (200, 90)])
 def test_patches_lie_where_their_pixels_are_and_behind_cls(blip, size):
     vlm = blip("blip2-opt")
-    kept = []
+    states = []
     hook = vlm.parts.tower.embeddings.register_forward_hook(
-        lambda module, args, out: kept.append(out[0])
+        lambda module, args, out: states.append(out[0])
     )
     picture = Image.new("RGB", size, (90, 120, 60))
 
@@ -566,10 +565,12 @@ def test_patches_lie_where_their_pixels_are_and_behind_cls(blip, size):
         batch = vlm.encode([Sample("0", None, "Hi?")], [picture])
         with torch.no_grad():
             vlm.vision(batch)
-        return kept[-1], vlm.family.patches(vlm, picture.size, batch.image_rows[0])
+        return states[-1], vlm.family.patches(vlm, picture.size, batch.image_rows[0])
 
     plain, grid = embedded(picture)
-    assert grid.shape == (4, 4) and grid.size == size and len(plain) == 1 + len(grid.boxes)
+    assert grid.shape == (4, 4)
+    assert grid.size == size
+    assert len(plain) == 1 + len(grid.boxes)
     assert grid.boxes[0, :2].tolist() == [0, 0] and grid.boxes[-1, 2:].tolist() == list(size)
     for cell in (0, 3, 6, 9, 15):
         changed = picture.copy()

@@ -157,7 +157,7 @@ def plain_llama(w, x, layers, heads, eps):
     for layer in range(layers):
         name = f"model.layers.{layer}"
         y = rms_norm(x, w[f"{name}.input_layernorm.weight"], eps)
-        q, k, v = (linear(y, w, f"{name}.self_attn.{part}_proj") for part in "qkv")
+        q, k, v = (linear(y, w, f"{name}.self_attn.{letter}_proj") for letter in "qkv")
         x = x + linear(causal_attention(q, k, v, heads), w, f"{name}.self_attn.o_proj")
         y = rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], eps)
         gate = linear(y, w, f"{name}.mlp.gate_proj")
@@ -182,7 +182,7 @@ def test_features_and_logits_are_those_of_the_plain_forward(folder, vlm, picture
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     pixels = batch.image_inputs["pixel_values"][0]
     with torch.no_grad():
-        found = vlm.vision(batch).pooler_output[0]
+        computed = vlm.vision(batch).pooler_output[0]
         logits = prefill(vlm, batch).logits[0, -1]
     features = plain_features(main, tower, pixels)
     embeds = put_in(
@@ -191,14 +191,14 @@ def test_features_and_logits_are_those_of_the_plain_forward(folder, vlm, picture
     wanted = plain_llama(
         main, embeds, TEXT["num_hidden_layers"], TEXT["num_attention_heads"], TEXT["rms_norm_eps"]
     )[-1]
-    assert found.shape == ((SIDE // 64) ** 2, 64)
-    assert torch.allclose(found, features, atol=1e-4)
+    assert computed.shape == ((SIDE // 64) ** 2, 64)
+    assert torch.allclose(computed, features, atol=1e-4)
     assert torch.allclose(logits, wanted, atol=1e-4)
     assert logits.std() > 0.1 and features.std(0).mean() > 0.1
     for wrong in ({"row_major": False}, {"normed": True}, {"depths": [1, 1, 2, 1, 1]}):
-        assert not torch.allclose(found, plain_features(main, tower, pixels, **wrong), atol=1e-2), (
-            wrong
-        )
+        assert not torch.allclose(
+            computed, plain_features(main, tower, pixels, **wrong), atol=1e-2
+        ), wrong
 
 
 def test_pixels_are_those_of_a_picture_padded_with_the_mean_colour(vlm, picture):
@@ -225,9 +225,9 @@ def test_select_layer_minus_two_leaves_out_the_last_block(folder, tmp_path, pict
     tower = torch.load(folder / "vision_tower" / "pytorch_model.bin", weights_only=True)
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     with torch.no_grad():
-        found = vlm.vision(batch).pooler_output[0]
+        computed = vlm.vision(batch).pooler_output[0]
     wanted = plain_features(main, tower, batch.image_inputs["pixel_values"][0], [1, 1, 2, 1, 1])
-    assert torch.allclose(found, wanted, atol=1e-4)
+    assert torch.allclose(computed, wanted, atol=1e-4)
     with pytest.raises(UsageError, match="mm_vision_select_layer = -3 is not known for ConvNeXt"):
         common.load_model(changed(folder, tmp_path / "three", mm_vision_select_layer=-3))
 
@@ -370,8 +370,8 @@ def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(fo
     model, _ = convllava.load(str(folder), config, dtype=torch.float32)
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])
     with torch.no_grad():
-        found = model.get_image_features(
+        features = model.get_image_features(
             batch.image_inputs["pixel_values"], return_dict=True
         ).pooler_output[0]
-        assert torch.equal(found, vlm.vision(batch).pooler_output[0])
+        assert torch.equal(features, vlm.vision(batch).pooler_output[0])
     assert family.name == "convllava" and len(model.model.language_model.layers) == 0

@@ -75,9 +75,9 @@ def one(vlm, question=QUESTIONS[0], picture=None):
 @pytest.mark.parametrize("name", OWN)
 def test_the_model_reads_what_transformers_own_processor_makes(families, name):
     vlm = families(name)
-    own = AutoProcessor.from_pretrained(vlm.path, backend="pil")
+    processor = AutoProcessor.from_pretrained(vlm.path, backend="pil")
     bos = vlm.tokenizer.bos_token
-    own.use_default_system_prompt = False  # of Janus: its own template writes one
+    processor.use_default_system_prompt = False  # of Janus: its own template writes one
     for question, size in zip(QUESTIONS, SIZES, strict=True):
         batch = one(vlm, question, picture := noise_picture(size))
         text = batch.prompts[0]
@@ -86,7 +86,7 @@ def test_the_model_reads_what_transformers_own_processor_makes(families, name):
             text = text.removesuffix("\n")  # it adds BOS and line break to the bare question
         if name == "kosmos2":
             options = {"num_image_tokens": 6}
-        theirs = own(images=picture, text=text, return_tensors="pt", **options)
+        theirs = processor(images=picture, text=text, return_tensors="pt", **options)
         ids = theirs["input_ids"].clone()
         if name == "kosmos2":
             assert torch.equal(
@@ -128,9 +128,9 @@ def test_logits_are_those_of_transformers_own_class_which_derives_masks_and_posi
 def test_norm_head_scale_and_cap_give_the_models_logits(families, name):
     vlm = families(name)
     batch = one(vlm)
-    with capture(vlm, [kept := HiddenStates()]):
+    with capture(vlm, [hidden := HiddenStates()]):
         logits = prefill(vlm, batch).logits[:, -1]
-    Lens(vlm).check(kept.states[max(kept.states)][:, -1], logits)
+    Lens(vlm).check(hidden.states[max(hidden.states)][:, -1], logits)
 
 
 @torch.inference_mode()
@@ -160,9 +160,9 @@ def test_what_the_first_vision_token_sees_of_what_follows(
     embeds = embeddings(vlm, batch)
 
     def first_state(changed):
-        with capture(vlm, [kept := HiddenStates()]):
+        with capture(vlm, [hidden := HiddenStates()]):
             prefill(vlm, batch, embeds=changed)
-        return kept.states[max(kept.states)][0, places[0]]
+        return hidden.states[max(hidden.states)][0, places[0]]
 
     def with_other(place):
         changed = embeds.clone()
@@ -239,7 +239,7 @@ def test_the_image_processor_of_molmo2_does_transformers_steps(families, size):
     ):
         ours = molmo2_family.ImageProcessor(**settings_)
         picture = noise_picture(size)
-        found = ours(picture, return_tensors="pt")
+        inputs = ours(picture, return_tensors="pt")
         image = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None]
         grids, patches, pooling = Steps().make(
             image,
@@ -256,32 +256,32 @@ def test_the_image_processor_of_molmo2_does_transformers_steps(families, size):
             2,
             2,
         )
-        assert torch.equal(found["image_grids"], grids)
-        assert torch.equal(found["image_token_pooling"], pooling[0])
-        assert found["image_num_crops"].tolist() == [patches.shape[1]]
-        assert torch.allclose(found["pixel_values"], patches[0], atol=1e-5)
+        assert torch.equal(inputs["image_grids"], grids)
+        assert torch.equal(inputs["image_token_pooling"], pooling[0])
+        assert inputs["image_num_crops"].tolist() == [patches.shape[1]]
+        assert torch.allclose(inputs["pixel_values"], patches[0], atol=1e-5)
 
 
 def test_the_placeholder_of_molmo2_is_in_its_features(families):
     vlm = families("molmo2")
     batch = one(vlm)
     token = vlm.image_token_id
-    own = AutoModelForImageTextToText.from_pretrained(vlm.path).eval()
+    plain = AutoModelForImageTextToText.from_pretrained(vlm.path).eval()
     with torch.no_grad():
         wanted = torch.cat(
-            own.get_image_features(
+            plain.get_image_features(
                 **{k: v for k, v in batch.image_inputs.items() if k != "image_num_crops"}
             ).pooler_output
         )
         assert torch.allclose(
             vlm.vision(batch).pooler_output[0],
-            wanted + own.get_input_embeddings().weight[token],
+            wanted + plain.get_input_embeddings().weight[token],
             atol=1e-5,
         )
     assert (
         vlm.model.get_input_embeddings().weight[token].abs().max()
         == 0
-        < own.get_input_embeddings().weight[token].abs().max()
+        < plain.get_input_embeddings().weight[token].abs().max()
     )
 
 
@@ -314,10 +314,10 @@ def test_native_boxes_are_what_kosmos2s_processor_makes_of_them(first, last, siz
 def test_a_native_index_lies_where_the_towers_patches_see_it(families, index):
     vlm = families("kosmos2")
     size = (320, 160)
-    kept = []
+    states = []
     picture = Image.new("RGB", size, (90, 120, 60))
     hook = vlm.model.vision_model.model.embeddings.register_forward_hook(
-        lambda module, args, out: kept.append(out[0])
+        lambda module, args, out: states.append(out[0])
     )
     changed = picture.copy()
     changed.paste(
@@ -326,7 +326,7 @@ def test_a_native_index_lies_where_the_towers_patches_see_it(families, index):
     for shown in (picture, changed):
         vlm.vision(one(vlm, picture=shown))
     hook.remove()
-    change = (kept[1] - kept[0]).norm(dim=-1)[1:]  # behind CLS
+    change = (states[1] - states[0]).norm(dim=-1)[1:]  # behind CLS
     assert int(change.argmax()) == (index // 32 // 8) * 4 + index % 32 // 8, (
         "4 x 4 patches of 8 x 8 native cells"
     )

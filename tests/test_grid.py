@@ -44,7 +44,9 @@ def test_cells_tile_the_region_in_row_major_order(size, shape, region):
     assert (x1 > x0).all()
     assert (y1 > y0).all()
     assert np.allclose([x0.min(), y0.min(), x1.max(), y1.max()], region)
-    assert grid.has_box.all() and grid.shape == shape and grid.size == size
+    assert grid.has_box.all()
+    assert grid.shape == shape
+    assert grid.size == size
 
 
 @quick
@@ -254,7 +256,9 @@ def test_the_grid_of_any_picture_shows_its_middle_and_no_token_lies_elsewhere(na
     painted = grid.paint(np.ones(len(grid.boxes)))
     assert painted.shape == size[::-1] and (np.isnan(painted) | (painted == 1)).all()
     if name in ("pad", "stretch"):
-        assert max(x0, y0) < 1e-6 and x1 > size[0] - 1e-6 and y1 > size[1] - 1e-6
+        assert max(x0, y0) < 1e-6
+        assert x1 > size[0] - 1e-6
+        assert y1 > size[1] - 1e-6
     inside = grid.coverage(np.ones(size[::-1], bool))
     if name == "pad":  # every pixel of the picture is seen, once
         assert (

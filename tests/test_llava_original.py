@@ -81,7 +81,7 @@ def write_weights(folder, state, kind, shards):
     stem, ending = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
     names = sorted(state)
     size = -(-len(state) // shards)
-    parts = [
+    stored = [
         {name: state[name].clone().contiguous() for name in names[i * size :][:size]}
         for i in range(shards)
     ]
@@ -90,13 +90,13 @@ def write_weights(folder, state, kind, shards):
         if shards == 1
         else [f"{stem}-{i + 1:05d}-of-{shards:05d}.{ending}" for i in range(shards)]
     )
-    for file, part in zip(files, parts, strict=True):
+    for file, shard in zip(files, stored, strict=True):
         if kind == "safetensors":
-            save_file(part, folder / file)
+            save_file(shard, folder / file)
         else:
-            torch.save(part, folder / file, _use_new_zipfile_serialization=kind != "old bin")
+            torch.save(shard, folder / file, _use_new_zipfile_serialization=kind != "old bin")
     if shards > 1:
-        index = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        index = {name: file for file, shard in zip(files, stored, strict=True) for name in shard}
         (folder / f"{stem}.{ending}.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": index})
         )
@@ -439,9 +439,9 @@ def test_pictures_are_padded_only_where_the_config_says_so(sources, picture, tmp
     )
     assert picture.width != picture.height
     seen = vlm.encode([Sample("0", None, "Why?")], [picture]).image_inputs["pixel_values"]
-    own = tiny.make_processor(vlm.tokenizer).image_processor
-    own.do_pad = aspect == "pad"
-    torch.testing.assert_close(seen, own(picture, return_tensors="pt")["pixel_values"])
+    images = tiny.make_processor(vlm.tokenizer).image_processor
+    images.do_pad = aspect == "pad"
+    torch.testing.assert_close(seen, images(picture, return_tensors="pt")["pixel_values"])
     assert (vlm.encode([Sample("0", None, "Why?")], [picture]).grids[0].boxes.min() < 0) == (
         aspect == "pad"
     )
@@ -618,8 +618,8 @@ def test_llava_with_other_decoders_loads_encodes_and_generates(tmp_path, picture
     assert batch.prompts[0].count(start) == 1 and "Why?<|" in batch.prompts[0]
     assert all(len(batch.vision_positions(row)) == tiny.TOKENS for row in (0, 1))
     assert {"vision", "user", "template"} <= set(batch.spans(0))
-    found = generate(vlm, batch, 4)
-    assert all(1 <= len(ids) <= 4 for ids in found.ids)
+    generation = generate(vlm, batch, 4)
+    assert all(1 <= len(ids) <= 4 for ids in generation.ids)
     with pytest.raises(
         UsageError, match="--conv_mode llava_v1: for checkpoints in LLaVA's original layout"
     ):

@@ -72,9 +72,9 @@ def stored(folder):
 
 def attention(q, k, v, heads):
     """(Q, d), (K, d), (K, d) -> (Q, d), one head after the other."""
-    parts = zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True)
+    by_head = zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True)
     return torch.cat(
-        [(q_h @ k_h.T / q_h.shape[-1] ** 0.5).softmax(-1) @ v_h for q_h, k_h, v_h in parts], -1
+        [(q_h @ k_h.T / q_h.shape[-1] ** 0.5).softmax(-1) @ v_h for q_h, k_h, v_h in by_head], -1
     )
 
 
@@ -166,7 +166,7 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
     batch = batch_of(vlm, (1,))
     pixels = batch.image_inputs["pixel_values"][0]
     with torch.no_grad():
-        found = vlm.vision(batch).pooler_output[0]
+        computed = vlm.vision(batch).pooler_output[0]
         logits = prefill(vlm, batch).logits[0, -1]
     features = plain_features(w, pixels)
     wanted = plain_llama(
@@ -176,8 +176,10 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
         4,
         1e-6,
     )[-1]
-    assert len(found) == (QUERIES if name == "minigpt4" else 16)
-    assert torch.allclose(found, features, atol=1e-4) and torch.allclose(logits, wanted, atol=1e-4)
+    assert len(computed) == (QUERIES if name == "minigpt4" else 16)
+    assert torch.allclose(computed, features, atol=1e-4) and torch.allclose(
+        logits, wanted, atol=1e-4
+    )
     assert logits.std() > 0.1 and features.std(0).mean() > 0.05
     wrongs = [
         plain_features(w, pixels, order=(1, 0, 2)),
@@ -189,7 +191,7 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
     else:
         wrongs.append(plain_features(w, pixels, across=True))
     for i, wrong in enumerate(wrongs):
-        assert not torch.allclose(found, wrong, atol=1e-3), f"mutant {i} is told apart"
+        assert not torch.allclose(computed, wrong, atol=1e-3), f"mutant {i} is told apart"
 
 
 # --- prompt ---------------------------------------------------------------------------------------
@@ -234,9 +236,9 @@ def test_an_answer_ends_at_the_first_token_of_three_hashes(load, batch_of):
     bias = vlm.model.language_model.lm_head.register_forward_hook(
         lambda module, args, out: out.index_fill(-1, torch.tensor([hashes]), 99.0)
     )
-    found = generate(vlm, batch, 5)
+    generation = generate(vlm, batch, 5)
     bias.remove()
-    assert found.ids == [[hashes]]
+    assert generation.ids == [[hashes]]
 
 
 # --- back to the picture --------------------------------------------------------------------------
@@ -245,10 +247,10 @@ def test_an_answer_ends_at_the_first_token_of_three_hashes(load, batch_of):
 def test_relevancy_reaches_the_patches_through_the_q_former(load, batch_of):
     vlm = load("minigpt4")
     batch = batch_of(vlm, (1,))
-    found = attribution.relevancy(trace(vlm, batch, [20, 31]), [0, 1])
-    assert found.cells.shape == (2, 3, 64)
-    assert found.image.shape == (2, 3, QUERIES)
-    assert found.cells.max() > 0
+    relevancy = attribution.relevancy(trace(vlm, batch, [20, 31]), [0, 1])
+    assert relevancy.cells.shape == (2, 3, 64)
+    assert relevancy.image.shape == (2, 3, QUERIES)
+    assert relevancy.cells.max() > 0
     assert vlm.family.patches(vlm, (60, 50), batch.image_rows[0]).shape == (8, 8)
     assert batch.grids[0] is None
     assert vlm.parts.qformer.queries == QUERIES and len(vlm.parts.vision_blocks) == 2
@@ -273,11 +275,11 @@ def test_relevancy_without_a_q_former_reaches_the_four_patches_of_a_row(load, ba
         15,
         16,
     ], "CLS is at 0, a row has 8 patches"
-    found = attribution.relevancy(run, [0, 1])
-    assert found.cells.shape == found.image.shape == (2, 3, 16)
-    assert not np.allclose(found.cells, found.image, rtol=1e-2)
+    relevancy = attribution.relevancy(run, [0, 1])
+    assert relevancy.cells.shape == relevancy.image.shape == (2, 3, 16)
+    assert not np.allclose(relevancy.cells, relevancy.image, rtol=1e-2)
     plain = attribution.relevancy(run, [0, 1], tower=False)
-    assert plain.cells is None and np.array_equal(plain.image, found.image)
+    assert plain.cells is None and np.array_equal(plain.image, relevancy.image)
 
 
 def test_a_model_with_a_q_former_has_no_grid(load):
@@ -428,6 +430,6 @@ def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(
     model, _ = minigpt4.load(str(folders["minigpt4"]), config, dtype=torch.float32)
     batch = batch_of(load("minigpt4"), (1,))
     with torch.no_grad():
-        found = model.get_image_features(batch.image_inputs["pixel_values"]).pooler_output
-        assert torch.equal(found[0], load("minigpt4").vision(batch).pooler_output[0])
+        features = model.get_image_features(batch.image_inputs["pixel_values"]).pooler_output
+        assert torch.equal(features[0], load("minigpt4").vision(batch).pooler_output[0])
     assert len(model.language_model.model.layers) == 0

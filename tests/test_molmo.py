@@ -120,7 +120,7 @@ def crop_counts(picture):
 
 def clip(state, pixels, layers):
     """(patches, len(layers) * width) of one crop (s, s, 3), CLS dropped."""
-    own = {
+    weights = {
         key.removeprefix("vision_backbone.image_vit."): value
         for key, value in state.items()
         if "image_vit" in key
@@ -136,25 +136,25 @@ def clip(state, pixels, layers):
     x = (
         torch.stack(
             [
-                own["class_embedding"],
-                *(own["patch_embedding.weight"] @ torch.from_numpy(row) for row in rows),
+                weights["class_embedding"],
+                *(weights["patch_embedding.weight"] @ torch.from_numpy(row) for row in rows),
             ]
         )
-        + own["positional_embedding"]
+        + weights["positional_embedding"]
     )
-    x = norm(x, own, "pre_ln")
+    x = norm(x, weights, "pre_ln")
     states = []
     for i in range(VISION["image_num_layers"]):
         block = f"transformer.resblocks.{i}."
-        y = norm(x, own, block + "attention_norm")
-        q, k, v = (linear(y, own, f"{block}attention.w{name}") for name in "qkv")
-        parts = [slice(h * width, h * width + width) for h in range(heads)]
+        y = norm(x, weights, block + "attention_norm")
+        q, k, v = (linear(y, weights, f"{block}attention.w{name}") for name in "qkv")
+        heads_of = [slice(h * width, h * width + width) for h in range(heads)]
         out = torch.cat(
-            [(q[:, s] @ k[:, s].T / math.sqrt(width)).softmax(-1) @ v[:, s] for s in parts], -1
+            [(q[:, s] @ k[:, s].T / math.sqrt(width)).softmax(-1) @ v[:, s] for s in heads_of], -1
         )
-        x = x + linear(out, own, block + "attention.wo")
-        y = linear(norm(x, own, block + "ffn_norm"), own, block + "feed_forward.w1")
-        x = x + linear(y * torch.sigmoid(1.702 * y), own, block + "feed_forward.w2")
+        x = x + linear(out, weights, block + "attention.wo")
+        y = linear(norm(x, weights, block + "ffn_norm"), weights, block + "feed_forward.w1")
+        x = x + linear(y * torch.sigmoid(1.702 * y), weights, block + "feed_forward.w2")
         states.append(x)
     return torch.cat([states[layer][1:] for layer in layers], -1)
 
@@ -171,13 +171,13 @@ def pooled(state, patches, first_as_query=False):
             four = torch.stack([plane[i, j], plane[i, j + 1], plane[i + 1, j], plane[i + 1, j + 1]])
             query = four[0] if first_as_query else four.mean(0)
             q, k, v = (
-                linear(part, state, f"vision_backbone.image_pooling_2d.w{name}")
-                for part, name in ((query, "q"), (four, "k"), (four, "v"))
+                linear(vectors, state, f"vision_backbone.image_pooling_2d.w{name}")
+                for vectors, name in ((query, "q"), (four, "k"), (four, "v"))
             )
-            parts = [slice(h * width, h * width + width) for h in range(heads)]
+            heads_of = [slice(h * width, h * width + width) for h in range(heads)]
             cells.append(
                 torch.cat(
-                    [(k[:, s] @ q[s] / math.sqrt(width)).softmax(-1) @ v[:, s] for s in parts]
+                    [(k[:, s] @ q[s] / math.sqrt(width)).softmax(-1) @ v[:, s] for s in heads_of]
                 )
             )
     x = linear(torch.stack(cells), state, "vision_backbone.image_pooling_2d.wo")
@@ -199,24 +199,24 @@ def decoder(state, config, x, gate_first=False):
         * config["rope_theta"] ** (-torch.arange(depth // 2) * 2 / depth)[None]
     )
 
-    def turn(part):
-        a = part[:, : depth // 2]
-        b = part[:, depth // 2 :]
+    def turn(vectors):
+        a = vectors[:, : depth // 2]
+        b = vectors[:, depth // 2 :]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     for layer in range(LAYERS):
-        own = {
+        weights = {
             key.removeprefix(f"transformer.blocks.{layer}."): value
             for key, value in state.items()
             if key.startswith(f"transformer.blocks.{layer}.")
         }
-        fused = linear(x if after else rms(x, own["attn_norm.weight"]), own, "att_proj")
+        fused = linear(x if after else rms(x, weights["attn_norm.weight"]), weights, "att_proj")
         q = fused[:, :WIDTH]
         k = fused[:, WIDTH : WIDTH + shared * depth]
         v = fused[:, WIDTH + shared * depth :]
         if config["attention_layer_norm"]:
-            q = rms(q, own["q_norm.weight"])
-            k = rms(k, own["k_norm.weight"])
+            q = rms(q, weights["q_norm.weight"])
+            k = rms(k, weights["k_norm.weight"])
         out = []
         for head in range(heads):
             at = slice(depth * head, depth * head + depth)
@@ -224,16 +224,16 @@ def decoder(state, config, x, gate_first=False):
             scores = turn(q[:, at]) @ turn(k[:, kv]).T / math.sqrt(depth)
             scores[torch.ones(length, length).triu(1).bool()] = -math.inf
             out.append(scores.softmax(-1) @ v[:, kv])
-        out = linear(torch.cat(out, -1), own, "attn_out")
-        x = x + (rms(out, own["attn_norm.weight"]) if after else out)
-        wide = linear(x if after else rms(x, own["ff_norm.weight"]), own, "ff_proj")
+        out = linear(torch.cat(out, -1), weights, "attn_out")
+        x = x + (rms(out, weights["attn_norm.weight"]) if after else out)
+        wide = linear(x if after else rms(x, weights["ff_norm.weight"]), weights, "ff_proj")
         up, gate = (
             (wide[:, HIDDEN:], wide[:, :HIDDEN])
             if gate_first
             else (wide[:, :HIDDEN], wide[:, HIDDEN:])
         )
-        out = linear(F.silu(gate) * up, own, "ff_out")
-        x = x + (rms(out, own["ff_norm.weight"]) if after else out)
+        out = linear(F.silu(gate) * up, weights, "ff_out")
+        x = x + (rms(out, weights["ff_norm.weight"]) if after else out)
     return rms(x[-1], state["transformer.ln_f.weight"]) @ state["transformer.ff_out.weight"].T
 
 
@@ -284,19 +284,21 @@ def by_hand(
         if masks_in_place
         else [*shares, -torch.ones(side * side)]
     )
-    found = []
-    for pixels, part in zip(crops, shares, strict=True):
+    of_crops = []
+    for pixels, of_patches in zip(crops, shares, strict=True):
         patches = clip(state, np.ascontiguousarray(pixels), layers)
         pad = state["vision_backbone.pad_embed"]
-        patches = torch.stack(
-            [
-                row + (pad[0] if own == 0 else pad[1] if own < 1 else 0)
-                for row, own in zip(patches, part, strict=True)
-            ]
-        )
-        found.append(pooled(state, patches, **pooling))
+        padded = []
+        for row, shown in zip(patches, of_patches, strict=True):
+            if shown == 0:
+                row = row + pad[0]
+            elif shown < 1:
+                row = row + pad[1]
+            padded.append(row)
+        patches = torch.stack(padded)
+        of_crops.append(pooled(state, patches, **pooling))
     tokens = []  # (canvas row, canvas column, vector) of what each crop keeps
-    for (i, j), cells in zip(corners, found[1:], strict=True):
+    for (i, j), cells in zip(corners, of_crops[1:], strict=True):
         for a in range(half):
             for b in range(half):
                 inner = (
@@ -315,7 +317,7 @@ def by_hand(
         (a, b) for a in range(height) for b in range(width)
     ], "the kept tokens cover the canvas once"
     ordered = tokens if crop_by_crop else sorted(tokens, key=lambda token: token[:2])
-    features = torch.cat([found[0].flatten(0, 1), torch.stack([token[2] for token in ordered])])
+    features = torch.cat([of_crops[0].flatten(0, 1), torch.stack([token[2] for token in ordered])])
 
     table = torch.cat([state["transformer.wte.embedding"], state["transformer.wte.new_embedding"]])
     start, end, patch, column = range(config["embedding_size"], config["embedding_size"] + 4)
@@ -341,9 +343,9 @@ def by_hand(
 def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders, load, name, size):
     vlm = load(name)
     batch = encode(load(name), size)
-    features, own, ids, logits = by_hand(folders[name], noise_picture(size), QUESTION)
+    features, placeholder, ids, logits = by_hand(folders[name], noise_picture(size), QUESTION)
     assert batch.input_ids[0].tolist() == ids
-    assert (vlm.vision(batch).pooler_output[0] - own - features).abs().max() < 1e-4
+    assert (vlm.vision(batch).pooler_output[0] - placeholder - features).abs().max() < 1e-4
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
 
 
@@ -365,9 +367,11 @@ def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders,
 def test_another_order_of_operations_is_told_apart(folders, load, name, change):
     vlm = load(name)
     batch = encode(load(name), SIZES[0])
-    features, own, _, logits = by_hand(folders[name], noise_picture(SIZES[0]), QUESTION, **change)
+    features, placeholder, _, logits = by_hand(
+        folders[name], noise_picture(SIZES[0]), QUESTION, **change
+    )
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() > 1e-2
-    same = (vlm.vision(batch).pooler_output[0] - own - features).abs().max() < 1e-4
+    same = (vlm.vision(batch).pooler_output[0] - placeholder - features).abs().max() < 1e-4
     assert bool(same) == (next(iter(change)) in ("row_ends", "add", "gate_first"))
 
 
@@ -434,8 +438,8 @@ def test_the_prompt_is_laid_out_as_published(load):
     assert vlm.tokenizer.decode(ids[spans["template"][0][0] : spans["template"][0][1]]) == " User:"
     assert spans["image_markup"][0] == [1, 2]
     assert spans["image_markup"][-1][1] == spans["template"][0][0]
-    told = replace(vlm, options={"system_prompt": "Be brief."})
-    batch = encode(told, (60, 50), "Hi?")
+    with_system = replace(vlm, options={"system_prompt": "Be brief."})
+    batch = encode(with_system, (60, 50), "Hi?")
     assert batch.prompts == ["<|image|> User: Be brief. Hi? Assistant:"]
     assert (
         vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index("system")]).strip()
@@ -443,10 +447,10 @@ def test_the_prompt_is_laid_out_as_published(load):
     )
     with pytest.raises(UsageError, match="0 places for a picture"):
         encode(replace(vlm, options={"prompt_template": "User: {question}"}), (60, 50))
-    own = encode(
+    templated = encode(
         replace(vlm, options={"prompt_template": "{image} User: {question} Assistant:"}), (300, 180)
     )
-    assert own.input_ids[0].tolist() == ids
+    assert templated.input_ids[0].tolist() == ids
     assert (
         vlm.model.lm_head.out_features
         <= vlm.image_token_id
@@ -484,8 +488,10 @@ def test_the_patches_that_a_token_is_made_of_lie_in_its_box(load, size):
     low, high = (
         region(size, height * PATCH, width * PATCH) for height, width in ((side, side), canvas)
     )
-    for place, own, box in zip(places, tile[:, 0].tolist(), run.prompt.grids[0].boxes, strict=True):
-        (x0, y0, x1, y1), (height, width) = (high, canvas) if own else (low, (side, side))
+    for place, crop, box in zip(
+        places, tile[:, 0].tolist(), run.prompt.grids[0].boxes, strict=True
+    ):
+        (x0, y0, x1, y1), (height, width) = (high, canvas) if crop else (low, (side, side))
         centre = x0 + place[0] * (x1 - x0) / width, y0 + place[1] * (y1 - y0) / height
         assert np.allclose(centre, [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
 
@@ -554,26 +560,26 @@ def load_native(folder):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_native_layout_is_the_same_model(folders, load, tmp_path, name):
-    own = load(name)
+    original = load(name)
     vlm = load_native(to_native(folders[name], tmp_path / "native"))
-    state = own.model.state_dict()
+    state = original.model.state_dict()
     assert state.keys() == vlm.model.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in vlm.model.state_dict().items())
     mine = encode(vlm, SIZES[0])
-    theirs = encode(own, SIZES[0])
+    theirs = encode(original, SIZES[0])
     assert torch.equal(mine.input_ids, theirs.input_ids) and torch.equal(mine.groups, theirs.groups)
-    assert (prefill(vlm, mine).logits - prefill(own, theirs).logits).abs().max() < 1e-4
+    assert (prefill(vlm, mine).logits - prefill(original, theirs).logits).abs().max() < 1e-4
     assert reads(folders[name]) is None and reads(tmp_path) is None
 
 
 @torch.inference_mode()
 def test_padding_shares_are_put_right_where_the_config_says_so(folders, tmp_path):
     vlm = load_native(to_native(folders["molmo-d"], tmp_path / "native", fix_image_padding=True))
-    features, own, _, logits = by_hand(
+    features, placeholder, _, logits = by_hand(
         folders["molmo-d"], noise_picture(SIZES[0]), QUESTION, masks_in_place=True
     )
     batch = encode(vlm, SIZES[0])
-    assert (vlm.vision(batch).pooler_output[0] - own - features).abs().max() < 1e-4
+    assert (vlm.vision(batch).pooler_output[0] - placeholder - features).abs().max() < 1e-4
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
 
 

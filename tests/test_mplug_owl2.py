@@ -87,12 +87,12 @@ def plain_vit(w, pixels, by_head=True):
         )
         width = fused.shape[1] // heads // 3
 
-        def column(head, part, width=width):
-            return ((head * 3 + part) if by_head else (part * heads + head)) * width
+        def column(head, kind, width=width):
+            return ((head * 3 + kind) if by_head else (kind * heads + head)) * width
 
         q, k, v = (
-            torch.cat([fused[:, column(head, part) :][:, :width] for head in range(heads)], 1)
-            for part in range(3)
+            torch.cat([fused[:, column(head, kind) :][:, :width] for head in range(heads)], 1)
+            for kind in range(3)
         )
         x = x + linear(attention(q, k, v, heads), w, f"{name}.self_attn.dense")
         y = linear(layer_norm(x, w, f"{name}.post_attention_layernorm", eps), w, f"{name}.mlp.fc1")
@@ -109,19 +109,19 @@ def wave(place, width):
 def plain_abstractor(w, patches, columns_first=True, normed=True, eos_last=True):
     """(1 + patches, d) -> (queries + 1, width of the decoder)."""
     width = ABSTRACTOR["hidden_size"]
-    own = torch.tensor([wave(place, width) for place in range(QUERIES)])
+    of_queries = torch.tensor([wave(place, width) for place in range(QUERIES)])
     cells = [
         wave(j if columns_first else i, width // 2) + wave(i if columns_first else j, width // 2)
         for i in range(SIDE)
         for j in range(SIDE)
     ]
-    places = torch.cat([own, torch.zeros(1, width), torch.tensor(cells)])
+    places = torch.cat([of_queries, torch.zeros(1, width), torch.tensor(cells)])
     x = w["model.visual_abstractor.query_embeds"][0]
     for layer in range(ABSTRACTOR["num_hidden_layers"]):
         name = f"model.visual_abstractor.encoder.layers.{layer}.crossattention"
         y = layer_norm(x, w, f"{name}.norm1", 1e-5)
         both = torch.cat([y, layer_norm(patches, w, f"{name}.normk", 1e-5)])
-        q = linear(y + own, w, f"{name}.attention.query")
+        q = linear(y + of_queries, w, f"{name}.attention.query")
         k = linear(both + places, w, f"{name}.attention.key")
         v = linear(both, w, f"{name}.attention.value")
         x = (y if normed else x) + linear(
@@ -149,7 +149,10 @@ def plain_decoder(w, x, picture, grouped):
 
     def chosen(apply, name):
         return torch.stack(
-            [apply(row, f"{name}.multiway.{int(own)}") for row, own in zip(y, picture, strict=True)]
+            [
+                apply(row, f"{name}.multiway.{int(in_picture)}")
+                for row, in_picture in zip(y, picture, strict=True)
+            ]
         )
 
     def norm(row, name):
@@ -194,7 +197,7 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
     grouped = 2 if name.endswith("gqa") else 4
     pixels = batch.image_inputs["pixel_values"][0]
     with torch.no_grad():
-        found = vlm.vision(batch).pooler_output[0]
+        computed = vlm.vision(batch).pooler_output[0]
         logits = prefill(vlm, batch).logits[0, -1]
     patches = plain_vit(w, pixels)
     features = plain_abstractor(w, patches)
@@ -202,7 +205,7 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
     embeds = put_in(
         w["model.embed_tokens.weight"], batch.input_ids[0], features, vlm.image_token_id
     )
-    assert found.shape == (QUERIES + 1, 64) and torch.allclose(found, features, atol=1e-4)
+    assert computed.shape == (QUERIES + 1, 64) and torch.allclose(computed, features, atol=1e-4)
     assert torch.allclose(logits, plain_decoder(w, embeds, picture, grouped)[-1], atol=1e-4)
     assert logits.std() > 0.1 and features[:-1].std(0).mean() > 0.05
     wrongs = [
@@ -213,7 +216,7 @@ def test_features_and_logits_are_those_of_the_plain_forward(folders, load, batch
         ),
     ]
     for i, wrong in enumerate(wrongs):
-        assert not torch.allclose(found, wrong, atol=1e-3), f"mutant {i} is told apart"
+        assert not torch.allclose(computed, wrong, atol=1e-3), f"mutant {i} is told apart"
     for wrong in (~picture, torch.zeros_like(picture), picture.roll(1)):
         assert not torch.allclose(logits, plain_decoder(w, embeds, wrong, grouped)[-1], atol=1e-2)
 
@@ -242,7 +245,7 @@ def test_generated_tokens_are_text_whose_logits_a_plain_pass_gives(load, batch_o
     vlm = load("mplug_owl2")
     answer = [40, 77, 301, 52]
     batch = batch_of(vlm, (0,))
-    found = generate(vlm, batch, 4, answers=[answer]).logprobs[0]
+    logprobs = generate(vlm, batch, 4, answers=[answer]).logprobs[0]
     ids = torch.cat([batch.input_ids, torch.tensor([answer[:-1]])], 1)
     with torch.no_grad():
         logits = (
@@ -250,7 +253,9 @@ def test_generated_tokens_are_text_whose_logits_a_plain_pass_gives(load, batch_o
             .logits[0, -4:]
             .log_softmax(-1)
         )
-    assert torch.allclose(found, logits.gather(-1, torch.tensor(answer)[:, None])[:, 0], atol=1e-4)
+    assert torch.allclose(
+        logprobs, logits.gather(-1, torch.tensor(answer)[:, None])[:, 0], atol=1e-4
+    )
 
 
 # --- prompt and picture ---------------------------------------------------------------------------
@@ -286,17 +291,17 @@ def test_pixels_are_those_of_a_picture_squeezed_to_a_square_of_its_longer_side_f
     twice = picture.resize((250, 250), Image.Resampling.BICUBIC).resize(
         (112, 112), Image.Resampling.BICUBIC
     )
-    found = (
+    pixels = (
         vlm.encode([Sample("0", None, "Hi?")], [picture])
         .image_inputs["pixel_values"][0]
         .permute(1, 2, 0)
         .numpy()
     )
-    np.testing.assert_allclose(found, (np.asarray(twice) / 255 - tiny.MEAN) / tiny.STD, atol=1e-5)
+    np.testing.assert_allclose(pixels, (np.asarray(twice) / 255 - tiny.MEAN) / tiny.STD, atol=1e-5)
     once = (
         np.asarray(picture.resize((112, 112), Image.Resampling.BICUBIC)) / 255 - tiny.MEAN
     ) / tiny.STD
-    assert np.abs(found - once).max() > 0.01
+    assert np.abs(pixels - once).max() > 0.01
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -306,10 +311,10 @@ def test_relevancy_reaches_the_patches_through_the_abstractor(load, batch_of):
     vlm = load("mplug_owl2")
     batch = batch_of(vlm, (1,))
     run = trace(vlm, batch, [40, 77])
-    found = attribution.relevancy(run, [0, 1])
-    assert found.image.shape == (2, 3, QUERIES + 1)
-    assert found.cells.shape == (2, 3, SIDE * SIDE)
-    assert found.cells.max() > 0
+    relevancy = attribution.relevancy(run, [0, 1])
+    assert relevancy.image.shape == (2, 3, QUERIES + 1)
+    assert relevancy.cells.shape == (2, 3, SIDE * SIDE)
+    assert relevancy.cells.max() > 0
     with torch.no_grad():
         assert torch.allclose(
             run.logits[0], prefill(vlm, batch).logits[0, -1].float(), atol=1e-4
@@ -356,9 +361,11 @@ def test_a_layer_of_the_abstractor_gives_one_map_over_queries_and_patches(load, 
     abstractor.set_attn_implementation(before)
     for hook in hooks:
         hook.remove()
-    assert [tuple(own.shape) for own in maps] == [(1, 4, QUERIES, QUERIES + 1 + SIDE * SIDE)] * 3
+    assert [tuple(weights.shape) for weights in maps] == [
+        (1, 4, QUERIES, QUERIES + 1 + SIDE * SIDE)
+    ] * 3
     assert torch.allclose(plain, eager, atol=1e-5)
-    assert all(torch.allclose(own.sum(-1), torch.ones(()), atol=1e-5) for own in maps)
+    assert all(torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5) for weights in maps)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -370,7 +377,8 @@ def copy_of(folder, to, visual=None, **keys):
     shutil.copytree(folder, to)
     config = json.loads((to / "config.json").read_text()) | keys
     config["visual_config"] = {
-        name: part | (visual or {}).get(name, {}) for name, part in config["visual_config"].items()
+        name: settings | (visual or {}).get(name, {})
+        for name, settings in config["visual_config"].items()
     }
     (to / "config.json").write_text(json.dumps(config))
     return to
@@ -497,6 +505,6 @@ def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(
     model, _ = mplug_owl2.load(str(folders["mplug_owl2"]), config, dtype=torch.float32)
     batch = batch_of(load("mplug_owl2"), (1,))
     with torch.no_grad():
-        found = model.get_image_features(batch.image_inputs["pixel_values"]).pooler_output
-        assert torch.equal(found[0], load("mplug_owl2").vision(batch).pooler_output[0])
+        features = model.get_image_features(batch.image_inputs["pixel_values"]).pooler_output
+        assert torch.equal(features[0], load("mplug_owl2").vision(batch).pooler_output[0])
     assert len(model.language_model.layers) == 0

@@ -76,21 +76,21 @@ def siglip(state, pixels, heads=4, layer=-2):
     x = x + state["vision_model.embeddings.position_embedding.weight"]
     states = [x]
     while f"vision_model.encoder.layers.{len(states) - 1}.layer_norm1.weight" in state:
-        own = {
+        weights = {
             key.split(f"layers.{len(states) - 1}.")[1]: value
             for key, value in state.items()
             if f"encoder.layers.{len(states) - 1}." in key
         }
-        y = norm(x, own, "layer_norm1", 1e-6)
-        q, k, v = (linear(y, own, f"self_attn.{name}_proj") for name in "qkv")
+        y = norm(x, weights, "layer_norm1", 1e-6)
+        q, k, v = (linear(y, weights, f"self_attn.{name}_proj") for name in "qkv")
         width = q.shape[-1] // heads
         out = [
             ((q[:, s] @ k[:, s].T / math.sqrt(width)).softmax(-1) @ v[:, s])
             for s in (slice(h * width, h * width + width) for h in range(heads))
         ]
-        x = x + linear(torch.cat(out, -1), own, "self_attn.out_proj")
-        y = linear(norm(x, own, "layer_norm2", 1e-6), own, "mlp.fc1")
-        x = x + linear(F.gelu(y, approximate="tanh"), own, "mlp.fc2")
+        x = x + linear(torch.cat(out, -1), weights, "self_attn.out_proj")
+        y = linear(norm(x, weights, "layer_norm2", 1e-6), weights, "mlp.fc1")
+        x = x + linear(F.gelu(y, approximate="tanh"), weights, "mlp.fc2")
         states.append(x)
     return states[layer]
 
@@ -102,19 +102,19 @@ def qwen2(state, x, heads=4, shared=2):
     # head width 16: pairs (j, j + 8)
     angle = torch.arange(length)[:, None] / 10000.0 ** (torch.arange(8) / 8)[None]
 
-    def turn(part):
-        a = part[:, :8]
-        b = part[:, 8:]
+    def turn(vectors):
+        a = vectors[:, :8]
+        b = vectors[:, 8:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     while f"model.layers.{layer}.input_layernorm.weight" in state:
-        own = {
+        weights = {
             key.removeprefix(f"model.layers.{layer}."): value
             for key, value in state.items()
             if key.startswith(f"model.layers.{layer}.")
         }
-        y = rms(x, own["input_layernorm.weight"])
-        q, k, v = (linear(y, own, f"self_attn.{name}_proj") for name in "qkv")
+        y = rms(x, weights["input_layernorm.weight"])
+        q, k, v = (linear(y, weights, f"self_attn.{name}_proj") for name in "qkv")
         out = []
         for head in range(heads):
             at = slice(16 * head, 16 * head + 16)
@@ -122,11 +122,11 @@ def qwen2(state, x, heads=4, shared=2):
             scores = turn(q[:, at]) @ turn(k[:, kv]).T / 4
             scores[torch.ones(length, length).triu(1).bool()] = -math.inf
             out.append(scores.softmax(-1) @ v[:, kv])
-        x = x + linear(torch.cat(out, -1), own, "self_attn.o_proj")
-        y = rms(x, own["post_attention_layernorm.weight"])
+        x = x + linear(torch.cat(out, -1), weights, "self_attn.o_proj")
+        y = rms(x, weights["post_attention_layernorm.weight"])
         x = x + linear(
-            F.silu(linear(y, own, "mlp.gate_proj")) * linear(y, own, "mlp.up_proj"),
-            own,
+            F.silu(linear(y, weights, "mlp.gate_proj")) * linear(y, weights, "mlp.up_proj"),
+            weights,
             "mlp.down_proj",
         )
         layer += 1
@@ -146,8 +146,8 @@ def connect(state, plane, factor, columns_first=False, channels_by_column=False)
         for j in range(count):
             i_, j_ = (j, i) if columns_first else (i, j)
             block = torch.zeros(factor, factor, width)
-            part = plane[i_ * factor : (i_ + 1) * factor, j_ * factor : (j_ + 1) * factor]
-            block[: part.shape[0], : part.shape[1]] = part
+            inside = plane[i_ * factor : (i_ + 1) * factor, j_ * factor : (j_ + 1) * factor]
+            block[: inside.shape[0], : inside.shape[1]] = inside
             tokens.append((block.transpose(0, 1) if channels_by_column else block).reshape(-1))
     x = norm(torch.stack(tokens), state, "layers.1", 1e-5)
     if factor == 2:
@@ -174,13 +174,13 @@ def area(plane, height, width):
 def tiling(size, tile, least, most):
     """(columns, rows), by trying all that have as many tiles."""
     width, height = size
-    found, off = None, math.inf
+    closest, off = None, math.inf
     for count in range(least, most + 1):
         for columns in (n for n in range(1, count + 1) if count % n == 0):
             away = abs(width / height - columns / (count // columns))
             if away < off or (away == off and width * height > tile * tile * count / 2):
-                found, off = (columns, count // columns), away
-    return found
+                closest, off = (columns, count // columns), away
+    return closest
 
 
 def pixels(picture, columns, rows, tile):
@@ -208,8 +208,8 @@ def by_hand(
     """Image features, a list per <image>, and the logits behind the prompt."""
     config = json.loads((folder / "config.json").read_text())
     tower, connector, llm = (
-        load_file(folder / part / "model.safetensors")
-        for part in ("vision_tower", "mm_projector", "llm")
+        load_file(folder / subfolder / "model.safetensors")
+        for subfolder in ("vision_tower", "mm_projector", "llm")
     )
     tile = config["vision_tower_cfg"]["image_size"]
     side = tile // 14
@@ -280,9 +280,9 @@ def test_features_and_logits_are_those_of_the_model_written_out_by_hand(folders,
     vlm = load(name)
     batch = encode(load(name), size)
     features, logits = by_hand(folders[name], vlm.tokenizer, noise_picture(size), QUESTION)
-    found = vlm.vision(batch).pooler_output[0]
-    assert found.shape == torch.cat(features).shape
-    assert (found - torch.cat(features)).abs().max() < 1e-4
+    computed = vlm.vision(batch).pooler_output[0]
+    assert computed.shape == torch.cat(features).shape
+    assert (computed - torch.cat(features)).abs().max() < 1e-4
     assert (prefill(vlm, batch).logits[0, -1] - logits).abs().max() < 1e-4
 
 
@@ -333,8 +333,8 @@ def test_tower_and_connector_of_nvila_lite_8b_are_as_large_as_the_published_file
     with torch.device("meta"):
         model = Nvila(config)
     megabytes = [
-        2 * sum(parameter.numel() for parameter in part.parameters()) / 1e6
-        for part in (model.vision_tower, model.mm_projector)
+        2 * sum(parameter.numel() for parameter in module.parameters()) / 1e6
+        for module in (model.vision_tower, model.mm_projector)
     ]
     # bfloat16
     assert [round(size) for size in megabytes] == [827, 122]
@@ -407,11 +407,11 @@ def made_of(run):
     outputs = [block.output for block in run.tower.blocks]
     for token in run.tower.pooled:
         reached = [
-            part
-            for part in torch.autograd.grad(
+            gradient
+            for gradient in torch.autograd.grad(
                 token.sum(), outputs, retain_graph=True, allow_unused=True
             )
-            if part is not None
+            if gradient is not None
         ]
         assert len(reached) == 1, "the feature layer alone"
         yield (reached[0].flatten(0, 1).norm(dim=-1) > 0).nonzero()[:, 0].tolist()
@@ -424,20 +424,22 @@ def test_a_token_of_s2_is_made_of_patches_of_all_scales(load, monkeypatch, scale
         monkeypatch.setattr(config, "output_scale", scale)
     # 2 x 5 tiles of 4 x 4 patches, behind 1 and 4 tiles
     run = trace(vlm, encode(vlm, (300, 120)), [20])
-    found = [sorted(own[own >= 0].tolist()) for own in run.tower.sources]
-    assert found == list(made_of(run))
-    assert len(found) == [4, 16, 40][scale]
+    of_tokens = [sorted(patches[patches >= 0].tolist()) for patches in run.tower.sources]
+    assert of_tokens == list(made_of(run))
+    assert len(of_tokens) == [4, 16, 40][scale]
     assert len(run.tower.blocks[0].input) == 1 + 4 + 10
     assert all(
-        own[0] < 16 <= own[-1] and any(16 <= patch < 80 for patch in own) and own[-1] >= 80
-        for own in found
+        patches[0] < 16 <= patches[-1]
+        and any(16 <= patch < 80 for patch in patches)
+        and patches[-1] >= 80
+        for patches in of_tokens
     )
 
 
 def test_a_token_at_a_border_is_made_of_fewer_patches(load):
     # 1 x 2 tiles and both as one, 8 x 8 patches each
     sources = trace(load("nvila-lite"), encode(load("nvila-lite"), (224, 112)), [20]).tower.sources
-    assert [int((own >= 0).sum()) for own in sources] == [9, 9, 6, 9, 9, 6, 6, 6, 4] * 3
+    assert [int((patches >= 0).sum()) for patches in sources] == [9, 9, 6, 9, 9, 6, 6, 6, 4] * 3
     assert sorted(sources[11][sources[11] >= 0].tolist()) == [
         64 + row * 8 + column for row in range(3) for column in (6, 7)
     ]
@@ -559,13 +561,13 @@ def test_roborefer_is_read_without_its_depth_part(folders, load, tmp_path):
     shutil.copytree(folder / "vision_tower", folder / "depth_tower")
     shutil.copytree(folder / "mm_projector", folder / "depth_projector")
     vlm = common.load_model(folder, self_check=False)
-    own = load("nvila-lite")
+    plain = load("nvila-lite")
     batch = encode(vlm, SIZES[0])
     assert batch.prompts[0].startswith(
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n<image>"
     )
     assert torch.equal(
-        vlm.vision(batch).pooler_output[0], own.vision(encode(own, SIZES[0])).pooler_output[0]
+        vlm.vision(batch).pooler_output[0], plain.vision(encode(plain, SIZES[0])).pooler_output[0]
     )
 
 
@@ -577,17 +579,17 @@ def test_weights_in_shards_are_read(folders, load, tmp_path):
         f"model-0000{i + 1}-of-00002.safetensors": {key: state[key] for key in sorted(state)[i::2]}
         for i in range(2)
     }
-    for name, part in halves.items():
-        save_file(part, folder / "llm" / name)
+    for name, half in halves.items():
+        save_file(half, folder / "llm" / name)
     index = {
         "metadata": {},
-        "weight_map": {key: name for name, part in halves.items() for key in part},
+        "weight_map": {key: name for name, half in halves.items() for key in half},
     }
     (folder / "llm" / "model.safetensors.index.json").write_text(json.dumps(index))
     file.unlink()
     vlm = common.load_model(folder, self_check=False)
-    own = load("nvila-s2")
+    whole = load("nvila-s2")
     assert all(
-        torch.equal(value, own.model.state_dict()[name])
+        torch.equal(value, whole.model.state_dict()[name])
         for name, value in vlm.model.state_dict().items()
     )

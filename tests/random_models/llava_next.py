@@ -48,7 +48,12 @@ CHATML = (
 def local(tower):
     """A random tower in which a patch's features come mostly from its own pixels."""
     for name, p in tower.named_parameters():
-        p.data *= 8 if "patch_embed" in name else 0.3 if "out_proj" in name else 2
+        if "patch_embed" in name:
+            p.data *= 8
+        elif "out_proj" in name:
+            p.data *= 0.3
+        else:
+            p.data *= 2
     return tower
 
 

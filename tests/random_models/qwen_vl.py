@@ -56,7 +56,10 @@ def build(folder, make):
         vision_end_token_id=ids["<|vision_end|>"],
     )
     for name, p in local(model.model.visual).named_parameters():
-        p.data *= 3 if "deepstack" in name else 0.3 if "attn.proj" in name else 1
+        if "deepstack" in name:
+            p.data *= 3
+        elif "attn.proj" in name:
+            p.data *= 0.3
     sharpen(model, model.model.language_model.layers).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 48).save_pretrained(
