@@ -18,6 +18,7 @@ from tests.random_models.nvila import MODELS
 from vlmdiag import families as models
 from vlmdiag.cli import UsageError
 from vlmdiag.families import llava_original, nvila
+from vlmdiag.families.nvila_images import closest_tiling
 from vlmdiag.families.nvila_model import Nvila, NvilaConfig
 from vlmdiag.model.selfcheck import noise_picture
 from vlmdiag.model.vision import prefill
@@ -356,13 +357,13 @@ def test_the_tiling_is_the_closest_one():
             (448 * 3, 448 * 2),
         ]:
             assert (
-                nvila.closest_tiling((width, height), 448, least, most)
+                closest_tiling((width, height), 448, least, most)
                 == tiling((width, height), 448, least, most)[::-1]
             )
-    assert nvila.closest_tiling((400, 200), 448, 1, 12) == (1, 2)
-    assert nvila.closest_tiling((900, 900), 448, 1, 12) == (2, 2)
-    assert nvila.closest_tiling((2000, 1000), 448, 1, 12) == (2, 4)
-    assert nvila.closest_tiling((100, 100), 448, 9, 12) == (3, 3)
+    assert closest_tiling((400, 200), 448, 1, 12) == (1, 2)
+    assert closest_tiling((900, 900), 448, 1, 12) == (2, 2)
+    assert closest_tiling((2000, 1000), 448, 1, 12) == (2, 4)
+    assert closest_tiling((100, 100), 448, 9, 12) == (3, 3)
 
 
 def test_the_prompt_is_laid_out_as_published(load):
