@@ -113,7 +113,7 @@ class Run:
 
     def save(self, folder: str, model: LlavaForConditionalGeneration) -> None:
         """Write a model with its processor."""
-        from vlmdiag.scenes.training import save_model
+        from vlmdiag.scenes.decoder_training import save_model
 
         tokenizer_model = self.tokenizer_folder / "tokenizer.model"
         save_model(Path(self.args.out_dir) / folder, model, self.processor, tokenizer_model)
@@ -132,7 +132,8 @@ class Run:
         """Run a stage behind the tower and write its model; whether it is done."""
         import torch
 
-        from vlmdiag.scenes.training import Decoder, DecoderTraining, load_part, make_variant
+        from vlmdiag.scenes.decoder_training import Decoder, DecoderTraining, make_variant
+        from vlmdiag.scenes.training import load_part
 
         folder = self.options.folder
         load_part(folder, "tower", self.model.model.vision_tower)
