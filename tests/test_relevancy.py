@@ -433,7 +433,10 @@ def test_frozen_and_unfrozen_parameters_give_the_same_and_nothing_is_left(run):
     finally:
         vlm.model.requires_grad_(False)
     assert np.allclose(before, after, rtol=1e-4, atol=1e-6 * before.max())
-    assert vlm.parts.decoder.config._attn_implementation == "sdpa" and attention_gradient._calls.get() is None
+    assert (
+        vlm.parts.decoder.config._attn_implementation == "sdpa"
+        and attention_gradient._calls.get() is None
+    )
     assert not any(
         module._forward_hooks for module in vlm.parts.layers if "keep" in str(module._forward_hooks)
     )

@@ -467,9 +467,7 @@ def test_a_knockout_is_the_blocked_pass_over_the_whole_prompt(
     for record, arrays in items(tmp_path, "knockout", name).values():
         picture, question = picture_of(shapes, record["image_id"]), record["question"]
         plain = one(vlm, picture, question)
-        batch = one(
-            vlm, picture, question, answer_ids(vlm, plain.prompts[0], ablation.START)[:-1]
-        )
+        batch = one(vlm, picture, question, answer_ids(vlm, plain.prompts[0], ablation.START)[:-1])
         batch.groups[0, plain.groups.shape[1] :] = GROUPS.index("template")
         name_id = answer_ids(vlm, f"{plain.prompts[0]} {ablation.START}", record["answer"])[0]
         vision = batch.vision_positions(0).numpy()
