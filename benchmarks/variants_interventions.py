@@ -40,7 +40,8 @@ YES_NO = "Is there a red circle in this image?"
 
 Logits = dict[Any, "Float[Tensor, ' V']"]
 Answers = dict[str, list[list[int]]]
-Hook = Callable[..., tuple[Any, dict[str, Any]]]  # of the inputs of a module
+HookResult = tuple[tuple[Any, ...], dict[str, Any]]
+Hook = Callable[..., HookResult]  # of the inputs of a module
 
 
 @dataclass
@@ -143,7 +144,7 @@ def _filled_by_pairs(block: Block) -> Hook:
         for key in block.keys[0].nonzero()
     ]
 
-    def replace(module: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def replace(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
         states = args[0] if args else kwargs["hidden_states"]
         mask = _causal(states.shape[1], states.device)
         for query, key in pairs:
@@ -154,7 +155,7 @@ def _filled_by_pairs(block: Block) -> Hook:
 
 
 def _filled_by_index(block: Block) -> Hook:
-    def replace(module: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def replace(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
         states = args[0] if args else kwargs["hidden_states"]
         mask = _causal(states.shape[1], states.device)
         blocked = block.queries[0][:, None] & block.keys[0][None]
@@ -236,7 +237,7 @@ def ablation_published(case: Case, plan: Plan) -> Answers:
 
 
 def _overwriting(positions: Tensor, replacement: Tensor) -> Hook:
-    def replace(module: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def replace(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
         embeds = kwargs["inputs_embeds"]
         if embeds.shape[1] > 1:
             embeds = embeds.clone()

@@ -229,7 +229,7 @@ def _last_states(layers: Sequence[nn.Module]) -> Iterator[Mapping[int, Float[Ten
     kept: dict[int, Tensor] = {}
 
     def keeping(layer: int) -> Callable[[object, object, Any], None]:
-        def hook(module: object, args: object, output: Any) -> None:
+        def hook(module: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.shape[1] > 1:
                 kept[layer] = hidden[:, -1, :].detach().cpu().float().squeeze(0)

@@ -144,7 +144,9 @@ def _cube_corners(thing: Thing, scene: Scene) -> dict[tuple[int, int, int], Poin
 
 def outline(thing: Thing, scene: Scene) -> list[Point]:
     """Polygon of the object in pixels, [(x, y), ...]."""
-    x, y, r = thing.x, thing.y, thing.r
+    x = thing.x
+    y = thing.y
+    r = thing.r
     if thing.shape in ("circle", "sphere"):
         angles: list[float] = np.linspace(0, 2 * math.pi, 36, endpoint=False).tolist()
         return [(x + r * math.cos(angle), y + r * math.sin(angle)) for angle in angles]
