@@ -67,15 +67,15 @@ def psi_interval(
     original = np.asarray(original, float)
     permuted = np.asarray(permuted, float)
     images = len(original)
-    value = psi(original.mean(), permuted.mean())
+    value = float(psi(original.mean(), permuted.mean()))
 
     def resampled(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
         return psi(weights @ original, weights @ permuted)
 
-    low = high = np.array(np.nan)
-    if images > 1 and not np.isnan(value):
-        low, high = stats.bootstrap(resampled, images, level, num_resamples, seed)
-    return Interval(value, low, high, np.array(images))
+    if images < 2 or np.isnan(value):
+        return stats.interval_of(value, np.nan, np.nan, images)
+    low, high = stats.bootstrap(resampled, images, level, num_resamples, seed)
+    return stats.interval_of(value, float(low), float(high), images)
 
 
 def summarise(records: Sequence[Record]) -> Record:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from statistics import NormalDist
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -34,6 +34,12 @@ class Interval(NamedTuple):
     low: Array
     high: Array
     n: Array
+
+
+def interval_of(mean: float, low: float, high: float, n: int) -> Interval:
+    """The interval of one number; NumPy's scalars are arrays of shape () that print as numbers."""
+    scalars = (np.float64(mean), np.float64(low), np.float64(high), np.int64(n))
+    return Interval(*(cast("Array", scalar) for scalar in scalars))
 
 
 # --- resampling -----------------------------------------------------------------------------------
