@@ -399,9 +399,7 @@ def test_a_measure_of_places_says_that_there_are_none(run, shapes, tmp_path):
 def test_ablated_tokens_are_gone_as_in_a_plain_pass(
     run, models, shapes, tmp_path, name, monkeypatch
 ):
-    monkeypatch.setattr(
-        script["ablation"].module, "mentions", lambda *_: True
-    )  # a random model names nothing
+    monkeypatch.setattr(ablation, "mentions", lambda *_: True)  # a random model names nothing
     flags = (
         "--replacement",
         "zeros",
@@ -564,7 +562,8 @@ def test_an_overlay_of_tiles_lies_on_the_picture(run, models, shapes, tmp_path):
 def test_the_page_shows_what_the_model_tells(models, shapes):
     from vlmdiag.stethoscope import views
     from vlmdiag.stethoscope.analysis import Analysis, Decoding, Model
-    from vlmdiag.stethoscope.export import Shown, draw_patches, summary
+    from vlmdiag.stethoscope.export import Shown, summary
+    from vlmdiag.stethoscope.figures import draw_patches
 
     def asked(name):
         analysis = Analysis(
