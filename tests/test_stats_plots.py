@@ -273,8 +273,12 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
 def test_csv_keeps_all_digits_and_leaves_unmeasured_cells_empty(tmp_path):
     plots.save_csv(
         tmp_path / "t.csv",
-        {"layer": range(3), "a, b": np.array([1 / 3, np.nan]), "c": np.float32([0.5, np.nan, 1])},
+        {
+            "layer": range(3),
+            "a, b": np.array([1 / 3, np.nan]),
+            "c": np.float32([0.5, np.nan, 1]),
+            "d": [np.array(np.nan), np.array(2.5), None],  # numbers as arrays of shape ()
+        },
     )
-    assert (
-        tmp_path / "t.csv"
-    ).read_text() == 'layer,"a, b",c\n0,0.3333333333333333,0.5\n1,,\n2,,1.0\n'
+    written = (tmp_path / "t.csv").read_text()
+    assert written == 'layer,"a, b",c,d\n0,0.3333333333333333,0.5,\n1,,,2.5\n2,,1.0,\n'

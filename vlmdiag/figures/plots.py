@@ -304,6 +304,8 @@ def save_csv(
 def _cell(values: Sequence[object], row: int) -> object:
     """A value of a column, empty past its end and for NaN."""
     value = values[row] if row < len(values) else ""
+    if isinstance(value, np.ndarray):
+        value = value[()]  # of shape ()
     is_nan = isinstance(value, (float, np.floating)) and np.isnan(value)
     return "" if is_nan else value
 

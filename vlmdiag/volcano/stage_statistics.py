@@ -163,12 +163,12 @@ def ratio_interval(
     """
     n = len(other)
     value = float(ratio(other.mean(), initial.mean()))
-    low = high = np.array(np.nan)
-    if n > 1 and np.isfinite(value):
-        low, high = stats.bootstrap(
-            lambda weights: ratio(weights @ other, weights @ initial), n, level, num_resamples, seed
-        )
-    return Interval(*map(np.asarray, (value, low, high, n)))
+    if n < 2 or not np.isfinite(value):
+        return stats.interval_of(value, np.nan, np.nan, n)
+    low, high = stats.bootstrap(
+        lambda weights: ratio(weights @ other, weights @ initial), n, level, num_resamples, seed
+    )
+    return stats.interval_of(value, float(low), float(high), n)
 
 
 def p_value(observed: float, null: Float[np.ndarray, " B"]) -> float:
