@@ -357,7 +357,7 @@ def in_lines(cell):
     "form",
     [
         pytest.param("data URL", marks=not_yet("a data URL is no picture")),
-        pytest.param("MIME", marks=not_yet("line breaks inside a cell end the row")),
+        pytest.param("MIME", marks=not_yet("base64 in lines is no picture")),
         "BOM",
         pytest.param("blank line", marks=not_yet("an empty row is an error")),
         "trailing tab",
