@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import common
 from data import make_shapes
@@ -219,6 +220,20 @@ def test_a_form_that_cannot_be_used_is_one_line(model, form):
     else:
         edited(model / "config.json", vision_feature_select_strategy="full")
         edited(model / "processor_config.json", vision_feature_select_strategy="full")
+    try:
+        common.load_model(model)
+    except UsageError:
+        return
+
+
+@not_yet("a folder saved in 4 bits ends in a traceback")
+def test_a_folder_saved_in_four_bits_loads_or_is_one_line(model):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    quantised = LlavaForConditionalGeneration.from_pretrained(
+        TINY, quantization_config=config, dtype=torch.bfloat16
+    )
+    (model / "model.safetensors").unlink()
+    quantised.save_pretrained(model)
     try:
         common.load_model(model)
     except UsageError:
