@@ -225,13 +225,14 @@ SAVE = (
 
 def test_saved_figures_have_reproducible_bytes_and_carry_their_settings(tmp_path, capsys):
     stem = tmp_path / "new" / "llava-v1.5-7b"
+    others = plots.plt.get_fignums()
     written = plots.save(example_figure(), f"{stem}.png", {"a": Path("x"), "b": 1})
     assert written == [
         Path(f"{stem}.png"),
         Path(f"{stem}.pdf"),
     ] and capsys.readouterr().out.splitlines() == [f"wrote {path}" for path in written]
     first = [path.read_bytes() for path in written]
-    assert not plots.plt.get_fignums()
+    assert plots.plt.get_fignums() == others
     for name in (stem, f"{stem}.pdf"):
         plots.save(example_figure(), name, {"b": 1, "a": Path("x")})
         assert [path.read_bytes() for path in written] == first
