@@ -121,11 +121,36 @@ class VLM:
         return self.model.config.image_token_id
 
     @property
+    def answer_ends(self) -> dict[int, list[str]]:
+        """The ids that end an answer, and where each comes from: a model's files may disagree, so
+        all of them do."""
+        from vlmdiag.model.prompts import turn_end
+
+        ends: dict[int, list[str]] = {}
+        token = turn_end(self)
+        if token is not None:
+            of_turn = self.tokenizer.convert_tokens_to_ids(token)
+            ends[of_turn] = ["the end of a turn in the prompt's template"]
+        if self.tokenizer.eos_token_id is not None:
+            ends.setdefault(self.tokenizer.eos_token_id, []).append("the tokenizer's EOS")
+        of_config = self.model.generation_config.eos_token_id
+        for id in [of_config] if isinstance(of_config, int) else of_config or ():
+            ends.setdefault(id, []).append("the generation config")
+        return ends
+
+    @property
     def eos_ids(self) -> set[int]:
         """Ids that end an answer."""
-        ids = self.model.generation_config.eos_token_id
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return {ids} if isinstance(ids, int) else set(ids or ())
+        return set(self.answer_ends)
+
+    @property
+    def end_id(self) -> int:
+        """The id that a given answer ends with, the first of answer_ends; UsageError where none
+        does."""
+        ends = self.answer_ends
+        if not ends:
+            raise UsageError(f"{self.path}: neither its files nor its template end an answer")
+        return next(iter(ends))
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, without the token that ended it: MiniGPT-4's "###" is no special
@@ -158,7 +183,7 @@ class VLM:
         self, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
     ) -> Batch:
         """The prompts of samples about their pictures as a batch, padded on the left."""
-        from vlmdiag.model.prompts import encode
+        from vlmdiag.model.encoding import encode
 
         return encode(self, samples, images, strip_system)
 
@@ -274,6 +299,8 @@ def load_model(
     self-check fails.
     """
     from vlmdiag.model import loading
+    from vlmdiag.model.encoding import never_cut
+    from vlmdiag.model.prompts import guessed_prompt
     from vlmdiag.model.selfcheck import check
 
     config, described = loading.read_config(path, trust_remote_code, family)
@@ -306,14 +333,16 @@ def load_model(
         "quantize_type": quantize_type,
     }
     vlm = VLM(model, processor, described, str(path), options)
+    never_cut(vlm.tokenizer)
     if quantized is not None:
         loading.check_quantized(vlm)
     if image_aspect == "pad":
         loading.pad_to_square(vlm)
+    notes = [guessed_prompt(vlm)]
     if self_check and decoder_layers is None:
-        note = check(vlm)
-        if note:
-            print(f"{path}: {note}")
+        notes.append(check(vlm))
+    for note in filter(None, notes):
+        print(f"{path}: {note}")
     return vlm
 
 

@@ -15,7 +15,7 @@ if [ "${1:-}" = fast ]; then
 fi
 source tests/browser.sh
 code=0
-"${run[@]}" -n 2 --dist loadfile "$@" || code=$?
+"${run[@]}" -n 2 --dist loadfile --no-loadscope-reorder "$@" || code=$?
 if [ -z "${BROWSER:-}" ]; then
     echo "the tests of pages in a browser were skipped: no Chrome, Chromium or Edge is here; install one (Debian: apt-get install chromium chromium-driver)"
 fi

@@ -30,6 +30,19 @@ QUESTIONS = [
 ]
 
 
+# Files whose tests run whole commands: with two processes, each of which takes a file at a time, the
+# long ones begin first, so that none is left over for one process alone.
+LONG = ("readmes", "kills", "benchmark", "demo", "loading", "evaluate_relevancy", "swap_cli")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
 def command_module(path):
     """A command of the checkout as a module."""
     return importlib.import_module(".".join(Path(path).relative_to(ROOT).with_suffix("").parts))

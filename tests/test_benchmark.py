@@ -31,6 +31,18 @@ def quick(script, folder):
     return json.loads(out.read_text()), done.stdout
 
 
+# The commands of benchmarks/README.md are run here once each; its other ones need hours.
+SCRIPTS = ("diagnostics", "interventions", "volcano", "swap", "relevancy")
+
+
+@pytest.mark.parametrize("name", ["interventions", "volcano"])
+def test_a_quick_benchmark_gives_a_table_and_a_report(tmp_path, name):
+    report, printed = quick(f"bench_{name}.py", tmp_path)
+    assert report["size"] == "quick"
+    assert report["machine"]["threads"] == 1
+    assert len(table_of(printed)) > 3
+
+
 def table_of(printed):
     """The lines of the Markdown table."""
     return [line for line in printed.splitlines() if line.startswith("|")]

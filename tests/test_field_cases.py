@@ -147,7 +147,6 @@ def test_a_folder_that_is_no_whole_model_is_named_for_what_it_is(tmp_path, name)
 # --- prompts and ends of answers ------------------------------------------------------------------
 
 
-@not_yet("added tokens that are not special are taken apart")
 def test_added_tokens_that_are_not_special_are_left_to_the_tokenizer(tmp_path, picture):
     from tokenizers import AddedToken
     from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -165,7 +164,6 @@ def test_added_tokens_that_are_not_special_are_left_to_the_tokenizer(tmp_path, p
     assert "circle" in shown(vlm, encoded(vlm, picture, question))
 
 
-@not_yet("a truncation saved in tokenizer.json cuts the end of the prompt")
 def test_a_saved_truncation_is_never_applied(model, picture):
     cut = {"direction": "Right", "max_length": 188, "strategy": "LongestFirst", "stride": 0}
     edited(model / "tokenizer.json", truncation=cut)
@@ -174,7 +172,6 @@ def test_a_saved_truncation_is_never_applied(model, picture):
     assert shown(vlm, encoded(vlm, picture)) == shown(whole, encoded(whole, picture))
 
 
-@not_yet("the tokenizer's end token does not end an answer where the config names another")
 def test_the_tokenizers_end_token_ends_an_answer(model, picture):
     (model / "generation_config.json").unlink()
     config = json.loads((model / "config.json").read_text())
@@ -183,7 +180,6 @@ def test_the_tokenizers_end_token_ends_an_answer(model, picture):
     assert vlm.tokenizer.eos_token_id in vlm.eos_ids
 
 
-@not_yet("a template only in the tokenizer is passed over for Vicuna's, without a word")
 def test_a_template_that_only_the_tokenizer_has_is_the_prompt(model, picture):
     (model / "chat_template.jinja").unlink()
     template = (
@@ -196,7 +192,6 @@ def test_a_template_that_only_the_tokenizer_has_is_the_prompt(model, picture):
     assert "<|start_header_id|>" in encoded(vlm, picture).prompts[0]
 
 
-@not_yet("a placeholder typed at the question's edge is part of the question")
 def test_an_image_tag_at_the_edge_of_a_question_is_removed(picture):
     vlm = common.load_model(TINY, self_check=False)
     plain = encoded(vlm, picture, "Describe the image.")
@@ -204,7 +199,6 @@ def test_an_image_tag_at_the_edge_of_a_question_is_removed(picture):
     assert shown(vlm, plain) == shown(vlm, tagged)
 
 
-@not_yet("an old processor file or a template that refuses a system role ends in a traceback")
 @pytest.mark.parametrize("form", ["old processor", "system refused", "full features"])
 def test_a_form_that_cannot_be_used_is_one_line(model, form):
     if form == "old processor":

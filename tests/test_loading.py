@@ -32,7 +32,7 @@ def watch():
 load = lambda path: common.load_model(path, self_check=False, dtype={dtype!r})
 load({small!r})  # what is imported on the way
 before, seen, watching = held(), [], True
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 vlm = load({path!r})
 watching = False

@@ -320,7 +320,7 @@ def by_hand(
     features = torch.cat([of_crops[0].flatten(0, 1), torch.stack([token[2] for token in ordered])])
 
     table = torch.cat([state["transformer.wte.embedding"], state["transformer.wte.new_embedding"]])
-    start, end, patch, column = range(config["embedding_size"], config["embedding_size"] + 4)
+    start, end, patch, column = range(config["vocab_size"], config["vocab_size"] + 4)
 
     def line(count):
         return [patch] * count + [column] * row_ends

@@ -36,6 +36,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import test_benchmark
 from tests.conftest import command_module
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import spread
@@ -43,6 +44,7 @@ from vlmdiag.runs import rundirs
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "diagnostic_tools"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
 READMES = [
     path
     for name in (
@@ -520,7 +522,7 @@ def test_the_readme_names_every_file_and_field(checkout):
 
 @pytest.mark.parametrize(
     ("path", "folder", "words"),
-    [row for row in commands("bash") if row.values[0] != TOOLS / "README.md"],
+    [row for row in commands("bash") if row.values[0] not in (TOOLS / "README.md", BENCHMARKS)],
 )
 def test_a_command_for_the_tiny_models_runs(path, folder, words, request, tmp_path_factory):
     if words[0] != "python":
@@ -535,6 +537,12 @@ def test_a_command_for_the_tiny_models_runs(path, folder, words, request, tmp_pa
     done = run([sys.executable, *words[1:], *limits], root / folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_quick_benchmarks_of_the_readme_are_those_of_test_benchmark():
+    quick = [row.values[2] for row in commands("bash") if row.values[0] == BENCHMARKS]
+    scripts = [f"benchmarks/bench_{name}.py" for name in test_benchmark.SCRIPTS]
+    assert quick == [["python", script, "--quick"] for script in scripts]
 
 
 def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):

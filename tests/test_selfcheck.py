@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import common
+from tests.random_models import paligemma
 from vlmdiag.cli import UsageError
 from vlmdiag.families import Rotary
 from vlmdiag.families import generic as generic_family
 from vlmdiag.groups import GROUPS
+from vlmdiag.model import decoding, encoding, vision
 from vlmdiag.model.attention import Block, Row, capture, edit
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass
@@ -53,6 +55,56 @@ def test_positions_that_ignore_padding_are_found(load):
     vlm = load("qwen")
     with pytest.raises(UsageError, match="left-padded batch"):
         check(broken(vlm, positions=wrong))
+
+
+def test_positions_of_one_dimension_are_found_by_the_models_own_forward(load):
+    """What Qwen-VL falls back to by itself where it is not told of the picture."""
+
+    def flat(vlm, input_ids, mask, inputs):
+        ids = (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+        return ids, ids[0, :, -1] + 1
+
+    with pytest.raises(UsageError, match="own forward"):
+        check(broken(load("qwen"), positions=flat))
+
+
+def test_other_features_than_the_models_own_are_found(load, monkeypatch):
+    def louder(vlm, batch):
+        features = vision.image_features(vlm, batch)
+        features.pooler_output = [1.2 * tokens for tokens in features.pooler_output]
+        return features
+
+    vlm = load("llava")
+    monkeypatch.setattr(type(vlm), "vision", louder)
+    with pytest.raises(UsageError, match="own forward"):
+        check(vlm)
+
+
+def test_token_types_that_are_left_out_are_found(tmp_path):
+    vlm = common.load_model(paligemma.MODELS["paligemma"](tmp_path), self_check=False)
+    with pytest.raises(UsageError, match="left-padded batch|own forward"):
+        check(broken(vlm, inputs=None))
+
+
+def test_a_prompt_without_its_bos_is_found(load, monkeypatch):
+    tokenize = encoding._tokenize_with_picture
+
+    def without_bos(vlm, image, text):
+        tokens = tokenize(vlm, image, text)
+        return encoding._Tokens(tokens.ids[1:], tokens.offsets[1:], tokens.image_inputs)
+
+    monkeypatch.setattr(encoding, "_tokenize_with_picture", without_bos)
+    with pytest.raises(UsageError, match="own ids of the prompt differ from ours at token 0"):
+        check(load("llava"))
+
+
+def test_another_greedy_answer_than_transformers_is_found(load, monkeypatch):
+    def second_best(logits, step):
+        return logits.topk(2).indices[:, min(step, 1)]
+
+    monkeypatch.setattr(decoding, "_greedy", second_best)
+    with pytest.raises(UsageError, match="token 1 of a greedy answer"):
+        check(load("llava"))
 
 
 def test_positions_that_turn_otherwise_are_found(load):

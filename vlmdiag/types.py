@@ -60,8 +60,16 @@ class VLM(Protocol):
         """Id that stands for a vision token in a prompt."""
 
     @property
+    def answer_ends(self) -> dict[int, list[str]]:
+        """The ids that end an answer, and where each comes from."""
+
+    @property
     def eos_ids(self) -> set[int]:
         """Ids that end an answer."""
+
+    @property
+    def end_id(self) -> int:
+        """The id that a given answer ends with."""
 
     @property
     def rotary(self) -> Rotary:

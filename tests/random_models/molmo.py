@@ -130,7 +130,9 @@ def build(folder, kind):
     """config.json, two shards with their index, tokenizer and preprocessor_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = len(tokenizer_of()) + 7
-    tokenizer_of(rows).save_pretrained(folder)
+    # OLMo's table has more rows than tokens; the extra tokens come behind the tokens
+    tokens = rows - 3 if kind == "o" else rows
+    tokenizer_of(tokens).save_pretrained(folder)
     state = {f"model.{name}": value for name, value in parameters(kind, rows).items()}
     shards = {
         f"model-0000{i + 1}-of-00002.safetensors": {
@@ -162,7 +164,7 @@ def build(folder, kind):
         "torch_dtype": "float32",
         "use_cache": True,
         "use_position_ids": True,
-        "vocab_size": rows - 3,
+        "vocab_size": tokens,
         "weight_tying": False,
         "auto_map": {
             "AutoConfig": "config_molmo.MolmoConfig",

@@ -164,7 +164,7 @@ def _measure(
             features=features,
         )
     if measures.paper_compat and rope is not None:
-        longer = extended(batch, [min(vlm.eos_ids)])
+        longer = extended(batch, [vlm.end_id])
         rope = rope_probe(longer)
         with capture(vlm, [rope]):
             generate(vlm, longer, 1, features=features)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlmdiag.families import Family, Parts, QFormer, generic
@@ -196,16 +196,18 @@ def load(
     path: str,
     config: PreTrainedConfig,
     model_class: type[PreTrainedModel] = Blip2,
+    processor_class: type[ProcessorMixin] = Blip2Processor,
     **options: Unpack[LoadOptions],
 ) -> Loaded:
-    """The model of a class and its processor; ValueError where the text model is another one or the
+    """The model of a class and its processor, whatever class of processor the files name: those of
+    InstructBLIP name the one for videos. ValueError where the text model is another one or the
     checkpoint is older than image tokens in the prompt."""
     if config.text_config.model_type not in DECODERS:
         raise ValueError(
             f"its text model {config.text_config.model_type!r} is none of {', '.join(DECODERS)}"
         )
     model = generic.load_model_class(model_class, path, config, options)
-    processor = generic.load_processor(path, options.get("trust_remote_code", False))
+    processor = processor_class.from_pretrained(path, **generic.PIL_BACKEND)
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     same_queries = processor.num_query_tokens == config.num_query_tokens
     if not same_queries or config.image_token_index != image_id:

@@ -130,10 +130,15 @@ class Family:
     parts: Callable[[PreTrainedModel], Parts]
 
     # --- the prompt ---
-    # (vlm) -> system prompt where the user gives none, or None
-    default_system: Callable[[VLM], str | None] | None = None
+    # (vlm, prompt without a system prompt) -> system prompt where neither the user nor the template
+    # gives one, or None
+    default_system: Callable[[VLM, str], str | None] | None = None
     # (vlm, question, system) -> text, for processors without a chat template
     prompt: Callable[[VLM, str, str | None], str] | None = None
+    # `prompt` is a guess, so a chat template of the tokenizer's comes before it
+    guesses_prompt: bool = False
+    # (vlm) -> the token that ends an answer, where no chat template says so
+    turn_end: Callable[[VLM], str | None] | None = None
     # token strings that stand around or between image tokens
     markup: tuple[str, ...] = ()
     # (vlm, prompt) -> more image inputs of one sample, {name: (1, m)}, for connectors that read it

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from transformers import InstructBlipForConditionalGeneration
+from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
 from vlmdiag.families import Family, Parts, blip2, generic
 
@@ -44,7 +44,9 @@ class InstructBlip(blip2.LanguageOutput, InstructBlipForConditionalGeneration):
 
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
     """As BLIP-2; answers end at the tokenizer's EOS."""
-    model, processor = blip2.load(path, config, model_class=InstructBlip, **options)
+    model, processor = blip2.load(
+        path, config, model_class=InstructBlip, processor_class=InstructBlipProcessor, **options
+    )
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     return model, processor
 

@@ -142,8 +142,8 @@ class Processor:
     def __call__(
         self, images: Image, text: str, return_tensors: str = "pt", **_: object
     ) -> dict[str, Tensor]:
-        """input_ids and attention_mask (1, T), offset_mapping (1, T, 2), and the picture's
-        inputs."""
+        """input_ids, attention_mask and image_embeds_position_mask (1, T), offset_mapping (1, T,
+        2), and the picture's inputs."""
         encoded = self.tokenizer(
             self.head + text.strip(),
             add_special_tokens=False,
@@ -159,6 +159,7 @@ class Processor:
         return {
             "input_ids": ids,
             "attention_mask": encoded["attention_mask"],
+            "image_embeds_position_mask": (ids == self.place).long(),
             "offset_mapping": offsets,
             **picture,
         }

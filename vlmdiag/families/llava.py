@@ -15,8 +15,9 @@ GPUs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, VipLlavaForConditionalGeneration
@@ -29,7 +30,13 @@ from vlmdiag.pictures.grid import PatchGrid
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-    from transformers import BaseImageProcessor, LlavaConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import (
+        BaseImageProcessor,
+        LlavaConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        ProcessorMixin,
+    )
     from typing_extensions import Unpack
 
     from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
@@ -118,7 +125,24 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     """UsageError for --conv_mode, which is for checkpoints in the authors' layout."""
     generic.refuse_conv_mode(path, options, "transformers' own")
     model = generic.load_model_class(class_of(config), path, config, options)
-    return model, generic.load_processor(path, options.get("trust_remote_code", False))
+    processor = generic.load_processor(path, options.get("trust_remote_code", False))
+    complete(processor, config)
+    return model, processor
+
+
+def has_cls(config: PreTrainedConfig) -> bool:
+    """Whether the tower puts a CLS before its patches."""
+    return config.vision_config.model_type == "clip_vision_model"
+
+
+def complete(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Give a processor the numbers from which it counts vision tokens: old ones lack some, and the
+    model goes by its config."""
+    processor.patch_size = processor.patch_size or config.vision_config.patch_size
+    # ViP-LLaVA drops the CLS and has no such setting
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    processor.vision_feature_select_strategy = strategy
+    processor.num_additional_image_tokens = int(has_cls(config))
 
 
 def parts(model: PreTrainedModel) -> Parts:
@@ -140,38 +164,100 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# by text model type: (system, user turn up to the answer)
-TEMPLATES = {
-    "llama": ("{system} ", "USER: <image>\n{question} ASSISTANT:"),
-    "mistral": ("", "[INST] <image>\n{question} [/INST]"),
-    "phi3": (
+
+
+class Turn(NamedTuple):
+    """How a text model is asked."""
+
+    system: str  # the prompt's beginning where there is a system prompt
+    user: str  # the user's turn up to the answer
+    end: str | None = None  # the token that ends an answer, where it is not the tokenizer's EOS
+
+
+TURNS = {
+    "vicuna": Turn("{system} ", "USER: <image>\n{question} ASSISTANT:"),
+    "mistral": Turn("", "[INST] <image>\n{question} [/INST]"),
+    "phi3": Turn(
         "<|system|>\n{system}<|end|>\n",
         "<|user|>\n<image>\n{question}<|end|>\n<|assistant|>\n",
+        "<|end|>",
     ),
-    "qwen2": (
+    "chatml": Turn(
         "<|im_start|>system\n{system}<|im_end|>\n",
         "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
     ),
+    "llama3": Turn(
+        "<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "gemma": Turn(
+        "",
+        "<start_of_turn>user\n<image>\n{question}<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
+}
+# Marks of turns in the vocabulary say more than the text model's type: a Phi-3 or a Llama 3 may
+# have been saved as a Llama.
+MARKS = {
+    "<|start_header_id|>": "llama3",
+    "<|im_start|>": "chatml",
+    "<start_of_turn>": "gemma",
+    "<|end|>": "phi3",
+}
+OF_TYPE = {
+    "llama": "vicuna",
+    "mistral": "mistral",
+    "phi3": "phi3",
+    "qwen2": "chatml",
+    "qwen3": "chatml",
+    "gemma": "gemma",
+    "gemma2": "gemma",
 }
 
 
+def turns_of(vlm: VLM) -> Turn | None:
+    """How the text model is asked, by the marks of turns in the vocabulary, else by its type; None
+    for a type that is not known."""
+    added = vlm.tokenizer.get_added_vocab()
+    by_mark = next((name for mark, name in MARKS.items() if mark in added), None)
+    name = by_mark or OF_TYPE.get(vlm.model.config.text_config.model_type)
+    return TURNS[name] if name else None
+
+
 def prompt(vlm: VLM, question: str, system: str | None) -> str:
-    """For processors without a chat template: by the type of the text model."""
-    kind = vlm.model.config.text_config.model_type
-    if kind not in TEMPLATES:
+    """For checkpoints without a chat template. UsageError where the text model is not known."""
+    turns = turns_of(vlm)
+    if turns is None:
+        kind = vlm.model.config.text_config.model_type
         raise UsageError(
             f"{vlm.path}: no chat template and no known prompt for text model {kind!r}; give"
             " --prompt_template"
         )
-    head, turn = TEMPLATES[kind]
-    start = head.replace("{system}", system) if system else ""
-    return start + turn.replace("{question}", question)
+    start = turns.system.replace("{system}", system) if system else ""
+    return start + turns.user.replace("{question}", question)
 
 
-def default_system(vlm: VLM) -> str | None:
-    """LLaVA-1.5 was trained behind this sentence; LLaVAs on other text models have their own
-    templates."""
-    return SYSTEM if vlm.model.config.text_config.model_type == "llama" else None
+def turn_end(vlm: VLM) -> str | None:
+    """The token that ends an answer, where no chat template says so."""
+    templates = (getattr(part, "chat_template", None) for part in (vlm.processor, vlm.tokenizer))
+    turns = None if any(templates) else turns_of(vlm)
+    known = vlm.tokenizer.get_vocab()
+    return turns.end if turns and turns.end in known else None
+
+
+def default_system(vlm: VLM, prompt: str) -> str | None:
+    """The sentence in front of LLaVA-1.5's prompt; LLaVAs that are asked in another way have none.
+
+    It is the one with which LLaVA's authors, and Beyond Semantics after them, evaluate (llava_v1);
+    the models were trained behind nearly the same (vicuna_v1: "a curious user ... the user's
+    questions"). The chat template of the published conversions has none: --system_prompt ''.
+    """
+    is_llama = vlm.model.config.text_config.model_type == "llama"
+    is_asked_like_vicuna = "USER:" in prompt and "ASSISTANT:" in prompt
+    return SYSTEM if is_llama and is_asked_like_vicuna else None
 
 
 # --- the grid -------------------------------------------------------------------------------------
@@ -219,9 +305,14 @@ def get_resize_output_image_size(shape: tuple[int, int], edge: int) -> tuple[int
 
 
 def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
-    """One cell per patch of the preprocessed square, CLS dropped."""
+    """One cell per patch of the preprocessed square. The CLS is dropped, or has no box."""
     rows, columns = generic.patch_sides(inputs, vlm.processor.patch_size)
-    return PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
+    patches = PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
+    extra = getattr(vlm.processor, "num_additional_image_tokens", 0)
+    if not extra or vlm.processor.vision_feature_select_strategy == "default":
+        return patches
+    boxes = np.concatenate([np.full((1, 4), np.nan), patches.boxes])
+    return PatchGrid(boxes, None, size)
 
 
 FAMILY = Family(
@@ -236,6 +327,8 @@ FAMILY = Family(
     parts=parts,
     grid=grid,
     prompt=prompt,
+    guesses_prompt=True,
+    turn_end=turn_end,
     positions=generic.positions,
     rotary=generic.rotary,
     default_system=default_system,

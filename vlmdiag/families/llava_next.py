@@ -52,7 +52,10 @@ LOADERS = {
 
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
     """By the loader of the model's type."""
-    return LOADERS[config.model_type](path, config, **options)
+    model, processor = LOADERS[config.model_type](path, config, **options)
+    if config.model_type == "llava_next":
+        llava.complete(processor, config)
+    return model, processor
 
 
 # --- the canvas -----------------------------------------------------------------------------------
@@ -220,6 +223,8 @@ FAMILY = Family(
     grid=grid,
     sources=sources,
     prompt=llava.prompt,
+    guesses_prompt=True,
+    turn_end=llava.turn_end,
     positions=generic.positions,
     rotary=generic.rotary,
     has=frozenset({"decoder-only", "causal", "rotary", "grid"}),

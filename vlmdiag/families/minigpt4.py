@@ -393,7 +393,7 @@ def prompt(vlm: VLM, question: str, system: str | None) -> str:
     return f"{system or ''}{start}<Img>{IMAGE}</Img> {question}{end}"
 
 
-def default_system(vlm: VLM) -> str:
+def default_system(vlm: VLM, prompt: str) -> str:
     """The sentence of the published demo."""
     return SYSTEM
 

@@ -34,7 +34,9 @@ down: what a token read at layer -9 counts in the gradients alone, and what arri
 no token keeps is not shown. The published model adds the features to the embedding of <im_patch>;
 get_image_features() gives that sum, so a vision token is replaced by its row.
 
-128 embeddings of extra tokens have no row in the LM head: no answer can hold them.
+The tokens around pictures follow `vocab_size`. Where the embedding table of the text model ends
+there too (7B-D) they are among 128 extra embeddings, which have no row in the LM head: no answer
+can hold them. 7B-O's table has more rows, which they take.
 Mixture-of-experts models (MolmoE) and other connectors are refused. Config keys of our own, for
 small models in the first layout: those of config.yaml that the published code has as constants
 (`vision_backbone`, ...).

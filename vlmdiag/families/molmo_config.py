@@ -84,9 +84,10 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
 
 class MolmoConfig(PreTrainedConfig):
     """text_config (Qwen2 or Olmo2; vocab_size: rows of the LM head), vision_config (CLIP);
-    embedding_rows of the table; vit_layers: indices of the tower's hidden states; projector_size:
-    width inside the SwiGLU; max_crops; margins: patches that a crop drops at an inner (left or
-    upper, right or lower) side; fix_image_padding; image_mean, image_std."""
+    embedding_rows of the table; first_extra_id: of the tokens around pictures; vit_layers: indices
+    of the tower's hidden states; projector_size: width inside the SwiGLU; max_crops; margins:
+    patches that a crop drops at an inner (left or upper, right or lower) side; fix_image_padding;
+    image_mean, image_std."""
 
     model_type = "molmo"
     sub_configs = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
@@ -96,6 +97,7 @@ class MolmoConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | None = None,
         vision_config: CLIPVisionConfig | None = None,
         embedding_rows: int = 0,
+        first_extra_id: int = 0,
         vit_layers: Sequence[int] = (-2, -9),
         projector_size: int = 0,
         max_crops: int = 12,
@@ -109,6 +111,7 @@ class MolmoConfig(PreTrainedConfig):
         self.text_config: PreTrainedConfig = text_config
         self.vision_config: PreTrainedConfig = vision_config
         self.embedding_rows = embedding_rows
+        self.first_extra_id = first_extra_id
         self.vit_layers = list(vit_layers)
         self.projector_size = projector_size
         self.max_crops = max_crops
@@ -179,6 +182,7 @@ def read_config(path: str, raw: Config) -> MolmoConfig:
             layer_norm_eps=vision["image_norm_eps"],
         ),
         embedding_rows=rows + settings["additional_vocab_size"],
+        first_extra_id=settings["vocab_size"],
         vit_layers=layers,
         projector_size=hidden // 2,
         max_crops=settings["max_crops"],

@@ -170,20 +170,22 @@ def tokenizer_place(folder: Path, config: MolmoConfig) -> str | Path:
 
 
 def make_tokenizer(folder: Path, config: MolmoConfig) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. In the native layout the text model's, filled up to the embedding
-    table and the extra tokens behind it."""
+    """The checkpoint's tokenizer. In the native layout the text model's, filled up to the config's
+    vocab_size, and the extra tokens behind it. That is not behind the embedding table of the text
+    model, which may have more rows (7B-O: 100352, its extra tokens start at 100278)."""
     # with a config of ours, because the folder's asks for the checkpoint's code
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_place(folder, config), config=config.text_config
     )
-    first = config.text_config.vocab_size
+    first = config.first_extra_id
     if PATCH not in tokenizer.get_vocab():
         fill = [f"|<EXTRA_TOKENS_{i}>|" for i in range(first - len(tokenizer))]
         tokenizer.add_tokens([*fill, *EXTRA], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(list(EXTRA))
     if ids != list(range(first, first + len(EXTRA))):
         raise ValueError(
-            f"the ids of {', '.join(EXTRA)} are {ids}, wanted {first} and those after it"
+            f"the ids of {', '.join(EXTRA)} are {ids}, wanted {first} (vocab_size of the config)"
+            " and those after it"
         )
     # neither text model has a BOS: its end of text stands there
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token

@@ -56,8 +56,9 @@ class PlainProcessor(PaliGemmaProcessor):
         text: str | Sequence[str] | None = None,
         **options: object,
     ) -> BatchFeature:
-        """Without the labels of training, which differ by question and are no input of the
-        tower."""
+        """With token types, as theirs; without the labels of training, which differ by question
+        and are no input of the tower."""
+        options.setdefault("return_token_type_ids", True)
         return ProcessorMixin.__call__(self, images=images, text=text, **options)
 
     def prepare_inputs_layout(

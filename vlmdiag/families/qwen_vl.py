@@ -59,7 +59,10 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     model = generic.load_model_class(model_class, path, config, options)
     tokenizer = AutoTokenizer.from_pretrained(path)
     images = Qwen2VLImageProcessorPil.from_pretrained(path)
-    return model, processor_class(images, tokenizer, chat_template=tokenizer.chat_template)
+    # The template of the processor's own file comes first: the tokenizer's may be for text alone.
+    template = processor_class.get_processor_dict(path)[0].get("chat_template")
+    template = template or tokenizer.chat_template
+    return model, processor_class(images, tokenizer, chat_template=template)
 
 
 def parts(model: PreTrainedModel) -> Parts:

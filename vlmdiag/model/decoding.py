@@ -191,7 +191,7 @@ def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
         ids = ids[len(lead) :]
     else:
         ids = vlm.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*ids, min(vlm.eos_ids)]
+    return [*ids, vlm.end_id]
 
 
 def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batch:

@@ -1,40 +1,31 @@
-"""From a sample to a batch: the prompt as text, its tokens and their groups, padded on the left.
-
-Groups come from token ids and from tokenizer offsets in the rendered prompt, never from counting:
-each token is asked which characters of the prompt it stands for, and the prompt knows where its
-system prompt and its question are.
-"""
+"""The prompt of a question as text: where it comes from, its system prompt, where a turn ends."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from jinja2 import TemplateError
 
-from vlmdiag.batch import Batch, joined
 from vlmdiag.cli import UsageError
-from vlmdiag.groups import GROUPS, PAD, VISION
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import ProcessorMixin
 
-    from vlmdiag.pictures.grid import PatchGrid
-    from vlmdiag.pictures.samples import Sample
-    from vlmdiag.types import VLM
+    from vlmdiag.types import VLM, Record
 
 Span = tuple[int, int]  # characters [start, end)
 
-# Characters of private use that stand for question and system prompt while a template is rendered.
+# Characters of private use that stand for what is filled in after a template is rendered.
 _QUESTION = "\ue010\ue011"
 _SYSTEM = "\ue012\ue013"
+_ANSWER = "\ue014\ue015"
 
-
-# --- the prompt as text ---------------------------------------------------------------------------
+# what a chat template raises, by itself or on content that it does not expect
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
 class Rendered(NamedTuple):
@@ -45,81 +36,240 @@ class Rendered(NamedTuple):
     question: Span
 
 
+# --- where a prompt comes from --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What makes a model's prompts."""
+
+    name: str  # for people
+    is_guess: bool  # not the checkpoint's word for a prompt with a picture
+    render: Callable[[str, str | None], str]  # (question, system prompt) -> text
+    # (user turns behind the answer) -> a conversation with _ANSWER in it; None: none can be made
+    answered: Callable[[int], str] | None = None
+
+
+def prompt_source(vlm: VLM) -> str:
+    """Where a model's prompts come from, in words."""
+    return _source(vlm).name
+
+
+def guessed_prompt(vlm: VLM) -> str | None:
+    """A line that says which prompt is used where the checkpoint has none for pictures; None where
+    it has one, or --prompt_template gives one."""
+    source = _source(vlm)
+    if not source.is_guess:
+        return None
+    text = prompt_for(vlm, "QUESTION").text
+    return f"the prompt is {text!r}, by {source.name}; another one: --prompt_template"
+
+
+def _source(vlm: VLM) -> _Source:
+    """--prompt_template, else the model's own."""
+    template: str | None = vlm.options.get("prompt_template")
+    if template is None:
+        return _own_source(vlm)
+    image_token = getattr(vlm.processor, "image_token", "<image>")
+    return _Source("--prompt_template", False, _template_renderer(template, image_token))
+
+
+def _own_source(vlm: VLM) -> _Source:
+    """The processor's chat template, the family's prompt, or the tokenizer's chat template with the
+    picture put in front of the question. A family that only guesses comes last. UsageError where
+    there is none."""
+    if getattr(vlm.processor, "chat_template", None) is not None:
+        return _chat_source(vlm, vlm.processor, "the processor's chat template")
+    prompt = vlm.family.prompt
+    of_tokenizer = getattr(vlm.tokenizer, "chat_template", None)
+    if of_tokenizer is not None and (prompt is None or vlm.family.guesses_prompt):
+        return _chat_source(vlm, vlm.tokenizer, "the tokenizer's chat template")
+    if prompt is None:
+        raise UsageError(
+            f"{vlm.path} has no chat template; give the prompt with --prompt_template '..."
+            " {image} ... {question} ...'"
+        )
+    family_prompt = prompt
+
+    def render(question: str, system: str | None) -> str:
+        return family_prompt(vlm, question, system)
+
+    if vlm.family.guesses_prompt:
+        return _Source("its text model, for it has no chat template", True, render)
+    return _Source(f"the prompt of {vlm.family.name} (vlmdiag/families)", False, render)
+
+
+def _template_renderer(template: str, image_token: str) -> Callable[[str, str | None], str]:
+    """--prompt_template, in which \\n stands for a line break."""
+    if "{question}" not in template:
+        raise UsageError("--prompt_template has no {question}")
+
+    def render(question: str, system: str | None) -> str:
+        text = template.replace("{system}", system or "").replace("{image}", image_token)
+        return text.replace("\\n", "\n").replace("{question}", question)
+
+    return render
+
+
+def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
+    """The chat template of a processor or tokenizer. It is made for messages whose content is a
+    list of parts, or for text alone: then the placeholder of the picture stands in front of the
+    question. UsageError where it cannot be rendered, or makes no room for a picture."""
+
+    as_text = {"tokenize": False} if owner is vlm.tokenizer else {}
+
+    def rendered(messages: list[Record], ends: bool = False) -> str:
+        return owner.apply_chat_template(messages, add_generation_prompt=not ends, **as_text)
+
+    parts = _user(_QUESTION, None)
+    without_picture = {"role": "user", "content": parts["content"][1:]}
+    placeholder = None
+    reason = "it writes no picture"
+    try:
+        text = rendered([parts])
+        takes_parts = _QUESTION in text and text != rendered([without_picture])
+    except _REFUSALS as error:
+        takes_parts = False
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if not takes_parts:
+        placeholder = getattr(vlm.processor, "image_token", None) or "<image>"
+        added = vlm.tokenizer.get_added_vocab()
+        if any(mark in added for mark in vlm.family.markup):
+            raise UsageError(
+                f"{vlm.path}: {name} cannot be used for a picture ({reason}); give"
+                " --prompt_template, or put the chat_template.json of the published model beside it"
+            )
+        name += f" for text, with {placeholder} in front of the question"
+        try:
+            rendered([_user(_QUESTION, placeholder)])
+        except _REFUSALS as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UsageError(
+                f"{vlm.path}: {name} cannot be rendered ({reason}); give --prompt_template"
+            ) from error
+
+    def render(question: str, system: str | None) -> str:
+        messages = [_user(question, placeholder)]
+        if system is not None:
+            messages.insert(0, _message("system", system, placeholder is None))
+        return rendered(messages)
+
+    def answered(turns: int) -> str:
+        user = _user(_QUESTION, placeholder)
+        answer = _message("assistant", _ANSWER, placeholder is None)
+        return rendered([user, answer, *[user] * turns], ends=True)
+
+    return _Source(name, placeholder is not None, render, answered)
+
+
+def _message(role: str, text: str, as_parts: bool) -> Record:
+    return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+
+
+def _user(question: str, placeholder: str | None) -> Record:
+    """The user's turn as parts, or as text with a placeholder in front."""
+    if placeholder is not None:
+        return _message("user", f"{placeholder}\n{question}", False)
+    message = _message("user", question, True)
+    return {"role": "user", "content": [{"type": "image"}, *message["content"]]}
+
+
+# --- a question's prompt --------------------------------------------------------------------------
+
+
 def prompt_for(vlm: VLM, question: str, strip_system: bool = False) -> Rendered:
-    """The prompt of a question: from --prompt_template, the processor's chat template, or the
-    family's own. strip_system leaves the system prompt out. UsageError where none of them gives
-    one, or the template changes the question."""
-    render = _renderer(vlm)
-    system: str | None = vlm.options.get("system_prompt")
-    if system is None and vlm.family.default_system:
-        system = vlm.family.default_system(vlm)
-    if system is not None and not strip_system:
-        text = render(_SYSTEM)
+    """The prompt of a question. strip_system, or --system_prompt '': without a system prompt. A
+    placeholder of the picture at the question's edge, as training data have it, is removed.
+    UsageError where there is no template, or it refuses the given system prompt; ValueError where
+    it changes the question."""
+    source = _source(vlm)
+    question = _without_placeholder(vlm, question)
+
+    def render(system: str | None) -> str:
+        return source.render(_QUESTION, system)
+
+    given: str | None = vlm.options.get("system_prompt")
+    # message: what the system message says, None where there is none
+    if strip_system or given == "":
+        text, system, message = _with_own_system(render, strip=True)
+    elif given is not None:
+        text, system, message = _with_given_system(vlm, render), given, given
     else:
-        text, system = _with_own_system(render, strip_system)
+        text, system, message = _with_own_system(render, strip=False)
+        default = vlm.family.default_system
+        if not system and default is not None:
+            message = default(vlm, text)
+            marked = _rendered_or_none(render, _SYSTEM) if message else None
+            if marked is not None and _SYSTEM in marked:
+                text, system = marked, message or ""
+            else:
+                message = None
     if _QUESTION not in text:
         raise UsageError(
             f"{vlm.path}: the chat template does not keep the question as it is; give"
             " --prompt_template"
         )
-    return _filled(text, system or "", question)
+    # Templates may write both without blanks at an end.
+    whole = source.render(question, message)
+    for asked, said in itertools.product(_trimmed(question), _trimmed(system)):
+        filled = _filled(text, said, asked)
+        if filled.text == whole:
+            return filled
+    raise ValueError(
+        f"the chat template changes the question {question!r} or the system prompt; give"
+        " --prompt_template"
+    )
 
 
-def _renderer(vlm: VLM) -> Callable[[str | None], str]:
-    """render(system) -> the prompt with _QUESTION for its question; None: no system message."""
-    template: str | None = vlm.options.get("prompt_template")
-    if template is not None:
-        return _template_renderer(template, getattr(vlm.processor, "image_token", "<image>"))
-    if getattr(vlm.processor, "chat_template", None) is not None:
-        return _chat_renderer(vlm)
-    family_prompt = vlm.family.prompt
-    if family_prompt is None:
+def _trimmed(text: str) -> tuple[str, ...]:
+    return text, text.rstrip(), text.lstrip(), text.strip()
+
+
+def _with_given_system(vlm: VLM, render: Callable[[str | None], str]) -> str:
+    """The prompt with _SYSTEM for --system_prompt; UsageError where the template has no room."""
+    try:
+        text = render(_SYSTEM)
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split())[:120]
         raise UsageError(
-            f"{vlm.path} has no chat template; give the prompt with --prompt_template '..."
-            " {image} ... {question} ...'"
+            f"{vlm.path}: the chat template refuses a system prompt ({reason}); leave out"
+            " --system_prompt, or give the whole prompt with --prompt_template"
+        ) from error
+    if _SYSTEM not in text and vlm.options.get("prompt_template") is None:
+        raise UsageError(
+            f"{vlm.path}: its prompt has no room for --system_prompt; give the whole prompt with"
+            " --prompt_template"
         )
-    return lambda system: family_prompt(vlm, _QUESTION, system)
+    return text
 
 
-def _template_renderer(template: str, image_token: str) -> Callable[[str | None], str]:
-    """--prompt_template, in which \\n stands for a line break."""
-    if "{question}" not in template:
-        raise UsageError("--prompt_template has no {question}")
-
-    def render(system: str | None) -> str:
-        text = template.replace("{system}", system or "").replace("{image}", image_token)
-        return text.replace("{question}", _QUESTION).replace("\\n", "\n")
-
-    return render
+def _rendered_or_none(render: Callable[[str | None], str], system: str | None) -> str | None:
+    """The prompt, None where the template refuses the system message."""
+    try:
+        return render(system)
+    except _REFUSALS:
+        return None
 
 
-def _chat_renderer(vlm: VLM) -> Callable[[str | None], str]:
-    def render(system: str | None) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
-        messages = [{"role": "user", "content": content}]
-        if system is not None:
-            text = [{"type": "text", "text": system}]
-            messages.insert(0, {"role": "system", "content": text})
-        return vlm.processor.apply_chat_template(messages, add_generation_prompt=True)
-
-    return render
-
-
-def _with_own_system(render: Callable[[str | None], str], strip: bool) -> tuple[str, str]:
-    """(prompt, system prompt) where the user gives none or strips it. A template may write a system
-    prompt of its own: it is what a prompt without a system message has in the place where one with
-    a system message has that message."""
+def _with_own_system(
+    render: Callable[[str | None], str], strip: bool
+) -> tuple[str, str, str | None]:
+    """(prompt, system prompt, system message) where the user gives none or strips it. A template
+    may write a system prompt of its own: it is what a prompt without a system message has in the
+    place where one with a system message has that message."""
     text = render(None)
-    marked = render(_SYSTEM)
+    marked = _rendered_or_none(render, _SYSTEM)
+    if marked is None:
+        return text, "", None
     before, _, after = marked.partition(_SYSTEM)
     own = ""
     if marked != before and text.startswith(before) and text.endswith(after):
         own = text[len(before) : len(text) - len(after)]
     if not own:
-        return text, ""
+        return text, "", None
     if strip:
-        return render(""), ""
-    return before + _SYSTEM + after, own
+        return render(""), "", ""
+    return before + _SYSTEM + after, own, None
 
 
 def _filled(text: str, system: str, question: str) -> Rendered:
@@ -135,278 +285,56 @@ def _filled(text: str, system: str, question: str) -> Rendered:
     return Rendered(text, spans.get(_SYSTEM) if system else None, spans[_QUESTION])
 
 
-# --- special strings in a question ----------------------------------------------------------------
-
-
-@dataclass
-class _Hidden:
-    """A prompt in whose question every special string is one character that stands for it."""
-
-    text: str
-    system: Span | None
-    question: Span
-    stand_in: str
-    typed: list[str]  # the special strings, in order
-
-    @property
-    def places(self) -> list[int]:
-        """Characters of the text that stand for special strings."""
-        start, end = self.question
-        return [i for i in range(start, end) if self.text[i] == self.stand_in]
-
-
-def _hide_typed_specials(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> _Hidden:
-    """Special strings that a person typed, such as </s>, must stay text: hide them from the
-    tokenizer; _put_back() tokenizes them as text."""
-    start, end = rendered.question
-    names = {str(token) for token in tokenizer.all_special_tokens}
-    names |= set(tokenizer.get_added_vocab())
-    specials = sorted((name for name in names if name), key=len, reverse=True)
-    stand_in = next(chr(code) for code in range(0xE020, 0xF8FF) if chr(code) not in rendered.text)
-    question = ""
-    typed = []
-    remaining = rendered.text[start:end]
-    while remaining:
-        special = next((name for name in specials if remaining.startswith(name)), None)
-        if special is None:
-            question += remaining[0]
-            remaining = remaining[1:]
-        else:
-            question += stand_in
-            typed.append(special)
-            remaining = remaining[len(special) :]
-    text = rendered.text[:start] + question + rendered.text[end:]
-    return _Hidden(text, rendered.system, (start, start + len(question)), stand_in, typed)
-
-
-def _put_back(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: _Tokens,
-    groups: list[int],
-    places: list[int],
-    typed: list[str],
-) -> tuple[list[int], list[int]]:
-    """(ids, groups) with the tokens at each place (a character of the processor's text) replaced by
-    the special string that was typed there, tokenized as text."""
-    ids_after: list[int] = []
-    groups_after: list[int] = []
-    done = set()
-    for id, group, (start, end) in zip(tokens.ids, groups, tokens.offsets, strict=True):
-        inside = [k for k, place in enumerate(places) if start <= place < end]
-        if not inside:
-            ids_after.append(id)
-            groups_after.append(group)
-        for k in inside:
-            if k not in done:
-                done.add(k)
-                as_text = _ids_as_text(tokenizer, typed[k])
-                ids_after += as_text
-                groups_after += [GROUPS.index("user")] * len(as_text)
-    return ids_after, groups_after
-
-
-def _ids_as_text(tokenizer: PreTrainedTokenizerBase, special: str) -> list[int]:
-    """Ids of a special string as ordinary text, as they come behind other text."""
-    lead = tokenizer(":", add_special_tokens=False)["input_ids"]
-    ids = tokenizer(":" + special, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if ids[: len(lead)] == lead:
-        ids = ids[len(lead) :]
-    # T5 has its special strings as pieces too, and Kosmos-2's tags are not special: by characters
-    if set(ids) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
-        ids = []
-        for character in special:
-            alone = tokenizer(":" + character, add_special_tokens=False)["input_ids"]
-            ids += alone[len(lead) :]
-    return list(ids)
-
-
-# --- tokens and their groups ----------------------------------------------------------------------
-
-
-@dataclass
-class _Tokens:
-    """What the processor makes of a prompt and its picture."""
-
-    ids: list[int]
-    offsets: list[Span]  # characters of the processor's text
-    image_inputs: dict[str, Tensor]
-
-
-def _tokenize_with_picture(vlm: VLM, image: Image, text: str) -> _Tokens:
-    bos = vlm.tokenizer.bos_token
-    inputs = vlm.processor(
-        images=image,
-        text=text,
-        return_tensors="pt",
-        return_offsets_mapping=True,
-        add_special_tokens=not (bos and text.startswith(bos)),
+def _without_placeholder(vlm: VLM, question: str) -> str:
+    """A question without the placeholders of the picture at its edges: the prompt has its own."""
+    placeholders = {"<image>", getattr(vlm.processor, "image_token", None) or "<image>"}
+    bare = question
+    while True:
+        found = [mark for mark in placeholders if bare.startswith(mark) or bare.endswith(mark)]
+        if not found:
+            break
+        bare = bare.removeprefix(found[0]).removesuffix(found[0]).strip()
+    if bare == question or not bare:
+        return question
+    _say_once(
+        f"{', '.join(sorted(placeholders))} at the edge of a question is removed: the prompt"
+        " has the picture in its own place"
     )
-    ids = inputs.pop("input_ids")[0].tolist()
-    offsets = [(start, end) for start, end in inputs.pop("offset_mapping")[0].tolist()]
-    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-        inputs.pop(name, None)
-    return _Tokens(ids, offsets, dict(inputs))
+    return bare
 
 
-@dataclass
-class _PictureShift:
-    """From characters of the prompt to those of the processor's text, and back.
-
-    The processor writes as many image tokens as the picture has in place of the one placeholder,
-    so that what stands behind it moves:
-
-        prompt      USER: <image> What is it?
-        processor   USER: <image><image><image><image> What is it?
-                          ^ start                      ^ end
-                                                       every character from here on moved by `by`
-    """
-
-    start: int
-    end: int
-    by: int
-
-    @classmethod
-    def of(cls, vlm: VLM, tokens: _Tokens, text: str) -> _PictureShift:
-        """Measured on the offsets of one prompt. ValueError where it has no image token."""
-        pictures = [i for i, id in enumerate(tokens.ids) if id == vlm.image_token_id]
-        if not pictures:
-            raise ValueError(
-                f"the processor put no image token (id {vlm.image_token_id}) into the prompt"
-            )
-        first, last = tokens.offsets[pictures[0]], tokens.offsets[pictures[-1]]
-        start = first[0] if first[1] else 0
-        placeholder = getattr(vlm.processor, "image_token", None)
-        if placeholder:
-            start = text.rfind(placeholder, 0, first[0] + len(placeholder))
-        by = max(end for _, end in tokens.offsets) - len(text)
-        return cls(start, last[1], by)
-
-    def in_prompt(self, place: int) -> int:
-        """The character of the prompt at a place of the processor's text."""
-        return place - self.by if place >= self.end else place
-
-    def moved(self, span: Span) -> Span:
-        """Where a span of the prompt is in the processor's text."""
-        by = self.by if span[0] >= self.start else 0
-        return span[0] + by, span[1] + by
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line)
 
 
-def _groups_of(vlm: VLM, tokens: _Tokens, hidden: _Hidden, shift: _PictureShift) -> list[int]:
-    """The group of every token, as an index into GROUPS."""
-    tokenizer = vlm.tokenizer
-    added = tokenizer.get_added_vocab()
-    names = [name for name in vlm.family.markup if name in added]
-    markup = {tokenizer.convert_tokens_to_ids(name) for name in names}
-    question = shift.moved(hidden.question)
-    # BLIP's vision tokens come before the BOS
-    of_text = (i for i, id in enumerate(tokens.ids) if id != vlm.image_token_id)
-    first = next(of_text, None)
-
-    def group(index: int) -> str:
-        id = tokens.ids[index]
-        start, end = tokens.offsets[index]
-        if id == vlm.image_token_id:
-            return "vision"
-        if id in markup or (shift.start <= start < end <= shift.end):
-            return "image_markup"
-        if index == first and id == tokenizer.bos_token_id:
-            return "bos"
-        in_prompt = shift.in_prompt(start)
-        text = hidden.text[in_prompt : in_prompt + end - start]
-        # A token belongs to the question by its first character that is no blank; a token of blanks
-        # alone, as at the question's end, by its first one.
-        word = start + len(text) - len(text.lstrip(" "))
-        places = {word, start} if text and not text.strip(" ") else {word}
-        if any(question[0] <= place < question[1] for place in places):
-            return "user"
-        system_place = shift.in_prompt(min(word, end - 1))
-        if hidden.system and hidden.system[0] <= system_place < hidden.system[1]:
-            return "system"
-        return "template"
-
-    return [GROUPS.index(group(index)) for index in range(len(tokens.ids))]
+# --- where a turn ends ----------------------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """One sample's tokens, their groups, what the tower gets, and the prompt as text."""
-
-    ids: list[int]
-    groups: list[int]
-    image_inputs: dict[str, Tensor]
-    prompt: str
-
-
-def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = False) -> Encoded:
-    """Tokens and groups of a question about a picture. Special strings in the question stay text.
-    ValueError where the processor puts no image token into the prompt."""
-    rendered = prompt_for(vlm, question, strip_system)
-    hidden = _hide_typed_specials(rendered, vlm.tokenizer)
-    tokens = _tokenize_with_picture(vlm, image, hidden.text)
-    if vlm.family.read_text:
-        tokens.image_inputs |= vlm.family.read_text(vlm, rendered.text)
-    shift = _PictureShift.of(vlm, tokens, hidden.text)
-    groups = _groups_of(vlm, tokens, hidden, shift)
-    ids = tokens.ids
-    if hidden.typed:
-        by = shift.moved(hidden.question)[0] - hidden.question[0]
-        places = [place + by for place in hidden.places]
-        ids, groups = _put_back(vlm.tokenizer, tokens, groups, places, hidden.typed)
-    return Encoded(ids, groups, tokens.image_inputs, rendered.text)
-
-
-def encode(
-    vlm: VLM, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
-) -> Batch:
-    """Samples and their pictures as a batch. The processor sees each sample alone; padding goes to
-    the left. ValueError where the prompt and the grid disagree on the number of vision tokens."""
-    encoded = [
-        encode_sample(vlm, image, sample.question, strip_system)
-        for sample, image in zip(samples, images, strict=True)
-    ]
-    lengths = [len(sample.ids) for sample in encoded]
-    longest = max(lengths)
-    pad = vlm.tokenizer.pad_token_id
-    input_ids = torch.full((len(encoded), longest), 0 if pad is None else pad)
-    mask = torch.zeros(len(encoded), longest, dtype=torch.long)
-    groups = torch.full((len(encoded), longest), PAD)
-    for row, sample in enumerate(encoded):
-        prompt = slice(longest - len(sample.ids), longest)
-        input_ids[row, prompt] = torch.tensor(sample.ids)
-        mask[row, prompt] = 1
-        groups[row, prompt] = torch.tensor(sample.groups)
-    image_rows = [
-        {name: value for name, value in sample.image_inputs.items() if torch.is_tensor(value)}
-        for sample in encoded
-    ]
-    input_ids, mask, groups = (x.to(vlm.device) for x in (input_ids, mask, groups))
-    positions, next_position = vlm.family.positions(vlm, input_ids, mask, joined(image_rows))
-    grids: list[PatchGrid | None] = [None] * len(encoded)
-    if vlm.family.grid:
-        for row, (image, sample) in enumerate(zip(images, encoded, strict=True)):
-            grid = vlm.family.grid(vlm, image.size, sample.image_inputs)
-            tokens = int((groups[row] == VISION).sum())
-            if grid is not None and len(grid.boxes) != tokens:
-                raise ValueError(
-                    f"the prompt has {tokens} vision tokens, the grid of {vlm.family.name}"
-                    f" {len(grid.boxes)}"
-                )
-            grids[row] = grid
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        next_position=next_position,
-        groups=groups,
-        image_rows=image_rows,
-        pictures=[_digest(row) for row in image_rows],
-        prompts=[sample.prompt for sample in encoded],
-        lengths=lengths,
-        grids=grids,
-        samples=list(samples),
-    )
-
-
-def _digest(image_row: dict[str, Tensor]) -> bytes:
-    """What tells one picture from another."""
-    content = b"".join(value.numpy().tobytes() for value in image_row.values())
-    return hashlib.blake2b(content).digest()
+def turn_end(vlm: VLM) -> str | None:
+    """The token with which the model's own chat template ends an answer; None where it writes none
+    or there is no template."""
+    if vlm.family.turn_end is not None:
+        token = vlm.family.turn_end(vlm)
+        if token is not None:
+            return token
+    try:
+        source = _own_source(vlm)
+    except UsageError:
+        return None
+    if source.answered is None:
+        return None
+    added = sorted(vlm.tokenizer.get_added_vocab(), key=len, reverse=True)
+    start_of_turn = source.render(_QUESTION, None).partition(_QUESTION)[0]
+    for turns in (0, 1):  # some templates end a turn only where another one follows
+        try:
+            _, answer, after = source.answered(turns).partition(_ANSWER)
+        except _REFUSALS:
+            continue
+        if not answer:
+            return None
+        after = after.lstrip()
+        token = next((name for name in added if name.strip() and after.startswith(name)), None)
+        if token is not None and (turns == 0 or token not in start_of_turn):
+            return token
+    return None

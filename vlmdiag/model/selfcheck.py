@@ -3,14 +3,16 @@ each check fails in one clear line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import VISION
@@ -21,6 +23,8 @@ from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
 
 if TYPE_CHECKING:
+    from transformers.generation import GenerateDecoderOnlyOutput
+
     from vlmdiag.batch import Batch
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.types import VLM
@@ -64,6 +68,17 @@ class _Keys(Probe):
         self.keys[layer] = row.key.float()
 
 
+class _LastRows(Probe):
+    """The last row of each layer's attention at the prefill, (B, H, T)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Tensor] = {}
+
+    def attention(self, layer: int, row: Row) -> None:
+        if self.step == 0:
+            self.rows[layer] = row.weights.float()
+
+
 def exact(vlm: VLM) -> bool:
     """Whether products are made in float32; int8 rounds what enters a layer too."""
     return vlm.dtype == torch.float32 and not getattr(vlm.model, "is_loaded_in_8bit", False)
@@ -96,6 +111,7 @@ def check(vlm: VLM) -> str | None:
     else:
         generation = generate(vlm, batch, 2, answers=[ANSWER, ANSWER])
     _check_padding(vlm, batch, samples, picture, tolerance * 10)
+    _check_own_word(vlm, samples[0], picture, tolerance * 10)
     if not generation.logprobs.isfinite().all():
         _fail(vlm, "log-probabilities are not finite")
     if decoder_only and "rotary" in vlm.family.has and not _turns(vlm, samples[0], picture):
@@ -104,6 +120,129 @@ def check(vlm: VLM) -> str | None:
         vlm.family = replace(vlm.family, has=vlm.family.has - {"rotary"}, rotary=None)
     grid = batch.grids[0]
     return None if grid is None else _check_grid(vlm, batch, grid, picture)
+
+
+def _check_own_word(
+    vlm: VLM, sample: Sample, picture: Image.Image, tolerance: float, steps: int = 3
+) -> None:
+    """Our encoding, features, positions and token types give what the processor's complete output
+    gives in the model's own generate(), with eager attention: ids of the prompt, logits, the last
+    row of each layer's attention, and greedy ids."""
+    batch = vlm.encode([sample], [picture])
+    prompt = batch.prompts[0]
+    inputs = own_inputs(vlm, picture, prompt)
+    ours = batch.input_ids[0].tolist()
+    theirs = inputs["input_ids"][0].tolist()
+    if ours != theirs:
+        differing = (
+            i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) > 1
+        )
+        place = next(differing, min(len(ours), len(theirs)))
+        _fail(
+            vlm,
+            f"the processor's own ids of the prompt differ from ours at token {place} of"
+            f" {len(theirs)}",
+        )
+    options = GenerationConfig(
+        max_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=sorted(vlm.eos_ids),
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        decoder_start_token_id=vlm.model.generation_config.decoder_start_token_id,
+    )
+    with _eager(vlm) as own_rows:
+        output = vlm.model.generate(**inputs, generation_config=options)
+    with capture(vlm, [rows := _LastRows()]) if "decoder-only" in vlm.family.has else nullcontext():
+        generation = generate(vlm, batch, steps)
+    own_first = output.logits[0][0].float().log_softmax(-1)
+    difference = _relative(generation.first[0].to(own_first) - own_first, own_first)
+    if difference > tolerance:
+        _fail(
+            vlm,
+            "logits of the model's own forward on its processor's output differ from ours by"
+            f" {difference:.1e} (relative)",
+        )
+    for layer, own in own_rows.items():
+        apart = float((own - rows.rows[layer].to(own)).abs().max())
+        if apart > tolerance:
+            _fail(
+                vlm,
+                f"the last row of layer {layer}'s attention differs from the model's own by"
+                f" {apart:.1e}",
+            )
+    _compare_answers(vlm, generation.ids[0], output, tolerance)
+
+
+def _compare_answers(
+    vlm: VLM, ours: list[int], output: GenerateDecoderOnlyOutput, tolerance: float
+) -> None:
+    """The greedy ids are those of transformers' generate(), up to a step at which its two best
+    logits are no further apart than rounding may move them."""
+    theirs = output.sequences[0].tolist()[-len(output.logits) :]
+    for step, (mine, own) in enumerate(zip(ours, theirs, strict=False)):
+        best = output.logits[step][0].float().topk(2).values
+        if float(best[0] - best[1]) <= tolerance * float(best[0].abs()):
+            return
+        if mine != own:
+            _fail(
+                vlm,
+                f"token {step} of a greedy answer is {vlm.text([mine])!r} here and"
+                f" {vlm.text([own])!r} in transformers' generate()",
+            )
+
+
+def own_inputs(vlm: VLM, picture: Image.Image, prompt: str) -> dict[str, Tensor]:
+    """All that the model's processor makes of a picture and a prompt, as its forward takes it."""
+    bos = vlm.tokenizer.bos_token
+    inputs = vlm.processor(
+        images=picture,
+        text=prompt,
+        return_tensors="pt",
+        add_special_tokens=not (bos and prompt.startswith(bos)),
+    )
+    if vlm.family.read_text is not None:
+        inputs |= vlm.family.read_text(vlm, prompt)
+    inputs.pop("offset_mapping", None)  # of characters, for us
+    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+    return {
+        name: value.to(vlm.device, vlm.dtype if value.is_floating_point() else value.dtype)
+        for name, value in tensors.items()
+    }
+
+
+@contextmanager
+def _eager(vlm: VLM) -> Iterator[dict[int, Tensor]]:
+    """Within the context the decoder's attention is eager. Yields {layer: its last row (B, H, T)},
+    filled by the first pass: of a whole map only that row is kept."""
+    rows: dict[int, Tensor] = {}
+
+    def keeping(layer: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: object, output: object) -> None:
+            for part in output if isinstance(output, tuple) else ():
+                if torch.is_tensor(part) and part.ndim == 4 and part.shape[2] == part.shape[3]:
+                    rows.setdefault(layer, part[:, :, -1].float())
+
+        return keep
+
+    hooks = []
+    if "decoder-only" in vlm.family.has:
+        hooks = [
+            module.register_forward_hook(keeping(layer))
+            for layer, block in enumerate(vlm.parts.layers)
+            for module in block.modules()
+            if "attention" in type(module).__name__.lower()
+        ]
+    decoder = vlm.parts.decoder
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        yield rows
+    finally:
+        decoder.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_padding(

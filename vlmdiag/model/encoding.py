@@ -1,0 +1,337 @@
+"""From a sample to a batch: the tokens of its prompt and their groups, padded on the left.
+
+Groups come from token ids and from tokenizer offsets in the rendered prompt, never from counting:
+each token is asked which characters of the prompt it stands for, and the prompt knows where its
+system prompt and its question are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vlmdiag.batch import Batch, joined
+from vlmdiag.groups import GROUPS, PAD, VISION
+from vlmdiag.model.prompts import Rendered, Span, prompt_for
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.types import VLM
+
+
+def never_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Forget a truncation or padding that was saved with a tokenizer: its processor would cut
+    prompts by it. Batches are padded here, see encode()."""
+    for name in ("max_length", "truncation", "truncation_strategy", "stride", "padding"):
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.init_kwargs.pop("pad_to_multiple_of", None)
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+
+
+# --- special strings in a question ----------------------------------------------------------------
+
+
+@dataclass
+class _Hidden:
+    """A prompt in whose question every special string is one character that stands for it."""
+
+    text: str
+    system: Span | None
+    question: Span
+    stand_in: str
+    typed: list[str]  # the special strings, in order
+
+    @property
+    def places(self) -> list[int]:
+        """Characters of the text that stand for special strings."""
+        start, end = self.question
+        return [i for i in range(start, end) if self.text[i] == self.stand_in]
+
+
+def _specials(vlm: VLM, rendered: Rendered) -> list[str]:
+    """Strings that mean something besides their letters, longest first: the tokenizer's special
+    tokens, what stands for the picture, and the marks with which the prompt itself is built. Other
+    added tokens, a fine-tune's own words or runs of blanks, are ordinary vocabulary."""
+    start, end = rendered.question
+    around = rendered.text[:start] + rendered.text[end:]
+    names = {str(token) for token in vlm.tokenizer.all_special_tokens} | set(vlm.family.markup)
+    names.add(getattr(vlm.processor, "image_token", None) or "")
+    for token in vlm.tokenizer.added_tokens_decoder.values():
+        name = token.content.strip()
+        is_mark = not name.isalnum() and name in around
+        if token.special or (name and is_mark):
+            names.add(token.content)
+    return sorted(filter(None, names), key=len, reverse=True)
+
+
+def _hide_typed_specials(vlm: VLM, rendered: Rendered) -> _Hidden:
+    """Special strings that a person typed, such as </s>, must stay text: hide them from the
+    tokenizer; _put_back() tokenizes them as text."""
+    start, end = rendered.question
+    specials = _specials(vlm, rendered)
+    stand_in = next(chr(code) for code in range(0xE020, 0xF8FF) if chr(code) not in rendered.text)
+    question = ""
+    typed = []
+    remaining = rendered.text[start:end]
+    while remaining:
+        special = next((name for name in specials if remaining.startswith(name)), None)
+        if special is None:
+            question += remaining[0]
+            remaining = remaining[1:]
+        else:
+            question += stand_in
+            typed.append(special)
+            remaining = remaining[len(special) :]
+    text = rendered.text[:start] + question + rendered.text[end:]
+    return _Hidden(text, rendered.system, (start, start + len(question)), stand_in, typed)
+
+
+def _put_back(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: _Tokens,
+    groups: list[int],
+    places: list[int],
+    typed: list[str],
+) -> tuple[list[int], list[int]]:
+    """(ids, groups) with the tokens at each place (a character of the processor's text) replaced by
+    the special string that was typed there, tokenized as text."""
+    ids_after: list[int] = []
+    groups_after: list[int] = []
+    done = set()
+    for id, group, (start, end) in zip(tokens.ids, groups, tokens.offsets, strict=True):
+        inside = [k for k, place in enumerate(places) if start <= place < end]
+        if not inside:
+            ids_after.append(id)
+            groups_after.append(group)
+        for k in inside:
+            if k not in done:
+                done.add(k)
+                as_text = _ids_as_text(tokenizer, typed[k])
+                ids_after += as_text
+                groups_after += [GROUPS.index("user")] * len(as_text)
+    return ids_after, groups_after
+
+
+def _ids_as_text(tokenizer: PreTrainedTokenizerBase, special: str) -> list[int]:
+    """Ids of a special string as ordinary text, as they come behind other text."""
+    lead = tokenizer(":", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(":" + special, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if ids[: len(lead)] == lead:
+        ids = ids[len(lead) :]
+    # T5 has its special strings as pieces too, and Kosmos-2's tags are not special: by characters
+    if set(ids) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
+        ids = []
+        for character in special:
+            alone = tokenizer(":" + character, add_special_tokens=False)["input_ids"]
+            ids += alone[len(lead) :]
+    return list(ids)
+
+
+# --- tokens and their groups ----------------------------------------------------------------------
+
+
+# what a processor says of each token besides its id, which a batch has in its own way
+OF_TOKENS = ("attention_mask", "mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
+
+
+@dataclass
+class _Tokens:
+    """What the processor makes of a prompt and its picture."""
+
+    ids: list[int]
+    offsets: list[Span]  # characters of the processor's text
+    image_inputs: dict[str, Tensor]
+
+
+def _tokenize_with_picture(vlm: VLM, image: Image, text: str) -> _Tokens:
+    bos = vlm.tokenizer.bos_token
+    inputs = vlm.processor(
+        images=image,
+        text=text,
+        return_tensors="pt",
+        return_offsets_mapping=True,
+        add_special_tokens=not (bos and text.startswith(bos)),
+    )
+    ids = inputs.pop("input_ids")[0].tolist()
+    offsets = [(start, end) for start, end in inputs.pop("offset_mapping")[0].tolist()]
+    for name in OF_TOKENS:
+        inputs.pop(name, None)
+    return _Tokens(ids, offsets, dict(inputs))
+
+
+@dataclass
+class _PictureShift:
+    """From characters of the prompt to those of the processor's text, and back.
+
+    The processor writes as many image tokens as the picture has in place of the one placeholder,
+    so that what stands behind it moves:
+
+        prompt      USER: <image> What is it?
+        processor   USER: <image><image><image><image> What is it?
+                          ^ start                      ^ end
+                                                       every character from here on moved by `by`
+    """
+
+    start: int
+    end: int
+    by: int
+
+    @classmethod
+    def of(cls, vlm: VLM, tokens: _Tokens, text: str) -> _PictureShift:
+        """Measured on the offsets of one prompt. ValueError where it has no image token."""
+        pictures = [i for i, id in enumerate(tokens.ids) if id == vlm.image_token_id]
+        if not pictures:
+            raise ValueError(
+                f"the processor put no image token (id {vlm.image_token_id}) into the prompt"
+            )
+        first, last = tokens.offsets[pictures[0]], tokens.offsets[pictures[-1]]
+        start = first[0] if first[1] else 0
+        placeholder = getattr(vlm.processor, "image_token", None)
+        if placeholder:
+            start = text.rfind(placeholder, 0, first[0] + len(placeholder))
+        by = max(end for _, end in tokens.offsets) - len(text)
+        return cls(start, last[1], by)
+
+    def in_prompt(self, place: int) -> int:
+        """The character of the prompt at a place of the processor's text."""
+        return place - self.by if place >= self.end else place
+
+    def moved(self, span: Span) -> Span:
+        """Where a span of the prompt is in the processor's text."""
+        by = self.by if span[0] >= self.start else 0
+        return span[0] + by, span[1] + by
+
+
+def _groups_of(vlm: VLM, tokens: _Tokens, hidden: _Hidden, shift: _PictureShift) -> list[int]:
+    """The group of every token, as an index into GROUPS."""
+    tokenizer = vlm.tokenizer
+    added = tokenizer.get_added_vocab()
+    names = [name for name in vlm.family.markup if name in added]
+    markup = {tokenizer.convert_tokens_to_ids(name) for name in names}
+    question = shift.moved(hidden.question)
+    # BLIP's vision tokens come before the BOS
+    of_text = (i for i, id in enumerate(tokens.ids) if id != vlm.image_token_id)
+    first = next(of_text, None)
+
+    def group(index: int) -> str:
+        id = tokens.ids[index]
+        start, end = tokens.offsets[index]
+        if id == vlm.image_token_id:
+            return "vision"
+        if id in markup or (shift.start <= start < end <= shift.end):
+            return "image_markup"
+        if index == first and id == tokenizer.bos_token_id:
+            return "bos"
+        in_prompt = shift.in_prompt(start)
+        text = hidden.text[in_prompt : in_prompt + end - start]
+        # A token belongs to the question by its first character that is no blank; a token of blanks
+        # alone, as at the question's end, by its first one.
+        word = start + len(text) - len(text.lstrip(" "))
+        places = {word, start} if text and not text.strip(" ") else {word}
+        if any(question[0] <= place < question[1] for place in places):
+            return "user"
+        system_place = shift.in_prompt(min(word, end - 1))
+        if hidden.system and hidden.system[0] <= system_place < hidden.system[1]:
+            return "system"
+        return "template"
+
+    return [GROUPS.index(group(index)) for index in range(len(tokens.ids))]
+
+
+class Encoded(NamedTuple):
+    """One sample's tokens, their groups, what the tower gets, and the prompt as text."""
+
+    ids: list[int]
+    groups: list[int]
+    image_inputs: dict[str, Tensor]
+    prompt: str
+
+
+def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = False) -> Encoded:
+    """Tokens and groups of a question about a picture. Special strings in the question stay text.
+    ValueError where the processor puts no image token into the prompt."""
+    rendered = prompt_for(vlm, question, strip_system)
+    hidden = _hide_typed_specials(vlm, rendered)
+    tokens = _tokenize_with_picture(vlm, image, hidden.text)
+    if vlm.family.read_text:
+        tokens.image_inputs |= vlm.family.read_text(vlm, rendered.text)
+    shift = _PictureShift.of(vlm, tokens, hidden.text)
+    groups = _groups_of(vlm, tokens, hidden, shift)
+    ids = tokens.ids
+    if hidden.typed:
+        by = shift.moved(hidden.question)[0] - hidden.question[0]
+        places = [place + by for place in hidden.places]
+        ids, groups = _put_back(vlm.tokenizer, tokens, groups, places, hidden.typed)
+    return Encoded(ids, groups, tokens.image_inputs, rendered.text)
+
+
+def encode(
+    vlm: VLM, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
+) -> Batch:
+    """Samples and their pictures as a batch. The processor sees each sample alone; padding goes to
+    the left. ValueError where the prompt and the grid disagree on the number of vision tokens."""
+    encoded = [
+        encode_sample(vlm, image, sample.question, strip_system)
+        for sample, image in zip(samples, images, strict=True)
+    ]
+    lengths = [len(sample.ids) for sample in encoded]
+    longest = max(lengths)
+    pad = vlm.tokenizer.pad_token_id
+    rows = vlm.model.get_input_embeddings().num_embeddings
+    if pad is None or pad >= rows:  # it is masked, but has to have a row
+        pad = 0
+    input_ids = torch.full((len(encoded), longest), pad)
+    mask = torch.zeros(len(encoded), longest, dtype=torch.long)
+    groups = torch.full((len(encoded), longest), PAD)
+    for row, sample in enumerate(encoded):
+        prompt = slice(longest - len(sample.ids), longest)
+        input_ids[row, prompt] = torch.tensor(sample.ids)
+        mask[row, prompt] = 1
+        groups[row, prompt] = torch.tensor(sample.groups)
+    image_rows = [
+        {name: value for name, value in sample.image_inputs.items() if torch.is_tensor(value)}
+        for sample in encoded
+    ]
+    input_ids, mask, groups = (x.to(vlm.device) for x in (input_ids, mask, groups))
+    positions, next_position = vlm.family.positions(vlm, input_ids, mask, joined(image_rows))
+    grids: list[PatchGrid | None] = [None] * len(encoded)
+    if vlm.family.grid:
+        for row, (image, sample) in enumerate(zip(images, encoded, strict=True)):
+            grid = vlm.family.grid(vlm, image.size, sample.image_inputs)
+            tokens = int((groups[row] == VISION).sum())
+            if grid is not None and len(grid.boxes) != tokens:
+                raise ValueError(
+                    f"the prompt has {tokens} vision tokens, the grid of {vlm.family.name}"
+                    f" {len(grid.boxes)}"
+                )
+            grids[row] = grid
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        next_position=next_position,
+        groups=groups,
+        image_rows=image_rows,
+        pictures=[_digest(row) for row in image_rows],
+        prompts=[sample.prompt for sample in encoded],
+        lengths=lengths,
+        grids=grids,
+        samples=list(samples),
+    )
+
+
+def _digest(image_row: dict[str, Tensor]) -> bytes:
+    """What tells one picture from another."""
+    content = b"".join(value.numpy().tobytes() for value in image_row.values())
+    return hashlib.blake2b(content).digest()
