@@ -331,6 +331,7 @@ def load_model(
         "image_aspect": image_aspect,
         "conv_mode": conv_mode,
         "quantize_type": quantize_type,
+        "vision_tower_path": vision_tower_path,
     }
     vlm = VLM(model, processor, described, str(path), options)
     never_cut(vlm.tokenizer)

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     image_dir = Path(args.image_dir)
     names = [file.name for file in list_pictures(image_dir)]
     from vlmdiag.interp.mean_vector import Block, make_process, reopen
-    from vlmdiag.model.loading import fingerprint, identity_of
+    from vlmdiag.model.identity import fingerprint, identity_of
     from vlmdiag.runs import engine, rundirs
 
     blocks = [

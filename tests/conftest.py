@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import random
+import re
 import shutil
 import subprocess
 import warnings
@@ -71,6 +72,13 @@ def in_process(path):
 
     command.module = module
     return command
+
+
+def without_picture_at_the_edges(question, placeholder="<image>"):
+    """What is asked where the picture's placeholder stands at an edge of the question."""
+    marks = rf"(?:\s*(?:<image>|{re.escape(placeholder)}))+\s*"
+    bare = re.sub(rf"^{marks}", "", re.sub(rf"{marks}$", "", question))
+    return bare if bare.strip() else question
 
 
 @pytest.fixture(scope="session")

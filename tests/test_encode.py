@@ -1,8 +1,6 @@
 """Token groups come from ids and offsets of the real prompt: any question, special strings
 included, any picture size."""
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import common
+from tests.conftest import without_picture_at_the_edges
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, PAD
 from vlmdiag.model.prompts import prompt_for
@@ -52,12 +51,6 @@ def text_of(vlm, batch, group):
     return vlm.tokenizer.decode(
         batch.input_ids[0][batch.groups[0] == GROUPS.index(group)], skip_special_tokens=False
     )
-
-
-def without_picture_at_the_edges(question, placeholder):
-    marks = rf"(?:\s*(?:<image>|{re.escape(placeholder)}))+\s*"
-    bare = re.sub(rf"^{marks}", "", re.sub(rf"{marks}$", "", question))
-    return bare if bare.strip() else question
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,7 +27,7 @@ from tests.test_llava_original import (
 )
 from vlmdiag.interp import mean_vector as sums_of
 from vlmdiag.interp import targets
-from vlmdiag.model import loading
+from vlmdiag.model import identity
 from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.runs import disk
 
@@ -147,7 +147,7 @@ def test_the_mean_and_variance_are_those_of_all_vectors(finished, truth):
         and facts["width"] == 128
     )
     assert (
-        facts["settings"]["fingerprint"] == loading.fingerprint(TINY)
+        facts["settings"]["fingerprint"] == identity.fingerprint(TINY)
         and facts["settings"]["dtype"] == "float32"
         and facts["versions"]["torch"]
     )

@@ -28,7 +28,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.families import find_family
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
-from vlmdiag.model.loading import identity_of
+from vlmdiag.model.identity import identity_of
 from vlmdiag.model.probes import GroupMass, RopeShift
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import methods as attribution

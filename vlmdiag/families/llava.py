@@ -199,31 +199,33 @@ TURNS = {
         "<end_of_turn>",
     ),
 }
-# Marks of turns in the vocabulary say more than the text model's type: a Phi-3 or a Llama 3 may
-# have been saved as a Llama.
-MARKS = {
-    "<|start_header_id|>": "llama3",
-    "<|im_start|>": "chatml",
-    "<start_of_turn>": "gemma",
-    "<|end|>": "phi3",
-}
 OF_TYPE = {
-    "llama": "vicuna",
-    "mistral": "mistral",
     "phi3": "phi3",
     "qwen2": "chatml",
     "qwen3": "chatml",
     "gemma": "gemma",
     "gemma2": "gemma",
 }
+# Other models have been saved as a Llama or a Mistral (Phi-3, Llama 3, Yi): marks of turns in the
+# vocabulary tell them apart.
+MARKS = {
+    "<|start_header_id|>": "llama3",
+    "<|im_start|>": "chatml",
+    "<start_of_turn>": "gemma",
+    "<|end|>": "phi3",
+}
+WITHOUT_MARKS = {"llama": "vicuna", "mistral": "mistral"}
 
 
 def turns_of(vlm: VLM) -> Turn | None:
-    """How the text model is asked, by the marks of turns in the vocabulary, else by its type; None
+    """How the text model is asked, by its type and by the marks of turns in the vocabulary; None
     for a type that is not known."""
-    added = vlm.tokenizer.get_added_vocab()
-    by_mark = next((name for mark, name in MARKS.items() if mark in added), None)
-    name = by_mark or OF_TYPE.get(vlm.model.config.text_config.model_type)
+    kind = vlm.model.config.text_config.model_type
+    name = OF_TYPE.get(kind)
+    if kind in WITHOUT_MARKS:
+        added = vlm.tokenizer.get_added_vocab()
+        by_mark = (turns for mark, turns in MARKS.items() if mark in added)
+        name = next(by_mark, WITHOUT_MARKS[kind])
     return TURNS[name] if name else None
 
 

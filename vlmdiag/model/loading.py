@@ -4,7 +4,6 @@ another."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
 import os
@@ -28,7 +27,6 @@ from vlmdiag.families import (
     read_folder,
     variant_of,
 )
-from vlmdiag.runs.rundirs import slug
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -212,35 +210,3 @@ def read_config(
         raise UsageError(
             f"{path}: the config cannot be read ({reason}); known types: {', '.join(known_types())}"
         ) from error
-
-
-def fingerprint(path: str | Path) -> str:
-    """A digest that tells one model from another: config, weight index, and size, first and last
-    bytes of each weight file of a folder and its subfolders; the name of a hub id."""
-    if not os.path.isdir(path):
-        return f"hub:{path}"
-    digest = hashlib.sha256()
-    for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
-        name = str(file.relative_to(path))
-        if file.name in ("config.json", "config.yaml") or file.name.endswith(".index.json"):
-            digest.update(name.encode() + file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-            with open(file, "rb") as stream:
-                head = stream.read(65536)
-                stream.seek(max(0, file.stat().st_size - 65536))
-                digest.update(f"{name} {file.stat().st_size}".encode() + head + stream.read())
-    return digest.hexdigest()[:16]
-
-
-def identity_of(vlm: VLM) -> dict[str, str]:
-    """What a run keeps of its model, and goes on only with the same: {model_name, fingerprint,
-    dtype}; dtype says how weights are rounded too. A family file of the user's is part of it."""
-    quantize_type = vlm.options.get("quantize_type")
-    dtype = str(vlm.dtype).removeprefix("torch.")
-    if quantize_type in ("4bit", "int8"):
-        dtype += f" {quantize_type}"
-    identity = {"model_name": slug(vlm.path), "fingerprint": fingerprint(vlm.path), "dtype": dtype}
-    file = vlm.family.file
-    if file is not None:
-        identity["family_file"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return identity

@@ -288,13 +288,13 @@ def _filled(text: str, system: str, question: str) -> Rendered:
 def _without_placeholder(vlm: VLM, question: str) -> str:
     """A question without the placeholders of the picture at its edges: the prompt has its own."""
     placeholders = {"<image>", getattr(vlm.processor, "image_token", None) or "<image>"}
-    bare = question
+    bare = question.strip()
     while True:
         found = [mark for mark in placeholders if bare.startswith(mark) or bare.endswith(mark)]
         if not found:
             break
         bare = bare.removeprefix(found[0]).removesuffix(found[0]).strip()
-    if bare == question or not bare:
+    if bare == question.strip() or not bare:
         return question
     _say_once(
         f"{', '.join(sorted(placeholders))} at the edge of a question is removed: the prompt"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from vlmdiag.model.loading import identity_of
+from vlmdiag.model.identity import file_digests, identity_of
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.runs import engine, rundirs
 from vlmdiag.types import Fields
@@ -46,9 +46,12 @@ def open_experiment(
     """
     if path is None:
         path = rundirs.run_path(args.out_root, vlm.path, experiment, args.run_name)
-    prompt = {"prompt": prompt_for(vlm, "QUESTION")[0]}
-    identity = identity_of(vlm) | prompt | dict(settings)
+    prompt = prompt_for(vlm, "QUESTION")
+    system = prompt.text[slice(*prompt.system)] if prompt.system else ""
+    identity = identity_of(vlm) | {"prompt": prompt.text} | dict(settings)
     free = dict(free) | {"model_path": vlm.path, "device": str(vlm.device)}
+    # what tells a user which part of the model or the prompt another call has differently
+    free |= {"model_files": file_digests(vlm.path), "system_prompt": system}
     return rundirs.open_run(path, experiment, identity, free, args.overwrite)
 
 

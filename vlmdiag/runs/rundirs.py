@@ -206,7 +206,7 @@ def open_run(
             _clear(path)
         path.mkdir(parents=True, exist_ok=True)
         _make_meta(path, experiment, identity, free or {})
-        meta = _checked_meta(path, experiment, identity)
+        meta = _checked_meta(path, experiment, identity, free or {})
         for name in ("per_image", "failures", "analysis"):
             (path / name).mkdir(exist_ok=True)
             disk.sweep(path / name)
@@ -245,7 +245,7 @@ def _make_meta(path: Path, experiment: str, identity: Fields, free: Fields) -> N
     disk.write_once(path / "meta.json", disk.json_bytes(meta))
 
 
-def _checked_meta(path: Path, experiment: str, identity: Fields) -> Record:
+def _checked_meta(path: Path, experiment: str, identity: Fields, free: Fields) -> Record:
     """meta.json; UsageError where it is of another experiment or has other settings."""
     meta = _read_meta(path)
     if meta.get("experiment") != experiment:
@@ -257,9 +257,24 @@ def _checked_meta(path: Path, experiment: str, identity: Fields) -> Record:
     if different:
         raise UsageError(
             f"{path} was made with other settings ({'; '.join(different)}); use --overwrite to"
-            " start again or another --run_name"
+            f" start again or another --run_name{_how_to_go_on(identity, free, meta)}"
         )
     return meta
+
+
+def _how_to_go_on(identity: Fields, free: Fields, meta: Record) -> str:
+    """What else to do, or to know, where the prompt or the model's files differ."""
+    hints = ""
+    there = meta["settings"]
+    system = meta["free"].get("system_prompt")
+    if identity.get("prompt") != there.get("prompt") and system:
+        hints += f"; to go on with the system prompt of this run: --system_prompt {system!r}"
+    files, files_there = free.get("model_files"), meta["free"].get("model_files")
+    if identity.get("fingerprint") != there.get("fingerprint") and files and files_there:
+        names = sorted(files | files_there)
+        changed = [name for name in names if files.get(name) != files_there.get(name)]
+        hints += f"; files of the model that are others now: {', '.join(changed[:5])}"
+    return hints
 
 
 # --- a run ----------------------------------------------------------------------------------------

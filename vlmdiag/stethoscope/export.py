@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from vlmdiag.figures import plots
-from vlmdiag.model.loading import identity_of
+from vlmdiag.model.identity import identity_of
 from vlmdiag.runs import rundirs
 from vlmdiag.stethoscope.figures import FIGURES, Shown, looked_at
 from vlmdiag.stethoscope.views import selected

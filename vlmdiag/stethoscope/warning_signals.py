@@ -30,8 +30,8 @@ from vlmdiag.answers import token_spans
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
+from vlmdiag.model.identity import fingerprint
 from vlmdiag.model.lens import Lens
-from vlmdiag.model.loading import fingerprint
 from vlmdiag.model.probes import HiddenStates
 from vlmdiag.model.vision import prefill
 from vlmdiag.relevancy import methods, rules
