@@ -20,7 +20,10 @@ from transformers import PreTrainedConfig
 from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
 from vlmdiag.families import read_folder
+from vlmdiag.families.assembled import Expanding
+from vlmdiag.families.files import reason
 from vlmdiag.groups import GROUPS
+from vlmdiag.model import memory
 from vlmdiag.model.prompts import prompt_for, prompt_source
 from vlmdiag.runs.disk import plain, write_bytes
 from vlmdiag.types import Fields, Record
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.families import Family
+    from vlmdiag.families.contract import Inputs
+    from vlmdiag.model.outline import Outline
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.pictures.samples import Sample
     from vlmdiag.types import VLM
@@ -84,6 +89,9 @@ PREPARATION = (
     "image_mean",
     "image_std",
 )
+PROBLEMS = {"missing": "in no file", "unexpected": "without a place", "misshapen": "another shape"}
+# what a processor, a template or a grid that does not fit raises
+_MISFITS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
 
 
@@ -201,7 +209,20 @@ def endings_of(vlm: VLM) -> list[Record]:
     ]
 
 
-def pictures_of(vlm: VLM, batch: Batch) -> Record:
+def picture_alone(vlm: VLM, image: Image) -> Inputs:
+    """The image inputs of a picture without a prompt, for want of a tokenizer. UsageError where the
+    image processor does not take it."""
+    try:
+        if isinstance(vlm.processor, Expanding):
+            return vlm.processor.picture(image)[2]
+        return dict(vlm.processor.image_processor(images=image, return_tensors="pt"))
+    except _MISFITS as error:
+        raise UsageError(
+            f"{vlm.path}: its image processor does not take a picture ({reason(error)})"
+        ) from error
+
+
+def pictures_of(vlm: VLM, inputs: Inputs) -> Record:
     """{processor, settings, inputs}: what is done to a picture, and the shapes that come out."""
     processor = getattr(vlm.processor, "image_processor", None)
     settings: Record = {}
@@ -211,7 +232,7 @@ def pictures_of(vlm: VLM, batch: Batch) -> Record:
             settings[name] = sizes_of(value)
     if isinstance(settings.get("resample"), int):
         settings["resample"] = RESAMPLING[settings["resample"]]
-    shapes = {name: list(tensor.shape) for name, tensor in batch.image_rows[0].items()}
+    shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
     return {"processor": type(processor).__name__, "settings": settings, "inputs": shapes}
 
 
@@ -224,16 +245,25 @@ def sizes_of(value: object) -> object:
     return value
 
 
-def grid_of(grid: PatchGrid | None) -> Record | None:
-    """{tokens, boxed, shape, size} of a grid: vision tokens, those with a box, (rows, columns) or
-    None, width and height of the picture; None where it is unknown."""
+def grid_of(vlm: VLM, inputs: Inputs, image: Image, out: str) -> Record | None:
+    """{tokens, boxed, shape, size, file} of the grid, which is drawn to `out`: vision tokens, those
+    with a box, (rows, columns) or None, width and height of the picture. None where it is unknown.
+    UsageError where it cannot be made."""
+    if vlm.family.grid is None:
+        return None
+    try:
+        grid = vlm.family.grid(vlm, image.size, inputs)
+    except _MISFITS as error:
+        raise UsageError(f"{vlm.path}: its grid cannot be made ({reason(error)})") from error
     if grid is None:
         return None
+    write_grid(out, grid, image)
     return {
         "tokens": len(grid.boxes),
         "boxed": int(grid.has_box.sum()),
         "shape": grid.shape,
         "size": grid.size,
+        "file": out,
     }
 
 
@@ -249,15 +279,46 @@ def write_grid(path: str | Path, grid: PatchGrid, image: Image) -> None:
     write_bytes(path, content.getvalue())
 
 
+def weights_of(outline: Outline) -> Record:
+    """{parameters, names, stored, index_bytes, dtype, bytes, missing, unexpected, misshapen}: what
+    the model has, what its files say, and names of what does not fit. bytes: of the model in the
+    config's dtype."""
+    model = outline.model
+    names = list(model.state_dict()) if model is not None else []
+    dtype = outline.dtype
+    return {
+        "parameters": outline.parameters,
+        "names": len(names),
+        "stored": outline.stored,
+        "index_bytes": outline.index_bytes,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": outline.parameters * dtype.itemsize,
+        "missing": outline.missing,
+        "unexpected": outline.unexpected,
+        "misshapen": outline.misshapen,
+    }
+
+
+def memory_of(outline: Outline, prompt: Fields | None) -> Record:
+    """{weights, measures, prompt_tokens, image_tokens}: bytes, see memory.py; measures only where
+    the length of the prompt is known."""
+    parts = outline.family.parts(outline.model)
+    weights = memory.weights_of(outline.parameters, parts.decoder)
+    record: Record = {"weights": weights, "measures": []}
+    if prompt is not None:
+        length, vision = prompt["length"], prompt["image_tokens"]
+        sizes = memory.sizes_of(parts, length, vision)
+        record["measures"] = memory.measures_of(weights, sizes)
+        record |= {"prompt_tokens": length, "image_tokens": vision}
+    return record
+
+
 def encoded(vlm: VLM, sample: Sample, image: Image) -> Batch:
     """The prompt of one sample; UsageError where prompt, processor and grid do not fit together."""
     try:
         return vlm.encode([sample], [image])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"{vlm.path} ({vlm.family.name}): the prompt cannot be made: {reason}"
-        ) from error
+    except _MISFITS as error:
+        raise UsageError(f"{vlm.path}: the prompt cannot be made ({reason(error)})") from error
 
 
 # --- the text -------------------------------------------------------------------------------------
@@ -267,6 +328,8 @@ def lines_of(report: Fields) -> Iterator[str]:
     """The report of a model as lines of text, a section for each part that it has."""
     sections: dict[str, Callable[[Any], Iterator[str]]] = {
         "family": lines_of_family,
+        "weights": lines_of_weights,
+        "memory": lines_of_memory,
         "capabilities": lines_of_capabilities,
         "prompt": lines_of_prompt,
         "answer_ends": lines_of_endings,
@@ -279,10 +342,11 @@ def lines_of(report: Fields) -> Iterator[str]:
         if name in report:
             yield ""
             yield from lines(report[name])
-    if report.get("unknown"):
-        yield ""
-        yield "Not known"
-        yield from (f"  {line}" for line in report["unknown"])
+    for title, lines_of_it in (("Cannot be said here", "unknown"), ("Problems", "problems")):
+        if report.get(lines_of_it):
+            yield ""
+            yield title
+            yield from (f"  {line}" for line in report[lines_of_it])
 
 
 def lines_of_family(family: Fields) -> Iterator[str]:
@@ -314,6 +378,52 @@ def lines_of_capabilities(capabilities: Fields) -> Iterator[str]:
         yield f"  {' + '.join(needs) or 'any model'}: {verdict}"
         names = ", ".join(Path(command).name for command in commands)
         yield from textwrap.wrap(names, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def lines_of_weights(weights: Fields) -> Iterator[str]:
+    """How names and shapes of the files fit the model."""
+    yield "Weights, by their names and shapes"
+    size = weights["parameters"] / 1e9
+    yield f"  the model       {size:.4f} B parameters, {weights['names']} names"
+    stored = weights["stored"]
+    if stored is not None:
+        said = [f"{stored['names']} names"]
+        said += [f"{count:,} numbers {name}" for name, count in stored["parameters"].items()]
+        yield f"  its files       {', '.join(said)}"
+        if stored["named_only"]:
+            yield f"  not compared    shapes of {stored['named_only']}, whose files are not here"
+        for kind, title in PROBLEMS.items():
+            yield f"  {title:15s} {shown_names(weights[kind])}"
+    if weights["index_bytes"] is not None:
+        yield (
+            f"  its index says {weights['index_bytes']:,} bytes, the model takes"
+            f" {weights['bytes']:,} in {weights['dtype']}"
+        )
+
+
+def shown_names(names: Sequence[str], most: int = 4) -> str:
+    """How many, and the first of them."""
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return f"{len(names)}: {shown}" if names else "none"
+
+
+def lines_of_memory(weights_and_more: Fields) -> Iterator[str]:
+    """About how much memory is needed."""
+    yield "Memory in GB, without the activations of a layer (vlmdiag/model/memory.py)"
+    for name, size in weights_and_more["weights"].items():
+        yield f"  weights in {name:9s} {size / 1e9:9.2f}"
+    measures = weights_and_more["measures"]
+    if not measures:
+        return
+    yield (
+        f"  with keys, values and what is captured, for a prompt of"
+        f" {weights_and_more['prompt_tokens']} tokens:"
+    )
+    yield "     bfloat16   float32  batch  new tokens"
+    for measure in measures:
+        totals = [measure["bytes"][name]["total"] / 1e9 for name in ("bfloat16", "float32")]
+        counts = f"{measure['batch']:5d}  {measure['new_tokens']:10d}"
+        yield f"    {totals[0]:9.2f} {totals[1]:9.2f}  {counts}  {measure['command']}"
 
 
 def lines_of_prompt(prompt: Fields) -> Iterator[str]:
@@ -385,8 +495,7 @@ def lines_of_grid(grid: Fields | None) -> Iterator[str]:
         return
     shape = f", {grid['shape'][0]} rows of {grid['shape'][1]}" if grid["shape"] else ""
     yield f"  {grid['tokens']} vision tokens{shape}, {grid['boxed']} with a box"
-    if grid.get("file"):
-        yield f"  wrote {grid['file']}"
+    yield f"  wrote {grid['file']}"
 
 
 def lines_of_check(check: Fields) -> Iterator[str]:
