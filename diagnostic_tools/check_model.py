@@ -91,7 +91,7 @@ def outlined(args: argparse.Namespace, report: Record) -> None:
     found = outline.outlined(
         args.model_path, args.trust_remote_code, args.family, args.vision_tower_path, args.conv_mode
     )
-    report["family"] = check.family_of(found.family, args.model_path, args.family)
+    report["family"] = found.chosen
     report["capabilities"] = check.capabilities_of(found.family)
     report["problems"] += found.problems
     report["unknown"] += found.unknown

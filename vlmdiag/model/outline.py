@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 import os
 import pickle
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import httpx
 import huggingface_hub
 import tokenizers
 import torch
@@ -36,6 +36,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from vlmdiag.cli import UsageError
 from vlmdiag.families import checked, files
 from vlmdiag.model import loading
+from vlmdiag.model.check import family_of
+from vlmdiag.runs.disk import read_json
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ LAYOUTS = (("model", "safetensors"), ("pytorch_model", "bin"))
 # Sides of a tensor whose shape is not known. Conversions part tensors in 2, by heads or by experts,
 # which this number allows; no parameter is as long.
 UNKNOWN = 2**7 * 3**2 * 5 * 7 * 11 * 13
+FEWEST = 10  # tokens of a vocabulary
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -64,7 +67,7 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_OFFLINE = (OSError, ValueError, HfHubHTTPError, HFValidationError)
+_OFFLINE = (OSError, ValueError, HfHubHTTPError, HFValidationError, httpx.HTTPError)
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
 # the loading info of a model that fits
 NOTHING_AMISS: Record = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
@@ -93,6 +96,7 @@ class Outline:
 
     path: str
     family: Family
+    chosen: Record  # of check.family_of()
     model: PreTrainedModel | None = None
     processor: ProcessorMixin | None = None
     has_tokenizer: bool = True
@@ -125,7 +129,11 @@ def header_of(file: Path) -> State:
                     name: tensor(part.get_shape(), TYPES.get(part.get_dtype(), torch.uint8))
                     for name, part in slices.items()
                 }
-        loaded = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        try:
+            loaded = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            loaded = torch.load(file, map_location="meta", weights_only=True)
+        loaded = loaded.get("model", loaded)
         return {name: value.to("meta") for name, value in loaded.items() if torch.is_tensor(value)}
     except _UNREADABLE as error:
         raise UsageError(f"{file} is not readable ({files.reason(error)})") from error
@@ -138,7 +146,7 @@ def tensors_of(folder: Path) -> State | None:
         index = folder / f"{stem}.{ending}.index.json"
         single = folder / f"{stem}.{ending}"
         if index.exists():
-            places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            places: dict[str, str] = read_json(index).get("weight_map") or {}
             state = {
                 name: tensor((UNKNOWN, UNKNOWN))
                 for name, file in places.items()
@@ -170,16 +178,19 @@ def headers_of_hub(name: str) -> dict[str, State]:
     return states
 
 
-def mirrored(path: str, place: Path) -> Path:
+def mirrored(path: str, place: Path) -> tuple[Path, State]:
     """A folder within `place` that has the small files of a folder or hub id, and its weights as
-    tensors without numbers. UsageError where a hub id cannot be read."""
+    tensors without numbers; and these tensors by "folder/name". UsageError where a hub id cannot be
+    read."""
     of_hub: dict[str, State] = {}
     if Path(path).is_dir():
         root = Path(path).absolute()
     else:
         try:
             root = Path(huggingface_hub.snapshot_download(path, allow_patterns=list(SMALL)))
-            of_hub = headers_of_hub(path)
+            fetched = tensors_of(root)  # of a snapshot that was fetched before
+            if fetched is None or any(UNKNOWN in value.shape for value in fetched.values()):
+                of_hub = headers_of_hub(path)
         except _OFFLINE as error:
             raise UsageError(
                 f"{path}: neither a folder nor a hub id that can be read here"
@@ -187,22 +198,32 @@ def mirrored(path: str, place: Path) -> Path:
             ) from error
     top = Path(tempfile.mkdtemp(dir=place)) / root.name
     if Path(path).is_dir():  # a tower or a tokenizer may lie beside the checkpoint
-        top.mkdir()
         for beside in root.parent.iterdir():
             if beside.is_dir() and beside != root:
                 (top.parent / beside.name).symlink_to(beside)
+    found: State = {}
     for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+        # caches, and what a training left
+        inner[:] = [name for name in inner if not name.startswith((".", "checkpoint-"))]
         here = Path(folder)
         there = top / here.relative_to(root)
         there.mkdir(parents=True, exist_ok=True)
-        state = of_hub.get(str(here.relative_to(root))) or tensors_of(here) or {}
+        relative = str(here.relative_to(root))
+        state = of_hub.get(relative)
+        if state is None:
+            state = tensors_of(here)
+        of_pickles: State = {}
+        for name in names if state is None else ():
+            if name.endswith((".pt", ".pth")):  # read as they are
+                of_pickles |= header_of(here / name)
+        known = of_pickles if state is None else state
+        found |= {f"{relative}/{name}": value for name, value in known.items()}
         for name in names:
             if not _is_of_weights(name):
                 (there / name).symlink_to((here / name).resolve())
         if "config.json" in names:  # a family may want its file, be it empty
-            torch.save(state, there / "pytorch_model.bin")
-    return top
+            torch.save(state or {}, there / "pytorch_model.bin")
+    return top, found
 
 
 def _is_of_weights(name: str) -> bool:
@@ -224,7 +245,7 @@ def outlined(
     """What can be said of a model without its weights. UsageError where its config cannot be
     read."""
     with tempfile.TemporaryDirectory() as place:
-        folder = mirrored(path, Path(place))
+        folder, tensors = mirrored(path, Path(place))
 
         def told(error: Exception) -> str:
             """An error's line, about the model and not about its copy."""
@@ -237,7 +258,8 @@ def outlined(
         dtype = getattr(config, "dtype", None) or torch.float32
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        found = Outline(path, family, dtype=dtype)
+        chosen = family_of(family, str(folder), family_file)
+        found = Outline(path, family, chosen, dtype=dtype, stored=stored_of(tensors))
         try:
             with comparing(found, Path(place)):
                 _, found.processor = loading.load_family(
@@ -274,7 +296,7 @@ def index_bytes(folder: Path) -> int | None:
     for stem, ending in LAYOUTS:
         index = folder / f"{stem}.{ending}.index.json"
         if index.exists():
-            size = (json.loads(index.read_text()).get("metadata") or {}).get("total_size")
+            size = (read_json(index).get("metadata") or {}).get("total_size")
             return None if size is None else int(size)
     return None
 
@@ -284,7 +306,7 @@ def check_vocabulary(found: Outline) -> None:
     transformers makes one of a few added tokens."""
     assert found.processor is not None
     tokenizer = found.processor.tokenizer
-    if len(tokenizer) < 2 * len(tokenizer.get_added_vocab()):
+    if len(tokenizer) - len(tokenizer.get_added_vocab()) < FEWEST:
         found.has_tokenizer = False
         found.problems.append("its tokenizer has no vocabulary: the file that holds it is missing")
 
@@ -327,7 +349,7 @@ def comparing(found: Outline, place: Path) -> Iterator[None]:
             )
 
     def small_files(name: str, **_: object) -> str:
-        return str(mirrored(name, place))
+        return str(mirrored(name, place)[0])
 
     with (
         patch.object(PreTrainedModel, "from_pretrained", classmethod(compare)),
@@ -355,9 +377,9 @@ def fitted(
         found.unknown.append(
             f"whether its weights fit: they are stored quantised ({method}), packed in other shapes"
         )
-    elif not state:
+    elif found.stored is None:
         found.unknown.append("whether its weights fit: there is no weight file and no index here")
-    given = state if packed is None else {}
+    given = state if packed is None and found.stored is not None else {}
     model, info = read(
         None,
         config=config,
@@ -367,16 +389,18 @@ def fitted(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    if state:
-        found.stored = stored_of(state)
     if given:
         compare_with(found, model, info)
+    # a file that holds both of two tied parameters is believed to hold the same twice
+    model.tie_weights()
     return model
 
 
-def stored_of(state: State) -> Record:
-    """{names, named_only, parameters {type: count}, bytes} of the tensors of files. named_only: how
-    many have no known shape; they count nowhere else."""
+def stored_of(state: State) -> Record | None:
+    """{names, named_only, parameters {type: count}, bytes} of the tensors of files, None for none.
+    named_only: how many have no known shape; they count nowhere else."""
+    if not state:
+        return None
     shaped = [value for value in state.values() if UNKNOWN not in value.shape]
     parameters: Counter[str] = Counter()
     for value in shaped:
