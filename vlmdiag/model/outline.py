@@ -349,7 +349,10 @@ def comparing(found: Outline, place: Path) -> Iterator[None]:
             )
 
     def small_files(name: str, **_: object) -> str:
-        return str(mirrored(name, place)[0])
+        try:
+            return str(mirrored(name, place)[0])
+        except UsageError as error:  # the family says what it needs it for
+            raise OSError(str(error)) from error
 
     with (
         patch.object(PreTrainedModel, "from_pretrained", classmethod(compare)),
