@@ -63,7 +63,7 @@ def picture_of(path: str | None) -> Image:
         raise UsageError(str(error)) from error
 
 
-def loaded(args: argparse.Namespace, report: Record) -> None:
+def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
     """Put into the report what the self-check finds and what the loaded model shows."""
     from vlmdiag.model import check, selfcheck
 
@@ -81,10 +81,10 @@ def loaded(args: argparse.Namespace, report: Record) -> None:
     report["family"] = check.family_of(vlm.family, args.model_path, args.family)
     report["family"] |= {"dtype": str(vlm.dtype).removeprefix("torch."), "device": str(vlm.device)}
     report["capabilities"] = check.capabilities_of(vlm.family)
-    describe(args, vlm, report)
+    describe(args, vlm, image, report)
 
 
-def outlined(args: argparse.Namespace, report: Record) -> None:
+def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
     """Put into the report what can be said without weights."""
     from vlmdiag.model import check, loading, outline
 
@@ -103,18 +103,20 @@ def outlined(args: argparse.Namespace, report: Record) -> None:
         vlm = VLM(found.model, found.processor, found.family, args.model_path, options)
         if args.image_aspect == "pad":
             loading.pad_to_square(vlm)
-        describe(args, vlm, report, found.has_tokenizer)
-    report["memory"] = check.memory_of(found, report.get("prompt"))
+        describe(args, vlm, image, report, found.has_tokenizer)
+    try:
+        report["memory"] = check.memory_of(found, report.get("prompt"))
+    except UsageError as error:
+        report["problems"].append(str(error))
 
 
 def describe(
-    args: argparse.Namespace, vlm: VLM, report: Record, has_tokenizer: bool = True
+    args: argparse.Namespace, vlm: VLM, image: Image, report: Record, has_tokenizer: bool = True
 ) -> None:
     """Put into the report what the prompt of a model and its pictures show, and draw its grid."""
     from vlmdiag.model import check
     from vlmdiag.pictures.samples import AT_HAND, Sample
 
-    image = picture_of(args.image)
     try:
         if has_tokenizer:
             batch = check.encoded(vlm, Sample("0", AT_HAND, args.question), image)
@@ -135,11 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.model import check
     from vlmdiag.runs.disk import write_json
 
+    image = picture_of(args.image)
     report: Record = {"model": args.model_path, "unknown": [], "problems": []}
     if args.no_weights:
-        outlined(args, report)
+        outlined(args, image, report)
     else:
-        loaded(args, report)
+        loaded(args, image, report)
     for line in check.lines_of(report):
         print(line)
     if args.json is not None:

@@ -20,6 +20,7 @@ from tests.conftest import ROOT, in_process
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import check, memory, outline
 from vlmdiag.pictures.samples import load_image
+from vlmdiag.relevancy import methods
 
 TINY = ROOT / "checkpoints" / "tiny-llava"
 QUESTION = "Is there a red circle in the image?"
@@ -316,6 +317,14 @@ def test_a_tensor_of_an_authors_layout_is_named_as_the_model_has_it(run, own, co
     assert report["weights"]["missing"] == wanted and wanted[0] in one_line(done)
 
 
+def test_a_tensor_without_a_place_in_an_authors_layout_is_named(run, own, copy):
+    def edit(state):
+        state["model.mystery.weight"] = torch.zeros(3)
+
+    done, _ = run(edited(copy(own("molmo-d")), edit), "--no_weights")
+    assert "mystery.weight" in one_line(done)
+
+
 def indexed(folder, ending, file):
     """The folder without its weights, with an index alone; returns their names."""
     names = []
@@ -439,6 +448,7 @@ def test_memory_is_counted_from_the_sizes():
     of_volcano, with_tensors = (record["bytes"]["float32"] for record in records[-2:])
     layers = 1024 * 6 * 4 * text.num_attention_heads * 144 * 4
     assert with_tensors["captured"] - of_volcano["captured"] == layers
+    assert memory.MAPS == methods.BUDGET
     for record in records:
         of_type = record["bytes"]["bfloat16"]
         assert of_type["total"] == sum(of_type[part] for part in ("weights", "cache", "captured"))
@@ -457,3 +467,14 @@ def test_names_alone_go_through_an_authors_conversion(run, own, copy, name):
     done, report = run(folder, "--no_weights")
     assert done.returncode == 0, done.stderr
     assert not report["weights"]["missing"] + report["weights"]["unexpected"]
+
+
+def test_where_names_alone_say_nothing_the_rest_is_said(run, own, copy):
+    """Molmo's fused matrices are parted by their sizes."""
+    folder = copy(own("molmo-d"))
+    indexed(folder, "safetensors", "model-1.safetensors")
+    done, report = run(folder, "--no_weights")
+    assert done.returncode == 0, done.stderr
+    assert "its conversion wants shapes, and only names are known here" in done.stdout
+    whole = outline.outlined(str(own("molmo-d")))
+    assert report["weights"]["parameters"] == whole.parameters and report["prompt"]["ids"]

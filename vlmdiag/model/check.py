@@ -280,9 +280,9 @@ def write_grid(path: str | Path, grid: PatchGrid, image: Image) -> None:
 
 
 def weights_of(outline: Outline) -> Record:
-    """{parameters, names, stored, index_bytes, dtype, bytes, missing, unexpected, misshapen}: what
-    the model has, what its files say, and names of what does not fit. bytes: of the model in the
-    config's dtype."""
+    """{parameters, names, stored, index_bytes, not_compared, dtype, bytes, missing, unexpected,
+    misshapen}: what the model has, what its files say, and names of what does not fit. bytes: of
+    the model in the config's dtype; not_compared: why not, "" where they were."""
     model = outline.model
     names = list(model.state_dict()) if model is not None else []
     dtype = outline.dtype
@@ -291,6 +291,7 @@ def weights_of(outline: Outline) -> Record:
         "names": len(names),
         "stored": outline.stored,
         "index_bytes": outline.index_bytes,
+        "not_compared": outline.not_compared,
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": outline.parameters * dtype.itemsize,
         "missing": outline.missing,
@@ -301,8 +302,11 @@ def weights_of(outline: Outline) -> Record:
 
 def memory_of(outline: Outline, prompt: Fields | None) -> Record:
     """{weights, measures, prompt_tokens, image_tokens}: bytes, see memory.py; measures only where
-    the length of the prompt is known."""
-    parts = outline.family.parts(outline.model)
+    the length of the prompt is known. UsageError where the family does not find the decoder."""
+    try:
+        parts = outline.family.parts(outline.model)
+    except _MISFITS as error:
+        raise UsageError(f"{outline.path}: its parts are not found ({reason(error)})") from error
     weights = memory.weights_of(outline.parameters, parts.decoder)
     record: Record = {"weights": weights, "measures": []}
     if prompt is not None:
@@ -390,6 +394,7 @@ def lines_of_weights(weights: Fields) -> Iterator[str]:
         said = [f"{stored['names']} names"]
         said += [f"{count:,} numbers {name}" for name, count in stored["parameters"].items()]
         yield f"  its files       {', '.join(said)}"
+    if stored is not None and not weights["not_compared"]:
         if stored["named_only"]:
             yield f"  not compared    shapes of {stored['named_only']}, whose files are not here"
         for kind, title in PROBLEMS.items():

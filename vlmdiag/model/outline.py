@@ -16,12 +16,13 @@ import copy
 import functools
 import os
 import pickle
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import httpx
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
     from vlmdiag.families import Family
+    from vlmdiag.families.contract import LoadOptions
     from vlmdiag.families.files import State
 
 # of a hub id; custom code is only run where --trust_remote_code allows it
@@ -103,6 +105,7 @@ class Outline:
     dtype: torch.dtype = torch.float32  # of the config
     parameters: int = 0
     index_bytes: int | None = None  # total_size of an index of weight files
+    not_compared: str = ""  # why names and shapes of the files are not
     stored: Record | None = None
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -246,48 +249,64 @@ def outlined(
     read."""
     with tempfile.TemporaryDirectory() as place:
         folder, tensors = mirrored(path, Path(place))
-
-        def told(error: Exception) -> str:
-            """An error's line, about the model and not about its copy."""
-            return str(error).replace(str(folder), path)
-
         try:
             config, family = loading.read_config(folder, trust_remote_code, family_file)
         except UsageError as error:
-            raise UsageError(told(error)) from error
+            raise UsageError(str(error).replace(str(folder), path)) from error
         dtype = getattr(config, "dtype", None) or torch.float32
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        chosen = family_of(family, str(folder), family_file)
-        found = Outline(path, family, chosen, dtype=dtype, stored=stored_of(tensors))
-        try:
-            with comparing(found, Path(place)):
-                _, found.processor = loading.load_family(
-                    family,
-                    str(folder),
-                    config,
-                    dtype=found.dtype,
-                    vision_tower_path=vision_tower_path,
-                    conv_mode=conv_mode,
-                    trust_remote_code=trust_remote_code,
-                )
-        except (UsageError, IndexError, TypeError) as error:
-            line = told(error).partition("cannot be loaded: ")[2] or told(error)
-            if found.model is not None:
-                line = f"its processor cannot be made ({line.split('. ')[0]})"
-            # without these it may fail for that reason, which is known
-            if found.has_tokenizer and (found.stored or found.model is not None):
-                found.problems.append(line)
-            elif found.model is None:
-                found.unknown.append(f"its parameters and its prompt: {line}")
-        found.index_bytes = index_bytes(Path(path))
-    if found.processor is not None and found.has_tokenizer:
-        check_vocabulary(found)
+        options: LoadOptions = {
+            "dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            "vision_tower_path": vision_tower_path,
+            "conv_mode": conv_mode,
+            "trust_remote_code": trust_remote_code,
+        }
+        start = Outline(
+            path=path,
+            family=family,
+            chosen=family_of(family, str(folder), family_file),
+            dtype=options["dtype"],
+            stored=stored_of(tensors),
+            index_bytes=index_bytes(Path(path)),
+        )
+        if start.stored is None:
+            start.not_compared = "there is no weight file and no index here"
+        found = filled(start, folder, config, options)
+        if found.model is None and start.stored is not None and start.stored["named_only"]:
+            for file in folder.rglob("pytorch_model.bin"):
+                torch.save({}, file)
+            start.not_compared = "its conversion wants shapes, and only names are known here"
+            found = filled(start, folder, config, options)
     if found.model is not None:
         # where a prompt's ids go, which have no place on the meta device
         found.model.get_input_embeddings().weight = nn.Parameter(
             torch.empty(0, dtype=found.model.get_input_embeddings().weight.dtype)
         )
+    return found
+
+
+def filled(start: Outline, folder: Path, config: PreTrainedConfig, options: LoadOptions) -> Outline:
+    """A copy of `start` with model and processor of the family's own loading, and what it said.
+    folder: of mirrored()."""
+    found = copy.deepcopy(start)
+    try:
+        with comparing(found, folder.parent):
+            _, found.processor = loading.load_family(
+                found.family, str(folder), copy.deepcopy(config), **options
+            )
+    except (UsageError, IndexError, TypeError) as error:
+        line = str(error).replace(str(folder), found.path)
+        line = re.sub(r"^.*? cannot be loaded[^:]*: ", "", line)  # what it is of is said above
+        if found.model is not None:
+            line = f"its processor cannot be made ({line.split('. ')[0]})"
+        # without these it may fail for that reason, which is known
+        if found.has_tokenizer and (found.stored or found.model is not None):
+            found.problems.append(line)
+        elif found.model is None:
+            found.unknown.append(f"its parameters and its prompt: {line}")
+    if found.processor is not None and found.has_tokenizer:
+        check_vocabulary(found)
+    if found.model is not None and found.not_compared:
+        found.unknown.append(f"whether its weights fit: {found.not_compared}")
     return found
 
 
@@ -364,7 +383,7 @@ def comparing(found: Outline, place: Path) -> Iterator[None]:
 
 def fitted(
     found: Outline,
-    read: Callable[..., Any],
+    read: Callable[..., tuple[PreTrainedModel, Record]],
     config: PreTrainedConfig,
     state: State | None,
     dtype: torch.dtype | None,
@@ -377,12 +396,8 @@ def fitted(
     if packed is not None:
         del config.quantization_config
         method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
-        found.unknown.append(
-            f"whether its weights fit: they are stored quantised ({method}), packed in other shapes"
-        )
-    elif found.stored is None:
-        found.unknown.append("whether its weights fit: there is no weight file and no index here")
-    given = state if packed is None and found.stored is not None else {}
+        found.not_compared = f"they are stored quantised ({method}), packed in other shapes"
+    given = {} if found.not_compared else state
     model, info = read(
         None,
         config=config,
