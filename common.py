@@ -8,10 +8,7 @@
     with capture(vlm, [mass := GroupMass(batch, 8)]):
         answer = generate(vlm, batch, 8)
 
-    python common.py checkpoints/tiny-llava PICTURE "Is there a red circle in the image?"
-
-prints every token of the prompt with its position and group and draws the grid of vision tokens on
-the picture: the first step for a new model.
+diagnostic_tools/check_model.py is the first step for a new model: what these calls see of it.
 """
 
 from __future__ import annotations
@@ -24,9 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.groups import GROUPS
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -345,44 +340,3 @@ def load_model(
     for note in filter(None, notes):
         print(f"{path}: {note}")
     return vlm
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the prompt of a picture and a question token by token, draw the grid."""
-    parser = cli.parser(__doc__)
-    parser.add_argument("model_path")
-    parser.add_argument("image")
-    parser.add_argument("question", nargs="?", default="Describe the image.")
-    parser.add_argument("--out", default="grid.png", help="picture with the grid of vision tokens")
-    add_model_arguments(parser, path=False)
-    args = parser.parse_args(argv)
-    from PIL import ImageDraw
-
-    from vlmdiag.pictures.samples import Sample, load_image
-
-    try:
-        image = load_image(args.image)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    vlm = load_from_args(args)
-    batch = vlm.encode([Sample("0", Path(args.image), args.question)], [image])
-    ids, groups = batch.input_ids[0].tolist(), batch.groups[0].tolist()
-    for position, (token, code) in enumerate(zip(ids, groups, strict=True)):
-        text = vlm.tokenizer.convert_ids_to_tokens(token)
-        print(f"{position:5d}  {GROUPS[code]:13s} {token:7d}  {text!r}")
-    print(batch.spans(0))
-    grid = batch.grids[0]
-    if grid is None:
-        print(f"the grid of {vlm.family.name} is unknown, so no picture is drawn")
-        return 0
-    draw = ImageDraw.Draw(image)
-    for x0, y0, x1, y1 in grid.boxes[grid.has_box].tolist():
-        draw.rectangle([x0, y0, x1, y1], outline=(255, 0, 0))
-    image.save(args.out)
-    boxed = int(grid.has_box.sum())
-    print(f"wrote {args.out}: {len(grid.boxes)} vision tokens, {boxed} with a box")
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

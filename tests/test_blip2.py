@@ -44,7 +44,7 @@ tool = {
         "lens": "scripts/logit_lens/create_logit_lens.py",
         "knockout": "scripts/attention_experiment_curate.py",
         "swap": "swap_analysis/swap_analysis.py",
-        "tokens": "common.py",
+        "tokens": "diagnostic_tools/check_model.py",
     }.items()
 }
 

@@ -84,7 +84,7 @@ for name in sys.argv[1:]:
 def test_arguments_are_parsed_before_anything_heavy_is_loaded():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in COMMANDS]
     done = subprocess.run(
-        [sys.executable, "-c", HELP, "common", *names], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", HELP, *names], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr.splitlines()[-1]
 

@@ -272,7 +272,7 @@ def test_the_flag_takes_a_file_where_no_folder_names_one(folder, tmp_path, monke
     mine.write_text(source)
     pictures[0].save(tmp_path / "a.png")
     grid = tmp_path / "grid.png"
-    shown = in_process(ROOT / "common.py")
+    shown = in_process(ROOT / "diagnostic_tools" / "check_model.py")
     done = shown(folder, tmp_path / "a.png", "What?", "--family", mine, "--out", grid)
     assert done.returncode == 0, done.stderr
     assert "vision" in done.stdout and grid.exists()

@@ -549,11 +549,12 @@ def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):
     in_order = [
         (info, text) for info, _, text in blocks(ROOT / "README.md") if info in ("bash", "python")
     ]
-    (_, draw), (_, quickstart) = in_order
+    (_, draw), (_, quickstart), (_, check) = in_order
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    for _, words in steps(draw):
+    for _, words in [*steps(draw), *steps(check)]:
         done = run([sys.executable, ROOT / words[1], *words[2:]], tmp_path)
         assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "grid.png").exists()
     done = run([sys.executable, "-c", quickstart], tmp_path)
     assert done.returncode == 0, done.stderr
     shares = re.findall(r"(\d\.\d\d) of the attention goes to the picture", done.stdout)
@@ -637,7 +638,8 @@ def test_the_shell_script_runs_everything_on_the_tiny_models(recorder, tmp_path)
     code, calls, output = recorder(tmp_path, RUNS="r", OUT="o")
     assert code == 3, output
     scripts = {path.stem for path in TOOLS.glob("*.py") if "def main" in path.read_text()} - {
-        "make_walkthrough"
+        "make_walkthrough",
+        "check_model",
     }
     stethoscope = {
         stem for stem in scripts if f"| `{stem}.py` |" in (TOOLS / "STETHOSCOPE.md").read_text()

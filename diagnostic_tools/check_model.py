@@ -1,0 +1,156 @@
+"""Will my model work? What the tools see of a model, before anything is measured.
+
+    python diagnostic_tools/check_model.py checkpoints/tiny-llava
+    python diagnostic_tools/check_model.py checkpoints/tiny-llava PICTURE "Is there a red circle?"
+    python diagnostic_tools/check_model.py llava-hf/llava-1.5-7b-hf --no_weights
+
+Prints which family describes the model and why, which commands it can run, its prompt with every
+token and its group, the ids that end an answer, how a picture is prepared, and what the self-check
+found; draws the boxes of the vision tokens on the picture. Without PICTURE one is drawn. Look at
+two things: the question's tokens are in the group `user`, and the boxes of --out cover the picture.
+--no_weights says how names and shapes in the weight files fit the model that the config describes,
+and about how much memory each kind of measure takes, without a self-check. Exit code 0: the model
+can be measured, as far as could be seen; 2: it cannot, for the reason in the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from common import VLM, add_model_arguments, load_from_args
+from vlmdiag import cli
+from vlmdiag.cli import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlmdiag.types import Record
+
+# of VLM.options
+OPTIONS = ("system_prompt", "prompt_template", "image_aspect", "conv_mode", "quantize_type")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_argument("model_path", help="folder or hub id of the model")
+    parser.add_argument("image", nargs="?", help="picture; None: a drawn one")
+    parser.add_argument("question", nargs="?", default="Describe the image.")
+    parser.add_argument("--out", default="grid.png", help="picture with the grid of vision tokens")
+    parser.add_argument("--json", default=None, help="file for all that is printed, as JSON")
+    parser.add_argument(
+        "--no_weights",
+        action="store_true",
+        help="from config, tokenizer and the headers of the weight files alone; of a hub id nothing"
+        " else is fetched",
+    )
+    add_model_arguments(parser, path=False)
+    return parser.parse_args(argv)
+
+
+def picture_of(path: str | None) -> Image:
+    """The picture of a path, or a drawn one. UsageError where it cannot be read."""
+    from vlmdiag.pictures.samples import load_image
+    from vlmdiag.scenes.scene import floor_scene, render
+
+    if path is None:
+        return render(floor_scene(Random(0), 3))
+    try:
+        return load_image(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
+    """Put into the report what the self-check finds and what the loaded model shows."""
+    from vlmdiag.model import check, selfcheck
+
+    vlm = load_from_args(argparse.Namespace(**vars(args) | {"no_self_check": True}))
+    report["self_check"] = {"passed": None, "found": "skipped (--no_self_check)"}
+    if not args.no_self_check:
+        try:
+            note = selfcheck.check(vlm)
+            found = f"passed: {note}" if note else "passed"
+            report["self_check"] = {"passed": True, "found": found}
+        except UsageError as error:
+            report["self_check"] = {"passed": False, "found": str(error)}
+            report["problems"].append(str(error))
+    # behind the self-check, which may take a capability away
+    report["family"] = check.family_of(vlm.family, args.model_path, args.family)
+    report["family"] |= {"dtype": str(vlm.dtype).removeprefix("torch."), "device": str(vlm.device)}
+    report["capabilities"] = check.capabilities_of(vlm.family)
+    describe(args, vlm, image, report)
+
+
+def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
+    """Put into the report what can be said without weights."""
+    from vlmdiag.model import check, loading, outline
+
+    found = outline.outlined(
+        args.model_path, args.trust_remote_code, args.family, args.vision_tower_path, args.conv_mode
+    )
+    report["family"] = found.chosen
+    report["capabilities"] = check.capabilities_of(found.family)
+    report["problems"] += found.problems
+    report["unknown"] += found.unknown
+    if found.model is None:
+        return
+    report["weights"] = check.weights_of(found)
+    if found.processor is not None:
+        options = {name: getattr(args, name) for name in OPTIONS}
+        vlm = VLM(found.model, found.processor, found.family, args.model_path, options)
+        if args.image_aspect == "pad":
+            loading.pad_to_square(vlm)
+        describe(args, vlm, image, report, found.has_tokenizer)
+    try:
+        report["memory"] = check.memory_of(found, report.get("prompt"))
+    except UsageError as error:
+        report["problems"].append(str(error))
+
+
+def describe(
+    args: argparse.Namespace, vlm: VLM, image: Image, report: Record, has_tokenizer: bool = True
+) -> None:
+    """Put into the report what the prompt of a model and its pictures show, and draw its grid."""
+    from vlmdiag.model import check
+    from vlmdiag.pictures.samples import AT_HAND, Sample
+
+    try:
+        if has_tokenizer:
+            batch = check.encoded(vlm, Sample("0", AT_HAND, args.question), image)
+            report["prompt"] = check.prompt_of(vlm, batch)
+            report["answer_ends"] = check.endings_of(vlm)
+            inputs = batch.image_rows[0]
+        else:
+            inputs = check.picture_alone(vlm, image)
+        report["pictures"] = check.pictures_of(vlm, inputs)
+        report["grid"] = check.grid_of(vlm, inputs, image, args.out)
+    except UsageError as error:
+        # without a tokenizer there is a problem already, which may be the reason
+        report["problems" if has_tokenizer else "unknown"].append(str(error))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    from vlmdiag.model import check
+    from vlmdiag.runs.disk import write_json
+
+    image = picture_of(args.image)
+    report: Record = {"model": args.model_path, "unknown": [], "problems": []}
+    if args.no_weights:
+        outlined(args, image, report)
+    else:
+        loaded(args, image, report)
+    for line in check.lines_of(report):
+        print(line)
+    if args.json is not None:
+        write_json(args.json, report)
+    if report["problems"]:
+        raise UsageError("; ".join(report["problems"]))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

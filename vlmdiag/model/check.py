@@ -1,0 +1,509 @@
+"""What the tools see of a model: its family and what that opens, its prompt token by token, where
+an answer ends, how pictures are prepared. The report of diagnostic_tools/check_model.py, as values
+for a JSON file and as text."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import ImageDraw
+from PIL.Image import registered_extensions
+from transformers import PreTrainedConfig
+
+from vlmdiag import CHECKOUT
+from vlmdiag.cli import UsageError
+from vlmdiag.families import read_folder
+from vlmdiag.families.assembled import Expanding
+from vlmdiag.families.files import reason
+from vlmdiag.groups import GROUPS
+from vlmdiag.model import memory
+from vlmdiag.model.prompts import prompt_for, prompt_source
+from vlmdiag.runs.disk import plain, write_bytes
+from vlmdiag.types import Fields, Record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.families import Family
+    from vlmdiag.families.contract import Inputs
+    from vlmdiag.model.outline import Outline
+    from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.types import VLM
+
+# What a family can have, and what that opens beside the scripts below.
+CAPABILITIES = {
+    "decoder-only": "one decoder reads prompt and answer",
+    "causal": "prompts about one picture share its keys and values: the same numbers, sooner",
+    "rotary": "the RoPE probe",
+    "grid": "vision tokens have their place in the picture",
+    "square-pad": "--image_aspect pad",
+}
+# Commands that load a model -> the capabilities without which they exit with 2.
+# tests/test_check_model.py compares this table with what they ask of a model.
+COMMANDS = {
+    "diagnostic_tools/vlm_token_norms.py": (),
+    "scripts/save_post_adapter_acts.py": (),
+    "diagnostic_tools/demo_meta.py": ("decoder-only",),
+    "diagnostic_tools/evaluate_relevancy.py": ("decoder-only",),
+    "diagnostic_tools/hallucination_warning.py": ("decoder-only",),
+    "diagnostic_tools/relevancy_maps.py": ("decoder-only",),
+    "scripts/logit_lens/create_logit_lens.py": ("decoder-only",),
+    "swap_analysis/spatial_tunnel.py": ("decoder-only",),
+    "swap_analysis/swap_analysis.py": ("decoder-only",),
+    "visualize/run_volcano_with_image_attention.py": ("decoder-only",),
+    "diagnostic_tools/psi.py": ("decoder-only", "grid"),
+    "diagnostic_tools/viz_attention_image.py": ("decoder-only", "grid"),
+    "scripts/ablation_experiment.py": ("decoder-only", "grid"),
+    "scripts/ablation_experiment_curate.py": ("decoder-only", "grid"),
+    "scripts/attention_experiment_curate.py": ("decoder-only", "grid"),
+    "scripts/logit_lens/lens_accuracy.py": ("decoder-only", "grid"),
+    "diagnostic_tools/run_coco_diagnostics.py": ("decoder-only", "rotary"),
+}
+# A flag with which a command does without a capability.
+WITHOUT = {("diagnostic_tools/run_coco_diagnostics.py", "rotary"): "--no_rope"}
+# What an image processor may say of what it does to a picture.
+PREPARATION = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_pad",
+    "min_pixels",
+    "max_pixels",
+    "patch_size",
+    "merge_size",
+    "max_crops",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+PROBLEMS = {"missing": "in no file", "unexpected": "without a place", "misshapen": "another shape"}
+# what a processor, a template or a grid that does not fit raises
+_MISFITS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
+
+
+# --- the values -----------------------------------------------------------------------------------
+
+
+def family_of(family: Family, path: str, family_file: str | None = None) -> Record:
+    """{name, file, because, model_type, architectures}: the family and why it was chosen. path: a
+    folder or hub id; family_file: as --family names it."""
+    raw: Fields = read_raw(path) or {}
+    kind = raw.get("model_type")
+    architectures = list(raw.get("architectures") or ())
+    of_family = sorted(set(architectures) & set(family.architectures))
+    if family_file is not None:
+        because = f"--family {family_file} names it"
+    elif family.name == "generic":
+        because = f"no family file knows model_type {kind!r}: transformers' conventions"
+    elif not (Path(path) / "config.json").exists() and Path(path).is_dir():
+        because = "it reads this folder, which has no config.json"
+    elif family.recognises is not None:
+        because = "it recognises the fields of the config"
+    elif kind in family.model_types:
+        because = f"the config's model_type is {kind!r}"
+    else:
+        because = f"the config's architectures name {', '.join(of_family)}"
+    return {
+        "name": family.name,
+        "file": file_of(family),
+        "because": because,
+        "model_type": kind,
+        "architectures": architectures,
+    }
+
+
+def read_raw(path: str) -> Fields | None:
+    """config.json of a folder or hub id, or what a family reads of a folder without one; None where
+    there is neither."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        return read_folder(path)
+    return PreTrainedConfig.get_config_dict(path)[0]
+
+
+def file_of(family: Family) -> str:
+    """The file that describes a family, from the repository's root where it lies in there."""
+    module = family.load.__module__.split(".")
+    file = family.file or CHECKOUT.joinpath(*module).with_suffix(".py")
+    return str(file.relative_to(CHECKOUT) if file.is_relative_to(CHECKOUT) else file)
+
+
+def capabilities_of(family: Family) -> Record:
+    """{has, lacks, commands}: commands {command: {"needs", "lacks", "without"}}, without: the flag
+    with which it runs all the same, or None."""
+    commands = {}
+    for command, needs in COMMANDS.items():
+        lacking = [name for name in needs if name not in family.has]
+        flags = [WITHOUT[command, name] for name in lacking if (command, name) in WITHOUT]
+        runs = len(flags) == len(lacking) > 0
+        commands[command] = {
+            "needs": list(needs),
+            "lacks": lacking,
+            "without": " ".join(flags) if runs else None,
+        }
+    return {
+        "has": sorted(family.has),
+        "lacks": sorted(set(CAPABILITIES) - family.has),
+        "commands": commands,
+    }
+
+
+def prompt_of(vlm: VLM, batch: Batch) -> Record:
+    """The prompt of a batch of one: {source, text, length, image_tokens, system, system_from,
+    template_system, ids, tokens, groups, spans}; length and spans in tokens."""
+    ids = batch.input_ids[0].tolist()
+    groups = [GROUPS[code] for code in batch.groups[0].tolist()]
+    question = batch.samples[0].question
+    rendered = prompt_for(vlm, question)
+    own = template_system(vlm, question)
+    system = rendered.text[slice(*rendered.system)] if rendered.system else ""
+    system_from = ""
+    if vlm.options.get("system_prompt") is not None:
+        system_from = "--system_prompt"
+    elif system and system != own:
+        system_from = "the family's default"
+    elif system:
+        system_from = "the model's own template"
+    return {
+        "source": prompt_source(vlm),
+        "text": batch.prompts[0],
+        "length": len(ids),
+        "image_tokens": groups.count("vision"),
+        "system": system,
+        "system_from": system_from,
+        "template_system": own,
+        "ids": ids,
+        "tokens": vlm.tokenizer.convert_ids_to_tokens(ids),
+        "groups": groups,
+        "spans": batch.spans(0),
+    }
+
+
+def template_system(vlm: VLM, question: str) -> str:
+    """The system prompt that the model's own template writes by itself, "" where it writes none."""
+    plain_vlm = copy.copy(vlm)
+    plain_vlm.options = vlm.options | {"system_prompt": None}
+    plain_vlm.family = replace(vlm.family, default_system=None)
+    rendered = prompt_for(plain_vlm, question)
+    return rendered.text[slice(*rendered.system)] if rendered.system else ""
+
+
+def endings_of(vlm: VLM) -> list[Record]:
+    """[{id, token, from}] of the ids that end an answer."""
+    return [
+        {"id": id, "token": vlm.tokenizer.convert_ids_to_tokens(id), "from": sources}
+        for id, sources in sorted(vlm.answer_ends.items())
+    ]
+
+
+def picture_alone(vlm: VLM, image: Image) -> Inputs:
+    """The image inputs of a picture without a prompt, for want of a tokenizer. UsageError where the
+    image processor does not take it."""
+    try:
+        if isinstance(vlm.processor, Expanding):
+            return vlm.processor.picture(image)[2]
+        return dict(vlm.processor.image_processor(images=image, return_tensors="pt"))
+    except _MISFITS as error:
+        raise UsageError(
+            f"{vlm.path}: its image processor does not take a picture ({reason(error)})"
+        ) from error
+
+
+def pictures_of(vlm: VLM, inputs: Inputs) -> Record:
+    """{processor, settings, inputs}: what is done to a picture, and the shapes that come out."""
+    processor = getattr(vlm.processor, "image_processor", None)
+    settings: Record = {}
+    for name in PREPARATION:
+        value = getattr(processor, name, None)
+        if value is not None:
+            settings[name] = sizes_of(value)
+    if isinstance(settings.get("resample"), int):
+        settings["resample"] = RESAMPLING[settings["resample"]]
+    shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
+    return {"processor": type(processor).__name__, "settings": settings, "inputs": shapes}
+
+
+def sizes_of(value: object) -> object:
+    """A size as {"height": ..., "width": ...} of what is set; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: length for name, length in value.items() if length is not None}
+    return value
+
+
+def grid_of(vlm: VLM, inputs: Inputs, image: Image, out: str) -> Record | None:
+    """{tokens, boxed, shape, size, file} of the grid, which is drawn to `out`: vision tokens, those
+    with a box, (rows, columns) or None, width and height of the picture. None where it is unknown.
+    UsageError where it cannot be made."""
+    if vlm.family.grid is None:
+        return None
+    try:
+        grid = vlm.family.grid(vlm, image.size, inputs)
+    except _MISFITS as error:
+        raise UsageError(f"{vlm.path}: its grid cannot be made ({reason(error)})") from error
+    if grid is None:
+        return None
+    write_grid(out, grid, image)
+    return {
+        "tokens": len(grid.boxes),
+        "boxed": int(grid.has_box.sum()),
+        "shape": grid.shape,
+        "size": grid.size,
+        "file": out,
+    }
+
+
+def write_grid(path: str | Path, grid: PatchGrid, image: Image) -> None:
+    """The picture with the box of each vision token, in the format of the path's ending, else PNG.
+    UsageError where it cannot be written."""
+    drawn = image.copy()
+    draw = ImageDraw.Draw(drawn)
+    for x0, y0, x1, y1 in grid.boxes[grid.has_box].tolist():
+        draw.rectangle([x0, y0, x1, y1], outline=(255, 0, 0))
+    content = io.BytesIO()
+    drawn.save(content, registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+    write_bytes(path, content.getvalue())
+
+
+def weights_of(outline: Outline) -> Record:
+    """{parameters, names, stored, index_bytes, not_compared, dtype, bytes, missing, unexpected,
+    misshapen}: what the model has, what its files say, and names of what does not fit. bytes: of
+    the model in the config's dtype; not_compared: why not, "" where they were."""
+    model = outline.model
+    names = list(model.state_dict()) if model is not None else []
+    dtype = outline.dtype
+    return {
+        "parameters": outline.parameters,
+        "names": len(names),
+        "stored": outline.stored,
+        "index_bytes": outline.index_bytes,
+        "not_compared": outline.not_compared,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": outline.parameters * dtype.itemsize,
+        "missing": outline.missing,
+        "unexpected": outline.unexpected,
+        "misshapen": outline.misshapen,
+    }
+
+
+def memory_of(outline: Outline, prompt: Fields | None) -> Record:
+    """{weights, measures, prompt_tokens, image_tokens}: bytes, see memory.py; measures only where
+    the length of the prompt is known. UsageError where the family does not find the decoder."""
+    try:
+        parts = outline.family.parts(outline.model)
+    except _MISFITS as error:
+        raise UsageError(f"{outline.path}: its parts are not found ({reason(error)})") from error
+    weights = memory.weights_of(outline.parameters, parts.decoder)
+    record: Record = {"weights": weights, "measures": []}
+    if prompt is not None:
+        length, vision = prompt["length"], prompt["image_tokens"]
+        sizes = memory.sizes_of(parts, length, vision)
+        record["measures"] = memory.measures_of(weights, sizes)
+        record |= {"prompt_tokens": length, "image_tokens": vision}
+    return record
+
+
+def encoded(vlm: VLM, sample: Sample, image: Image) -> Batch:
+    """The prompt of one sample; UsageError where prompt, processor and grid do not fit together."""
+    try:
+        return vlm.encode([sample], [image])
+    except _MISFITS as error:
+        raise UsageError(f"{vlm.path}: the prompt cannot be made ({reason(error)})") from error
+
+
+# --- the text -------------------------------------------------------------------------------------
+
+
+def lines_of(report: Fields) -> Iterator[str]:
+    """The report of a model as lines of text, a section for each part that it has."""
+    sections: dict[str, Callable[[Any], Iterator[str]]] = {
+        "family": lines_of_family,
+        "weights": lines_of_weights,
+        "memory": lines_of_memory,
+        "capabilities": lines_of_capabilities,
+        "prompt": lines_of_prompt,
+        "answer_ends": lines_of_endings,
+        "pictures": lines_of_pictures,
+        "grid": lines_of_grid,
+        "self_check": lines_of_check,
+    }
+    yield str(report["model"])
+    for name, lines in sections.items():
+        if name in report:
+            yield ""
+            yield from lines(report[name])
+    for title, lines_of_it in (("Cannot be said here", "unknown"), ("Problems", "problems")):
+        if report.get(lines_of_it):
+            yield ""
+            yield title
+            yield from (f"  {line}" for line in report[lines_of_it])
+
+
+def lines_of_family(family: Fields) -> Iterator[str]:
+    """Which family, and why."""
+    yield "Family"
+    yield f"  {family['name']} ({family['file']}): {family['because']}"
+    if family["architectures"]:
+        yield f"  architectures   {', '.join(family['architectures'])}"
+    if family.get("dtype"):
+        yield f"  loaded as       {family['dtype']} on {family['device']}"
+
+
+def lines_of_capabilities(capabilities: Fields) -> Iterator[str]:
+    """What the family has and lacks, with the commands that each opens."""
+    yield "Capabilities, and the commands that need them"
+    for name, meaning in CAPABILITIES.items():
+        answer = "yes" if name in capabilities["has"] else "no"
+        yield f"  {name:15s} {answer:4s}{meaning}"
+    by_needs: dict[tuple[str, ...], list[str]] = {}
+    for command, of_command in capabilities["commands"].items():
+        by_needs.setdefault(tuple(of_command["needs"]), []).append(command)
+    for needs, commands in by_needs.items():
+        first = capabilities["commands"][commands[0]]
+        verdict = "run"
+        if first["lacks"]:
+            verdict = f"need {', '.join(first['lacks'])}, which this model lacks"
+        if first["without"]:
+            verdict = f"run with {first['without']} only"
+        yield f"  {' + '.join(needs) or 'any model'}: {verdict}"
+        names = ", ".join(Path(command).name for command in commands)
+        yield from textwrap.wrap(names, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def lines_of_weights(weights: Fields) -> Iterator[str]:
+    """How names and shapes of the files fit the model."""
+    yield "Weights, by their names and shapes"
+    size = weights["parameters"] / 1e9
+    yield f"  the model       {size:.4f} B parameters, {weights['names']} names"
+    stored = weights["stored"]
+    if stored is not None:
+        said = [f"{stored['names']} names"]
+        said += [f"{count:,} numbers {name}" for name, count in stored["parameters"].items()]
+        yield f"  its files       {', '.join(said)}"
+    if stored is not None and not weights["not_compared"]:
+        if stored["named_only"]:
+            yield f"  not compared    shapes of {stored['named_only']}, whose files are not here"
+        for kind, title in PROBLEMS.items():
+            yield f"  {title:15s} {shown_names(weights[kind])}"
+    if weights["index_bytes"] is not None:
+        yield (
+            f"  its index says {weights['index_bytes']:,} bytes, the model takes"
+            f" {weights['bytes']:,} in {weights['dtype']}"
+        )
+
+
+def shown_names(names: Sequence[str], most: int = 4) -> str:
+    """How many, and the first of them."""
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return f"{len(names)}: {shown}" if names else "none"
+
+
+def lines_of_memory(weights_and_more: Fields) -> Iterator[str]:
+    """About how much memory is needed."""
+    yield "Memory in GB, without the activations of a layer (vlmdiag/model/memory.py)"
+    for name, size in weights_and_more["weights"].items():
+        yield f"  weights in {name:9s} {size / 1e9:9.2f}"
+    measures = weights_and_more["measures"]
+    if not measures:
+        return
+    yield (
+        f"  with keys, values and what is captured, for a prompt of"
+        f" {weights_and_more['prompt_tokens']} tokens:"
+    )
+    yield "     bfloat16   float32  batch  new tokens"
+    for measure in measures:
+        totals = [measure["bytes"][name]["total"] / 1e9 for name in ("bfloat16", "float32")]
+        counts = f"{measure['batch']:5d}  {measure['new_tokens']:10d}"
+        yield f"    {totals[0]:9.2f} {totals[1]:9.2f}  {counts}  {measure['command']}"
+
+
+def lines_of_prompt(prompt: Fields) -> Iterator[str]:
+    """The prompt as text, its system prompt, its tokens."""
+    yield f"Prompt, from {prompt['source']}"
+    yield f"  {prompt['text']!r}"
+    if prompt["system"]:
+        yield f"  system prompt   from {prompt['system_from']}"
+    else:
+        yield "  system prompt   none"
+    if prompt["template_system"] != prompt["system"]:
+        yield f"  the template's  {prompt['template_system']!r}"
+    yield (
+        f"  {prompt['length']} tokens, {prompt['image_tokens']} of them the picture's; of each"
+        " group, and where, as [from, to):"
+    )
+    for group, spans in prompt["spans"].items():
+        count = sum(end - start for start, end in spans)
+        yield f"    {group:13s} {count:6d}  {shown_spans(spans)}"
+    yield "  position  group              id  token"
+    yield from lines_of_tokens(prompt["ids"], prompt["tokens"], prompt["groups"])
+
+
+def shown_spans(spans: Sequence[Sequence[int]], most: int = 4) -> str:
+    """The first spans, and how many there are in all."""
+    shown = " ".join(f"[{start}, {end})" for start, end in spans[:most])
+    return shown if len(spans) <= most else f"{shown} ... {len(spans)} in all"
+
+
+def lines_of_tokens(
+    ids: Sequence[int], tokens: Sequence[str], groups: Sequence[str]
+) -> Iterator[str]:
+    """A line for each token; the same token again and again takes one line."""
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and (ids[end], groups[end]) == (ids[start], groups[start]):
+            continue
+        place = str(start) if end - start == 1 else f"{start}-{end - 1}"
+        times = "" if end - start == 1 else f"  x {end - start}"
+        yield f"  {place:>8s}  {groups[start]:13s} {ids[start]:7d}  {tokens[start]!r}{times}"
+        start = end
+
+
+def lines_of_endings(endings: Sequence[Fields]) -> Iterator[str]:
+    """The ids that end an answer."""
+    yield "An answer ends at"
+    if not endings:
+        yield "  no id: it goes on until --max_new_tokens"
+    for end in endings:
+        yield f"  {end['id']:7d}  {end['token']!r}  from {', '.join(end['from'])}"
+
+
+def lines_of_pictures(pictures: Fields) -> Iterator[str]:
+    """How a picture is prepared."""
+    yield f"Pictures, by {pictures['processor']}"
+    for name, value in pictures["settings"].items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{side} {length}" for side, length in value.items())
+        yield f"  {name:15s} {plain(value)}"
+    for name, shape in pictures["inputs"].items():
+        yield f"  gives {name} {tuple(shape)}"
+
+
+def lines_of_grid(grid: Fields | None) -> Iterator[str]:
+    """Where the vision tokens lie."""
+    yield "Grid of the vision tokens"
+    if grid is None:
+        yield "  unknown, so no picture is drawn"
+        return
+    shape = f", {grid['shape'][0]} rows of {grid['shape'][1]}" if grid["shape"] else ""
+    yield f"  {grid['tokens']} vision tokens{shape}, {grid['boxed']} with a box"
+    yield f"  wrote {grid['file']}"
+
+
+def lines_of_check(check: Fields) -> Iterator[str]:
+    """What the self-check found."""
+    yield "Self-check"
+    yield f"  {check['found']}"
