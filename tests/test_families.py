@@ -19,6 +19,8 @@ import common
 from data import make_shapes
 from tests import random_models
 from tests.conftest import ROOT, in_process
+from tests.published.facts import MODELS as PUBLISHED
+from tests.published.facts import NOT, STAND_IN, STATES
 from vlmdiag import families as models
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, PAD, VISION
@@ -38,7 +40,18 @@ NAMES = sorted(BUILDERS)
 STEPS = 3
 README = ROOT / "models" / "README.md"
 BEGIN, END = "<!-- families: written by tests/test_families.py -->\n", "<!-- end of families -->\n"
+PUBLISHED_BEGIN = "<!-- published models: written by tests/test_families.py -->\n"
+PUBLISHED_END = "<!-- end of published models -->\n"
 CAPABILITIES = ("decoder-only", "causal", "rotary", "grid")
+
+
+def file_of(family):
+    """The file of vlmdiag/families that defines a family, without its ending."""
+    return next(
+        file
+        for file in models.FAMILIES
+        if importlib.import_module(f"vlmdiag.families.{file}").FAMILY.load is family.load
+    )
 
 
 def row(name, vlm):
@@ -51,14 +64,9 @@ def row(name, vlm):
             onto = "its Q-Former and tower"
         elif parts.vision_blocks:
             onto = "its tower"
-    file = next(
-        file
-        for file in models.FAMILIES
-        if importlib.import_module(f"vlmdiag.families.{file}").FAMILY.load is vlm.family.load
-    )
     cells = [
         name,
-        f"`{file}.py`",
+        f"`{file_of(vlm.family)}.py`",
         *(mark[capability in vlm.family.has] for capability in CAPABILITIES),
         onto,
     ]
@@ -74,6 +82,24 @@ def checks():
         assert at >= 0, f"{family}.py does not say what was tested"
         lines.append(f"- `{family}.py`: {text[at:]}\n")
     return "".join(lines)
+
+
+def published_rows():
+    """The lines of the table of published models: their states (tests/published/facts.py), then the
+    families of which no published file was at hand."""
+    lines = []
+    without = list(models.FAMILIES)
+    for name, facts in PUBLISHED.items():
+        file = file_of(models.find_family(facts.config))
+        if file in without:
+            without.remove(file)
+        lines.append([name, f"`{file}.py`", *facts.states])
+    for file in without:
+        family = importlib.import_module(f"vlmdiag.families.{file}").FAMILY
+        # names in transformers' own layout are those that its own class writes
+        keys = STAND_IN if family.read_config else NOT
+        lines.append(["none", f"`{file}.py`", STAND_IN, STAND_IN, keys, STAND_IN, STAND_IN])
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -120,6 +146,10 @@ def test_the_readme_lists_the_families_there_are():
         if line.startswith("| ")
     ]
     assert listed[1:] == NAMES and checks() in text, "run python -m tests.test_families"
+
+
+def test_the_readme_says_what_was_compared_with_published_files():
+    assert published_rows() in README.read_text(), "run python -m tests.test_families"
 
 
 class Kept(Probe):
@@ -543,7 +573,13 @@ if __name__ == "__main__":
         + "|---" * (len(CAPABILITIES) + 3)
         + "|\n"
     )
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(
-        before + BEGIN + head + "".join(rows) + "\n" + checks() + END + rest.split(END)[1]
-    )
+    table = head + "".join(rows) + "\n" + checks()
+    head = f"| published model | file | {' | '.join(STATES)} |\n" + "|---" * 7 + "|\n"
+    text = README.read_text()
+    for begin, content, end in (
+        (BEGIN, table, END),
+        (PUBLISHED_BEGIN, head + published_rows(), PUBLISHED_END),
+    ):
+        before, rest = text.split(begin)
+        text = before + begin + content + end + rest.split(end)[1]
+    README.write_text(text)

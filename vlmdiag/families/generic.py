@@ -85,13 +85,17 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
 
 def loader(
-    model_class: type[PreTrainedModel], processor_class: type[ProcessorMixin]
+    model_class: type[PreTrainedModel],
+    processor_class: type[ProcessorMixin],
+    **of_processor: object,
 ) -> Callable[..., Loaded]:
-    """Family.load for a class of transformers with an image-only processor."""
+    """Family.load for a class of transformers with an image-only processor, whose from_pretrained()
+    gets `of_processor` too."""
 
     def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
         model = load_model_class(model_class, path, config, options)
-        return model, image_only(processor_class).from_pretrained(path, **PIL_BACKEND)
+        processor = image_only(processor_class)
+        return model, processor.from_pretrained(path, **PIL_BACKEND, **of_processor)
 
     return load
 

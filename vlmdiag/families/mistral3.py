@@ -7,12 +7,25 @@ patches (Mistral 3: to whole groups of spatial_merge_size x spatial_merge_size p
 connector merges into one vision token), nothing is cropped. The tower has no CLS and sees the
 pictures of a batch as one sequence under a block mask, so relevancy does not go on into it.
 
-Tested on small random models with processors made in the tests: the contract. Not tested: we had no
-published weights, nor Mistral's tokenizers (tekken).
+Tekken, their tokenizer: the published tokenizer.json of Mistral-Small-3.1 splits text with another
+regex than it was trained with, which transformers mends when it is asked to (fix_mistral_regex),
+for folders of type mistral3 that a version before 5 wrote; others are read as they are. Where
+mistral-common is installed, its tokenizer without offsets would be taken, but for this option.
+A template that writes today's date gets DATE, so that a run resumed on another day goes on with the
+same prompts; --system_prompt says another one.
+
+A side that is scaled down is rounded down, as in transformers, and not to the nearest pixel as in
+mistral-common: of 100 large pictures, 2 or 3 have a row or column of vision tokens less.
+
+Tested on small random models with processors made in the tests: the contract; on Tekken and the
+sizes of Mistral-Small-3.1 and Pixtral-12b, prompts by mistral-common's own encoder. Not tested: we
+had no published weights or templates.
 """
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from transformers import LlavaForConditionalGeneration, Mistral3ForConditionalGeneration
@@ -26,7 +39,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
-    from vlmdiag.types import VLM
+    from vlmdiag.types import VLM, Record
+
+
+# In every prompt whose template writes a date, so that a run has the same prompts on each day:
+# when Mistral-Small-3.1 came out.
+DATE = datetime(2025, 3, 17)
+TODAY = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")
 
 
 class RowsProcessor(ProcessorMixin):
@@ -68,10 +87,21 @@ class RowsProcessor(ProcessorMixin):
         row = self.image_token * (int(width) // cell)
         return self.image_break_token.join([row] * (int(height) // cell)) + self.image_end_token
 
+    def apply_chat_template(
+        self, conversation: list[Record], chat_template: str | None = None, **options: object
+    ) -> str:
+        """The prompt of a conversation; where the template asks for today's date it gets DATE."""
+        template = chat_template or self.chat_template
+        if isinstance(template, str):
+            template = TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template)
+        return super().apply_chat_template(conversation, template, **options)
 
+
+# Without mistral-common's own tokenizer, which knows no offsets, and with Tekken's regex.
+TOKENIZER = {"fix_mistral_regex": True}
 LOADERS = {
-    "llava": generic.loader(LlavaForConditionalGeneration, RowsProcessor),
-    "mistral3": generic.loader(Mistral3ForConditionalGeneration, RowsProcessor),
+    "llava": generic.loader(LlavaForConditionalGeneration, RowsProcessor, **TOKENIZER),
+    "mistral3": generic.loader(Mistral3ForConditionalGeneration, RowsProcessor, **TOKENIZER),
 }
 
 
