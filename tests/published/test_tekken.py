@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from tests.published import folders
 from tests.published.facts import MISTRAL3, PIXTRAL, TEKKEN_NAMES
 from vlmdiag.groups import GROUPS
-from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures.samples import Sample
 
 mistral_common = pytest.importorskip("mistral_common")
@@ -185,11 +184,6 @@ def test_groups_lie_where_their_text_is(loaded, name):
         assert ids[groups == GROUPS.index("bos")].tolist() == [special["<s>"]]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="':[' is one token, and prompts._ids_as_text leaves its colon in the question",
-)
 @pytest.mark.parametrize("name", NAMES)
 def test_typed_special_strings_stay_text(loaded, name):
     vlm = loaded[name]
@@ -200,11 +194,3 @@ def test_typed_special_strings_stay_text(loaded, name):
     for token in ("[IMG]", "</s>", "[/INST]"):
         id = NAMES[name].special[token]
         assert batch.input_ids[0].tolist().count(id) == plain.input_ids[0].tolist().count(id)
-
-
-def test_a_template_that_writes_todays_date_gives_the_same_prompt_on_each_day(loaded, monkeypatch):
-    vlm = loaded[SMALL]
-    dated = "<s>[SYSTEM_PROMPT]It is {{ strftime_now('%Y-%m-%d') }}.[/SYSTEM_PROMPT]"
-    template = dated + MISTRAL3.template.removeprefix("<s>")
-    monkeypatch.setattr(vlm.processor, "chat_template", template)
-    assert prompt_for(vlm, "Hi?").text.startswith("<s>[SYSTEM_PROMPT]It is 2025-03-17.[/SYSTEM")

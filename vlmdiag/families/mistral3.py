@@ -11,8 +11,8 @@ Tekken, their tokenizer: the published tokenizer.json of Mistral-Small-3.1 split
 regex than it was trained with, which transformers mends when it is asked to (fix_mistral_regex),
 for folders of type mistral3 that a version before 5 wrote; others are read as they are. Where
 mistral-common is installed, its tokenizer without offsets would be taken, but for this option.
-A template that writes today's date gets DATE, so that a run resumed on another day goes on with the
-same prompts; --system_prompt says another one.
+A template may write today's date: a run that is resumed on another day goes on with the date of its
+first one by --system_prompt, as the refusal says.
 
 A side that is scaled down is rounded down, as in transformers, and not to the nearest pixel as in
 mistral-common: of 100 large pictures, 2 or 3 have a row or column of vision tokens less.
@@ -24,8 +24,6 @@ had no published weights or templates.
 
 from __future__ import annotations
 
-import re
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from transformers import LlavaForConditionalGeneration, Mistral3ForConditionalGeneration
@@ -39,13 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
-    from vlmdiag.types import VLM, Record
-
-
-# In every prompt whose template writes a date, so that a run has the same prompts on each day:
-# when Mistral-Small-3.1 came out.
-DATE = datetime(2025, 3, 17)
-TODAY = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")
+    from vlmdiag.types import VLM
 
 
 class RowsProcessor(ProcessorMixin):
@@ -86,15 +78,6 @@ class RowsProcessor(ProcessorMixin):
         height, width = image_inputs["image_sizes"][image_idx]
         row = self.image_token * (int(width) // cell)
         return self.image_break_token.join([row] * (int(height) // cell)) + self.image_end_token
-
-    def apply_chat_template(
-        self, conversation: list[Record], chat_template: str | None = None, **options: object
-    ) -> str:
-        """The prompt of a conversation; where the template asks for today's date it gets DATE."""
-        template = chat_template or self.chat_template
-        if isinstance(template, str):
-            template = TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template)
-        return super().apply_chat_template(conversation, template, **options)
 
 
 # Without mistral-common's own tokenizer, which knows no offsets, and with Tekken's regex.

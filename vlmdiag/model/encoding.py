@@ -125,17 +125,22 @@ def _put_back(
 
 def _ids_as_text(tokenizer: PreTrainedTokenizerBase, special: str) -> list[int]:
     """Ids of a special string as ordinary text, as they come behind other text."""
-    lead = tokenizer(":", add_special_tokens=False)["input_ids"]
-    ids = tokenizer(":" + special, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if ids[: len(lead)] == lead:
-        ids = ids[len(lead) :]
+    ids = _behind_text(tokenizer, special, split_special_tokens=True)
     # T5 has its special strings as pieces too, and Kosmos-2's tags are not special: by characters
     if set(ids) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
-        ids = []
-        for character in special:
-            alone = tokenizer(":" + character, add_special_tokens=False)["input_ids"]
-            ids += alone[len(lead) :]
-    return list(ids)
+        ids = [id for character in special for id in _behind_text(tokenizer, character)]
+    return ids
+
+
+def _behind_text(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    """Ids of a text as they come behind one of a few characters, one with which it makes no common
+    token: Tekken has ":[" as one."""
+    for lead in ":,;a":
+        before = tokenizer(lead, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(lead + text, add_special_tokens=False, **options)["input_ids"]
+        if ids[: len(before)] == before:
+            return list(ids[len(before) :])
+    return list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
 
 # --- tokens and their groups ----------------------------------------------------------------------
