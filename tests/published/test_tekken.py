@@ -188,7 +188,7 @@ def test_groups_lie_where_their_text_is(loaded, name):
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="':[' is one token, and prompts._ids_as_text leaves its colon in the question",
+    reason="':[' is one token, and encoding._ids_as_text leaves its colon in the question",
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_typed_special_strings_stay_text(loaded, name):
