@@ -129,9 +129,9 @@ LLAVA = Published(
     },
     generation={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001},
     template=(
-        "{% for m in messages %}{% if m.role == 'user' %}USER: <image>\n{% endif %}{% for part in"
-        " m.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}{% endfor"
-        " %}ASSISTANT:"
+        "{% for m in messages %}{{ '' if m.role == 'system' else m.role.upper() + ': ' }}{% for part in"
+        " m.content %}{{ '<image>\n' if part.type == 'image' else part.text + ' ' }}{% endfor %}{%"
+        " endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     ),
     begins=(1, 3148, 1001, 29901, 29871),
     ends=(29871, 13, 5618, 338, 22910, 1048, 445, 1967, 29973, 319, 1799, 9047, 13566, 29901),
@@ -212,7 +212,8 @@ QWEN_TEMPLATE = (
     + QWEN_SYSTEM
     + "{% endif %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'image'"
     " %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor"
-    " %}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    " %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif"
+    " %}"
 )
 QWEN_IDS = {
     "image_token_id": 151655,
@@ -700,9 +701,10 @@ MISTRAL3 = Published(
     tokenizer={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
     generation={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11},
     template=(
-        "<s>{% for m in messages %}{{ '[SYSTEM_PROMPT]' if m.role == 'system' else '[INST]' }}{% for"
-        " part in m.content %}{{ '[IMG]' if part.type == 'image' else part.text }}{% endfor %}{{"
-        " '[/SYSTEM_PROMPT]' if m.role == 'system' else '[/INST]' }}{% endfor %}"
+        "<s>{% for m in messages %}{% set text %}{% for part in m.content %}{{ '[IMG]' if part.type =="
+        " 'image' else part.text }}{% endfor %}{% endset %}{% if m.role == 'system'"
+        " %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]{% elif m.role == 'user' %}[INST]{{ text"
+        " }}[/INST]{% else %}{{ text }}</s>{% endif %}{% endfor %}"
     ),
 )
 # In transformers a LLaVA with a tower of its own; its files take 25.37 GB.

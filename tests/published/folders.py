@@ -139,7 +139,12 @@ def from_files(folder, name):
         shutil.copyfile(published_file(owner, file), folder / file)
     if "tokenizer.json" in files:  # Llama's, with the tokens that this model adds
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        tokenizer["added_tokens"] = added(facts.special)
+        names = {id: token for token, id in facts.special.items()}
+        gap = set(range(32000, max(names))) - set(
+            names
+        )  # ids count on where a file leaves some out
+        names |= {id: f"filler{id}" for id in gap}
+        tokenizer["added_tokens"] = added({names[id]: id for id in sorted(names)})
         bos = facts.tokenizer["bos_token"]
         tokenizer["post_processor"] = beginning_with(bos, facts.special)
         write_json(folder / "tokenizer.json", tokenizer)

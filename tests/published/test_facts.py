@@ -11,7 +11,6 @@ from PIL import Image
 
 from tests.published import folders
 from tests.published.facts import FILE, MODELS, MOLMO_NAMES, QUESTION, STATES
-from vlmdiag.cli import UsageError
 from vlmdiag.families import llava, molmo, molmo_weights
 from vlmdiag.groups import GROUPS, VISION
 from vlmdiag.model import loading
@@ -22,30 +21,16 @@ SOURCES = ("table", "files")
 PICTURE = Image.new("RGB", (640, 427), (120, 90, 60))
 
 
-def known_failure(error, reason):
-    return pytest.mark.xfail(raises=error, reason=reason, strict=True)
-
-
-def cases(failing):
-    """pytest.mark.parametrize of all models, from the table and from files. failing: {model, or model
-    and source: (exception, reason)} of those that fail today."""
+def cases(failing=(), reason=""):
+    """pytest.mark.parametrize of all models, from the table and from files. failing: those of
+    "model-source" that fail today, and why."""
+    known = pytest.mark.xfail(raises=AssertionError, reason=reason, strict=True)
     params = []
     for name in MODELS:
         for source in SOURCES:
-            known = failing.get(name) or failing.get(f"{name}-{source}")
-            marks = [known_failure(*known)] if known else []
+            marks = [known] if f"{name}-{source}" in failing else []
             params.append(pytest.param(name, source, marks=marks, id=f"{name}-{source}"))
     return pytest.mark.parametrize("name, source", params)
-
-
-NOT_LOADED = {
-    "Molmo-7B-O-0924": (UsageError, "its extra tokens begin at vocab_size"),
-    "instructblip-vicuna-7b": (UsageError, "processor_config.json names the processor of videos"),
-}
-NO_PROMPT = NOT_LOADED | {
-    "Qwen2.5-VL": (TypeError, "chat_template.json holds the template with pictures")
-}
-NO_PATCHES = {"llava-phi-3-mini-hf": (TypeError, "patch_size is in no processor_config.json")}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +77,7 @@ def test_the_tables_say_what_the_files_say(name):
     assert not contained(facts.config | {"hidden_size": -1}, facts.config)
 
 
-@cases(NOT_LOADED)
+@cases()
 def test_a_full_size_build_has_the_published_number_of_parameters(load, name, source):
     vlm = load(name, source)
     facts = MODELS[name]
@@ -108,7 +93,7 @@ def test_a_full_size_build_has_the_published_number_of_parameters(load, name, so
 # --- tokens and prompts ---------------------------------------------------------------------------
 
 
-@cases(NOT_LOADED | {"llava-phi-3-mini-hf": (AssertionError, "<|end|> does not end an answer")})
+@cases()
 def test_special_tokens_have_the_published_ids(load, name, source):
     vlm = load(name, source)
     facts = MODELS[name]
@@ -118,7 +103,7 @@ def test_special_tokens_have_the_published_ids(load, name, source):
     assert facts.eos <= vlm.eos_ids
 
 
-@cases(NO_PROMPT | {"llava-phi-3-mini-hf": (AssertionError, "the prompt is Vicuna's, not Phi-3's")})
+@cases()
 def test_the_prompt_is_the_published_one(load, name, source):
     """Behind the family's own system prompt, where it has one that the template has not."""
     vlm = load(name, source)
@@ -132,7 +117,7 @@ def test_the_prompt_is_the_published_one(load, name, source):
     assert rendered.text[slice(*rendered.question)] == QUESTION
 
 
-@cases(NO_PROMPT | NO_PATCHES)
+@cases()
 def test_a_picture_has_as_many_vision_tokens_as_published(load, name, source):
     vlm = load(name, source)
     facts = MODELS[name]
@@ -142,13 +127,12 @@ def test_a_picture_has_as_many_vision_tokens_as_published(load, name, source):
         assert batch.input_ids[0].tolist().count(vlm.image_token_id) == count, size
 
 
-MERGED = (AssertionError, "':<' is one token of Qwen2's, and the colon stays in the question")
+QWENS_WORDS = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Molmo-7B-D-0924")
 
 
 @cases(
-    NO_PROMPT
-    | NO_PATCHES
-    | {f"{name}-files": MERGED for name in ("Qwen2-VL", "Qwen3-VL", "Molmo-7B-D-0924")}
+    [f"{name}-files" for name in QWENS_WORDS],
+    "':<' is one token, and encoding._ids_as_text leaves its colon in the question",
 )
 def test_typed_special_strings_stay_text(load, name, source):
     vlm = load(name, source)
@@ -168,13 +152,7 @@ def test_typed_special_strings_stay_text(load, name, source):
 WITH_IDS = [name for name, facts in MODELS.items() if facts.ends]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[known_failure(*NO_PROMPT[name])] if name in NO_PROMPT else [])
-        for name in WITH_IDS
-    ],
-)
+@pytest.mark.parametrize("name", WITH_IDS)
 def test_ids_around_the_picture_are_those_of_the_published_tokenizer(load, name):
     facts = MODELS[name]
     vlm = load(name, "files")
