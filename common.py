@@ -276,42 +276,45 @@ def load_model(
     from vlmdiag.model import loading
     from vlmdiag.model.selfcheck import check
 
-    config, described = loading.read_config(path, trust_remote_code, family)
-    if decoder_layers is not None:
-        loading.shorten_decoder(config, decoder_layers)
-    place = loading.device_of(device)
-    chosen = loading.dtype_of(dtype, quantize_type, place, config)
-    quantized = loading.quantization(quantize_type, chosen)
-    if quantized is not None and device_map is None:
-        device_map = {"": place}
-    model, processor = loading.load_family(
-        described,
-        str(path),
-        config,
-        dtype=chosen,
-        device_map=device_map,
-        vision_tower_path=vision_tower_path,
-        conv_mode=conv_mode,
-        trust_remote_code=trust_remote_code,
-        quantization_config=quantized,
-    )
-    model = model.eval().requires_grad_(False)
-    if device_map is None:
-        model = model.to(place)
-    options = {
-        "system_prompt": system_prompt,
-        "prompt_template": prompt_template,
-        "image_aspect": image_aspect,
-        "conv_mode": conv_mode,
-        "quantize_type": quantize_type,
-    }
-    vlm = VLM(model, processor, described, str(path), options)
-    if quantized is not None:
-        loading.check_quantized(vlm)
-    if image_aspect == "pad":
-        loading.pad_to_square(vlm)
+    with loading.one_line(path):
+        config, described = loading.read_config(path, trust_remote_code, family)
+        if decoder_layers is not None:
+            loading.shorten_decoder(config, decoder_layers)
+        place = loading.device_of(device)
+        chosen = loading.dtype_of(dtype, quantize_type, place, config)
+        quantized = loading.quantization(quantize_type, chosen)
+        if quantized is not None and device_map is None:
+            device_map = {"": place}
+        model, processor = loading.load_family(
+            described,
+            str(path),
+            config,
+            dtype=chosen,
+            device_map=device_map,
+            vision_tower_path=vision_tower_path,
+            conv_mode=conv_mode,
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantized,
+        )
+        model = model.eval().requires_grad_(False)
+        if device_map is None:
+            model = model.to(place)
+        options = {
+            "system_prompt": system_prompt,
+            "prompt_template": prompt_template,
+            "image_aspect": image_aspect,
+            "conv_mode": conv_mode,
+            "quantize_type": quantize_type,
+        }
+        vlm = VLM(model, processor, described, str(path), options)
+        if quantized is not None:
+            loading.check_quantized(vlm)
+        if image_aspect == "pad":
+            loading.pad_to_square(vlm)
     if self_check and decoder_layers is None:
-        note = check(vlm)
+        with loading.one_line(path, "the checks after loading failed"):
+            loading.check_prompt(vlm)
+            note = check(vlm)
         if note:
             print(f"{path}: {note}")
     return vlm

@@ -126,7 +126,6 @@ def test_an_adapter_beside_the_weights_is_applied_or_an_error(model, picture):
 @pytest.mark.parametrize(
     "name", ["llava-v1.5-7b-task-lora", "llava-v1.5-7b-pretrain", "model.Q4_K_M.gguf"]
 )
-@not_yet("the line does not say what such a folder is")
 def test_a_folder_that_is_no_whole_model_is_named_for_what_it_is(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
@@ -203,7 +202,6 @@ def test_an_image_tag_at_the_edge_of_a_question_is_removed(picture):
     assert shown(vlm, plain) == shown(vlm, tagged)
 
 
-@not_yet("an old processor file or a template that refuses a system role ends in a traceback")
 @pytest.mark.parametrize("form", ["old processor", "system refused", "full features"])
 def test_a_form_that_cannot_be_used_is_one_line(model, form):
     if form == "old processor":
@@ -225,7 +223,6 @@ def test_a_form_that_cannot_be_used_is_one_line(model, form):
         return
 
 
-@not_yet("a folder saved in 4 bits ends in a traceback")
 def test_a_folder_saved_in_four_bits_loads_or_is_one_line(model):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     quantised = LlavaForConditionalGeneration.from_pretrained(

@@ -198,7 +198,10 @@ def checked(loaded: tuple[PreTrainedModel, Record]) -> PreTrainedModel:
         if not HARMLESS.search(key) and not _left_out(key, layers_kept)
     ]
     missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    mismatched = [
+        f"{key} {tuple(stored)} instead of {tuple(wanted)}"
+        for key, stored, wanted in sorted(info["mismatched_keys"])
+    ]
     problems = []
     for names, what in (
         (unknown, "have no place in this model"),
