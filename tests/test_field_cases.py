@@ -3,7 +3,6 @@ generated pictures, with one thing changed. What is not right yet is marked with
 instead, and fails here as soon as it becomes right."""
 
 import base64
-import importlib.util
 import io
 import json
 import shutil
@@ -99,11 +98,6 @@ def test_unmerged_adapters_among_the_weights_are_an_error(model):
         common.load_model(model)
 
 
-@pytest.mark.xfail(
-    importlib.util.find_spec("peft") is None,
-    strict=True,
-    reason="without peft an adapter beside the weights is passed over: the base answers",
-)
 def test_an_adapter_beside_the_weights_is_applied_or_an_error(model, picture):
     layer = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
     adapter = {

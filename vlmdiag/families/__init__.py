@@ -37,6 +37,7 @@ __all__ = [
     "family_of_file",
     "find_family",
     "known_types",
+    "left_out",
     "read_folder",
 ]
 
@@ -195,7 +196,7 @@ def checked(loaded: tuple[PreTrainedModel, Record]) -> PreTrainedModel:
     unknown = [
         key
         for key in sorted(info["unexpected_keys"])
-        if not HARMLESS.search(key) and not _left_out(key, layers_kept)
+        if not HARMLESS.search(key) and not left_out(key, layers_kept)
     ]
     missing = sorted(info["missing_keys"])
     mismatched = [
@@ -219,7 +220,7 @@ def checked(loaded: tuple[PreTrainedModel, Record]) -> PreTrainedModel:
     return model
 
 
-def _left_out(key: str, layers_kept: int | None) -> bool:
+def left_out(key: str, layers_kept: int | None) -> bool:
     """Whether a parameter is one of the layers that load_model(decoder_layers=...) leaves out."""
     numbers = [int(number) for number in re.findall(r"\.(\d+)\.", key)]
     return layers_kept is not None and any(number >= layers_kept for number in numbers)

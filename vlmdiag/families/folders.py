@@ -133,7 +133,7 @@ def form_of(path: str | Path) -> str | None:
     if Path(path).is_dir():
         if not names:
             return "an empty folder"
-        broken = _broken_files(Path(path), names)
+        broken = broken_files(Path(path), names)
         if broken is not None:
             return broken
     if any(WEIGHTS.fullmatch(name) for name in names):
@@ -149,7 +149,7 @@ def form_of(path: str | Path) -> str | None:
     )
 
 
-def _broken_files(folder: Path, names: Sequence[str]) -> str | None:
+def broken_files(folder: Path, names: Sequence[str]) -> str | None:
     """What is wrong with files that are there by name only, or not what their names say: pointers,
     empty ones, missing shards, JSON that is none."""
     for name in names:

@@ -60,6 +60,9 @@ def load_model_class(
             device_map=options.get("device_map"),
             quantization_config=options.get("quantization_config"),
             ignore_mismatched_sizes=True,  # checked() names them
+            # with peft, transformers would put an adapter beside the weights into the model
+            # (vlmdiag.model.adapters does, and merges it): it looks in this folder
+            adapter_kwargs={"subfolder": "no-adapter"},
             **more,
         )
     except NotImplementedError as error:

@@ -29,10 +29,12 @@ from vlmdiag.families import (
     find_family,
     generic,
     known_types,
+    llava_original,
     read_folder,
     variant_of,
 )
 from vlmdiag.families.folders import form_of, layout_of, read_object, refuse_no_folder
+from vlmdiag.model.adapters import Sources, load_trained, merge
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.runs.rundirs import slug
 from vlmdiag.types import Record
@@ -273,6 +275,39 @@ def read_config(
         with one_line(path, what):
             check_config(path, raw, config)
     return config, family
+
+
+def config_of(
+    sources: Sources, trust_remote_code: bool = False, family_file: str | Path | None = None
+) -> tuple[PreTrainedConfig, Family, Record]:
+    """Config and family of what sources_of found, and the config.json of LLaVA's own LoRA training,
+    {} where there is none: that describes the whole model where its base is a plain Llama or in
+    the same layout, and the base's config describes all other ones."""
+    config, family = read_config(sources.base, trust_remote_code, family_file)
+    folder = sources.adapter
+    if folder is None or str(folder) == sources.base or not (folder / "config.json").exists():
+        return config, family, {}
+    adapted, of_adapter = read_config(folder)
+    if not of_adapter.trained:
+        return config, family, {}
+    if family.name in (of_adapter.name, generic.FAMILY.name):
+        return adapted, of_adapter, adapted.original_layout
+    return config, family, adapted.original_layout
+
+
+def apply_adapter(vlm: VLM, sources: Sources, adapted: Record) -> None:
+    """Merge the adapter that sources_of found into the model. adapted: what config_of gave."""
+    if sources.adapter is None:
+        return
+    layouts = [name for name in (vlm.family.names,) if name is not None]
+    if adapted and not vlm.family.trained:  # LLaVA's training, on a base in transformers' layout
+        layouts.append(llava_original.hf_name)
+        if adapted.get("image_aspect_ratio") == "pad":
+            pad_to_square(vlm)
+    if sources.trained is not None and not vlm.family.trained:
+        load_trained(vlm.model, sources.trained, layouts)
+    vlm.model = merge(vlm.model, sources.adapter, layouts).eval().requires_grad_(False)
+    print(f"{vlm.path}: adapter merged into {sources.base}, whose processor is used")
 
 
 def _read_raw(path: str | Path, own: Family | None) -> Record:
