@@ -87,7 +87,8 @@ class VLM:
     processor: ProcessorMixin
     family: Family
     path: str
-    # system_prompt, prompt_template, image_aspect, conv_mode, quantize_type as given
+    # system_prompt, prompt_template, image_aspect, conv_mode, quantize_type as given; adapter: the
+    # folder that was merged into the weights of base_model, None without one
     options: Record = field(default_factory=dict)
 
     @cached_property
@@ -216,6 +217,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, path: bool = True) -> N
         " float16",
     )
     parser.add_argument(
+        "--base_model",
+        default=None,
+        help="base of an adapter, where its adapter_config.json does not name it",
+    )
+    parser.add_argument(
         "--vision_tower_path", default=None, help="vision tower for checkpoints that do not hold it"
     )
     parser.add_argument(
@@ -258,6 +264,7 @@ def load_from_args(
         dtype=args.dtype,
         device_map=args.device_map,
         quantize_type=args.quantize_type,
+        base_model=args.base_model,
         vision_tower_path=args.vision_tower_path,
         conv_mode=args.conv_mode,
         system_prompt=args.system_prompt,
@@ -285,58 +292,70 @@ def load_model(
     trust_remote_code: bool = False,
     self_check: bool = True,
     decoder_layers: int | None = None,
+    base_model: str | Path | None = None,
 ) -> VLM:
     """Load a VLM from a folder or hub id.
 
-    family: a file that defines FAMILY, for a type of your own. decoder_layers: keep only so many of
-    the decoder's first layers, 0 for what tower and connector compute by themselves; there is no
-    self-check then. UsageError where the type is unknown, files or parameters are missing, or the
-    self-check fails.
+    A folder with an adapter of peft (adapter_config.json) is that adapter merged into the weights
+    beside it, else into base_model, else into the base that it names itself. family: a file that
+    defines FAMILY, for a type of your own. decoder_layers: keep only so many of the decoder's first
+    layers, 0 for what tower and connector compute by themselves; there is no self-check then.
+    UsageError where the type is unknown, files or parameters are missing, have no place or cannot
+    be read, or the self-check fails.
     """
     from vlmdiag.model import loading
+    from vlmdiag.model.adapters import sources_of
     from vlmdiag.model.encoding import never_cut
     from vlmdiag.model.prompts import guessed_prompt
     from vlmdiag.model.selfcheck import check
 
-    config, described = loading.read_config(path, trust_remote_code, family)
-    if decoder_layers is not None:
-        loading.shorten_decoder(config, decoder_layers)
-    place = loading.device_of(device)
-    chosen = loading.dtype_of(dtype, quantize_type, place, config)
-    quantized = loading.quantization(quantize_type, chosen)
-    if quantized is not None and device_map is None:
-        device_map = {"": place}
-    model, processor = loading.load_family(
-        described,
-        str(path),
-        config,
-        dtype=chosen,
-        device_map=device_map,
-        vision_tower_path=vision_tower_path,
-        conv_mode=conv_mode,
-        trust_remote_code=trust_remote_code,
-        quantization_config=quantized,
-    )
-    model = model.eval().requires_grad_(False)
-    if device_map is None:
-        model = model.to(place)
-    options = {
-        "system_prompt": system_prompt,
-        "prompt_template": prompt_template,
-        "image_aspect": image_aspect,
-        "conv_mode": conv_mode,
-        "quantize_type": quantize_type,
-        "vision_tower_path": vision_tower_path,
-    }
-    vlm = VLM(model, processor, described, str(path), options)
-    never_cut(vlm.tokenizer)
-    if quantized is not None:
-        loading.check_quantized(vlm)
-    if image_aspect == "pad":
-        loading.pad_to_square(vlm)
-    notes = [guessed_prompt(vlm)]
-    if self_check and decoder_layers is None:
-        notes.append(check(vlm))
+    with loading.one_line(path):
+        sources = sources_of(path, base_model)
+        config, described, adapted = loading.config_of(sources, trust_remote_code, family)
+        if decoder_layers is not None:
+            loading.shorten_decoder(config, decoder_layers)
+        place = loading.device_of(device)
+        chosen = loading.dtype_of(dtype, quantize_type, place, config)
+        quantized = loading.quantization(quantize_type, chosen)
+        if quantized is not None and device_map is None:
+            device_map = {"": place}
+        model, processor = loading.load_family(
+            described,
+            sources.base,
+            config,
+            dtype=chosen,
+            device_map=device_map,
+            vision_tower_path=vision_tower_path,
+            conv_mode=conv_mode,
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantized,
+            trained=sources.trained,
+        )
+        model = model.eval().requires_grad_(False)
+        if device_map is None:
+            model = model.to(place)
+        options = {
+            "system_prompt": system_prompt,
+            "prompt_template": prompt_template,
+            "image_aspect": image_aspect,
+            "conv_mode": conv_mode,
+            "quantize_type": quantize_type,
+            "vision_tower_path": vision_tower_path,
+            "adapter": sources.adapter and str(sources.adapter),
+            "base_model": sources.adapter and sources.base,
+        }
+        vlm = VLM(model, processor, described, str(path), options)
+        never_cut(vlm.tokenizer)
+        loading.apply_adapter(vlm, sources, adapted)
+        if quantized is not None:
+            loading.check_quantized(vlm)
+        if image_aspect == "pad":
+            loading.pad_to_square(vlm)
+    with loading.one_line(path, "the checks after loading failed"):
+        loading.check_prompt(vlm)
+        notes = [guessed_prompt(vlm)]
+        if self_check and decoder_layers is None:
+            notes.append(check(vlm))
     for note in filter(None, notes):
         print(f"{path}: {note}")
     return vlm

@@ -154,22 +154,7 @@ def assembled(
 ) -> PreTrainedModel:
     """The model of a class with the parameters of `state`; ValueError for what is missing, of
     another shape, or has no place."""
-    refuse_unknown(model_class, config, state)
     return generic.load_model_class(model_class, None, config, options, state_dict=state)
-
-
-def refuse_unknown(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: State
-) -> None:
-    """ValueError that names parameters of `state` that have no place in the model."""
-    with torch.device("meta"):
-        places = set(model_class(config).state_dict())
-    unknown = sorted(set(state) - places)
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} parameters have no place in this model, such as"
-            f" {', '.join(unknown[:3])}"
-        )
 
 
 def complete_embeddings(state: State, table: str, lm_head: str, rows: int, tied: bool) -> None:

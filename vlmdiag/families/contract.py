@@ -40,6 +40,8 @@ class LoadOptions(TypedDict, total=False):
     conv_mode: str | None
     trust_remote_code: bool
     quantization_config: BitsAndBytesConfig | None
+    # a file of whole parameters in place of the checkpoint's (Family.trained)
+    trained: Path | None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,11 @@ class Family:
     # (path, config, **LoadOptions) -> model and processor
     load: Callable[..., Loaded]
     parts: Callable[[PreTrainedModel], Parts]
+    # (stored name of a parameter) -> the model's, for layouts that transformers does not read:
+    # where an adapter's tensors belong
+    names: Callable[[str], str | None] | None = None
+    # load() takes the option `trained`: LLaVA's non_lora_trainables.bin
+    trained: bool = False
 
     # --- the prompt ---
     # (vlm, prompt without a system prompt) -> system prompt where neither the user nor the template

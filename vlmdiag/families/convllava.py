@@ -242,6 +242,7 @@ FAMILY = Family(
     read_config=llava_original.read_config,
     load=load,
     parts=parts,
+    names=our_name,
     grid=grid,
     positions=generic.positions,
     rotary=generic.rotary,

@@ -77,6 +77,11 @@ def renamed(state: State, rename: Rename) -> State:
     return after
 
 
+def base_name(key: str) -> str:
+    """A parameter's name in the files of the base, of what peft calls it."""
+    return re.sub(r"^base_model\.(model\.)?", "", key)
+
+
 def _read_safetensors(file: Path, rename: Rename) -> State:
     """{new name: tensor} of one file; only what is wanted is read."""
     state: State = {}

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,16 +49,52 @@ def load_model_class(
 ) -> PreTrainedModel:
     """The model of a class by its from_pretrained(), which gets `more` too; ValueError that names
     parameters no file filled."""
-    loaded = model_class.from_pretrained(
-        path,
-        config=config,
-        output_loading_info=True,
-        dtype=options["dtype"],
-        device_map=options.get("device_map"),
-        quantization_config=options.get("quantization_config"),
-        **more,
-    )
+    if path is not None and Path(path).is_dir():
+        refuse_larger_than(Path(path), config)
+    try:
+        loaded = model_class.from_pretrained(
+            path,
+            config=config,
+            output_loading_info=True,
+            dtype=options["dtype"],
+            device_map=options.get("device_map"),
+            quantization_config=options.get("quantization_config"),
+            ignore_mismatched_sizes=True,  # checked() names them
+            # with peft, transformers would put an adapter beside the weights into the model
+            # (vlmdiag.model.adapters does, and merges it): it looks in this folder
+            adapter_kwargs={"subfolder": "no-adapter"},
+            **more,
+        )
+    except NotImplementedError as error:
+        if "aten::equal" not in str(error):
+            raise
+        # tied parameters that were both left without values
+        raise ValueError(
+            "embedding table and LM head are of another shape than vocab_size and hidden_size of"
+            " config.json say"
+        ) from error
     return checked(loaded)
+
+
+def refuse_larger_than(folder: Path, config: PreTrainedConfig) -> None:
+    """ValueError where a config describes a far larger model than the folder's files can hold:
+    transformers would make all of it before it says that the files do not fit."""
+    files = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    held = sum(file.stat().st_size for file in files)
+    for part in (config.get_text_config(), getattr(config, "vision_config", config)):
+        width, inner, layers, rows = (
+            getattr(part, name, None)
+            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        )
+        if not (isinstance(width, int) and isinstance(inner, int) and isinstance(layers, int)):
+            continue
+        # at least; two bits a number are the fewest that are in use
+        numbers = layers * width * (width + inner) + width * (rows if isinstance(rows, int) else 0)
+        if numbers > 8 * held + 10**7:
+            raise ValueError(
+                f"config.json describes a {part.model_type} of {numbers:,} parameters or more, and"
+                f" the weight files hold {held:,} bytes"
+            )
 
 
 def load_processor(path: str, trust_remote_code: bool = False) -> ProcessorMixin:

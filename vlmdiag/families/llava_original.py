@@ -54,11 +54,14 @@ from vlmdiag.cli import UsageError
 from vlmdiag.families import Family, generic
 from vlmdiag.families.assembled import assembled, complete_embeddings, without
 from vlmdiag.families.files import (
+    base_name,
     fetch,
     folder_of,
     generation_settings,
     is_hub_id,
+    read_pickle,
     read_weights,
+    renamed,
     weight_files,
 )
 from vlmdiag.families.llava import NormedLlava, grid, parts
@@ -261,6 +264,11 @@ def hf_name(key: str) -> str | None:
     return re.sub(r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.", key)
 
 
+def trained_name(key: str) -> str | None:
+    """The same for non_lora_trainables.bin, which names them as peft does."""
+    return hf_name(base_name(key))
+
+
 def tower_name(key: str) -> str | None:
     """The same for the file of a tower, which may be a whole CLIP model."""
     if re.match(r"text_model\.|text_projection|visual_projection|logit_scale", key):
@@ -281,10 +289,14 @@ def has_tower(folder: Path) -> bool:
     return any(key.startswith(TOWER) for key in state)
 
 
-def load_weights(folder: Path, tower_folder: Path | None, config: LlavaConfig) -> State:
-    """State dict of OriginalLlava(config); the embedding table gets a row of zeros for each id that
-    it lacks."""
+def load_weights(
+    folder: Path, tower_folder: Path | None, config: LlavaConfig, trained: Path | None = None
+) -> State:
+    """State dict of OriginalLlava(config), with the parameters of the file `trained` in place of
+    the folder's; the embedding table gets a row of zeros for each id that it lacks."""
     state = read_weights(folder, hf_name)
+    if trained is not None:
+        state |= renamed(read_pickle(trained), trained_name)
     if tower_folder is not None and not any(name.startswith(TOWER) for name in state):
         state |= read_weights(tower_folder, tower_name)
     if config.text_config.num_hidden_layers == 0:
@@ -380,7 +392,7 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     config.image_seq_length = (vision.image_size // vision.patch_size) ** 2
     if raw.get("use_multilayer_features"):
         config.vision_feature_layer = multilayer(raw, vision.num_hidden_layers)
-    state = load_weights(folder, tower_folder, config)
+    state = load_weights(folder, tower_folder, config, options.get("trained"))
     if not state:
         raise ValueError(f"{files[0]} holds no parameter")
     model = assembled(OriginalLlava, config, state, options)
@@ -405,6 +417,8 @@ FAMILY = Family(
     read_config=read_config,
     load=load,
     parts=parts,
+    names=hf_name,
+    trained=True,
     grid=grid,
     positions=generic.positions,
     rotary=generic.rotary,

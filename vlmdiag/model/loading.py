@@ -1,21 +1,24 @@
-"""Which model a folder or hub id holds, how its weights are rounded, and what tells it from
-another."""
+"""Which model a folder or hub id holds, how it is loaded, and how its weights are rounded."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
+import json
 import logging
 import os
-import pickle
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from vlmdiag.cli import UsageError
@@ -24,9 +27,13 @@ from vlmdiag.families import (
     find_family,
     generic,
     known_types,
+    llava_original,
     read_folder,
     variant_of,
 )
+from vlmdiag.families.folders import form_of, layout_of, read_object, refuse_no_folder
+from vlmdiag.model.adapters import Sources, load_trained, merge
+from vlmdiag.model.prompts import prompt_for
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from vlmdiag.families.contract import LoadOptions
     from vlmdiag.types import VLM
 
+KNOWN = "; known types: {}; for another one write models/<family>.py (README, 'your own model')"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +73,7 @@ def dtype_of(
 def shorten_decoder(config: PreTrainedConfig, layers: int) -> None:
     """Keep only the first layers of the decoder in a config: for what only tower and connector
     compute (0), loading takes a tenth of the memory."""
+    config.layers_kept = layers  # families.checked: parameters of the others have no place
     decoder = config.get_text_config()
     decoder.num_hidden_layers = layers
     if getattr(decoder, "layer_types", None) is not None:
@@ -91,35 +100,90 @@ def without_weights() -> Iterator[None]:
         PreTrainedModel.from_pretrained = read
 
 
+# errors whose messages say what is wrong
+SAYS_ALL = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)
+
+
+@contextlib.contextmanager
+def one_line(path: str | Path, what: str = "cannot be loaded", advice: str = "") -> Iterator[None]:
+    """Within the context an error of any kind becomes a UsageError in one line: a checkpoint can be
+    wrong in more ways than can be listed. `advice` follows the reason. The traceback is logged at
+    the level DEBUG."""
+    try:
+        yield
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).debug("%s: %s", path, what, exc_info=True)
+        raise UsageError(f"{path}: {what}: {_reason(error)}{advice}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """An error's message on one line; its type and where it arose too, where a message such as
+    'list index out of range' says nothing without them."""
+    message = " ".join(str(error).split())[:400]
+    if isinstance(error, SAYS_ALL) and message:
+        return message
+    frames = traceback.extract_tb(error.__traceback__)
+    file = Path(frames[-1].filename)
+    where = f"{file.parent.name}/{file.name}".removeprefix("/")
+    return f"{type(error).__name__}: {message} (in {where})"
+
+
 def load_family(
     family: Family, path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor by the family's own loader; UsageError in one line where it fails."""
+    """Model and processor by the family's own loader; UsageError in one line where it fails, which
+    says what the folder is where that can be told."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    what = f"cannot be loaded as type {config.model_type!r}"
     try:
-        return family.load(path, config, **options)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
-        reason = " ".join(str(error).split())[:400]
-        known = ""
+        with one_line(path, what):
+            return family.load(path, config, **options)
+    except UsageError as error:
+        if error.__cause__ is None:  # said by the family
+            raise
+        raw = getattr(config, "original_layout", None) or config.to_dict()
+        form = layout_of(raw, options.get("trust_remote_code", False)) or form_of(path)
+        if form is not None:
+            reason = _reason(error.__cause__)[:200]
+            raise UsageError(f"{path}: {what}: {form} ({reason})") from error
         if family.name == "generic":
-            known = (
-                f"; known types: {', '.join(known_types())}; for another one write"
-                " models/<family>.py (README, 'your own model')"
-            )
+            raise UsageError(f"{error}{KNOWN.format(', '.join(known_types()))}") from error
+        raise
+
+
+PROMPT_SECONDS = 20  # a template takes milliseconds
+
+
+def check_prompt(vlm: VLM) -> None:
+    """UsageError where the model's template does not come to an end: it is a program of the
+    checkpoint's, and its loops are bounded one by one only. It runs in a thread, which is ended
+    from here."""
+    ended: list[Exception | None] = []
+
+    def render() -> None:
+        try:
+            prompt_for(vlm, "?")
+            ended.append(None)
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(PROMPT_SECONDS)
+    if not ended:
+        # raised in the thread at its next step; jinja's loops are loops of Python
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError)
+        )
         raise UsageError(
-            f"{path} (type {config.model_type!r}) cannot be loaded: {reason}{known}"
-        ) from error
+            f"{vlm.path}: the chat template does not end within {PROMPT_SECONDS} seconds; give"
+            " --prompt_template"
+        )
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def pad_to_square(vlm: VLM) -> None:
@@ -179,34 +243,135 @@ def read_config(
 ) -> tuple[PreTrainedConfig, Family]:
     """A model's config and its family, that of family_file where one is given; UsageError in one
     line where there is none."""
-    raw: Record | None = None
+    refuse_no_folder(path)
     own = family_of_file(Path(family_file).resolve()) if family_file else None
-    is_folder = os.path.isdir(path)
-    if is_folder and not (Path(path) / "config.json").exists():
-        try:
-            if own is None:
-                raw = read_folder(path)
-            elif own.reads is not None:
-                raw = own.reads(str(path))
-        except ValueError as error:
-            raise UsageError(f"{path}: {error}") from error
-        if raw is None:
-            raise UsageError(f"{path}: no config.json in this folder, so it is no model")
-    looks_like_folder = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if looks_like_folder and not is_folder:
-        raise UsageError(f"{path}: no such folder")
+    what = "the config cannot be read"
+    with one_line(path, what):
+        raw = _read_raw(path, own)
+        check_raw(path, raw)
+        generation = Path(path) / "generation_config.json"
+        if generation.exists():  # transformers passes over one that it cannot read
+            read_object(generation)
+    known = raw.get("model_type") in CONFIG_MAPPING_NAMES
     try:
-        if raw is None:
-            raw = PreTrainedConfig.get_config_dict(path)[0]
-        if own is not None:
-            family = variant_of(own, raw)
-        else:
-            family = find_family(raw) or generic.FAMILY
-        if family.read_config is not None:
-            return family.read_config(str(path), raw), family
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), family
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"{path}: the config cannot be read ({reason}); known types: {', '.join(known_types())}"
-        ) from error
+        with one_line(path, what, "" if known else f"; known types: {', '.join(known_types())}"):
+            if own is not None:
+                family = variant_of(own, raw)
+            else:
+                family = find_family(raw) or generic.FAMILY
+            if family.read_config is not None:
+                config = family.read_config(str(path), raw)
+            else:
+                config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except UsageError as error:
+        layout = layout_of(raw, trust_remote_code)
+        if layout is None or error.__cause__ is None:
+            raise
+        raise UsageError(f"{path}: {layout} ({_reason(error.__cause__)[:200]})") from error
+    if family.read_config is None:
+        with one_line(path, what):
+            check_config(path, raw, config)
+    return config, family
+
+
+def config_of(
+    sources: Sources, trust_remote_code: bool = False, family_file: str | Path | None = None
+) -> tuple[PreTrainedConfig, Family, Record]:
+    """Config and family of what sources_of found, and the config.json of LLaVA's own LoRA training,
+    {} where there is none: that describes the whole model where its base is a plain Llama or in
+    the same layout, and the base's config describes all other ones."""
+    config, family = read_config(sources.base, trust_remote_code, family_file)
+    folder = sources.adapter
+    if folder is None or str(folder) == sources.base or not (folder / "config.json").exists():
+        return config, family, {}
+    adapted, of_adapter = read_config(folder)
+    if not of_adapter.trained:
+        return config, family, {}
+    if family.name in (of_adapter.name, generic.FAMILY.name):
+        return adapted, of_adapter, adapted.original_layout
+    return config, family, adapted.original_layout
+
+
+def apply_adapter(vlm: VLM, sources: Sources, adapted: Record) -> None:
+    """Merge the adapter that sources_of found into the model. adapted: what config_of gave."""
+    if sources.adapter is None:
+        return
+    layouts = [name for name in (vlm.family.names,) if name is not None]
+    if adapted and not vlm.family.trained:  # LLaVA's training, on a base in transformers' layout
+        layouts.append(llava_original.hf_name)
+        if adapted.get("image_aspect_ratio") == "pad":
+            pad_to_square(vlm)
+    if sources.trained is not None and not vlm.family.trained:
+        load_trained(vlm.model, sources.trained, layouts)
+    vlm.model = merge(vlm.model, sources.adapter, layouts).eval().requires_grad_(False)
+    print(f"{vlm.path}: adapter merged into {sources.base}, whose processor is used")
+
+
+def _read_raw(path: str | Path, own: Family | None) -> Record:
+    """What config.json says, or a family makes of a folder without one."""
+    if not os.path.isdir(path) or (Path(path) / "config.json").exists():
+        try:
+            return PreTrainedConfig.get_config_dict(path)[0]
+        except Exception as error:
+            form = form_of(path)
+            if form is None:
+                raise
+            raise UsageError(f"{path}: {form} ({_reason(error)})") from error
+    raw: Record | None = None
+    if own is None:
+        raw = read_folder(path)
+    elif own.reads is not None:
+        raw = own.reads(str(path))
+    if raw is None:
+        form = form_of(path)
+        because = f"; this is {form}" if form else ""
+        raise UsageError(f"{path}: no config.json in this folder, so it is no model{because}")
+    return raw
+
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "patch_size",
+    "image_size",
+)
+
+
+def check_raw(path: str | Path, raw: Record) -> None:
+    """UsageError for what no config.json can say, where transformers would take its default without
+    a word, or fail far from the cause."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: config.json holds a {type(raw).__name__}, wanted is an object")
+    for name in ("text_config", "vision_config", None):
+        part = raw if name is None else raw.get(name, {})
+        if not isinstance(part, dict):
+            said = json.dumps(part)[:60]
+            raise UsageError(f"{path}: config.json: {name} is {said}, wanted is an object")
+        for size in SIZES:
+            value = part.get(size)
+            where = size if name is None else f"{name}.{size}"
+            if isinstance(value, (int, float)) and value < 1:
+                raise UsageError(f"{path}: config.json: {where} is {value}, wanted is 1 or more")
+
+
+def check_config(path: str | Path, raw: Record, config: PreTrainedConfig) -> None:
+    """UsageError for a config whose parts do not fit each other, or that leaves out what it is
+    to describe: transformers would then build a model of 7B parameters."""
+    has_text = isinstance(raw.get("text_config"), dict) or set(SIZES) & set(raw)
+    if "text_config" in getattr(config, "sub_configs", {}) and not has_text:
+        raise UsageError(f"{path}: config.json has no text_config, so the decoder is not described")
+    token = getattr(config, "image_token_id", None)
+    if isinstance(token, int) and token < 0:
+        raise UsageError(f"{path}: config.json: the image token's id is {token}, no id of a token")
+    depth = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    layers = getattr(config, "vision_feature_layer", None)
+    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+        if isinstance(layer, int) and isinstance(depth, int) and not -depth - 2 < layer <= depth:
+            raise UsageError(
+                f"{path}: config.json: vision_feature_layer is {layer}, the tower has {depth}"
+                " layers"
+            )
