@@ -278,7 +278,7 @@ def load_from_args(
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | None = None,
     device: str | None = None,
     dtype: str = "auto",
     device_map: str | Record | None = None,
@@ -293,15 +293,18 @@ def load_model(
     self_check: bool = True,
     decoder_layers: int | None = None,
     base_model: str | Path | None = None,
+    model: PreTrainedModel | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> VLM:
-    """Load a VLM from a folder or hub id.
+    """Load a VLM from a folder or hub id, or take `model` and `processor` that are in memory.
 
     A folder with an adapter of peft (adapter_config.json) is that adapter merged into the weights
     beside it, else into base_model, else into the base that it names itself. family: a file that
     defines FAMILY, for a type of your own. decoder_layers: keep only so many of the decoder's first
     layers, 0 for what tower and connector compute by themselves; there is no self-check then.
-    UsageError where the type is unknown, files or parameters are missing, have no place or cannot
-    be read, or the self-check fails.
+    A model in memory may be peft's, its adapters at work; it stays on its device, in its dtype, and
+    is in eval mode then. UsageError where the type is unknown, files or parameters are missing,
+    have no place or cannot be read, or the self-check fails.
     """
     from vlmdiag.model import loading
     from vlmdiag.model.adapters import sources_of
@@ -309,46 +312,55 @@ def load_model(
     from vlmdiag.model.prompts import guessed_prompt
     from vlmdiag.model.selfcheck import check
 
+    options: Record = {
+        "system_prompt": system_prompt,
+        "prompt_template": prompt_template,
+        "image_aspect": image_aspect,
+        "conv_mode": conv_mode,
+        "quantize_type": quantize_type,
+        "vision_tower_path": vision_tower_path,
+    }
+    if model is not None:
+        path = path or loading.name_in_memory(model)
+    if path is None:
+        raise UsageError("load_model() takes a path, or model= and processor=")
     with loading.one_line(path):
-        sources = sources_of(path, base_model)
-        config, described, adapted = loading.config_of(sources, trust_remote_code, family)
-        if decoder_layers is not None:
-            loading.shorten_decoder(config, decoder_layers)
-        place = loading.device_of(device)
-        chosen = loading.dtype_of(dtype, quantize_type, place, config)
-        quantized = loading.quantization(quantize_type, chosen)
-        if quantized is not None and device_map is None:
-            device_map = {"": place}
-        model, processor = loading.load_family(
-            described,
-            sources.base,
-            config,
-            dtype=chosen,
-            device_map=device_map,
-            vision_tower_path=vision_tower_path,
-            conv_mode=conv_mode,
-            trust_remote_code=trust_remote_code,
-            quantization_config=quantized,
-            trained=sources.trained,
-        )
-        model = model.eval().requires_grad_(False)
-        if device_map is None:
-            model = model.to(place)
-        options = {
-            "system_prompt": system_prompt,
-            "prompt_template": prompt_template,
-            "image_aspect": image_aspect,
-            "conv_mode": conv_mode,
-            "quantize_type": quantize_type,
-            "vision_tower_path": vision_tower_path,
-            "adapter": sources.adapter and str(sources.adapter),
-            "base_model": sources.adapter and sources.base,
-        }
-        vlm = VLM(model, processor, described, str(path), options)
+        if model is not None:
+            options["in_memory"] = True
+            model, processor, described = loading.in_memory(model, processor, path, family)
+        else:
+            sources = sources_of(path, base_model)
+            config, described, adapted = loading.config_of(sources, trust_remote_code, family)
+            if decoder_layers is not None:
+                loading.shorten_decoder(config, decoder_layers)
+            place = loading.device_of(device)
+            chosen = loading.dtype_of(dtype, quantize_type, place, config)
+            quantized = loading.quantization(quantize_type, chosen)
+            if quantized is not None and device_map is None:
+                device_map = {"": place}
+            model, processor = loading.load_family(
+                described,
+                sources.base,
+                config,
+                dtype=chosen,
+                device_map=device_map,
+                vision_tower_path=vision_tower_path,
+                conv_mode=conv_mode,
+                trust_remote_code=trust_remote_code,
+                quantization_config=quantized,
+                trained=sources.trained,
+            )
+            model = model.requires_grad_(False)
+            if device_map is None:
+                model = model.to(place)
+            options["adapter"] = sources.adapter and str(sources.adapter)
+            options["base_model"] = sources.adapter and sources.base
+        vlm = VLM(model.eval(), processor, described, str(path), options)
         never_cut(vlm.tokenizer)
-        loading.apply_adapter(vlm, sources, adapted)
-        if quantized is not None:
-            loading.check_quantized(vlm)
+        if not options.get("in_memory"):
+            loading.apply_adapter(vlm, sources, adapted)
+            if quantized is not None:
+                loading.check_quantized(vlm)
         if image_aspect == "pad":
             loading.pad_to_square(vlm)
     with loading.one_line(path, "the checks after loading failed"):

@@ -42,6 +42,8 @@ class LoadOptions(TypedDict, total=False):
     quantization_config: BitsAndBytesConfig | None
     # a file of whole parameters in place of the checkpoint's (Family.trained)
     trained: Path | None
+    # model and processor that the user has in memory: nothing is read of files
+    in_memory: Loaded | None
 
 
 @dataclass(frozen=True)

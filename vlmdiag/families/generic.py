@@ -48,7 +48,11 @@ def load_model_class(
     **more: object,
 ) -> PreTrainedModel:
     """The model of a class by its from_pretrained(), which gets `more` too; ValueError that names
-    parameters no file filled."""
+    parameters no file filled. A model that is in memory already is that one; ValueError where it is
+    of another class."""
+    in_memory = options.get("in_memory")
+    if in_memory is not None:
+        return of_class(in_memory[0], model_class)
     if path is not None and Path(path).is_dir():
         refuse_larger_than(Path(path), config)
     try:
@@ -76,6 +80,16 @@ def load_model_class(
     return checked(loaded)
 
 
+def of_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """A model in memory; ValueError where it is not of the class that its family needs."""
+    if model_class is not AutoModelForImageTextToText and not isinstance(model, model_class):
+        raise ValueError(
+            f"it is a {type(model).__name__}, and this family needs {model_class.__name__} of"
+            f" {model_class.__module__}: save it and load the folder"
+        )
+    return model
+
+
 def refuse_larger_than(folder: Path, config: PreTrainedConfig) -> None:
     """ValueError where a config describes a far larger model than the folder's files can hold:
     transformers would make all of it before it says that the files do not fit."""
@@ -97,9 +111,13 @@ def refuse_larger_than(folder: Path, config: PreTrainedConfig) -> None:
             )
 
 
-def load_processor(path: str, trust_remote_code: bool = False) -> ProcessorMixin:
-    """The processor of a folder or hub id."""
-    return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **PIL_BACKEND)
+def load_processor(path: str, options: LoadOptions) -> ProcessorMixin:
+    """The processor of a folder or hub id, or the one in memory."""
+    in_memory = options.get("in_memory")
+    if in_memory is not None:
+        return in_memory[1]
+    trusted = options.get("trust_remote_code", False)
+    return AutoProcessor.from_pretrained(path, trust_remote_code=trusted, **PIL_BACKEND)
 
 
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
@@ -108,7 +126,7 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     model = load_model_class(
         AutoModelForImageTextToText, path, config, options, trust_remote_code=trusted
     )
-    return model, load_processor(path, trusted)
+    return model, load_processor(path, options)
 
 
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -131,6 +149,8 @@ def loader(
 
     def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
         model = load_model_class(model_class, path, config, options)
+        if options.get("in_memory"):
+            return model, load_processor(path, options)
         processor = image_only(processor_class)
         return model, processor.from_pretrained(path, **PIL_BACKEND, **of_processor)
 

@@ -181,7 +181,7 @@ class Processor:
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
     """Kosmos2 and Processor, which agree on the id of the queries' places."""
     model = generic.load_model_class(Kosmos2, path, config, options)
-    wrapped = generic.load_processor(path, options.get("trust_remote_code", False))
+    wrapped = generic.load_processor(path, options)
     processor = Processor(wrapped, config.latent_query_num)
     model.config.image_token_id = processor.place
     return model, processor

@@ -125,7 +125,7 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     """UsageError for --conv_mode, which is for checkpoints in the authors' layout."""
     generic.refuse_conv_mode(path, options, "transformers' own")
     model = generic.load_model_class(class_of(config), path, config, options)
-    processor = generic.load_processor(path, options.get("trust_remote_code", False))
+    processor = generic.load_processor(path, options)
     complete(processor, config)
     return model, processor
 

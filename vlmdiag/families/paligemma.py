@@ -80,7 +80,7 @@ class PlainProcessor(PaliGemmaProcessor):
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
     """transformers' class, with PlainProcessor."""
     model = generic.load_model_class(PaliGemmaForConditionalGeneration, path, config, options)
-    processor = generic.load_processor(path, options.get("trust_remote_code", False))
+    processor = generic.load_processor(path, options)
     return model, PlainProcessor(processor.image_processor, processor.tokenizer)
 
 

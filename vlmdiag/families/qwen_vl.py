@@ -57,6 +57,8 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     share."""
     model_class, processor_class = KINDS[config.model_type]
     model = generic.load_model_class(model_class, path, config, options)
+    if options.get("in_memory"):
+        return model, generic.load_processor(path, options)
     tokenizer = AutoTokenizer.from_pretrained(path)
     images = Qwen2VLImageProcessorPil.from_pretrained(path)
     # The template of the processor's own file comes first: the tokenizer's may be for text alone.

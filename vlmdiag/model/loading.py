@@ -154,6 +154,40 @@ def load_family(
         raise
 
 
+def name_in_memory(model: PreTrainedModel) -> str:
+    """What a model in memory is called in messages and runs: where it came from, or its class."""
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def in_memory(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | None,
+    name: str | Path,
+    family_file: str | Path | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin, Family]:
+    """A model and processor of the user's as their family has them. Of a PeftModel it is the model
+    within, whose layers have the adapters. UsageError where its family reads a layout of its
+    own."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if processor is None:
+        raise UsageError(f"{name}: a model in memory needs its processor too: processor=...")
+    raw = model.config.to_dict()
+    raw["architectures"] = [type(model).__name__]
+    if family_file is not None:
+        family = variant_of(family_of_file(Path(family_file).resolve()), raw)
+    else:
+        family = find_family(raw) or generic.FAMILY
+    if family.read_config is not None and family.file is None:
+        raise UsageError(
+            f"{name}: {family.name} is read from the files of its authors only: give the folder"
+        )
+    model, processor = load_family(
+        family, str(name), model.config, dtype=model.dtype, in_memory=(model, processor)
+    )
+    return model, processor, family
+
+
 PROMPT_SECONDS = 20  # a template takes milliseconds
 
 
