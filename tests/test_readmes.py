@@ -549,7 +549,7 @@ def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):
     in_order = [
         (info, text) for info, _, text in blocks(ROOT / "README.md") if info in ("bash", "python")
     ]
-    (_, draw), (_, quickstart), (_, check) = in_order
+    (_, draw), (_, quickstart), (_, in_memory), (_, check) = in_order
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     for _, words in [*steps(draw), *steps(check)]:
         done = run([sys.executable, ROOT / words[1], *words[2:]], tmp_path)
@@ -560,6 +560,9 @@ def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):
     shares = re.findall(r"(\d\.\d\d) of the attention goes to the picture", done.stdout)
     assert len(shares) == len(done.stdout.splitlines()) > 5
     assert all(0 < float(share) < 1 for share in shares)
+    done = run([sys.executable, "-c", in_memory], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert in_memory in [text for info, _, text in blocks(TOOLS / "README.md") if info == "python"]
 
 
 @pytest.fixture(scope="session")
