@@ -803,6 +803,83 @@ PALIGEMMA = Published(
     tokenizer={"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
 )
 
+GEMMA3 = Published(
+    family="gemma3",
+    states=(FILE, STAND_IN, NOT, FILE, FILE),
+    config={
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262208,
+            "sliding_window": 1024,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+    parameters=4.3001,
+    special={
+        "<pad>": 0,
+        "<eos>": 1,
+        "<bos>": 2,
+        "<start_of_turn>": 105,
+        "<end_of_turn>": 106,
+        "<start_of_image>": 255999,
+        "<end_of_image>": 256000,
+        "<image_soft_token>": 262144,
+    },
+    eos={1, 106},
+    prompt=(
+        "<bos><start_of_turn>user\n<start_of_image>{question}<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    counts={(896, 896): 256, (640, 427): 256},
+    images={
+        "image_processor_type": "Gemma3ImageProcessor",
+        "image_seq_length": 256,
+        "size": {"height": 896, "width": 896},
+    },
+    processor={"processor_class": "Gemma3Processor", "image_seq_length": 256},
+    tokenizer={
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+        "extra_special_tokens": {
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+    },
+    generation={"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0},
+    template=(
+        "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role"
+        " }}\n{% for part in m.content %}{{ '<start_of_image>' if part.type == 'image' else part.text"
+        " }}{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}{{"
+        " '<start_of_turn>model\n' }}{% endif %}"
+    ),
+)
+
 # by the names of their folders in PUBLISHED_FILES
 MODELS = {
     "llava-1.5-7b-hf": LLAVA,
@@ -817,4 +894,5 @@ MODELS = {
     "Mistral-Small-3.1": MISTRAL3,
     "pixtral-12b": PIXTRAL,
     "paligemma-3b-mix-224": PALIGEMMA,
+    "gemma-3-4b-it": GEMMA3,
 }

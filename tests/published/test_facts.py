@@ -21,16 +21,10 @@ SOURCES = ("table", "files")
 PICTURE = Image.new("RGB", (640, 427), (120, 90, 60))
 
 
-def cases(failing=(), reason=""):
-    """pytest.mark.parametrize of all models, from the table and from files. failing: those of
-    "model-source" that fail today, and why."""
-    known = pytest.mark.xfail(raises=AssertionError, reason=reason, strict=True)
-    params = []
-    for name in MODELS:
-        for source in SOURCES:
-            marks = [known] if f"{name}-{source}" in failing else []
-            params.append(pytest.param(name, source, marks=marks, id=f"{name}-{source}"))
-    return pytest.mark.parametrize("name, source", params)
+ALL = pytest.mark.parametrize(
+    "name, source",
+    [pytest.param(name, source, id=f"{name}-{source}") for name in MODELS for source in SOURCES],
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +71,7 @@ def test_the_tables_say_what_the_files_say(name):
     assert not contained(facts.config | {"hidden_size": -1}, facts.config)
 
 
-@cases()
+@ALL
 def test_a_full_size_build_has_the_published_number_of_parameters(load, name, source):
     vlm = load(name, source)
     facts = MODELS[name]
@@ -93,7 +87,7 @@ def test_a_full_size_build_has_the_published_number_of_parameters(load, name, so
 # --- tokens and prompts ---------------------------------------------------------------------------
 
 
-@cases()
+@ALL
 def test_special_tokens_have_the_published_ids(load, name, source):
     vlm = load(name, source)
     facts = MODELS[name]
@@ -103,7 +97,7 @@ def test_special_tokens_have_the_published_ids(load, name, source):
     assert facts.eos <= vlm.eos_ids
 
 
-@cases()
+@ALL
 def test_the_prompt_is_the_published_one(load, name, source):
     """Behind the family's own system prompt, where it has one that the template has not."""
     vlm = load(name, source)
@@ -117,7 +111,7 @@ def test_the_prompt_is_the_published_one(load, name, source):
     assert rendered.text[slice(*rendered.question)] == QUESTION
 
 
-@cases()
+@ALL
 def test_a_picture_has_as_many_vision_tokens_as_published(load, name, source):
     vlm = load(name, source)
     facts = MODELS[name]
@@ -127,13 +121,7 @@ def test_a_picture_has_as_many_vision_tokens_as_published(load, name, source):
         assert batch.input_ids[0].tolist().count(vlm.image_token_id) == count, size
 
 
-QWENS_WORDS = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Molmo-7B-D-0924")
-
-
-@cases(
-    [f"{name}-files" for name in QWENS_WORDS],
-    "':<' is one token, and encoding._ids_as_text leaves its colon in the question",
-)
+@ALL
 def test_typed_special_strings_stay_text(load, name, source):
     vlm = load(name, source)
     special = [token for token in MODELS[name].special if "filler" not in token][-3:]

@@ -93,7 +93,9 @@ def of_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreT
 def refuse_larger_than(folder: Path, config: PreTrainedConfig) -> None:
     """ValueError where a config describes a far larger model than the folder's files can hold:
     transformers would make all of it before it says that the files do not fit."""
-    files = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
+    if not files:  # said by transformers before it makes a model; without_weights() needs none
+        return
     held = sum(file.stat().st_size for file in files)
     for part in (config.get_text_config(), getattr(config, "vision_config", config)):
         width, inner, layers, rows = (
