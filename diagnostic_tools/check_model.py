@@ -86,7 +86,7 @@ def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
 
 def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
     """Put into the report what can be said without weights."""
-    from vlmdiag.model import check, loading, outline
+    from vlmdiag.model import check, encoding, loading, outline
 
     found = outline.outlined(
         args.model_path, args.trust_remote_code, args.family, args.vision_tower_path, args.conv_mode
@@ -101,6 +101,7 @@ def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
     if found.processor is not None:
         options = {name: getattr(args, name) for name in OPTIONS}
         vlm = VLM(found.model, found.processor, found.family, args.model_path, options)
+        encoding.never_cut(vlm.tokenizer)
         if args.image_aspect == "pad":
             loading.pad_to_square(vlm)
         describe(args, vlm, image, report, found.has_tokenizer)

@@ -549,12 +549,12 @@ def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):
     in_order = [
         (info, text) for info, _, text in blocks(ROOT / "README.md") if info in ("bash", "python")
     ]
-    (_, draw), (_, quickstart), (_, in_memory), (_, check) = in_order
+    # the last one: test_a_command_for_the_tiny_models_runs
+    (_, draw), (_, quickstart), (_, in_memory), _ = in_order
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    for _, words in [*steps(draw), *steps(check)]:
+    for _, words in steps(draw):
         done = run([sys.executable, ROOT / words[1], *words[2:]], tmp_path)
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "outputs" / "grid.png").exists()
     done = run([sys.executable, "-c", quickstart], tmp_path)
     assert done.returncode == 0, done.stderr
     shares = re.findall(r"(\d\.\d\d) of the attention goes to the picture", done.stdout)

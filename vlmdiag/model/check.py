@@ -24,7 +24,7 @@ from vlmdiag.families.assembled import Expanding
 from vlmdiag.families.files import reason
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import memory
-from vlmdiag.model.prompts import prompt_for, prompt_source
+from vlmdiag.model.prompts import guessed_prompt, prompt_for, prompt_source
 from vlmdiag.runs.disk import plain, write_bytes
 from vlmdiag.types import Fields, Record
 
@@ -162,8 +162,9 @@ def capabilities_of(family: Family) -> Record:
 
 
 def prompt_of(vlm: VLM, batch: Batch) -> Record:
-    """The prompt of a batch of one: {source, text, length, image_tokens, system, system_from,
-    template_system, ids, tokens, groups, spans}; length and spans in tokens."""
+    """The prompt of a batch of one: {source, guess, text, length, image_tokens, system,
+    system_from, template_system, ids, tokens, groups, spans}; length and spans in tokens, guess: of
+    guessed_prompt()."""
     ids = batch.input_ids[0].tolist()
     groups = [GROUPS[code] for code in batch.groups[0].tolist()]
     question = batch.samples[0].question
@@ -179,6 +180,7 @@ def prompt_of(vlm: VLM, batch: Batch) -> Record:
         system_from = "the model's own template"
     return {
         "source": prompt_source(vlm),
+        "guess": guessed_prompt(vlm),
         "text": batch.prompts[0],
         "length": len(ids),
         "image_tokens": groups.count("vision"),
@@ -197,7 +199,10 @@ def template_system(vlm: VLM, question: str) -> str:
     plain_vlm = copy.copy(vlm)
     plain_vlm.options = vlm.options | {"system_prompt": None}
     plain_vlm.family = replace(vlm.family, default_system=None)
-    rendered = prompt_for(plain_vlm, question)
+    try:
+        rendered = prompt_for(plain_vlm, question)
+    except (UsageError, ValueError):  # no template of its own
+        return ""
     return rendered.text[slice(*rendered.system)] if rendered.system else ""
 
 
@@ -435,6 +440,8 @@ def lines_of_prompt(prompt: Fields) -> Iterator[str]:
     """The prompt as text, its system prompt, its tokens."""
     yield f"Prompt, from {prompt['source']}"
     yield f"  {prompt['text']!r}"
+    if prompt["guess"] is not None:
+        yield "  a guess: the checkpoint has no prompt for pictures; another one: --prompt_template"
     if prompt["system"]:
         yield f"  system prompt   from {prompt['system_from']}"
     else:
