@@ -92,8 +92,9 @@ class VLM:
     processor: ProcessorMixin
     family: Family
     path: str
-    # system_prompt, prompt_template, image_aspect, conv_mode, quantize_type as given; adapter: the
-    # folder that was merged into the weights of base_model, None without one
+    # system_prompt, prompt_template, image_aspect, conv_mode, quantize_type as given, or as the
+    # checkpoint is stored; adapter: the folder that was merged into the weights of base_model, None
+    # without one
     options: Record = field(default_factory=dict)
 
     @cached_property
@@ -294,8 +295,9 @@ def load_model(
             loading.shorten_decoder(config, decoder_layers)
         place = loading.device_of(device)
         chosen = loading.dtype_of(dtype, quantize_type, place, config)
+        stored = loading.stored_quantization(path, config, quantize_type, chosen)
         quantized = loading.quantization(quantize_type, chosen)
-        if quantized is not None and device_map is None:
+        if (stored or quantized) and device_map is None:
             device_map = {"": place}
         model, processor = loading.load_family(
             described,
@@ -317,14 +319,14 @@ def load_model(
             "prompt_template": prompt_template,
             "image_aspect": image_aspect,
             "conv_mode": conv_mode,
-            "quantize_type": quantize_type,
+            "quantize_type": stored or quantize_type,
             "adapter": sources.adapter and str(sources.adapter),
             "base_model": sources.adapter and sources.base,
         }
         vlm = VLM(model, processor, described, str(path), options)
         loading.apply_adapter(vlm, sources, adapted)
-        if quantized is not None:
-            loading.check_quantized(vlm)
+        if stored or quantized:
+            loading.check_quantized(vlm, stored is not None, chosen)
         if image_aspect == "pad":
             loading.pad_to_square(vlm)
     if self_check and decoder_layers is None:
