@@ -87,8 +87,9 @@ class VLM:
     processor: ProcessorMixin
     family: Family
     path: str
-    # system_prompt, prompt_template, image_aspect, conv_mode, quantize_type as given; adapter: the
-    # folder that was merged into the weights of base_model, None without one
+    # system_prompt, prompt_template, image_aspect, conv_mode, quantize_type as given, or as the
+    # checkpoint is stored; adapter: the folder that was merged into the weights of base_model, None
+    # without one
     options: Record = field(default_factory=dict)
 
     @cached_property
@@ -307,9 +308,6 @@ def load_model(
     have no place or cannot be read, or the self-check fails.
     """
     from vlmdiag.model import loading
-    from vlmdiag.model.adapters import sources_of
-    from vlmdiag.model.encoding import never_cut
-    from vlmdiag.model.prompts import guessed_prompt
     from vlmdiag.model.selfcheck import check
 
     options: Record = {
@@ -326,48 +324,79 @@ def load_model(
         raise UsageError("load_model() takes a path, or model= and processor=")
     with loading.one_line(path):
         if model is not None:
-            options["in_memory"] = True
             model, processor, described = loading.in_memory(model, processor, path, family)
+            vlm = VLM(model, processor, described, str(path), options | {"in_memory": True})
         else:
-            sources = sources_of(path, base_model)
-            config, described, adapted = loading.config_of(sources, trust_remote_code, family)
-            if decoder_layers is not None:
-                loading.shorten_decoder(config, decoder_layers)
-            place = loading.device_of(device)
-            chosen = loading.dtype_of(dtype, quantize_type, place, config)
-            quantized = loading.quantization(quantize_type, chosen)
-            if quantized is not None and device_map is None:
-                device_map = {"": place}
-            model, processor = loading.load_family(
-                described,
-                sources.base,
-                config,
-                dtype=chosen,
+            vlm = _from_files(
+                str(path),
+                options,
+                device=device,
+                dtype=dtype,
                 device_map=device_map,
-                vision_tower_path=vision_tower_path,
-                conv_mode=conv_mode,
+                family=family,
                 trust_remote_code=trust_remote_code,
-                quantization_config=quantized,
-                trained=sources.trained,
+                decoder_layers=decoder_layers,
+                base_model=base_model,
             )
-            model = model.requires_grad_(False)
-            if device_map is None:
-                model = model.to(place)
-            options["adapter"] = sources.adapter and str(sources.adapter)
-            options["base_model"] = sources.adapter and sources.base
-        vlm = VLM(model.eval(), processor, described, str(path), options)
-        never_cut(vlm.tokenizer)
-        if not options.get("in_memory"):
-            loading.apply_adapter(vlm, sources, adapted)
-            if quantized is not None:
-                loading.check_quantized(vlm)
-        if image_aspect == "pad":
-            loading.pad_to_square(vlm)
+        loading.prepare(vlm)
     with loading.one_line(path, "the checks after loading failed"):
-        loading.check_prompt(vlm)
-        notes = [guessed_prompt(vlm)]
+        notes = [loading.check_prompt(vlm)]
         if self_check and decoder_layers is None:
             notes.append(check(vlm))
     for note in filter(None, notes):
         print(f"{path}: {note}")
+    return vlm
+
+
+def _from_files(
+    path: str,
+    options: Record,
+    *,
+    device: str | None,
+    dtype: str,
+    device_map: str | Record | None,
+    family: str | Path | None,
+    trust_remote_code: bool,
+    decoder_layers: int | None,
+    base_model: str | Path | None,
+) -> VLM:
+    """The model of a folder or hub id, an adapter merged into it."""
+    from vlmdiag.model import loading
+    from vlmdiag.model.adapters import sources_of
+
+    quantize_type = options["quantize_type"]
+    sources = sources_of(path, base_model)
+    config, described, adapted = loading.config_of(sources, trust_remote_code, family)
+    if decoder_layers is not None:
+        loading.shorten_decoder(config, decoder_layers)
+    place = loading.device_of(device)
+    chosen = loading.dtype_of(dtype, quantize_type, place, config)
+    stored = loading.stored_quantization(path, config, quantize_type, chosen)
+    quantized = loading.quantization(quantize_type, chosen)
+    if (stored or quantized) and device_map is None:
+        device_map = {"": place}
+    model, processor = loading.load_family(
+        described,
+        sources.base,
+        config,
+        dtype=chosen,
+        device_map=device_map,
+        vision_tower_path=options["vision_tower_path"],
+        conv_mode=options["conv_mode"],
+        trust_remote_code=trust_remote_code,
+        quantization_config=quantized,
+        trained=sources.trained,
+    )
+    model = model.requires_grad_(False)
+    if device_map is None:
+        model = model.to(place)
+    more = {
+        "quantize_type": stored or quantize_type,
+        "adapter": sources.adapter and str(sources.adapter),
+        "base_model": sources.adapter and sources.base,
+    }
+    vlm = VLM(model, processor, described, path, options | more)
+    loading.apply_adapter(vlm, sources, adapted)
+    if stored or quantized:
+        loading.check_quantized(vlm, stored is not None, chosen)
     return vlm

@@ -183,7 +183,7 @@ HARMLESS = re.compile(
 HINTS = {
     r"lora_|\.base_layer\.": "lora_A/lora_B are an adapter's: merge the adapter first",
     r"\.(absmax|quant_state|SCB|qweight|qzeros|scales|weight_scale(_inv)?|weight_packed)\b": (
-        "the weights are quantised and config.json has no quantization_config that says how"
+        "the weights are quantised in a way that is not read here"
     ),
 }
 

@@ -147,7 +147,7 @@ def identity_of(vlm: VLM) -> Record:
     processor's."""
     dtype = str(vlm.dtype).removeprefix("torch.")
     quantize_type = vlm.options.get("quantize_type")
-    if quantize_type in ("4bit", "int8"):
+    if quantize_type is not None and quantize_type != "fp16":
         dtype += f" {quantize_type}"
     in_memory = vlm.options.get("in_memory")
     digest = fingerprint_in_memory(vlm) if in_memory else fingerprint(vlm.path)

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from vlmdiag.cli import UsageError
@@ -33,7 +34,8 @@ from vlmdiag.families import (
 )
 from vlmdiag.families.folders import form_of, layout_of, read_object, refuse_no_folder
 from vlmdiag.model.adapters import Sources, load_trained, merge
-from vlmdiag.model.prompts import prompt_for
+from vlmdiag.model.encoding import never_cut
+from vlmdiag.model.prompts import guessed_prompt, prompt_for
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -191,10 +193,10 @@ def in_memory(
 PROMPT_SECONDS = 20  # a template takes milliseconds
 
 
-def check_prompt(vlm: VLM) -> None:
-    """UsageError where the model's template does not come to an end: it is a program of the
-    checkpoint's, and its loops are bounded one by one only. It runs in a thread, which is ended
-    from here."""
+def check_prompt(vlm: VLM) -> str | None:
+    """A line about a prompt that is a guess, see guessed_prompt(). UsageError where the model's
+    template does not come to an end: it is a program of the checkpoint's, and its loops are bounded
+    one by one only. It runs in a thread, which is ended from here."""
     ended: list[Exception | None] = []
 
     def render() -> None:
@@ -218,6 +220,15 @@ def check_prompt(vlm: VLM) -> None:
         )
     if ended[0] is not None:
         raise ended[0]
+    return guessed_prompt(vlm)
+
+
+def prepare(vlm: VLM) -> None:
+    """Make a model ready to be measured: dropout off, prompts never cut, --image_aspect."""
+    vlm.model.eval()
+    never_cut(vlm.tokenizer)
+    if vlm.options.get("image_aspect") == "pad":
+        pad_to_square(vlm)
 
 
 def pad_to_square(vlm: VLM) -> None:
@@ -238,19 +249,49 @@ def quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | N
     """
     if kind not in ("4bit", "int8"):
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            f"--quantize_type {kind} needs bitsandbytes (pip install bitsandbytes); --dtype float16"
-            " does without"
-        )
-    # It says at every int8 product that float32 becomes float16.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quiet_bitsandbytes(f"--quantize_type {kind}")
     not_quantised = [r"(?!.*\b(language_model|text_model)\.).*", "lm_head"]
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=not_quantised)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=not_quantised
     )
+
+
+def stored_quantization(
+    path: str | Path, config: PreTrainedConfig, quantize_type: str | None, dtype: torch.dtype
+) -> str | None:
+    """How a checkpoint's weights are quantised already: "4bit" or "int8" by bitsandbytes, another
+    method's name, or None. Products of 4-bit weights are made in dtype, as those of
+    quantization(). UsageError where --quantize_type would quantise them again."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored or getattr(config.get_text_config(), "quantization_config", None)
+    if not stored:
+        return None
+    if not isinstance(stored, dict):
+        stored = stored.to_dict()
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        kind = "4bit" if stored.get("load_in_4bit") else "int8"
+        _quiet_bitsandbytes(f"{path} is stored in {kind} and")
+        stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    else:
+        kind = str(stored.get("quant_method"))
+        if kind not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise UsageError(f"{path}: config.json: the quant_method {kind!r} is not known")
+    if quantize_type in ("4bit", "int8"):
+        raise UsageError(
+            f"{path}: --quantize_type {quantize_type}: the checkpoint is quantised already"
+            f" ({kind}); leave the flag out"
+        )
+    return kind
+
+
+def _quiet_bitsandbytes(who: str) -> None:
+    """UsageError where bitsandbytes is not installed. It says at every int8 product that
+    float32 becomes float16: not so."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"{who} needs bitsandbytes (pip install bitsandbytes)")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _quantised(module: nn.Module) -> list[nn.Module]:
@@ -260,16 +301,41 @@ def _quantised(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-def check_quantized(vlm: VLM) -> None:
-    """UsageError where no linear layer of the decoder was quantised."""
-    if not _quantised(vlm.parts.decoder):
+def check_quantized(vlm: VLM, stored: bool, dtype: torch.dtype) -> None:
+    """Prepare a model with layers of bitsandbytes for passes and gradients. stored: its files hold
+    them so. UsageError where no linear layer of the decoder was quantised."""
+    layers = set(_quantised(vlm.model))
+    if not stored and not _quantised(vlm.parts.decoder):
         raise UsageError(
             f"{vlm.path}: --quantize_type 4bit and int8 find no linear layer in"
             f" {type(vlm.parts.decoder).__name__}; --dtype float16 does without"
         )
-    for layer in _quantised(vlm.model):
+    for layer in layers:
         # That kernel has no gradient, and packs the weights for good at the first pass.
         setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 -- a plain attribute
+        if stored and layer.weight.dtype in PLAIN and not getattr(layer.weight, "quant_state", 0):
+            raise UsageError(
+                f"{vlm.path}: config.json says that the weights are quantised, and the files hold"
+                " them whole: take quantization_config out"
+            )
+    if stored:
+        _cast_plain(vlm.model, dtype, layers)
+
+
+PLAIN = tuple(DTYPES.values())
+
+
+def _cast_plain(model: nn.Module, dtype: torch.dtype, layers: Container[nn.Module]) -> None:
+    """Bring the parameters that are not quantised to dtype; of a quantised checkpoint transformers
+    leaves them in the type of their file. layers: those of bitsandbytes, whose 4-bit weights may be
+    stored as if they were floats."""
+    for module in model.modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if module in layers:
+            del parameters["weight"]
+        if all(parameter.dtype in PLAIN for parameter in parameters.values()):
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(dtype)
 
 
 def read_config(
@@ -305,6 +371,10 @@ def read_config(
     if family.read_config is None:
         with one_line(path, what):
             check_config(path, raw, config)
+    # A kernel that was chosen where the config was written, such as FlashAttention, may be missing
+    # here, and attention is computed by vlmdiag.model.attention anyway.
+    if config._attn_implementation not in ("eager", "sdpa"):
+        config._attn_implementation = None
     return config, family
 
 
