@@ -12,7 +12,6 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,8 +52,6 @@ def load_model_class(
     in_memory = options.get("in_memory")
     if in_memory is not None:
         return of_class(in_memory[0], model_class)
-    if path is not None and Path(path).is_dir():
-        refuse_larger_than(Path(path), config)
     try:
         loaded = model_class.from_pretrained(
             path,
@@ -88,29 +85,6 @@ def of_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreT
             f" {model_class.__module__}: save it and load the folder"
         )
     return model
-
-
-def refuse_larger_than(folder: Path, config: PreTrainedConfig) -> None:
-    """ValueError where a config describes a far larger model than the folder's files can hold:
-    transformers would make all of it before it says that the files do not fit."""
-    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
-    if not files:  # said by transformers before it makes a model; without_weights() needs none
-        return
-    held = sum(file.stat().st_size for file in files)
-    for part in (config.get_text_config(), getattr(config, "vision_config", config)):
-        width, inner, layers, rows = (
-            getattr(part, name, None)
-            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-        )
-        if not (isinstance(width, int) and isinstance(inner, int) and isinstance(layers, int)):
-            continue
-        # at least; two bits a number are the fewest that are in use
-        numbers = layers * width * (width + inner) + width * (rows if isinstance(rows, int) else 0)
-        if numbers > 8 * held + 10**7:
-            raise ValueError(
-                f"config.json describes a {part.model_type} of {numbers:,} parameters or more, and"
-                f" the weight files hold {held:,} bytes"
-            )
 
 
 def load_processor(path: str, options: LoadOptions) -> ProcessorMixin:

@@ -72,6 +72,32 @@ def dtype_of(
     return getattr(config, "dtype", None) or torch.float16
 
 
+def refuse_larger_than(path: str, config: PreTrainedConfig) -> None:
+    """ValueError where a config describes a far larger model than the folder's files can hold:
+    transformers would make all of it before it says that the files do not fit."""
+    folder = Path(path)
+    files = []
+    if folder.is_dir():
+        files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
+    if not files:  # said by transformers before it makes a model
+        return
+    held = sum(file.stat().st_size for file in files)
+    for part in (config.get_text_config(), getattr(config, "vision_config", config)):
+        width, inner, layers, rows = (
+            getattr(part, name, None)
+            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        )
+        if not (isinstance(width, int) and isinstance(inner, int) and isinstance(layers, int)):
+            continue
+        # at least; two bits a number are the fewest that are in use
+        numbers = layers * width * (width + inner) + width * (rows if isinstance(rows, int) else 0)
+        if numbers > 8 * held + 10**7:
+            raise ValueError(
+                f"config.json describes a {part.model_type} of {numbers:,} parameters or more, and"
+                f" the weight files hold {held:,} bytes"
+            )
+
+
 def shorten_decoder(config: PreTrainedConfig, layers: int) -> None:
     """Keep only the first layers of the decoder in a config: for what only tower and connector
     compute (0), loading takes a tenth of the memory."""
