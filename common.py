@@ -367,7 +367,8 @@ def _from_files(
     quantize_type = options["quantize_type"]
     sources = sources_of(path, base_model)
     config, described, adapted = loading.config_of(sources, trust_remote_code, family)
-    loading.refuse_larger_than(sources.base, config)
+    if described.read_config is None:  # other layouts may have their tower elsewhere
+        loading.refuse_larger_than(sources.base, config)
     if decoder_layers is not None:
         loading.shorten_decoder(config, decoder_layers)
     place = loading.device_of(device)

@@ -178,42 +178,26 @@ def holds_connector(shard: Path) -> bool:
         return any(name in key for key in file.keys() for name in names)  # noqa: SIM118 -- no dict
 
 
-def headless_view(folder: Path, view: Path, left_out: str | None) -> bool:
-    """Links to a model's files in `view`, without those that end in left_out, and with a config
-    whose decoder has no layers. False if the config names no decoder."""
-    config = json.loads((folder / "config.json").read_text())
-    text = config.get("text_config", config)
-    if not isinstance(text, dict):
-        return False
-    if text is config and "num_hidden_layers" not in text:
-        return False
-    # older Qwen-VL configs have the decoder's keys at the top
-    places = [text, config] if "num_hidden_layers" in config else [text]
-    for place in places:
-        place["num_hidden_layers"] = 0
-        if "layer_types" in place:
-            place["layer_types"] = []
+def linked_without(folder: Path, ending: str, view: Path) -> Path:
+    """A folder of links to a model's files, without those that have an ending."""
+    view.mkdir()
     for file in folder.iterdir():
-        unwanted = bool(left_out) and left_out in file.suffixes
-        if file.name != "config.json" and not unwanted:
+        if ending not in file.suffixes:
             os.symlink(file.resolve(), view / file.name)
-    (view / "config.json").write_text(json.dumps(config))
-    return True
+    return view
 
 
 def load(args: argparse.Namespace) -> tuple[VLM, bool]:
     """The model without its decoder layers, and whether they were left out."""
-    left_out = check_weights(args)
-    folder = Path(args.model_path)
+    ending = check_weights(args)
+    path = Path(args.model_path)
     args.no_self_check = True  # its checks are about the decoder
-    if (folder / "config.json").exists():
-        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(UsageError):
-            view = Path(scratch) / rundirs.slug(args.model_path)
-            view.mkdir()
-            if headless_view(folder, view, left_out):
-                return load_from_args(args, str(view)), True
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(UsageError):
+        if ending:
+            path = linked_without(path, ending, Path(scratch) / rundirs.slug(args.model_path))
+        return load_from_args(args, str(path), decoder_layers=0), True
     vlm = load_from_args(args)
-    if left_out:
+    if ending:
         raise UsageError(
             f"--weights_type {args.weights_type}: this model is loaded as a whole, by transformers'"
             " own choice of files; leave it out"
