@@ -307,3 +307,37 @@ def test_an_adapter_without_its_base_or_peft_is_told_what_is_missing(tmp_path, m
     assert "is no adapter" in refusal(TINY, base_model=TINY)
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
     assert "pip install peft" in refusal(adapter(tmp_path / "lora", pairs))
+
+
+# --- a checkpoint's own code ----------------------------------------------------------------------
+
+CODE = """
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+class OwnConfig(LlavaConfig):
+    model_type = "own_llava"
+
+class OwnModel(LlavaForConditionalGeneration):
+    config_class = OwnConfig
+    ran = True
+"""
+
+
+@pytest.mark.parametrize(
+    "auto_class",
+    ["AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel"],
+)
+def test_a_checkpoints_own_code_runs_where_it_is_trusted(model, base, picture, auto_class):
+    written(model / "modeling_own.py", CODE)
+    own = {"AutoConfig": "modeling_own.OwnConfig", auto_class: "modeling_own.OwnModel"}
+    changes = {"model_type": "own_llava", "architectures": ["OwnModel"], "auto_map": own}
+    edited(model / "config.json", **changes)
+    (model / "model.safetensors").unlink()  # transformers renames parameters for its own types only
+    state = {name: value.clone() for name, value in base.model.state_dict().items()}
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    assert "--trust_remote_code" in refusal(model)
+    vlm = common.load_model(model, trust_remote_code=True, self_check=auto_class == "AutoModel")
+    assert vlm.model.ran and vlm.family.name == "generic"
+    ids = vlm.tokenizer("a red circle", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(vlm.model(ids).logits, base.model(ids).logits)
