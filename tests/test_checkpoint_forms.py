@@ -2,18 +2,20 @@
 programs, damaged or odd configs. Each is loaded as what it is or named in one line."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import common
 from tests.conftest import ROOT
 from tests.test_llava_original import make_source, to_original, write_tower
 from vlmdiag.cli import UsageError
-from vlmdiag.families import llava_original
-from vlmdiag.model import adapters
+from vlmdiag.families import folders, llava_original
+from vlmdiag.model import adapters, loading
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
 
@@ -272,12 +274,12 @@ def llava_lora(tmp_path_factory):
 @pytest.mark.parametrize("base", ["original", "vicuna", "hf"])
 def test_llavas_own_lora_is_merged_into_its_base_in_any_layout(llava_lora, base, picture):
     pytest.importorskip("peft")
-    folders, expected = llava_lora
-    vlm = common.load_model(folders["adapter"], base_model=folders[base])
+    places, expected = llava_lora
+    vlm = common.load_model(places["adapter"], base_model=places[base])
     assert_weights(vlm, expected)
-    assert vlm.options["base_model"] == str(folders[base])
+    assert vlm.options["base_model"] == str(places[base])
     if base == "vicuna":  # the base that adapter_config.json names
-        named = common.load_model(folders["adapter"], self_check=False)
+        named = common.load_model(places["adapter"], self_check=False)
         assert torch.allclose(logits(vlm, picture), logits(named, picture), atol=1e-4)
 
 
@@ -307,3 +309,317 @@ def test_an_adapter_without_its_base_or_peft_is_told_what_is_missing(tmp_path, m
     assert "is no adapter" in refusal(TINY, base_model=TINY)
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
     assert "pip install peft" in refusal(adapter(tmp_path / "lora", pairs))
+
+
+# --- a checkpoint's own code ----------------------------------------------------------------------
+
+CODE = """
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+class OwnConfig(LlavaConfig):
+    model_type = "own_llava"
+
+class OwnModel(LlavaForConditionalGeneration):
+    config_class = OwnConfig
+    ran = True
+"""
+
+
+@pytest.mark.parametrize(
+    "auto_class",
+    ["AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel"],
+)
+def test_a_checkpoints_own_code_runs_where_it_is_trusted(model, base, picture, auto_class):
+    written(model / "modeling_own.py", CODE)
+    own = {"AutoConfig": "modeling_own.OwnConfig", auto_class: "modeling_own.OwnModel"}
+    changes = {"model_type": "own_llava", "architectures": ["OwnModel"], "auto_map": own}
+    edited(model / "config.json", **changes)
+    (model / "model.safetensors").unlink()  # transformers renames parameters for its own types only
+    state = {name: value.clone() for name, value in base.model.state_dict().items()}
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    assert "--trust_remote_code" in refusal(model)
+    vlm = common.load_model(model, trust_remote_code=True, self_check=auto_class == "AutoModel")
+    assert vlm.model.ran and vlm.family.name == "generic"
+    ids = vlm.tokenizer("a red circle", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(vlm.model(ids).logits, base.model(ids).logits)
+
+
+# --- folders that are no whole checkpoint ---------------------------------------------------------
+
+LLAVA = {
+    "model_type": "llava_llama",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "mlp2x_gelu",
+}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+VILA = {"model_type": "llava_llama", "architectures": ["LlavaLlamaModel"]}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4\n"
+TINY_CONFIG = json.loads((TINY / "config.json").read_text())
+
+# what the line says, {file: content} of the folder
+FOLDERS = [
+    ("zero_to_fp32.py", {"config.json": TINY_CONFIG, "latest": "x", "global_step5/a.pt": "x"}),
+    ("zero_to_fp32.py", {"mp_rank_00_model_states.pt": "x"}),
+    ("merge-weights", {"config.json": TINY_CONFIG, "pytorch_model_fsdp_0/__0_0.distcp": "x"}),
+    ("projector only", {"mm_projector.bin": "x"}),
+    ("projector only", {"config.json": LLAVA, "mm_projector.bin": "x"}),
+    ("GGUF", {"ggml-model-q4_k.gguf": "GGUF", "mmproj-model-f16.gguf": "GGUF"}),
+    ("GGUF", {"config.json": TINY_CONFIG, "model.gguf": "GGUF"}),
+    ("diffusers", {"model_index.json": {}, "unet/diffusion_pytorch_model.safetensors": "x"}),
+    ("another program", {"config.json": TINY_CONFIG, "onnx/decoder.onnx": "x"}),
+    ("consolidated", {"params.json": {}, "consolidated.00.pth": "x"}),
+    ("checkpoint-<step>", {"trainer_state.json": {}, "checkpoint-5/config.json": TINY_CONFIG}),
+    ("such as mine", {"mine/config.json": TINY_CONFIG}),
+    ("snapshots/", {"refs/main": "x", "snapshots/abc/config.json": TINY_CONFIG}),
+    ("unfinished download", {"config.json": TINY_CONFIG, "model.safetensors.incomplete": "x"}),
+    ("config without weights", {"config.json": TINY_CONFIG}),
+    ("empty folder", {}),
+    ("git lfs pull", {"config.json": TINY_CONFIG, "model.safetensors": POINTER}),
+    ("git lfs pull", {"config.json": POINTER, "model.safetensors": POINTER}),
+    ("model.safetensors is empty", {"config.json": TINY_CONFIG, "model.safetensors": ""}),
+    (
+        "2 of 2 weight files .* are missing",
+        {
+            "config.json": TINY_CONFIG,
+            "model.safetensors.index.json": {
+                "metadata": {},
+                "weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"},
+            },
+        },
+    ),
+    ("text only .llama., no vision tower", {"config.json": LLAMA, "model.safetensors": "x"}),
+    ("text only", {"config.json": {"model_type": "t5"}}),
+    ("vision tower only", {"config.json": {"model_type": "siglip_vision_model"}}),
+    ("deepseek-community", {"config.json": {"model_type": "multi_modality"}}),
+    ("-hf", {"config.json": {"model_type": "internvl_chat", "auto_map": {"AutoModel": "a.B"}}}),
+    ("VILA-1.5", {"config.json": VILA | {"llm_cfg": {}, "vision_tower_cfg": {}}}),
+    ("VILA-1.5", {"config.json": VILA}),
+    ("llava-hf/", {"config.json": LLAVA | {"image_aspect_ratio": "anyres"}}),
+    ("llava-hf/", {"config.json": LLAVA | {"mm_patch_merge_type": "spatial_unpad"}}),
+    ("llava_qwen", {"config.json": LLAVA | {"model_type": "llava_qwen"}}),
+    ("--trust_remote_code", {"config.json": {"model_type": "x", "auto_map": {"AutoModel": "a.B"}}}),
+    ("adapter", {"config.json": LLAVA, "adapter_config.json": {}, "adapter_model.bin": "x"}),
+]
+
+
+@pytest.mark.parametrize(("what", "files"), FOLDERS)
+def test_a_folder_is_named_for_what_it_is(tmp_path, what, files):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, content in files.items():
+        written(folder / name, content)
+    assert re.search(what, refusal(folder))
+
+
+def test_a_file_in_place_of_a_folder_is_named_as_one(tmp_path):
+    written(tmp_path / "model.Q4_K_M.gguf", "GGUF")
+    assert "GGUF" in refusal(tmp_path / "model.Q4_K_M.gguf")
+    assert "this is a file" in refusal(TINY / "model.safetensors")
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+
+
+def test_a_hub_id_is_named_as_a_folder_is(monkeypatch):
+    monkeypatch.setattr(folders, "list_repo_files", lambda name: ["README.md", "a.Q4_K_M.gguf"])
+    assert "GGUF" in refusal("someone/model-GGUF")
+
+
+# --- configs and files that are wrong -------------------------------------------------------------
+
+# (file, part of it or None, changes, what the line says)
+CONFIG = "config.json"
+WRONG = [
+    (CONFIG, "text_config", {"hidden_size": "128"}, "hidden_size"),
+    (CONFIG, "text_config", {"hidden_size": -1}, "text_config.hidden_size is -1"),
+    (CONFIG, "text_config", {"hidden_size": 64}, "shape"),
+    (CONFIG, "text_config", {"num_attention_heads": 3}, "attention heads"),
+    (CONFIG, "text_config", {"num_attention_heads": 0}, "text_config.num_attention_heads is 0"),
+    (CONFIG, "text_config", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    (CONFIG, "text_config", {"num_hidden_layers": 10**6}, "the weight files hold"),
+    (CONFIG, "text_config", {"vocab_size": 0}, "vocab_size is 0"),
+    (CONFIG, "text_config", {"rms_norm_eps": "x"}, "rms_norm_eps"),
+    (CONFIG, "text_config", {"rope_parameters": {"rope_type": "x"}}, "KeyError: 'x'"),
+    (CONFIG, "text_config", {"hidden_act": "x"}, "KeyError: 'x'"),
+    (CONFIG, "vision_config", {"patch_size": 0}, "vision_config.patch_size is 0"),
+    (CONFIG, "vision_config", {"image_size": 336}, "position_embedding.*instead of"),
+    (CONFIG, None, {"text_config": None}, "text_config is null"),
+    (CONFIG, None, {"text_config": "x"}, 'text_config is "x"'),
+    (CONFIG, None, {"text_config": {}}, "the weight files hold"),
+    (CONFIG, None, {"vision_config": []}, r"vision_config is \[\]"),
+    (CONFIG, None, {"image_token_index": "x"}, "image_token_index"),
+    (CONFIG, None, {"image_token_index": -5}, "image token's id is -5"),
+    (CONFIG, None, {"vision_feature_layer": 99}, "vision_feature_layer is 99"),
+    (CONFIG, None, {"vision_feature_select_strategy": "x"}, "vision_feature_select_strategy"),
+    (CONFIG, None, {"dtype": "nonsense"}, "nonsense"),
+    (
+        CONFIG,
+        None,
+        {"quantization_config": {"quant_method": "modelopt"}},
+        "'modelopt' is not known",
+    ),
+    (CONFIG, None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "pip install"),
+    (CONFIG, None, {"quantization_config": {"load_in_4bit": True}}, "take quantization_config out"),
+    ("generation_config.json", None, {"eos_token_id": "x"}, "str"),
+    ("processor_config.json", None, {"patch_size": 0}, "ZeroDivisionError.*processing_llava"),
+    ("processor_config.json", None, {"image_processor": None}, "image processor"),
+]
+
+
+@pytest.mark.parametrize(("file", "part", "changes", "what"), WRONG)
+def test_a_wrong_setting_is_one_line_that_names_it(model, file, part, changes, what):
+    if part is not None:
+        changes = {part: json.loads((model / file).read_text())[part] | changes}
+    edited(model / file, **changes)
+    assert re.search(what, refusal(model))
+
+
+def test_a_config_without_its_decoder_builds_no_model_of_billions(model):
+    config = json.loads((model / "config.json").read_text())
+    del config["text_config"]
+    written(model / "config.json", config)
+    assert "has no text_config" in refusal(model)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "\x00\x01", "[" * 10**5])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer.json", "processor_config.json"]
+)
+def test_a_file_that_holds_no_object_is_named(model, file, content):
+    written(model / file, content)
+    assert re.search(rf"{re.escape(file)} (is not readable JSON|holds a)", refusal(model))
+
+
+@pytest.mark.parametrize("content", [3, [1], {1: torch.zeros(2)}, {"state_dict": {}}, {}])
+def test_a_pickle_of_something_else_is_one_line(model, content):
+    (model / "model.safetensors").unlink()
+    torch.save(content, model / "pytorch_model.bin")
+    assert "cannot be loaded" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ raise_exception('no pictures') }}", "no pictures"),
+        ("{{ messages[7].role }}", "UndefinedError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "does not end within 0.3 seconds",
+        ),
+    ],
+)
+def test_a_template_that_fails_or_loops_is_one_line(model, monkeypatch, template, what):
+    if "range" in template:
+        monkeypatch.setattr(loading, "PROMPT_SECONDS", 0.3)
+    written(model / "chat_template.jinja", template)
+    assert re.search(what, refusal(model))
+
+
+def test_what_is_no_error_of_a_checkpoint_passes():
+    for error in (UsageError("as it is"), MemoryError(), torch.OutOfMemoryError(), SystemExit()):
+        with pytest.raises(type(error)), loading.one_line("model"):
+            raise error
+
+
+# --- parameters without a place -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (
+            "model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight",
+            "merge the adapter",
+        ),
+        ("model.language_model.layers.0.self_attn.q_proj.base_layer.weight", "merge the adapter"),
+        ("model.language_model.layers.9.self_attn.q_proj.weight", "layers.9"),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", "q_proj.bias"),
+        ("model.language_model.layers.0.self_attn.q_proj.weight_scale_inv", "quantised"),
+        ("model.vision_tower.embeddings.position_ids", None),
+        ("model.language_model.layers.0.self_attn.rotary_emb.inv_freq", None),
+        ("model.vision_tower.head.attention.in_proj_weight", None),
+    ],
+)
+def test_a_parameter_without_a_place_is_an_error_unless_it_is_harmless(model, name, what):
+    state = load_file(TINY / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    save_file(state | {name: torch.zeros(2)}, model / "model.safetensors", {"format": "pt"})
+    if what is None:
+        common.load_model(model, self_check=False)
+    else:
+        assert re.search(f"1 parameters have no place.*{what}", refusal(model))
+
+
+def test_layers_that_are_left_out_on_purpose_are_no_error():
+    vlm = common.load_model(TINY, decoder_layers=2)
+    assert len(vlm.parts.layers) == 2
+
+
+# --- quantised checkpoints, saved attention -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """{kind: folder} of tiny-llava saved as bitsandbytes and FP8 checkpoints are."""
+    pytest.importorskip("bitsandbytes")
+    root = tmp_path_factory.mktemp("quantised")
+    made = {}
+    for kind, config in (
+        ("4bit", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)),
+        ("int8", BitsAndBytesConfig(load_in_8bit=True)),
+    ):
+        made[kind] = copied(root / kind)
+        (made[kind] / "model.safetensors").unlink()
+        whole = LlavaForConditionalGeneration.from_pretrained(
+            TINY, quantization_config=config, dtype=torch.bfloat16
+        )
+        whole.save_pretrained(made[kind])
+    made["fp8"] = copied(root / "fp8")
+    (made["fp8"] / "model.safetensors").unlink()
+    state = {}
+    for name, value in load_file(TINY / "model.safetensors").items():
+        state[name] = value.to(torch.bfloat16)
+        if "language_model.model.layers" in name and "proj" in name:
+            scale = value.float().abs().amax() / 448
+            state[name] = (value.float() / scale).to(torch.float8_e4m3fn)
+            blocks = [-(-side // 128) for side in value.shape]
+            state[name.replace("weight", "weight_scale_inv")] = scale.expand(blocks).contiguous()
+    save_file(state, made["fp8"] / "model.safetensors", {"format": "pt"})
+    whole = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    settings["modules_to_not_convert"] = whole
+    edited(made["fp8"] / "config.json", quantization_config=settings)
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["4bit", "int8", "fp8"])
+def test_a_quantised_checkpoint_loads_in_each_dtype(quantised, base, picture, kind, dtype, caplog):
+    vlm = common.load_model(quantised[kind], dtype=dtype, self_check=dtype == "float32")
+    assert loading.identity_of(vlm)["dtype"] == f"{dtype} {kind}"
+    found = torch.stack([logits(vlm, picture), logits(base, picture)])
+    assert torch.corrcoef(found)[0, 1] > 0.99
+    assert "MatMul8bitLt" not in caplog.text
+    assert not any(
+        getattr(module, "support_avx512bf16_for_cpu", False) for module in vlm.model.modules()
+    )
+
+
+def test_what_is_quantised_is_not_quantised_again(quantised):
+    for kind in ("4bit", "int8"):
+        assert "quantised already" in refusal(quantised["int8"], quantize_type=kind)
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_a_saved_attention_kernel_is_no_obstacle(model, base, picture, part, name):
+    saved = {name: "flash_attention_2"}
+    config = json.loads((model / "config.json").read_text())
+    edited(model / "config.json", **(saved if part is None else {part: config[part] | saved}))
+    vlm = common.load_model(model, self_check=False)
+    assert vlm.model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(vlm, picture), logits(base, picture))

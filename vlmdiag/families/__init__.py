@@ -174,6 +174,7 @@ HARMLESS = re.compile(
     r"|(^|\.)position_ids$"
     r"|\.attn\.(masked_)?bias$"  # GPT-2's and GPT-NeoX's causal masks
     r"|\.num_batches_tracked$"
+    r"|\.embed_positions\.(weights|_float_tensor)$"  # sines
     # what a tower is trained with and no vision token passes: contrastive heads, pooling
     r"|(^|\.)(logit_scale|logit_bias)$"
     r"|(^|\.)(text|visual)_projection\.weight$"

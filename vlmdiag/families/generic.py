@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 from vlmdiag.cli import UsageError
 from vlmdiag.families import Family, Parts, Rotary, checked
@@ -96,12 +98,36 @@ def load_processor(path: str, options: LoadOptions) -> ProcessorMixin:
     return AutoProcessor.from_pretrained(path, trust_remote_code=trusted, **PIL_BACKEND)
 
 
+# as a checkpoint's auto_map names its own classes, those that write text first
+AUTO_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForVision2Seq",  # of transformers 4
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModel",
+)
+
+
+def auto_class(path: str, config: PreTrainedConfig, trusted: bool) -> type[PreTrainedModel]:
+    """The class that loads a type without a file here: transformers' Auto class; where the
+    checkpoint's own code is trusted, the one of that code."""
+    own = getattr(config, "auto_map", None) or {}
+    name = next((name for name in AUTO_CLASSES if name in own), None)
+    if name is None or not trusted:
+        return AutoModelForImageTextToText
+    # {Auto class: "module.Class"}, or a list of which the first is the model's
+    reference = own[name] if isinstance(own[name], str) else own[name][0]
+    model_class = get_class_from_dynamic_module(reference, path)
+    return add_generation_mixin_to_remote_model(model_class)
+
+
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
-    """Model and processor by transformers' Auto classes."""
+    """Model and processor by transformers' Auto classes, or by the checkpoint's own code."""
     trusted = options.get("trust_remote_code", False)
-    model = load_model_class(
-        AutoModelForImageTextToText, path, config, options, trust_remote_code=trusted
-    )
+    model_class = auto_class(path, config, trusted)
+    more = {"trust_remote_code": trusted} if model_class is AutoModelForImageTextToText else {}
+    model = load_model_class(model_class, path, config, options, **more)
     return model, load_processor(path, options)
 
 

@@ -79,9 +79,9 @@ def refuse_larger_than(path: str, config: PreTrainedConfig) -> None:
     files = []
     if folder.is_dir():
         files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
-    if not files:  # said by transformers before it makes a model
-        return
     held = sum(file.stat().st_size for file in files)
+    if held < 2**16:  # none, or pointers in their place: transformers says so at once
+        return
     for part in (config.get_text_config(), getattr(config, "vision_config", config)):
         width, inner, layers, rows = (
             getattr(part, name, None)
@@ -133,17 +133,25 @@ SAYS_ALL = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError
 
 
 @contextlib.contextmanager
-def one_line(path: str | Path, what: str = "cannot be loaded", advice: str = "") -> Iterator[None]:
+def one_line(
+    path: str | Path,
+    what: str = "cannot be loaded",
+    explain: Callable[[], str | None] | None = None,
+    advice: str = "",
+) -> Iterator[None]:
     """Within the context an error of any kind becomes a UsageError in one line: a checkpoint can be
-    wrong in more ways than can be listed. `advice` follows the reason. The traceback is logged at
-    the level DEBUG."""
+    wrong in more ways than can be listed. explain() may say what the checkpoint is; `advice`
+    follows the reason where it does not. The traceback is logged at the level DEBUG."""
     try:
         yield
     except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         logging.getLogger(__name__).debug("%s: %s", path, what, exc_info=True)
-        raise UsageError(f"{path}: {what}: {_reason(error)}{advice}") from error
+        reason = _reason(error)
+        form = explain() if explain else None
+        said = f"{form} ({reason[:200]})" if form else f"{reason}{advice}"
+        raise UsageError(f"{path}: {what}: {said}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -165,21 +173,15 @@ def load_family(
     says what the folder is where that can be told."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    what = f"cannot be loaded as type {config.model_type!r}"
-    try:
-        with one_line(path, what):
-            return family.load(path, config, **options)
-    except UsageError as error:
-        if error.__cause__ is None:  # said by the family
-            raise
+
+    def form() -> str | None:
         raw = getattr(config, "original_layout", None) or config.to_dict()
-        form = layout_of(raw, options.get("trust_remote_code", False)) or form_of(path)
-        if form is not None:
-            reason = _reason(error.__cause__)[:200]
-            raise UsageError(f"{path}: {what}: {form} ({reason})") from error
-        if family.name == "generic":
-            raise UsageError(f"{error}{KNOWN.format(', '.join(known_types()))}") from error
-        raise
+        return layout_of(raw, options.get("trust_remote_code", False)) or form_of(path)
+
+    what = f"cannot be loaded as type {config.model_type!r}"
+    advice = KNOWN.format(", ".join(known_types())) if family.name == "generic" else ""
+    with one_line(path, what, form, advice):
+        return family.load(path, config, **options)
 
 
 def name_in_memory(model: PreTrainedModel) -> str:
@@ -313,8 +315,8 @@ def stored_quantization(
 
 
 def _quiet_bitsandbytes(who: str) -> None:
-    """UsageError where bitsandbytes is not installed. It says at every int8 product that
-    float32 becomes float16: not so."""
+    """UsageError where bitsandbytes is not installed. Where it is, it says no more at every int8
+    product that float32 becomes float16."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"{who} needs bitsandbytes (pip install bitsandbytes)")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -372,28 +374,24 @@ def read_config(
     refuse_no_folder(path)
     own = family_of_file(Path(family_file).resolve()) if family_file else None
     what = "the config cannot be read"
-    with one_line(path, what):
+    with one_line(path, what, lambda: form_of(path)):
         raw = _read_raw(path, own)
+    with one_line(path, what):
         check_raw(path, raw)
         generation = Path(path) / "generation_config.json"
         if generation.exists():  # transformers passes over one that it cannot read
             read_object(generation)
     known = raw.get("model_type") in CONFIG_MAPPING_NAMES
-    try:
-        with one_line(path, what, "" if known else f"; known types: {', '.join(known_types())}"):
-            if own is not None:
-                family = variant_of(own, raw)
-            else:
-                family = find_family(raw) or generic.FAMILY
-            if family.read_config is not None:
-                config = family.read_config(str(path), raw)
-            else:
-                config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except UsageError as error:
-        layout = layout_of(raw, trust_remote_code)
-        if layout is None or error.__cause__ is None:
-            raise
-        raise UsageError(f"{path}: {layout} ({_reason(error.__cause__)[:200]})") from error
+    advice = "" if known else f"; known types: {', '.join(known_types())}"
+    with one_line(path, what, lambda: layout_of(raw, trust_remote_code), advice):
+        if own is not None:
+            family = variant_of(own, raw)
+        else:
+            family = find_family(raw) or generic.FAMILY
+        if family.read_config is not None:
+            config = family.read_config(str(path), raw)
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if family.read_config is None:
         with one_line(path, what):
             check_config(path, raw, config)
@@ -440,13 +438,7 @@ def apply_adapter(vlm: VLM, sources: Sources, adapted: Record) -> None:
 def _read_raw(path: str | Path, own: Family | None) -> Record:
     """What config.json says, or a family makes of a folder without one."""
     if not os.path.isdir(path) or (Path(path) / "config.json").exists():
-        try:
-            return PreTrainedConfig.get_config_dict(path)[0]
-        except Exception as error:
-            form = form_of(path)
-            if form is None:
-                raise
-            raise UsageError(f"{path}: {form} ({_reason(error)})") from error
+        return PreTrainedConfig.get_config_dict(path)[0]
     raw: Record | None = None
     if own is None:
         raw = read_folder(path)
