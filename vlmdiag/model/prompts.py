@@ -139,20 +139,26 @@ def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
                 f"{vlm.path}: {name} cannot be used for a picture ({reason}); give"
                 " --prompt_template, or put the chat_template.json of the published model beside it"
             )
-        name += f" for text, with {placeholder} in front of the question"
         try:
             rendered([_user(_QUESTION, placeholder)])
         except _REFUSALS as error:
-            reason = " ".join(str(error).split())[:120]
             raise UsageError(
                 f"{vlm.path}: {name} cannot be rendered ({reason}); give --prompt_template"
             ) from error
+        name += f" for text, with {placeholder} in front of the question"
 
     def render(question: str, system: str | None) -> str:
-        messages = [_user(question, placeholder)]
-        if system is not None:
-            messages.insert(0, _message("system", system, placeholder is None))
-        return rendered(messages)
+        user = _user(question, placeholder)
+        if system is None:
+            return rendered([user])
+        # some templates take parts of the user alone
+        try:
+            text = rendered([_message("system", system, placeholder is None), user])
+            if system in text:
+                return text
+        except _REFUSALS:
+            pass
+        return rendered([_message("system", system, False), user])
 
     def answered(turns: int) -> str:
         user = _user(_QUESTION, placeholder)
