@@ -142,7 +142,7 @@ def form_of(path: str | Path) -> str | None:
         if any(re.fullmatch(pattern, name) for name in names):
             return what
     if "config.json" in names:
-        return "a config without weights: no .safetensors or .bin file is beside it"
+        return "a config without weights: no model.safetensors, no pytorch_model.bin, no shards"
     inside = [name.split("/")[0] for name in names if re.fullmatch(r"[^/]+/config\.json", name)]
     return (
         f"a folder of folders: give the one of the model, such as {inside[0]}" if inside else None
