@@ -362,7 +362,7 @@ def _from_files(
 ) -> VLM:
     """The model of a folder or hub id, an adapter merged into it."""
     from vlmdiag.model import loading
-    from vlmdiag.model.adapters import sources_of
+    from vlmdiag.model.adapters import sources_of, with_own_processor
 
     quantize_type = options["quantize_type"]
     sources = sources_of(path, base_model)
@@ -377,18 +377,19 @@ def _from_files(
     quantized = loading.quantization(quantize_type, chosen)
     if (stored or quantized) and device_map is None:
         device_map = {"": place}
-    model, processor = loading.load_family(
-        described,
-        sources.base,
-        config,
-        dtype=chosen,
-        device_map=device_map,
-        vision_tower_path=options["vision_tower_path"],
-        conv_mode=options["conv_mode"],
-        trust_remote_code=trust_remote_code,
-        quantization_config=quantized,
-        trained=sources.trained,
-    )
+    with with_own_processor(sources) as folder:
+        model, processor = loading.load_family(
+            described,
+            folder,
+            config,
+            dtype=chosen,
+            device_map=device_map,
+            vision_tower_path=options["vision_tower_path"],
+            conv_mode=options["conv_mode"],
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantized,
+            trained=sources.trained,
+        )
     model = model.requires_grad_(False)
     if device_map is None:
         model = model.to(place)

@@ -16,6 +16,7 @@ from tests.test_llava_original import make_source, to_original, write_tower
 from vlmdiag.cli import UsageError
 from vlmdiag.families import folders, llava_original
 from vlmdiag.model import adapters, identity, loading
+from vlmdiag.model.prompts import prompt_for
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
 
@@ -215,6 +216,20 @@ def test_an_adapter_beside_the_weights_is_merged_into_them(model, base):
     assert_weights(vlm, by_hand(base, pairs, 4))
     assert vlm.options["base_model"] == str(model)
     assert "leave --base_model out" in refusal(model, base_model=TINY)
+
+
+def test_the_processor_that_was_saved_with_an_adapter_is_heard(tmp_path, base, picture):
+    pytest.importorskip("peft")
+    pairs = lora([Q.format(0)])
+    folder = adapter(tmp_path / "lora", pairs)
+    plain = common.load_model(folder, self_check=False)
+    template = (Path(TINY) / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("Answer. " + template)
+    vlm = common.load_model(folder, self_check=False)
+    assert_weights(vlm, by_hand(base, pairs, 4))
+    texts = [prompt_for(one, "Why?", strip_system=True).text for one in (plain, vlm)]
+    assert texts[1] == "Answer. " + texts[0]
+    assert identity.identity_of(vlm) != identity.identity_of(plain)
 
 
 def test_a_lora_on_a_tied_lm_head_leaves_the_embeddings_alone(tmp_path):

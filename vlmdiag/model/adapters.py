@@ -9,13 +9,16 @@ names differ between the authors' layouts, versions of transformers and the clas
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -86,6 +89,37 @@ def _base_of(folder: Path, base_model: str | Path | None) -> str:
     if find_adapter_config_file(base) is not None:
         raise UsageError(f"{folder}: its base {base} has an adapter itself: merge that one first")
     return base
+
+
+# of tokenizer, processor and template, as training saves them beside an adapter
+OF_PROCESSOR = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|tekken|chat_template"
+    r"|preprocessor_config|processor_config|generation_config).*"
+)
+
+
+@contextlib.contextmanager
+def with_own_processor(sources: Sources) -> Iterator[str]:
+    """The folder or hub id to load: the base, or links to it in which tokenizer, processor, template
+    and generation config are the adapter's, where these were saved with it."""
+    own = [] if sources.adapter is None else names_of(sources.adapter)
+    own = [name for name in own if OF_PROCESSOR.fullmatch(name)]
+    if not own or sources.adapter is None or str(sources.adapter) == sources.base:
+        yield sources.base
+        return
+    base = Path(sources.base) if Path(sources.base).is_dir() else snapshot_download(sources.base)
+    with tempfile.TemporaryDirectory() as scratch:
+        view = Path(scratch) / Path(base).name
+        view.mkdir()
+        for file in Path(base).iterdir():
+            if file.name not in own:
+                (view / file.name).symlink_to(file.resolve())
+        for name in own:
+            (view / name).symlink_to((sources.adapter / name).resolve())
+        try:
+            yield str(view)
+        except UsageError as error:
+            raise UsageError(str(error).replace(str(view), sources.base)) from error
 
 
 def names_in(model: PreTrainedModel, layouts: Sequence[Rename]) -> Rename:

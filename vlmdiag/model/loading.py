@@ -432,7 +432,7 @@ def apply_adapter(vlm: VLM, sources: Sources, adapted: Record) -> None:
     if sources.trained is not None and not vlm.family.trained:
         load_trained(vlm.model, sources.trained, layouts)
     vlm.model = merge(vlm.model, sources.adapter, layouts).eval().requires_grad_(False)
-    print(f"{vlm.path}: adapter merged into {sources.base}, whose processor is used")
+    print(f"{vlm.path}: adapter merged into {sources.base}")
 
 
 def _read_raw(path: str | Path, own: Family | None) -> Record:
