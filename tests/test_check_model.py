@@ -274,6 +274,7 @@ def test_a_tensor_without_a_place_is_named(run, copy):
         state["model.mystery.weight"] = torch.zeros(3)
 
     done, report = run(edited(copy(), edit), "--no_weights")
+    assert "1 parameters have no place in this model, such as model.mystery" in one_line(done)
     assert report["weights"]["unexpected"] == ["model.mystery.weight"]
     assert "without a place 1: model.mystery.weight" in done.stdout
 
@@ -356,6 +357,18 @@ def test_of_an_index_alone_names_are_compared(run, copy, ending):
     done, report = run(folder, "--no_weights")
     assert len(report["weights"]["missing"]) == 1 and one_line(done)
     assert report["weights"]["missing"][0].split(".")[-2:] == gone.split(".")[-2:]
+
+
+def test_of_an_index_a_large_model_is_believed(run, copy):
+    folder = copy()
+    indexed(folder, "safetensors", "part-1.safetensors")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["vocab_size"] = 200_000
+    file.write_text(json.dumps(config))
+    done, report = run(folder, "--no_weights")
+    assert done.returncode == 0, done.stderr
+    assert report["weights"]["parameters"] > 200_000 * 128
 
 
 def test_of_a_hub_id_headers_and_small_files_are_fetched(run, tmp_path, monkeypatch):
