@@ -89,7 +89,12 @@ def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
     from vlmdiag.model import check, encoding, loading, outline
 
     found = outline.outlined(
-        args.model_path, args.trust_remote_code, args.family, args.vision_tower_path, args.conv_mode
+        args.model_path,
+        args.trust_remote_code,
+        args.family,
+        args.vision_tower_path,
+        args.conv_mode,
+        args.base_model,
     )
     report["family"] = found.chosen
     report["capabilities"] = check.capabilities_of(found.family)
@@ -100,7 +105,7 @@ def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
     report["weights"] = check.weights_of(found)
     if found.processor is not None:
         options = {name: getattr(args, name) for name in OPTIONS}
-        vlm = VLM(found.model, found.processor, found.family, args.model_path, options)
+        vlm = VLM(found.model, found.processor, found.family, found.path, options)
         encoding.never_cut(vlm.tokenizer)
         if args.image_aspect == "pad":
             loading.pad_to_square(vlm)

@@ -223,7 +223,7 @@ def test_the_processor_that_was_saved_with_an_adapter_is_heard(tmp_path, base, p
     pairs = lora([Q.format(0)])
     folder = adapter(tmp_path / "lora", pairs)
     plain = common.load_model(folder, self_check=False)
-    template = (Path(TINY) / "chat_template.jinja").read_text()
+    template = (ROOT / "checkpoints/tiny-llava/chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text("Answer. " + template)
     vlm = common.load_model(folder, self_check=False)
     assert_weights(vlm, by_hand(base, pairs, 4))

@@ -49,10 +49,10 @@ class Sources(NamedTuple):
     trained: Path | None = None
 
 
-def sources_of(path: str | Path, base_model: str | Path | None) -> Sources:
+def sources_of(path: str | Path, base_model: str | Path | None, to_merge: bool = True) -> Sources:
     """What a folder or hub id consists of: itself, with an adapter beside its weights or without;
     or an adapter, whose base is `base_model`, else the one that adapter_config.json names.
-    UsageError where there is no base, or peft is not installed."""
+    UsageError where there is no base, or peft, which is needed to merge, is not installed."""
     refuse_no_folder(path)
     if find_adapter_config_file(str(path)) is None:
         if base_model is not None:
@@ -65,7 +65,7 @@ def sources_of(path: str | Path, base_model: str | Path | None) -> Sources:
         base = str(path)
     else:
         base = _base_of(folder, base_model)
-    if importlib.util.find_spec("peft") is None:
+    if to_merge and importlib.util.find_spec("peft") is None:
         raise UsageError(
             f"{path} holds an adapter ({CONFIG}), which peft merges into the weights: pip install"
             " peft"
@@ -100,8 +100,8 @@ OF_PROCESSOR = re.compile(
 
 @contextlib.contextmanager
 def with_own_processor(sources: Sources) -> Iterator[str]:
-    """The folder or hub id to load: the base, or links to it in which tokenizer, processor, template
-    and generation config are the adapter's, where these were saved with it."""
+    """The folder or hub id to load: the base, or links to it in which tokenizer, processor,
+    template and generation config are the adapter's, where these were saved with it."""
     own = [] if sources.adapter is None else names_of(sources.adapter)
     own = [name for name in own if OF_PROCESSOR.fullmatch(name)]
     if not own or sources.adapter is None or str(sources.adapter) == sources.base:

@@ -39,7 +39,7 @@ from vlmdiag.model.prompts import guessed_prompt, prompt_for
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from typing_extensions import Unpack
 
     from vlmdiag.families import Family
@@ -251,8 +251,20 @@ def check_prompt(vlm: VLM) -> str | None:
     return guessed_prompt(vlm)
 
 
+NO_VOCABULARY = "its tokenizer has no vocabulary: the file that holds it is missing"
+
+
+def has_no_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has hardly more than its added tokens: from tokenizer_config.json alone
+    transformers makes such a one."""
+    return len(tokenizer) - len(tokenizer.get_added_vocab()) < 10
+
+
 def prepare(vlm: VLM) -> None:
-    """Make a model ready to be measured: dropout off, prompts never cut, --image_aspect."""
+    """Make a model ready to be measured: dropout off, prompts never cut, --image_aspect. UsageError
+    where its tokenizer has no vocabulary."""
+    if has_no_vocabulary(vlm.tokenizer):
+        raise UsageError(f"{vlm.path}: {NO_VOCABULARY}")
     vlm.model.eval()
     never_cut(vlm.tokenizer)
     if vlm.options.get("image_aspect") == "pad":

@@ -37,6 +37,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from vlmdiag.cli import UsageError
 from vlmdiag.families import checked, files
 from vlmdiag.model import loading
+from vlmdiag.model.adapters import sources_of
 from vlmdiag.model.check import family_of
 from vlmdiag.runs.disk import read_json
 from vlmdiag.types import Record
@@ -54,7 +55,6 @@ LAYOUTS = (("model", "safetensors"), ("pytorch_model", "bin"))
 # Sides of a tensor whose shape is not known. Conversions part tensors in 2, by heads or by experts,
 # which this number allows; no parameter is as long.
 UNKNOWN = 2**7 * 3**2 * 5 * 7 * 11 * 13
-FEWEST = 10  # tokens of a vocabulary
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -244,9 +244,15 @@ def outlined(
     family_file: str | None = None,
     vision_tower_path: str | None = None,
     conv_mode: str | None = None,
+    base_model: str | None = None,
 ) -> Outline:
-    """What can be said of a model without its weights. UsageError where its config cannot be
-    read."""
+    """What can be said of a model without its weights; of an adapter, of its base. UsageError where
+    its config cannot be read."""
+    sources = sources_of(path, base_model, to_merge=False)
+    if sources.adapter is not None and sources.base != path:
+        found = outlined(sources.base, trust_remote_code, family_file, vision_tower_path, conv_mode)
+        found.unknown.append(f"whether the adapter {path} fits its base {sources.base}")
+        return found
     with tempfile.TemporaryDirectory() as place:
         folder, tensors = mirrored(path, Path(place))
         try:
@@ -321,13 +327,11 @@ def index_bytes(folder: Path) -> int | None:
 
 
 def check_vocabulary(found: Outline) -> None:
-    """Say so where a tokenizer was made without its vocabulary: from tokenizer_config.json alone
-    transformers makes one of a few added tokens."""
+    """Say so where a tokenizer was made without its vocabulary."""
     assert found.processor is not None
-    tokenizer = found.processor.tokenizer
-    if len(tokenizer) - len(tokenizer.get_added_vocab()) < FEWEST:
+    if loading.has_no_vocabulary(found.processor.tokenizer):
         found.has_tokenizer = False
-        found.problems.append("its tokenizer has no vocabulary: the file that holds it is missing")
+        found.problems.append(loading.NO_VOCABULARY)
 
 
 @contextlib.contextmanager
