@@ -805,7 +805,7 @@ PALIGEMMA = Published(
 
 GEMMA3 = Published(
     family="gemma3",
-    states=(FILE, STAND_IN, NOT, FILE, FILE),
+    states=(FILE, STAND_IN, NOT, STAND_IN, FILE),
     config={
         "model_type": "gemma3",
         "architectures": ["Gemma3ForConditionalGeneration"],

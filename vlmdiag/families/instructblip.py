@@ -9,9 +9,9 @@ prompts about one picture share no keys and values, and this family does not dec
 comes before a token is not independent of what comes after it. An answer ends at the tokenizer's
 EOS: the text config of Vicuna checkpoints has been published with another id (LAVIS issue 509).
 
-Tested on small random models with processors made in the tests. Not tested: we had no published
-weights or tokenizers, one of which once made </s> its BOS (a BOS that the tokenizer does not name
-as such is counted as template); several GPUs.
+Tested on small random models with processors made in the tests; on the published files of the
+Vicuna checkpoint, whose tokenizer makes </s> its BOS. Not tested: we had no published weights;
+several GPUs.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ tower's post layer norm before the layers are concatenated. Checkpoints in their
 are in `llava_original.py`.
 
 Tested on small random models, and on the trained tiny models of this repository, all measures on
-these; text models Llama, Phi-3, Qwen2 and Mistral. Not tested: we had no published weights; several
-GPUs.
+these; text models Llama, Phi-3, Qwen2 and Mistral; on all published files of llava-1.5-7b-hf but
+the weights. Not tested: we had no published weights; several GPUs.
 """
 
 from __future__ import annotations

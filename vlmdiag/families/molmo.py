@@ -43,8 +43,8 @@ small models in the first layout: those of config.yaml that the published code h
 
 Facts are those of the public code of both layouts (pictures scaled by torch: the oldest revisions
 use tensorflow's, equal but for rounding). Tested on small random models in both layouts, against a
-forward pass written apart from these files; 7B-D has as many parameters as its published index
-says. Not tested: we had no published weights or tokenizers; several GPUs.
+forward pass written apart from these files; on the published configs, and on the published
+tokenizer of 7B-D. Not tested: we had no published weights, nor the tokenizer of 7B-O; several GPUs.
 """
 
 from __future__ import annotations

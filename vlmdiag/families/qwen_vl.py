@@ -12,8 +12,8 @@ Qwen3-VL adds features of the tower's middle to the vision tokens of its first d
 What replaces a vision token leaves nothing of it there either; prompts about a picture share no
 keys and values.
 
-Tested on small random models with processors made in the tests: the contract. Not tested: we had no
-published weights; videos are not read.
+Tested on small random models with processors made in the tests: the contract; on published configs,
+tokenizers and templates. Not tested: we had no published weights; videos are not read.
 """
 
 from __future__ import annotations
