@@ -307,7 +307,7 @@ def load_model(
     is in eval mode then. UsageError where the type is unknown, files or parameters are missing,
     have no place or cannot be read, or the self-check fails.
     """
-    from vlmdiag.model import loading
+    from vlmdiag.model import errors, loading
     from vlmdiag.model.selfcheck import check
 
     options: Record = {
@@ -320,9 +320,12 @@ def load_model(
     }
     if model is not None:
         path = path or loading.name_in_memory(model)
-    if path is None:
+        of_files = (device, device_map, quantize_type, vision_tower_path, conv_mode, base_model)
+        if any(of_files) or dtype != "auto" or trust_remote_code or decoder_layers is not None:
+            raise UsageError(f"{path}: a model in memory is taken as it is, in its dtype and place")
+    elif path is None or processor is not None:
         raise UsageError("load_model() takes a path, or model= and processor=")
-    with loading.one_line(path):
+    with errors.as_usage_error(path):
         if model is not None:
             model, processor, described = loading.in_memory(model, processor, path, family)
             vlm = VLM(model, processor, described, str(path), options | {"in_memory": True})
@@ -339,7 +342,7 @@ def load_model(
                 base_model=base_model,
             )
         loading.prepare(vlm)
-    with loading.one_line(path, "the checks after loading failed"):
+    with errors.as_usage_error(path, "the checks after loading failed"):
         notes = [loading.check_prompt(vlm)]
         if self_check and decoder_layers is None:
             notes.append(check(vlm))
@@ -361,20 +364,20 @@ def _from_files(
     base_model: str | Path | None,
 ) -> VLM:
     """The model of a folder or hub id, an adapter merged into it."""
-    from vlmdiag.model import loading
+    from vlmdiag.model import configs, loading, precision
     from vlmdiag.model.adapters import sources_of, with_own_processor
 
     quantize_type = options["quantize_type"]
     sources = sources_of(path, base_model)
-    config, described, adapted = loading.config_of(sources, trust_remote_code, family)
+    config, described, adapted = configs.config_of(sources, trust_remote_code, family)
     if described.read_config is None:  # other layouts may have their tower elsewhere
-        loading.refuse_larger_than(sources.base, config)
+        configs.refuse_larger_than(sources.base, config)
     if decoder_layers is not None:
-        loading.shorten_decoder(config, decoder_layers)
-    place = loading.device_of(device)
-    chosen = loading.dtype_of(dtype, quantize_type, place, config)
-    stored = loading.stored_quantization(path, config, quantize_type, chosen)
-    quantized = loading.quantization(quantize_type, chosen)
+        configs.shorten_decoder(config, decoder_layers)
+    place = precision.device_of(device)
+    chosen = precision.dtype_of(dtype, quantize_type, place, config)
+    stored = precision.stored_quantization(path, config, quantize_type, chosen)
+    quantized = precision.quantization(quantize_type, chosen)
     if (stored or quantized) and device_map is None:
         device_map = {"": place}
     with with_own_processor(sources) as folder:
@@ -401,5 +404,5 @@ def _from_files(
     vlm = VLM(model, processor, described, path, options | more)
     loading.apply_adapter(vlm, sources, adapted)
     if stored or quantized:
-        loading.check_quantized(vlm, stored is not None, chosen)
+        precision.check_quantized(vlm, stored is not None, chosen)
     return vlm

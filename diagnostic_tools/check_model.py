@@ -78,7 +78,8 @@ def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
             report["self_check"] = {"passed": False, "found": str(error)}
             report["problems"].append(str(error))
     # behind the self-check, which may take a capability away
-    report["family"] = check.family_of(vlm.family, args.model_path, args.family)
+    described = vlm.options["base_model"] or args.model_path  # of an adapter, its base
+    report["family"] = check.family_of(vlm.family, described, args.family)
     report["family"] |= {"dtype": str(vlm.dtype).removeprefix("torch."), "device": str(vlm.device)}
     report["capabilities"] = check.capabilities_of(vlm.family)
     describe(args, vlm, image, report)

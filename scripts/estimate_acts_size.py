@@ -63,9 +63,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_processor(args: argparse.Namespace) -> tuple[PreTrainedConfig, ProcessorMixin]:
     """Config and processor of a model; no weight is read."""
-    from vlmdiag.model import loading
+    from vlmdiag.model import configs, loading
 
-    config, family = loading.read_config(args.model_path, args.trust_remote_code)
+    config, family = configs.read_config(args.model_path, args.trust_remote_code)
     with loading.without_weights():
         _, processor = loading.load_family(
             family,
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"none of the {len(drawn)} pictures of the sample can be read; use a larger"
             " --sample_size"
         )
-    from vlmdiag.model.loading import DTYPES as sizes
+    from vlmdiag.model.precision import DTYPES as sizes
 
     counts = count_tokens(config, processor, pictures)
     width = config.get_text_config().hidden_size

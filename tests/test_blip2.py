@@ -24,7 +24,7 @@ from tests.test_encode import questions
 from vlmdiag.cli import UsageError
 from vlmdiag.families import known_types
 from vlmdiag.groups import GROUPS, PAD
-from vlmdiag.model import loading
+from vlmdiag.model import configs
 from vlmdiag.model.attention import Block, capture, edit
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.lens import Lens
@@ -150,7 +150,7 @@ def test_positions_that_ignore_padding_are_found_by_the_self_check(blip, name):
         )
 
     assert check(vlm) is None
-    with pytest.raises(UsageError, match="left-padded batch.*mend its file in models"):
+    with pytest.raises(UsageError, match="left-padded batch.*family file of your own"):
         check(replace(vlm, family=replace(vlm.family, positions=wrong)))
 
 
@@ -669,7 +669,7 @@ def test_each_script_runs_or_names_what_the_model_lacks(blip_folders, shapes, tm
             "states",
         ),
     }
-    has = loading.read_config(blip_folders(name))[1].has
+    has = configs.read_config(blip_folders(name))[1].has
     needs = {
         "coco": {"decoder-only", "rotary"},
         "knockout": {"decoder-only", "grid"},

@@ -428,7 +428,7 @@ def test_packed_weights_are_not_compared(run, copy):
 
 @pytest.mark.parametrize(
     "model, reason",
-    [("no/such/folder", "neither a folder nor a hub id"), (ROOT / "docs", "no config.json")],
+    [("no/such/folder", "no such folder"), (ROOT / "docs", "no config.json")],
 )
 def test_what_is_no_model_is_said_in_one_line(run, model, reason):
     done, report = run(model, "--no_weights")

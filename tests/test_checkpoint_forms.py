@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.test_llava_original import make_source, to_original, write_tower
 from vlmdiag.cli import UsageError
 from vlmdiag.families import folders, llava_original
-from vlmdiag.model import adapters, identity, loading
+from vlmdiag.model import adapters, errors, identity, loading
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
@@ -535,7 +535,7 @@ def test_a_template_that_fails_or_loops_is_one_line(model, monkeypatch, template
 
 def test_what_is_no_error_of_a_checkpoint_passes():
     for error in (UsageError("as it is"), MemoryError(), torch.OutOfMemoryError(), SystemExit()):
-        with pytest.raises(type(error)), loading.one_line("model"):
+        with pytest.raises(type(error)), errors.as_usage_error("model"):
             raise error
 
 

@@ -15,7 +15,7 @@ from tests.random_models.convllava import SIDE, TEXT, TOWER, build
 from vlmdiag import families as models
 from vlmdiag.cli import UsageError
 from vlmdiag.families import convllava
-from vlmdiag.model import loading
+from vlmdiag.model import configs
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.scenes import tiny_llava as tiny
@@ -365,7 +365,7 @@ def test_what_is_missing_is_said_in_one_line(folder, tmp_path, monkeypatch):
 
 
 def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(folder, vlm, picture):
-    config, family = loading.read_config(folder)
+    config, family = configs.read_config(folder)
     config.text_config.num_hidden_layers = 0
     model, _ = convllava.load(str(folder), config, dtype=torch.float32)
     batch = vlm.encode([Sample("0", None, QUESTION)], [picture])

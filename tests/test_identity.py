@@ -78,6 +78,9 @@ def test_what_can_change_a_number_changes_the_fingerprint(model, change):
     "change",
     [
         edited("trainer_state.json", epoch=3),
+        written("optimizer.pt", "Adam"),
+        written("training_args.bin", "lr"),
+        written("rng_state_0.pth", "4"),
         written("README.md", "# Model"),
         written("checkpoint-500/config.json", "{}"),
         written(".gitattributes", "*"),

@@ -15,7 +15,7 @@ from tests.test_convllava import gelu, layer_norm, linear, plain_llama, put_in
 from vlmdiag import families as models
 from vlmdiag.cli import UsageError
 from vlmdiag.families import minigpt4
-from vlmdiag.model import loading
+from vlmdiag.model import configs
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
@@ -397,7 +397,7 @@ def test_published_sizes_are_the_defaults(folders, tmp_path):
         qformer_config=None,
         num_query_tokens=32,
     )
-    config, family = loading.read_config(copy)
+    config, family = configs.read_config(copy)
     vision, qformer = config.vision_config, config.qformer_config
     assert (
         vision.num_hidden_layers,
@@ -425,7 +425,7 @@ def test_published_sizes_are_the_defaults(folders, tmp_path):
 def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(
     folders, load, batch_of
 ):
-    config, _ = loading.read_config(folders["minigpt4"])
+    config, _ = configs.read_config(folders["minigpt4"])
     config.get_text_config().num_hidden_layers = 0
     model, _ = minigpt4.load(str(folders["minigpt4"]), config, dtype=torch.float32)
     batch = batch_of(load("minigpt4"), (1,))

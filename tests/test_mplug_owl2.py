@@ -19,7 +19,7 @@ from tests.test_minigpt4 import attention
 from vlmdiag import families as models
 from vlmdiag.cli import UsageError
 from vlmdiag.families import mplug_owl2
-from vlmdiag.model import loading
+from vlmdiag.model import configs
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
@@ -500,7 +500,7 @@ def test_published_sizes_are_the_defaults():
 def test_a_decoder_without_layers_loads_for_scripts_that_need_only_its_inputs(
     folders, load, batch_of
 ):
-    config, _ = loading.read_config(folders["mplug_owl2"])
+    config, _ = configs.read_config(folders["mplug_owl2"])
     config.get_text_config().num_hidden_layers = 0
     model, _ = mplug_owl2.load(str(folders["mplug_owl2"]), config, dtype=torch.float32)
     batch = batch_of(load("mplug_owl2"), (1,))

@@ -23,7 +23,7 @@ from tests.test_reading_scripts import script
 from vlmdiag.beyond_semantics import token_norm_figure, token_norms
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
-from vlmdiag.model import loading
+from vlmdiag.model import configs
 from vlmdiag.pictures.samples import Sample, load_image
 
 TOOL = Path(__file__).resolve().parents[1] / "diagnostic_tools" / "vlm_token_norms.py"
@@ -231,7 +231,7 @@ def test_a_type_whose_decoder_has_no_known_name_is_loaded_whole(models, coco, mo
     def shorten(config, layers):
         raise UsageError("its decoder has no known name")
 
-    monkeypatch.setattr(loading, "shorten_decoder", shorten)
+    monkeypatch.setattr(configs, "shorten_decoder", shorten)
     args = module.parse_args(["--model_path", str(models["llava"]), "--coco_root", str(coco)])
     vlm, headless = module.load(args)
     assert not headless and len(vlm.parts.layers) > 0

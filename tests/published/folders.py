@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import common
 from tests.published.facts import MODELS
-from vlmdiag.model import loading
+from vlmdiag.model import configs, loading
 
 PUBLISHED = os.environ.get("PUBLISHED_FILES")
 # what a folder of PUBLISHED_FILES lacks and another one has
@@ -161,7 +161,7 @@ def without_weights(folder, name):
         save_file({}, folder / "model.safetensors")
     if facts.family.startswith("instructblip"):
         write_bert(folder / "qformer_tokenizer")
-    config, family = loading.read_config(folder)
+    config, family = configs.read_config(folder)
     with loading.without_weights():
         model, processor = loading.load_family(family, str(folder), config, dtype=torch.float16)
     if (folder / "generation_config.json").exists():

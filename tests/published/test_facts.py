@@ -13,7 +13,7 @@ from tests.published import folders
 from tests.published.facts import FILE, MODELS, MOLMO_NAMES, QUESTION, STATES
 from vlmdiag.families import llava, molmo, molmo_weights
 from vlmdiag.groups import GROUPS, VISION
-from vlmdiag.model import loading
+from vlmdiag.model import configs
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures.samples import Sample
 
@@ -218,7 +218,7 @@ def test_every_published_name_of_llava_fills_a_parameter_and_every_parameter_is_
 def test_every_published_name_of_molmo_is_converted_to_a_parameter_of_its_shape(tmp_path, name):
     facts = MODELS[name]
     folder = folders.from_table(tmp_path / name, facts)
-    config, _ = loading.read_config(folder)
+    config, _ = configs.read_config(folder)
     config.image_token_id = facts.special["<im_patch>"]
     with torch.device("meta"):
         wanted = shapes(molmo.Molmo(config).state_dict())

@@ -129,6 +129,14 @@ def all_families() -> Iterator[Family]:
         yield importlib.import_module(f"vlmdiag.families.{name}").FAMILY
 
 
+def module_of(family: Family) -> str:
+    """The name of the module here that describes a family; "generic" for every other type."""
+    for name in FAMILIES if family.model_types else ():
+        if importlib.import_module(f"{__name__}.{name}").FAMILY.model_types == family.model_types:
+            return name
+    return "generic"
+
+
 def _describes(family: Family, config: Config) -> bool:
     if family.recognises is not None:
         return family.recognises(config)

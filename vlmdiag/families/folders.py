@@ -37,8 +37,12 @@ WEIGHTS = re.compile(r"(model|pytorch_model)([.-][\w.-]+)?\.(safetensors|bin)(\.
 # no weights of those names
 FORMS = (
     (
-        r"adapter_config\.json|adapter_model\..*",
+        r"adapter_config\.json",
         "an adapter, whose base is wanted too: give --base_model, or merge the adapter first",
+    ),
+    (
+        r"adapter_model\..*",
+        "an adapter without its adapter_config.json, which says how it is applied: copy that too",
     ),
     (
         r"(.*/)?(zero_to_fp32\.py|global_step\d+/?|.*_(model|optim)_states\.pt)",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import re
 import tempfile
 import warnings
@@ -18,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,7 +27,16 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlmdiag.cli import UsageError
 from vlmdiag.families import left_out
-from vlmdiag.families.files import Rename, State, base_name, fetch, is_hub_id, read_pickle, renamed
+from vlmdiag.families.files import (
+    Rename,
+    State,
+    base_name,
+    fetch,
+    folder_of,
+    is_hub_id,
+    read_pickle,
+    renamed,
+)
 from vlmdiag.families.folders import WEIGHTS, broken_files, names_of, read_object, refuse_no_folder
 
 if TYPE_CHECKING:
@@ -36,6 +45,8 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# what is read of an adapter or a base on the hub
+READ = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin")
 # what LLaVA's training saves beside a LoRA: the projector and whatever else was trained whole
 TRAINED = "non_lora_trainables.bin"
 
@@ -58,7 +69,7 @@ def sources_of(path: str | Path, base_model: str | Path | None, to_merge: bool =
         if base_model is not None:
             raise UsageError(f"{path} is no adapter (no {CONFIG}), so --base_model has no use")
         return Sources(str(path))
-    folder = Path(path) if Path(path).is_dir() else fetch(str(path))
+    folder = Path(path) if Path(path).is_dir() else fetch(str(path), READ)
     if any(WEIGHTS.fullmatch(name) for name in names_of(folder)):
         if base_model is not None:
             raise UsageError(f"{path} has an adapter beside whole weights: leave --base_model out")
@@ -103,15 +114,18 @@ def with_own_processor(sources: Sources) -> Iterator[str]:
     """The folder or hub id to load: the base, or links to it in which tokenizer, processor,
     template and generation config are the adapter's, where these were saved with it."""
     own = [] if sources.adapter is None else names_of(sources.adapter)
-    own = [name for name in own if OF_PROCESSOR.fullmatch(name)]
+    own = [name for name in own if OF_PROCESSOR.fullmatch(name) and "/" not in name]
     if not own or sources.adapter is None or str(sources.adapter) == sources.base:
         yield sources.base
         return
-    base = Path(sources.base) if Path(sources.base).is_dir() else snapshot_download(sources.base)
+    base = folder_of(sources.base, READ).absolute()
     with tempfile.TemporaryDirectory() as scratch:
-        view = Path(scratch) / Path(base).name
+        view = Path(scratch) / base.name
         view.mkdir()
-        for file in Path(base).iterdir():
+        for beside in base.parent.iterdir():  # a tower may lie beside the base
+            if beside.is_dir() and beside != base:
+                (view.parent / beside.name).symlink_to(beside)
+        for file in base.iterdir():
             if file.name not in own:
                 (view / file.name).symlink_to(file.resolve())
         for name in own:
@@ -156,6 +170,8 @@ def load_trained(model: PreTrainedModel, file: Path, layouts: Sequence[Rename]) 
 def merge(model: PreTrainedModel, adapter: Path, layouts: Sequence[Rename]) -> PreTrainedModel:
     """The model with an adapter merged into its weights; UsageError where a tensor of the adapter
     belongs to no module of the model, or the adapter has no weights to merge."""
+    # which peft imports, and which says what it cannot do on a CPU
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
@@ -168,12 +184,9 @@ def merge(model: PreTrainedModel, adapter: Path, layouts: Sequence[Rename]) -> P
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     name_of = names_in(model, layouts)
     kept = getattr(model.config, "layers_kept", None)
-    stored = {
-        key: tensor for key, tensor in read_adapter(adapter).items() if not left_out(key, kept)
-    }
-    if not stored:
+    state, targets = _placed(adapter, read_adapter(adapter), prefix, name_of, kept)
+    if not state:
         return model
-    state, targets = _placed(adapter, stored, prefix, name_of)
     _direct(config, targets, name_of)
     for target in targets:
         _untie(model, target)
@@ -202,9 +215,12 @@ def read_adapter(folder: Path) -> State:
     return load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
 
 
-def _placed(adapter: Path, stored: State, prefix: str, name_of: Rename) -> tuple[State, list[str]]:
-    """(tensors under the names that peft gives them in this model, modules that are adapted).
-    UsageError where one has no module."""
+def _placed(
+    adapter: Path, stored: State, prefix: str, name_of: Rename, layers_kept: int | None
+) -> tuple[State, list[str]]:
+    """(tensors under the names that peft gives them in this model, modules that are adapted), both
+    empty where the adapter is for decoder layers alone that were left out. UsageError where one has
+    no module."""
     state: State = {}
     targets: set[str] = set()
     strangers = []
@@ -214,7 +230,8 @@ def _placed(adapter: Path, stored: State, prefix: str, name_of: Rename) -> tuple
         part = re.search(rf"\.({prefix}|token_adapter\b)", name)
         known = name_of(f"{name[: part.start()]}.weight" if part else name)
         if known is None:
-            strangers.append(key)
+            if not left_out(key, layers_kept):
+                strangers.append(key)
             continue
         if part:
             module = known.removesuffix(".weight")
@@ -223,7 +240,7 @@ def _placed(adapter: Path, stored: State, prefix: str, name_of: Rename) -> tuple
                 targets.add(module)
         state[f"base_model.model.{known}"] = tensor
     _refuse_strangers(adapter, strangers)
-    if not targets:
+    if not targets and (state or layers_kept is None):
         raise UsageError(f"{adapter}: the adapter holds no tensor of the type it names ({prefix})")
     return state, sorted(targets)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
-from vlmdiag.families import read_folder
+from vlmdiag.families import module_of, read_folder
 from vlmdiag.families.assembled import Expanding
 from vlmdiag.families.files import reason
 from vlmdiag.groups import GROUPS
@@ -136,8 +136,7 @@ def read_raw(path: str) -> Fields | None:
 
 def file_of(family: Family) -> str:
     """The file that describes a family, from the repository's root where it lies in there."""
-    module = family.load.__module__.split(".")
-    file = family.file or CHECKOUT.joinpath(*module).with_suffix(".py")
+    file = family.file or CHECKOUT / "vlmdiag" / "families" / f"{module_of(family)}.py"
     return str(file.relative_to(CHECKOUT) if file.is_relative_to(CHECKOUT) else file)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -24,7 +25,10 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 # configs, processors, tokenizers, templates, the checkpoint's own code
 SETTINGS = (".json", ".yaml", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 # what a training leaves beside a model, and other models below it
-NOT_READ = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+NOT_READ = re.compile(
+    r"(trainer_state|(all|train|eval)_results)\.json"
+    r"|(training_args|optimizer|scheduler|scaler|rng_state|random_states)[\w.-]*\.(bin|pt|pth|pkl)"
+)
 OTHER_FOLDERS = ("checkpoint-", "global_step", "runs", ".")
 
 BLOCKS = 8  # of a tensor that are sampled
@@ -71,7 +75,11 @@ def _files_of(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(OTHER_FOLDERS)]
         for name in names:
             file = Path(folder, name)
-            if name not in NOT_READ and file.suffix in SETTINGS + WEIGHTS and file.is_file():
+            if (
+                not NOT_READ.fullmatch(name)
+                and file.suffix in SETTINGS + WEIGHTS
+                and file.is_file()
+            ):
                 yield file
 
 

@@ -20,6 +20,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,8 +37,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from vlmdiag.cli import UsageError
 from vlmdiag.families import checked, files
-from vlmdiag.model import loading
-from vlmdiag.model.adapters import sources_of
+from vlmdiag.model import configs, loading
+from vlmdiag.model.adapters import sources_of, with_own_processor
 from vlmdiag.model.check import family_of
 from vlmdiag.runs.disk import read_json
 from vlmdiag.types import Record
@@ -250,13 +251,19 @@ def outlined(
     its config cannot be read."""
     sources = sources_of(path, base_model, to_merge=False)
     if sources.adapter is not None and sources.base != path:
-        found = outlined(sources.base, trust_remote_code, family_file, vision_tower_path, conv_mode)
+        is_local = Path(sources.base).is_dir()
+        with with_own_processor(sources) if is_local else nullcontext(sources.base) as whole:
+            found = outlined(whole, trust_remote_code, family_file, vision_tower_path, conv_mode)
+        found.path = path
+        found.problems = [line.replace(whole, sources.base) for line in found.problems]
+        if not is_local:
+            found.unknown.append("whether tokenizer and template of the adapter are others")
         found.unknown.append(f"whether the adapter {path} fits its base {sources.base}")
         return found
     with tempfile.TemporaryDirectory() as place:
         folder, tensors = mirrored(path, Path(place))
         try:
-            config, family = loading.read_config(folder, trust_remote_code, family_file)
+            config, family = configs.read_config(folder, trust_remote_code, family_file)
         except UsageError as error:
             raise UsageError(str(error).replace(str(folder), path)) from error
         dtype = getattr(config, "dtype", None) or torch.float32

@@ -86,8 +86,8 @@ def exact(vlm: VLM) -> bool:
 
 def _fail(vlm: VLM, what: str) -> NoReturn:
     raise UsageError(
-        f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; mend its file in models/ or"
-        " give --no_self_check"
+        f"{vlm.path} ({vlm.family.name}): self-check failed: {what}; a family file of your own"
+        " (models/README.md) can mend it, --no_self_check goes on without"
     )
 
 
