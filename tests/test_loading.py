@@ -35,6 +35,7 @@ before, seen, watching = held(), [], True
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 vlm = load({path!r})
+seen.append(held())  # the other thread may have been asleep
 watching = False
 thread.join()
 print(json.dumps([max(seen) - before, sum(p.numel() * p.element_size() for p in vlm.model.parameters()) / 2**20]))

@@ -199,7 +199,7 @@ def test_words_that_begin_alike_are_refused(load):
             return {"input_ids": [1] * (len(text) + 1)}
 
     class Model:
-        path, tokenizer, eos_ids = "bare", Bare(), {2}
+        path, tokenizer, end_id = "bare", Bare(), 2
 
     with pytest.raises(UsageError, match="Yes and No begin with the same token"):
         tunnel_scores.yes_no_ids(Model(), "ASSISTANT:")
