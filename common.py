@@ -133,7 +133,8 @@ class VLM:
         of_config = self.model.generation_config.eos_token_id
         for id in [of_config] if isinstance(of_config, int) else of_config or ():
             ends.setdefault(id, []).append("the generation config")
-        return ends
+        rows = self.model.get_input_embeddings().num_embeddings
+        return {id: sources for id, sources in ends.items() if 0 <= id < rows}
 
     @property
     def eos_ids(self) -> set[int]:

@@ -66,12 +66,14 @@ def picture_of(path: str | None) -> Image:
 def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
     """Put into the report what the self-check finds and what the loaded model shows."""
     from vlmdiag.model import check, selfcheck
+    from vlmdiag.model.errors import as_usage_error
 
     vlm = load_from_args(argparse.Namespace(**vars(args) | {"no_self_check": True}))
     report["self_check"] = {"passed": None, "found": "skipped (--no_self_check)"}
     if not args.no_self_check:
         try:
-            note = selfcheck.check(vlm)
+            with as_usage_error(args.model_path, "the self-check failed"):
+                note = selfcheck.check(vlm)
             found = f"passed: {note}" if note else "passed"
             report["self_check"] = {"passed": True, "found": found}
         except UsageError as error:

@@ -427,8 +427,7 @@ def test_packed_weights_are_not_compared(run, copy):
 
 
 @pytest.mark.parametrize(
-    "model, reason",
-    [("no/such/folder", "no such folder"), (ROOT / "docs", "no config.json")],
+    "model, reason", [("no/such/folder", "no such folder"), (ROOT / "docs", "no config.json")]
 )
 def test_what_is_no_model_is_said_in_one_line(run, model, reason):
     done, report = run(model, "--no_weights")

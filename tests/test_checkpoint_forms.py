@@ -4,6 +4,7 @@ programs, damaged or odd configs. Each is loaded as what it is or named in one l
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,13 +224,65 @@ def test_the_processor_that_was_saved_with_an_adapter_is_heard(tmp_path, base, p
     pairs = lora([Q.format(0)])
     folder = adapter(tmp_path / "lora", pairs)
     plain = common.load_model(folder, self_check=False)
+    before = identity.identity_of(plain)
     template = (ROOT / "checkpoints/tiny-llava/chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text("Answer. " + template)
     vlm = common.load_model(folder, self_check=False)
     assert_weights(vlm, by_hand(base, pairs, 4))
     texts = [prompt_for(one, "Why?", strip_system=True).text for one in (plain, vlm)]
     assert texts[1] == "Answer. " + texts[0]
-    assert identity.identity_of(vlm) != identity.identity_of(plain)
+    assert identity.identity_of(vlm) != before
+
+
+@pytest.mark.parametrize("of_base", ["chat_template.jinja", "chat_template.json", "key"])
+@pytest.mark.parametrize("of_adapter", ["chat_template.jinja", "key"])
+def test_an_adapters_template_and_image_processor_win_in_any_form(tmp_path, of_base, of_adapter):
+    """transformers prefers some of these files to others, whosever they are."""
+    pytest.importorskip("peft")
+    base_folder = tmp_path / "base"
+    shutil.copytree(TINY, base_folder)
+    template = (base_folder / "chat_template.jinja").read_text()
+    (base_folder / "chat_template.jinja").unlink()
+    place_template(base_folder, of_base, template)
+    folder = adapter(tmp_path / "lora", lora([Q.format(0)]), base=str(base_folder))
+    place_template(folder, of_adapter, "Answer. " + template)
+    images = json.loads((base_folder / "processor_config.json").read_text())["image_processor"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images | {"image_mean": [0, 0, 0]}))
+    vlm = common.load_model(folder, self_check=False)
+    assert prompt_for(vlm, "Why?", strip_system=True).text.startswith("Answer. ")
+    assert list(vlm.processor.image_processor.image_mean) == [0, 0, 0]
+
+
+def place_template(folder, form, template):
+    """Put a chat template into one of the places where it may be."""
+    if form == "chat_template.jinja":
+        (folder / form).write_text(template)
+    elif form == "chat_template.json":
+        (folder / form).write_text(json.dumps({"chat_template": template}))
+    else:
+        file = folder / "tokenizer_config.json"
+        source = file if file.exists() else Path(TINY) / "tokenizer_config.json"
+        content = json.loads(source.read_text()) | {"chat_template": template}
+        file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"bias": "lora_only"}, {"words": True}])
+def test_what_peft_saves_whole_beside_an_adapter_is_applied(tmp_path, picture, settings):
+    peft = pytest.importorskip("peft")
+    vlm = common.load_model(TINY, self_check=False)
+    targets = ["q_proj", "lm_head"] if settings.pop("words", False) else ["q_proj"]
+    config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **settings)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(vlm.model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name.endswith(".bias") and parameter.requires_grad:
+                parameter += 0.1
+    adapted.save_pretrained(tmp_path / "lora")
+    vlm.model = adapted.eval().get_base_model()
+    expected = logits(vlm, picture)
+    merged = common.load_model(tmp_path / "lora", base_model=TINY, self_check=False)
+    assert torch.allclose(logits(merged, picture), expected, atol=1e-4)
 
 
 def test_a_lora_on_a_tied_lm_head_leaves_the_embeddings_alone(tmp_path):
@@ -475,7 +528,7 @@ WRONG = [
     ),
     (CONFIG, None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "pip install"),
     (CONFIG, None, {"quantization_config": {"load_in_4bit": True}}, "take quantization_config out"),
-    ("generation_config.json", None, {"eos_token_id": "x"}, "str"),
+    ("generation_config.json", None, {"eos_token_id": "x"}, "wanted are numbers"),
     ("processor_config.json", None, {"image_processor": None}, "image processor"),
 ]
 

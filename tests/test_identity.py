@@ -105,6 +105,15 @@ def test_one_tensor_of_a_pickle_or_of_one_shard_is_seen(tmp_path):
     assert len(seen) == 4
 
 
+def test_one_changed_word_of_a_table_is_seen(model):
+    state = load_file(model / "model.safetensors")
+    before = fingerprint(model)
+    name = next(name for name in state if name.endswith("embed_tokens.weight"))
+    state[name][700] *= 3
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    assert fingerprint(model) != before
+
+
 def test_a_broken_weight_file_has_a_digest_too(tmp_path):
     for name, content in (("a", b""), ("b", b"\xff" * 30), ("c", b"\x02" + b"\0" * 7 + b"[]")):
         (tmp_path / f"{name}.safetensors").write_bytes(content)

@@ -71,6 +71,38 @@ def test_the_adapters_of_a_peft_model_are_at_work():
         assert torch.allclose(measured(vlm)[0], measured(plain)[0], atol=1e-5)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+def test_what_an_adapter_is_at_is_part_of_the_identity():
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = objects()
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    vlm = common.load_model(model=adapted, processor=processor, self_check=False)
+    seen = {identity_of(vlm)["fingerprint"]}
+    adapted.disable_adapter_layers()
+    seen.add(identity_of(vlm)["fingerprint"])
+    adapted.enable_adapter_layers()
+    for layer in adapted.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 3)
+    seen.add(identity_of(vlm)["fingerprint"])
+    assert len(seen) == 3
+
+
+def test_the_users_objects_stay_as_they_were():
+    model, processor = objects()
+    processor.image_processor.do_pad = False
+    common.load_model(model=model, processor=processor, image_aspect="pad", self_check=False)
+    assert processor.image_processor.do_pad is False
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for options in ({"quantize_type": "4bit"}, {"device": "cpu"}, {"decoder_layers": 1}):
+        with pytest.raises(UsageError, match="taken as it is"):
+            common.load_model(model=model, processor=processor, **options)
+    with pytest.raises(UsageError, match="this is a DataParallel"):
+        common.load_model(model=torch.nn.DataParallel(model), processor=processor)
+
+
 def test_what_is_missing_is_said_in_a_line(tmp_path):
     model, processor = objects()
     with pytest.raises(UsageError, match="processor="):

@@ -53,6 +53,25 @@ TEXT_ONLY = (
 BETWEEN_TURNS = CHATML.replace(
     "<|im_end|>\n", "{% if not loop.last or m['role'] == 'user' %}<|im_end|>{% endif %}{{ '\n' }}"
 )
+# the user's turn as parts, the others as text
+MIXED = CHATML.replace(
+    "text(m['content'])", "text(m['content']) if m['role'] == 'user' else m['content']"
+)
+RAW_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}|{% endif %}" + (
+    CHATML.replace("in messages %}", "in messages if m['role'] != 'system' %}")
+)
+SYSTEM_IN_ANY_CASE = (
+    "{% if messages[0]['role'] != 'system' or not text(messages[0]['content']) %}"
+    "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    + CHATML.removeprefix(PARTS).replace("in messages %}", "in messages if text(m['content']) %}")
+)
+ALWAYS_AN_ANSWER = (
+    PARTS + "{% for m in messages %}{{ m['role'] }}: {{ text(m['content']) }}\n{% endfor %}"
+    "<|im_start|>"
+)
+OWN_PICTURE = CHATML.replace(
+    "<|im_start|>{{ m['role'] }}\n", "<|im_start|>{{ m['role'] }}\n<image>"
+)
 ASKED = "<|im_start|>user\n<image>{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -155,6 +174,47 @@ def test_a_system_prompt_of_the_template_is_found_replaced_and_left_out(with_tem
         assert text_of(vlm, encoded(vlm), "system") == options["system_prompt"]
     vlm.options["system_prompt"] = None
     assert prompt_for(vlm, QUESTION, strip_system=True).system is None
+
+
+def test_a_template_of_parts_and_text_ends_its_turns_and_takes_a_system_prompt(with_template):
+    vlm = with_template(MIXED, system_prompt="Be brief.")
+    assert turn_end(vlm) == "<|im_end|>"
+    assert text_of(vlm, encoded(vlm), "system") == "Be brief."
+    shutil.rmtree(vlm.path)
+    vlm = with_template(RAW_SYSTEM, system_prompt="Be brief.")
+    assert encoded(vlm).prompts[0].startswith("Be brief.|<|im_start|>user")
+    vlm.options["system_prompt"] = ""
+    assert encoded(vlm).prompts[0] == ASKED.replace("{question}", QUESTION)
+
+
+def test_a_system_prompt_that_cannot_be_left_out_is_an_error(with_template):
+    vlm = with_template(PARTS + SYSTEM_IN_ANY_CASE)
+    assert text_of(vlm, encoded(vlm), "system") == "Be kind."
+    with pytest.raises(UsageError, match="in any case"):
+        prompt_for(vlm, QUESTION, strip_system=True)
+
+
+def test_the_beginning_of_the_next_answer_is_no_end_of_a_turn(with_template):
+    vlm = with_template(ALWAYS_AN_ANSWER)
+    assert turn_end(vlm) is None
+    assert list(vlm.answer_ends) == [2]
+
+
+def test_a_template_that_writes_the_picture_itself_gets_one(with_template):
+    vlm = with_template(OWN_PICTURE)
+    assert encoded(vlm).prompts[0].count("<image>") == 1
+
+
+def test_a_prompt_of_ones_own_says_where_its_system_prompt_goes(with_template):
+    options = {"prompt_template": "{image} {question}\\n:", "system_prompt": "Be {question}."}
+    with pytest.raises(UsageError, match="{system} stands for it"):
+        with_template(CHATML, **options)
+
+
+def test_values_of_a_prompt_template_are_taken_as_they_are(with_template):
+    template = "{system}|{image}|{question}\\n:"
+    vlm = with_template(CHATML, prompt_template=template, system_prompt="A {question}\\n")
+    assert prompt_for(vlm, "Why {image}?").text == "A {question}\\n|<image>|Why {image}?\n:"
 
 
 def test_the_sentence_of_llava_can_be_left_out(capsys):

@@ -98,6 +98,16 @@ def test_a_prompt_without_its_bos_is_found(load, monkeypatch):
         check(load("llava"))
 
 
+def test_penalties_of_a_checkpoint_are_no_fault(load, monkeypatch):
+    """They are left out of what is measured, so of what it is compared with too."""
+    vlm = load("llava")
+    settings = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    for name, value in (settings | {"suppress_tokens": list(range(900))}).items():
+        monkeypatch.setattr(vlm.model.generation_config, name, value)
+    assert check(vlm) is None
+    assert vlm.model.generation_config.num_beams == 3
+
+
 def test_another_greedy_answer_than_transformers_is_found(load, monkeypatch):
     def second_best(logits, step):
         return logits.topk(2).indices[:, min(step, 1)]

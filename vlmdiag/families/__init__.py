@@ -190,6 +190,10 @@ HARMLESS = re.compile(
 )
 # what keys without a place say of their file
 HINTS = {
+    r"^(module|_orig_mod|base_model\.model)\.": (
+        "they were saved from a wrapped model (DataParallel, torch.compile, peft): take the prefix"
+        " off their names"
+    ),
     r"lora_|\.base_layer\.": "lora_A/lora_B are an adapter's: merge the adapter first",
     r"\.(absmax|quant_state|SCB|qweight|qzeros|scales|weight_scale(_inv)?|weight_packed)\b": (
         "the weights are quantised in a way that is not read here"

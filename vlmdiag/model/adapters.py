@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import re
 import tempfile
@@ -130,10 +131,34 @@ def with_own_processor(sources: Sources) -> Iterator[str]:
                 (view / file.name).symlink_to(file.resolve())
         for name in own:
             (view / name).symlink_to((sources.adapter / name).resolve())
+        _leave_out_of_base(view, own)
         try:
             yield str(view)
         except UsageError as error:
             raise UsageError(str(error).replace(str(view), sources.base)) from error
+
+
+def _leave_out_of_base(view: Path, own: Sequence[str]) -> None:
+    """Take templates and image processor of the base out of a folder of links in which the files
+    `own` are an adapter's that has such ones: transformers may prefer the base's by their names."""
+    files = {name: read_object(view / name) for name in own if name.endswith(".json")}
+    has_template = any(name.startswith("chat_template") for name in own)
+    has_template |= any("chat_template" in content for content in files.values())
+    has_images = "preprocessor_config.json" in own
+    has_images |= "image_processor" in files.get("processor_config.json", {})
+    keys = ["chat_template"] * has_template + ["image_processor"] * has_images
+    for file in list(view.iterdir()):
+        if file.name in own:
+            continue
+        is_template = has_template and file.name.startswith("chat_template")
+        if is_template or (has_images and file.name == "preprocessor_config.json"):
+            file.unlink()
+        elif file.name in ("processor_config.json", "tokenizer_config.json"):
+            content = read_object(file)
+            kept = {key: value for key, value in content.items() if key not in keys}
+            if kept != content:
+                file.unlink()
+                file.write_text(json.dumps(kept))
 
 
 def names_in(model: PreTrainedModel, layouts: Sequence[Rename]) -> Rename:
@@ -184,7 +209,11 @@ def merge(model: PreTrainedModel, adapter: Path, layouts: Sequence[Rename]) -> P
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     name_of = names_in(model, layouts)
     kept = getattr(model.config, "layers_kept", None)
-    state, targets = _placed(adapter, read_adapter(adapter), prefix, name_of, kept)
+    stored = read_adapter(adapter)
+    whole = _whole(config, stored, name_of)
+    model.load_state_dict(renamed(stored, whole.get), strict=False)
+    of_adapter = {key: tensor for key, tensor in stored.items() if key not in whole}
+    state, targets = _placed(adapter, of_adapter, prefix, name_of, kept)
     if not state:
         return model
     _direct(config, targets, name_of)
@@ -213,6 +242,20 @@ def read_adapter(folder: Path) -> State:
     if broken is not None:
         raise UsageError(f"{folder}: {broken}")
     return load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
+
+
+def _whole(config: PeftConfig, stored: State, name_of: Rename) -> dict[str, str]:
+    """{stored name: name in the model} of parameters that were saved whole beside an adapter's: the
+    weight below a LoRA on an embedding (X.base_layer.weight), trained biases."""
+    with_biases = getattr(config, "bias", "none") != "none"
+    whole = {}
+    for key in stored:
+        name = base_name(key)
+        plain = name.replace(".base_layer.", ".")
+        known = name_of(plain)
+        if known is not None and (plain != name or (with_biases and name.endswith(".bias"))):
+            whole[key] = known
+    return whole
 
 
 def _placed(
@@ -258,6 +301,8 @@ def _direct(config: PeftConfig, targets: Sequence[str], name_of: Rename) -> None
     config.target_modules = set(targets)
     config.task_type = None  # some types ask for methods that only a language model has
     config.inference_mode = True
+    if hasattr(config, "bias"):
+        config.bias = "none"  # trained ones are in the model already
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if hasattr(config, name):
             setattr(config, name, None)

@@ -71,8 +71,15 @@ def config_of(
     """Config and family of what sources_of found, and the config.json of LLaVA's own LoRA training,
     {} where there is none: that describes the whole model where its base is a plain Llama or in
     the same layout, and the base's config describes all other ones."""
-    config, family = read_config(sources.base, trust_remote_code, family_file)
     folder = sources.adapter
+    try:
+        config, family = read_config(sources.base, trust_remote_code, family_file)
+    except UsageError as error:
+        if folder is None or str(folder) == sources.base:
+            raise
+        raise UsageError(
+            f"{folder} is an adapter, and its base cannot be read: {error}; give --base_model"
+        ) from error
     if folder is None or str(folder) == sources.base or not (folder / "config.json").exists():
         return config, family, {}
     adapted, of_adapter = read_config(folder)

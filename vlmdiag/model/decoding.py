@@ -184,6 +184,7 @@ def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
         return [int(id) for id in answer]
     # Tokenizers that mark a leading space need what stands before the answer.
     last = prompt[-1]
+    answer = answer.lstrip(" ")
     lead = vlm.tokenizer(last, add_special_tokens=False)["input_ids"]
     space = "" if last.isspace() else " "
     ids = vlm.tokenizer(last + space + answer, add_special_tokens=False)["input_ids"]
@@ -191,7 +192,7 @@ def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
         ids = ids[len(lead) :]
     else:
         ids = vlm.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*ids, vlm.end_id]
+    return ids if ids[-1:] == [vlm.end_id] else [*ids, vlm.end_id]
 
 
 def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batch:

@@ -114,6 +114,9 @@ def _put_back(
         if not inside:
             ids_after.append(id)
             groups_after.append(group)
+        if inside and id == tokenizer.unk_token_id and end - start > len(inside):
+            ids_after.append(id)  # it stands for unknown characters beside the special string too
+            groups_after.append(group)
         for k in inside:
             if k not in done:
                 done.add(k)
@@ -204,7 +207,9 @@ class _PictureShift:
         start = first[0] if first[1] else 0
         placeholder = getattr(vlm.processor, "image_token", None)
         if placeholder:
-            start = text.rfind(placeholder, 0, first[0] + len(placeholder))
+            # a token that takes the blank before it begins earlier
+            end = max(first[1], first[0] + len(placeholder))
+            start = max(text.rfind(placeholder, 0, end), 0)
         by = max(end for _, end in tokens.offsets) - len(text)
         return cls(start, last[1], by)
 

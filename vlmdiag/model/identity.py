@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 # configs, processors, tokenizers, templates, the checkpoint's own code
-SETTINGS = (".json", ".yaml", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+SETTINGS = (".json", ".yaml", ".jinja", ".model", ".tiktoken", ".py")
+WORDS = ("vocab.txt", "merges.txt")
 # what a training leaves beside a model, and other models below it
 NOT_READ = re.compile(
     r"(trainer_state|(all|train|eval)_results)\.json"
@@ -33,6 +34,9 @@ OTHER_FOLDERS = ("checkpoint-", "global_step", "runs", ".")
 
 BLOCKS = 8  # of a tensor that are sampled
 BLOCK = 256  # bytes
+# tables of which each row is sampled: a fine-tune may have changed a few words only
+TABLES = re.compile(r"embed_tokens|word_embeddings|\bwte\b|lm_head|^shared\.")
+ROW_BLOCK = 16  # bytes
 
 
 def fingerprint(path: str | Path) -> str:
@@ -61,7 +65,7 @@ def file_digests(path: str | Path) -> dict[str, str]:
     digests = {}
     for file in sorted(_files_of(root)):
         digest = hashlib.sha256()
-        if file.suffix in SETTINGS:
+        if file.suffix not in WEIGHTS:
             digest.update(file.read_bytes())
         else:
             for piece in _sampled(file):
@@ -75,11 +79,8 @@ def _files_of(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(OTHER_FOLDERS)]
         for name in names:
             file = Path(folder, name)
-            if (
-                not NOT_READ.fullmatch(name)
-                and file.suffix in SETTINGS + WEIGHTS
-                and file.is_file()
-            ):
+            is_read = file.suffix in SETTINGS + WEIGHTS or name in WORDS
+            if is_read and not NOT_READ.fullmatch(name) and file.is_file():
                 yield file
 
 
@@ -102,11 +103,18 @@ def _sampled(file: Path) -> Iterator[bytes]:
         try:
             tensors = json.loads(header)
             tensors.pop("__metadata__", None)
-            places = [tuple(map(int, entry["data_offsets"])) for entry in tensors.values()]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            places = []  # no safetensors file, which loading says
-        for first, end in places or [(0, size - start)]:
-            yield from _blocks(stream, start + first, start + end, BLOCKS)
+            places = [
+                (
+                    *map(int, entry["data_offsets"]),
+                    int(entry["shape"][0]) if TABLES.search(name) else 0,
+                )
+                for name, entry in tensors.items()
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            places = [(0, size - start, 0)]  # no safetensors file, which loading says
+        for first, end, rows in places:
+            count, block = (rows, ROW_BLOCK) if rows else (BLOCKS, BLOCK)
+            yield from _blocks(stream, start + first, start + end, count, block)
 
 
 def _header(stream: BinaryIO, size: int) -> bytes:
@@ -117,33 +125,43 @@ def _header(stream: BinaryIO, size: int) -> bytes:
     return stream.read(min(struct.unpack("<Q", length)[0], size))
 
 
-def _blocks(stream: BinaryIO, start: int, end: int, count: int) -> Iterator[bytes]:
+def _blocks(
+    stream: BinaryIO, start: int, end: int, count: int, block: int = BLOCK
+) -> Iterator[bytes]:
     """`count` blocks spread evenly over [start, end), the first and the last bytes among them; all
     of it where it is short."""
     length = end - start
-    if length <= count * BLOCK:
+    if length <= count * block:
         stream.seek(start)
         yield stream.read(max(0, length))
         return
     for number in range(count):
-        stream.seek(start + (length - BLOCK) * number // (count - 1))
-        yield stream.read(BLOCK)
+        stream.seek(start + (length - block) * number // (count - 1))
+        yield stream.read(block)
 
 
 def fingerprint_in_memory(vlm: VLM) -> str:
     """The same of a model that was not read from files here: config, tokenizer, image processor,
     chat template, and sampled values of each parameter."""
-    pieces = {"config": vlm.model.config.to_json_string(use_diff=False)}
+    settings = vlm.model.config.to_dict()
+    for name in ("_name_or_path", "use_cache", "transformers_version"):
+        settings.pop(name, None)
+    pieces = {"config": json.dumps(settings, sort_keys=True, default=str)}
     for part in ("tokenizer", "image_processor"):
         pieces[part] = repr(getattr(vlm.processor, part, None))
     if vlm.tokenizer.is_fast:
         pieces["vocabulary"] = vlm.tokenizer.backend_tokenizer.to_str()
     pieces["template"] = str(getattr(vlm.processor, "chat_template", None))
     pieces["ends"] = str(vlm.model.generation_config.eos_token_id)
+    for name, module in vlm.model.named_modules():
+        if hasattr(module, "base_layer"):  # peft's
+            state = (module.active_adapters, module.disable_adapters, module.merged)
+            pieces[f"adapters of {name}"] = f"{state} {getattr(module, 'scaling', '')}"
     for name, tensor in vlm.model.state_dict().items():
         flat = tensor.detach().flatten()
         step = max(1, len(flat) // (BLOCKS * BLOCK))
-        values = flat[::step].float().cpu().numpy().tobytes()
+        sampled = tensor.detach()[:, :8].flatten() if TABLES.search(name) else flat[::step]
+        values = sampled.float().cpu().numpy().tobytes()
         pieces[name] = f"{tuple(tensor.shape)} {hashlib.sha256(values).hexdigest()}"
     return _digest_of(pieces)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import logging as hf_logging
 
 from vlmdiag.cli import UsageError
@@ -79,7 +81,8 @@ def load_family(
 
 def name_in_memory(model: PreTrainedModel) -> str:
     """What a model in memory is called in messages and runs: where it came from, or its class."""
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", "") or type(model).__name__
 
 
 def in_memory(
@@ -93,6 +96,11 @@ def in_memory(
     own."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"{name}: a model in memory is a PreTrainedModel or a PeftModel, this is a"
+            f" {type(model).__name__}"
+        )
     if processor is None:
         raise UsageError(f"{name}: a model in memory needs its processor too: processor=...")
     raw = model.config.to_dict()
@@ -105,8 +113,13 @@ def in_memory(
         raise UsageError(
             f"{name}: {family.name} is read from the files of its authors only: give the folder"
         )
+    # a copy, because a family completes it and --image_aspect changes it
     model, processor = load_family(
-        family, str(name), model.config, dtype=model.dtype, in_memory=(model, processor)
+        family,
+        str(name),
+        model.config,
+        dtype=model.dtype,
+        in_memory=(model, copy.deepcopy(processor)),
     )
     return model, processor, family
 
@@ -158,6 +171,11 @@ def prepare(vlm: VLM) -> None:
     where its tokenizer has no vocabulary."""
     if has_no_vocabulary(vlm.tokenizer):
         raise UsageError(f"{vlm.path}: {NO_VOCABULARY}")
+    eos = vlm.model.generation_config.eos_token_id
+    if not all(isinstance(id, int) for id in (eos if isinstance(eos, list) else [eos or 0])):
+        raise UsageError(
+            f"{vlm.path}: eos_token_id of the generation config is {eos!r}, wanted are numbers"
+        )
     vlm.model.eval()
     never_cut(vlm.tokenizer)
     if vlm.options.get("image_aspect") == "pad":
@@ -166,12 +184,19 @@ def prepare(vlm: VLM) -> None:
 
 def pad_to_square(vlm: VLM) -> None:
     """--image_aspect pad. UsageError where the image processor cannot."""
-    image_processor = vlm.processor.image_processor
-    if not hasattr(image_processor, "do_pad") or "square-pad" not in vlm.family.has:
+    if "square-pad" not in vlm.family.has:
         raise UsageError(
             f"{vlm.path}: --image_aspect pad works for LLaVA-type image processors only"
         )
-    image_processor.do_pad = True
+    images = vlm.processor.image_processor
+    if not hasattr(images, "pad_to_square"):  # CLIP's, as published for LLaVA-1.5
+        settings = {
+            name: value
+            for name, value in images.to_dict().items()
+            if name not in ("image_processor_type", "processor_class")
+        }
+        vlm.processor.image_processor = images = LlavaImageProcessorPil(**settings)
+    images.do_pad = True
 
 
 def apply_adapter(vlm: VLM, sources: Sources, adapted: Record) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,8 @@ Span = tuple[int, int]  # characters [start, end)
 _QUESTION = "\ue010\ue011"
 _SYSTEM = "\ue012\ue013"
 _ANSWER = "\ue014\ue015"
+
+FIELDS = re.compile(r"\{(system|image|question)\}")  # of --prompt_template
 
 # what a chat template raises, by itself or on content that it does not expect
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
@@ -103,10 +106,11 @@ def _template_renderer(template: str, image_token: str) -> Callable[[str, str | 
     """--prompt_template, in which \\n stands for a line break."""
     if "{question}" not in template:
         raise UsageError("--prompt_template has no {question}")
+    with_breaks = template.replace("\\n", "\n")
 
     def render(question: str, system: str | None) -> str:
-        text = template.replace("{system}", system or "").replace("{image}", image_token)
-        return text.replace("\\n", "\n").replace("{question}", question)
+        values = {"system": system or "", "image": image_token, "question": question}
+        return FIELDS.sub(lambda field: values[field[1]], with_breaks)
 
     return render
 
@@ -123,16 +127,21 @@ def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
 
     parts = _user(_QUESTION, None)
     without_picture = {"role": "user", "content": parts["content"][1:]}
+    image_token = getattr(vlm.processor, "image_token", None) or "<image>"
     placeholder = None
+    writes_itself = False  # one picture, in every user's turn, besides those of the parts
     reason = "it writes no picture"
     try:
         text = rendered([parts])
         takes_parts = _QUESTION in text and text != rendered([without_picture])
+        writes_itself = text.count(image_token) > 1
     except _REFUSALS as error:
         takes_parts = False
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    if not takes_parts:
-        placeholder = getattr(vlm.processor, "image_token", None) or "<image>"
+    if writes_itself and rendered([_user(_QUESTION, "")]).count(image_token) == 1:
+        placeholder = ""
+    elif not takes_parts:
+        placeholder = image_token
         added = vlm.tokenizer.get_added_vocab()
         if any(mark in added for mark in vlm.family.markup):
             raise UsageError(
@@ -147,25 +156,31 @@ def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
             ) from error
         name += f" for text, with {placeholder} in front of the question"
 
+    def takes(role: str, text: str) -> bool:
+        """Whether messages of a role are parts too: some templates take parts in the user's turn
+        only, and write others as Python writes a list."""
+        if placeholder is not None:
+            return False
+        user = _user(_QUESTION, None)
+        message = _message(role, text, True)
+        messages = [message, user] if role == "system" else [user, message]
+        try:
+            return text in rendered(messages, ends=role == "assistant")
+        except _REFUSALS:
+            return False
+
     def render(question: str, system: str | None) -> str:
         user = _user(question, placeholder)
         if system is None:
             return rendered([user])
-        # some templates take parts of the user alone
-        try:
-            text = rendered([_message("system", system, placeholder is None), user])
-            if system in text:
-                return text
-        except _REFUSALS:
-            pass
-        return rendered([_message("system", system, False), user])
+        return rendered([_message("system", system, takes("system", _SYSTEM)), user])
 
     def answered(turns: int) -> str:
         user = _user(_QUESTION, placeholder)
-        answer = _message("assistant", _ANSWER, placeholder is None)
+        answer = _message("assistant", _ANSWER, takes("assistant", _ANSWER))
         return rendered([user, answer, *[user] * turns], ends=True)
 
-    return _Source(name, placeholder is not None, render, answered)
+    return _Source(name, bool(placeholder), render, answered)
 
 
 def _message(role: str, text: str, as_parts: bool) -> Record:
@@ -175,7 +190,8 @@ def _message(role: str, text: str, as_parts: bool) -> Record:
 def _user(question: str, placeholder: str | None) -> Record:
     """The user's turn as parts, or as text with a placeholder in front."""
     if placeholder is not None:
-        return _message("user", f"{placeholder}\n{question}", False)
+        text = f"{placeholder}\n{question}" if placeholder else question
+        return _message("user", text, False)
     message = _message("user", question, True)
     return {"role": "user", "content": [{"type": "image"}, *message["content"]]}
 
@@ -206,7 +222,9 @@ def prompt_for(vlm: VLM, question: str, strip_system: bool = False) -> Rendered:
         if not system and default is not None:
             message = default(vlm, text)
             marked = _rendered_or_none(render, _SYSTEM) if message else None
-            if marked is not None and _SYSTEM in marked:
+            # a template that names the role in front of it makes another prompt of it
+            before = marked.partition(_SYSTEM)[0] if marked and _SYSTEM in marked else "none"
+            if marked and before in ("", vlm.tokenizer.bos_token):
                 text, system = marked, message or ""
             else:
                 message = None
@@ -241,10 +259,10 @@ def _with_given_system(vlm: VLM, render: Callable[[str | None], str]) -> str:
             f"{vlm.path}: the chat template refuses a system prompt ({reason}); leave out"
             " --system_prompt, or give the whole prompt with --prompt_template"
         ) from error
-    if _SYSTEM not in text and vlm.options.get("prompt_template") is None:
+    if _SYSTEM not in text:
         raise UsageError(
             f"{vlm.path}: its prompt has no room for --system_prompt; give the whole prompt with"
-            " --prompt_template"
+            " --prompt_template, in which {system} stands for it"
         )
     return text
 
@@ -274,7 +292,13 @@ def _with_own_system(
     if not own:
         return text, "", None
     if strip:
-        return render(""), "", ""
+        bare = render("")
+        if own in bare:
+            raise UsageError(
+                "the chat template writes its system prompt in any case; give the whole prompt with"
+                " --prompt_template"
+            )
+        return bare, "", ""
     return before + _SYSTEM + after, own, None
 
 
@@ -331,7 +355,8 @@ def turn_end(vlm: VLM) -> str | None:
     if source.answered is None:
         return None
     added = sorted(vlm.tokenizer.get_added_vocab(), key=len, reverse=True)
-    start_of_turn = source.render(_QUESTION, None).partition(_QUESTION)[0]
+    start_of_turn, _, start_of_answer = source.render(_QUESTION, None).partition(_QUESTION)
+    start_of_answer = start_of_answer.rstrip()
     for turns in (0, 1):  # some templates end a turn only where another one follows
         try:
             _, answer, after = source.answered(turns).partition(_ANSWER)
@@ -339,6 +364,8 @@ def turn_end(vlm: VLM) -> str | None:
             continue
         if not answer:
             return None
+        if turns == 0 and after.strip() and start_of_answer.endswith(after.rstrip()):
+            return None  # the template writes the beginning of the next answer in any case
         after = after.lstrip()
         token = next((name for name in added if name.strip() and after.startswith(name)), None)
         if token is not None and (turns == 0 or token not in start_of_turn):

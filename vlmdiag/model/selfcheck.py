@@ -152,7 +152,7 @@ def _check_own_word(
         output_logits=True,
         decoder_start_token_id=vlm.model.generation_config.decoder_start_token_id,
     )
-    with _eager(vlm) as own_rows:
+    with _eager(vlm) as own_rows, _plain_greedy(vlm, options):
         output = vlm.model.generate(**inputs, generation_config=options)
     with capture(vlm, [rows := _LastRows()]) if "decoder-only" in vlm.family.has else nullcontext():
         generation = generate(vlm, batch, steps)
@@ -210,6 +210,21 @@ def own_inputs(vlm: VLM, picture: Image.Image, prompt: str) -> dict[str, Tensor]
         name: value.to(vlm.device, vlm.dtype if value.is_floating_point() else value.dtype)
         for name, value in tensors.items()
     }
+
+
+@contextmanager
+def _plain_greedy(vlm: VLM, options: GenerationConfig) -> Iterator[None]:
+    """Within the context generate() has no other settings than these: it fills what they leave open
+    with those of the checkpoint, such as penalties, and what is measured is plain greedy."""
+    owners = [module for module in vlm.model.modules() if hasattr(module, "generation_config")]
+    before = [module.generation_config for module in owners]
+    for module in owners:
+        module.generation_config = options
+    try:
+        yield
+    finally:
+        for module, settings in zip(owners, before, strict=True):
+            module.generation_config = settings
 
 
 @contextmanager
