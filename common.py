@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.families import Family, Parts, Rotary
+    from vlmdiag.groups import GROUPS, VISION
     from vlmdiag.model.attention import Block, capture, edit
     from vlmdiag.model.decoding import generate
     from vlmdiag.model.probes import GroupMass, HiddenNorms, HiddenStates, Probe, VisionRows
@@ -51,6 +52,8 @@ NAMED = {
     "VisionRows": "vlmdiag.model.probes",
     "Sample": "vlmdiag.pictures.samples",
     "load_image": "vlmdiag.pictures.samples",
+    "GROUPS": "vlmdiag.groups",
+    "VISION": "vlmdiag.groups",
 }
 __all__ = [
     "VLM",
@@ -69,6 +72,8 @@ __all__ = [
     "edit",
     "generate",
     "load_image",
+    "GROUPS",
+    "VISION",
 ]
 
 

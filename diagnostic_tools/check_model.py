@@ -143,7 +143,7 @@ def describe(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    from vlmdiag.model import check
+    from vlmdiag.model.check_text import lines_of
     from vlmdiag.runs.disk import write_json
 
     image = picture_of(args.image)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outlined(args, image, report)
     else:
         loaded(args, image, report)
-    for line in check.lines_of(report):
+    for line in lines_of(report):
         print(line)
     if args.json is not None:
         write_json(args.json, report)

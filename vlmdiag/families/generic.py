@@ -20,7 +20,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 from vlmdiag.cli import UsageError
-from vlmdiag.families import Family, Parts, Rotary, checked
+from vlmdiag.families import Family, Parts, Rotary
+from vlmdiag.families.weights import checked
 from vlmdiag.pictures.grid import PatchGrid, cells
 
 if TYPE_CHECKING:

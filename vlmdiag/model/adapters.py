@@ -27,7 +27,6 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlmdiag.cli import UsageError
-from vlmdiag.families import left_out
 from vlmdiag.families.files import (
     Rename,
     State,
@@ -39,6 +38,7 @@ from vlmdiag.families.files import (
     renamed,
 )
 from vlmdiag.families.folders import WEIGHTS, broken_files, names_of, read_object, refuse_no_folder
+from vlmdiag.families.weights import left_out
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -185,7 +185,7 @@ def refuse_larger_than(path: str, config: PreTrainedConfig) -> None:
 def shorten_decoder(config: PreTrainedConfig, layers: int) -> None:
     """Keep only the first layers of the decoder in a config: for what only tower and connector
     compute (0), loading takes a tenth of the memory."""
-    config.layers_kept = layers  # families.checked: parameters of the others have no place
+    config.layers_kept = layers  # families.weights: parameters of the others have no place
     decoder = config.get_text_config()
     decoder.num_hidden_layers = layers
     if getattr(decoder, "layer_types", None) is not None:

@@ -36,7 +36,8 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vlmdiag.cli import UsageError
-from vlmdiag.families import checked, files
+from vlmdiag.families import files
+from vlmdiag.families.weights import checked
 from vlmdiag.model import configs, loading
 from vlmdiag.model.adapters import sources_of, with_own_processor
 from vlmdiag.model.check import family_of
