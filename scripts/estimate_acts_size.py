@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_processor(args: argparse.Namespace) -> tuple[PreTrainedConfig, ProcessorMixin]:
     """Config and processor of a model; no weight is read."""
-    from vlmdiag.model import configs, loading
+    from vlmdiag.model import configs, loading, precision
 
     config, family = configs.read_config(args.model_path, args.trust_remote_code)
     with loading.without_weights():
@@ -71,7 +71,7 @@ def read_processor(args: argparse.Namespace) -> tuple[PreTrainedConfig, Processo
             family,
             args.model_path,
             config,
-            dtype=loading.DTYPES[args.dtype],
+            dtype=precision.DTYPES[args.dtype],
             vision_tower_path=args.vision_tower_path,
             trust_remote_code=args.trust_remote_code,
         )

@@ -12,7 +12,7 @@ from tests.random_models.llava import MODELS as LLAVAS
 from vlmdiag.cli import UsageError
 from vlmdiag.families import generic
 from vlmdiag.families.qwen_vl import KINDS
-from vlmdiag.model import loading
+from vlmdiag.model import configs
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
@@ -21,7 +21,7 @@ from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
 @pytest.fixture
 def unknown(monkeypatch):
     """Every type is one without a file."""
-    monkeypatch.setattr(loading, "find_family", lambda config: None)
+    monkeypatch.setattr(configs, "find_family", lambda config: None)
 
 
 def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, unknown, batch_of):

@@ -8,7 +8,7 @@ import common
 from tests.conftest import ROOT, in_process
 from tests.test_families import BUILDERS, NAMES
 from vlmdiag.cli import UsageError
-from vlmdiag.model import loading
+from vlmdiag.model import precision
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
@@ -148,6 +148,6 @@ def test_a_script_runs_on_rounded_weights_and_does_not_go_on_with_others(folders
 
 
 def test_without_the_library_the_message_names_it(folders, monkeypatch):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install bitsandbytes"):
         common.load_model(folders["llava"], quantize_type="4bit")
