@@ -115,54 +115,26 @@ def _template_renderer(template: str, image_token: str) -> Callable[[str, str | 
     return render
 
 
-def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
-    """The chat template of a processor or tokenizer. It is made for messages whose content is a
-    list of parts, or for text alone: then the placeholder of the picture stands in front of the
-    question. UsageError where it cannot be rendered, or makes no room for a picture."""
+Rendering = Callable[..., str]  # (messages, ends) -> text; ends: without a generation prompt
 
+
+def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
+    """The chat template of a processor or tokenizer."""
     as_text = {"tokenize": False} if owner is vlm.tokenizer else {}
 
     def rendered(messages: list[Record], ends: bool = False) -> str:
         return owner.apply_chat_template(messages, add_generation_prompt=not ends, **as_text)
 
-    parts = _user(_QUESTION, None)
-    without_picture = {"role": "user", "content": parts["content"][1:]}
-    image_token = getattr(vlm.processor, "image_token", None) or "<image>"
-    placeholder = None
-    writes_itself = False  # one picture, in every user's turn, besides those of the parts
-    reason = "it writes no picture"
-    try:
-        text = rendered([parts])
-        takes_parts = _QUESTION in text and text != rendered([without_picture])
-        writes_itself = text.count(image_token) > 1
-    except _REFUSALS as error:
-        takes_parts = False
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    if writes_itself and rendered([_user(_QUESTION, "")]).count(image_token) == 1:
-        placeholder = ""
-    elif not takes_parts:
-        placeholder = image_token
-        added = vlm.tokenizer.get_added_vocab()
-        if any(mark in added for mark in vlm.family.markup):
-            raise UsageError(
-                f"{vlm.path}: {name} cannot be used for a picture ({reason}); give"
-                " --prompt_template, or put the chat_template.json of the published model beside it"
-            )
-        try:
-            rendered([_user(_QUESTION, placeholder)])
-        except _REFUSALS as error:
-            raise UsageError(
-                f"{vlm.path}: {name} cannot be rendered ({reason}); give --prompt_template"
-            ) from error
+    placeholder = _placeholder(vlm, rendered, name)
+    if placeholder:
         name += f" for text, with {placeholder} in front of the question"
 
-    def takes(role: str, text: str) -> bool:
+    def takes_parts(role: str, text: str) -> bool:
         """Whether messages of a role are parts too: some templates take parts in the user's turn
         only, and write others as Python writes a list."""
         if placeholder is not None:
             return False
-        user = _user(_QUESTION, None)
-        message = _message(role, text, True)
+        user, message = _user(_QUESTION, None), _message(role, text, True)
         messages = [message, user] if role == "system" else [user, message]
         try:
             return text in rendered(messages, ends=role == "assistant")
@@ -173,14 +145,53 @@ def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
         user = _user(question, placeholder)
         if system is None:
             return rendered([user])
-        return rendered([_message("system", system, takes("system", _SYSTEM)), user])
+        return rendered([_message("system", system, takes_parts("system", _SYSTEM)), user])
 
     def answered(turns: int) -> str:
         user = _user(_QUESTION, placeholder)
-        answer = _message("assistant", _ANSWER, takes("assistant", _ANSWER))
+        answer = _message("assistant", _ANSWER, takes_parts("assistant", _ANSWER))
         return rendered([user, answer, *[user] * turns], ends=True)
 
     return _Source(name, bool(placeholder), render, answered)
+
+
+def _placeholder(vlm: VLM, rendered: Rendering, name: str) -> str | None:
+    """What stands for the picture in front of a question: None where the template reads messages of
+    parts, of which one is the picture; "" where it writes the picture by itself; the image token
+    where it is made for text. UsageError where it cannot be rendered, or makes no room for a
+    picture."""
+    image_token = getattr(vlm.processor, "image_token", None) or "<image>"
+    parts = _user(_QUESTION, None)
+    without_picture = _message("user", _QUESTION, True)
+    try:
+        text = rendered([parts])
+        reads_parts = _QUESTION in text and text != rendered([without_picture])
+        pictures = text.count(image_token)
+        reason = "it writes no picture"
+    except _REFUSALS as error:
+        reads_parts, pictures = False, 0
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if reads_parts and pictures <= 1:
+        return None
+    try:
+        by_itself = rendered([_user(_QUESTION, "")])
+    except _REFUSALS as error:
+        if reads_parts:
+            return None
+        raise UsageError(
+            f"{vlm.path}: {name} cannot be rendered ({reason}); give --prompt_template"
+        ) from error
+    if pictures > 1 and by_itself.count(image_token) == 1:
+        return ""
+    if reads_parts:
+        return None
+    added = vlm.tokenizer.get_added_vocab()
+    if any(mark in added for mark in vlm.family.markup):
+        raise UsageError(
+            f"{vlm.path}: {name} cannot be used for a picture ({reason}); give --prompt_template,"
+            " or put the chat_template.json of the published model beside it"
+        )
+    return image_token
 
 
 def _message(role: str, text: str, as_parts: bool) -> Record:
