@@ -152,8 +152,13 @@ def die_at(mode: str, nth: int) -> None:
     builtins.open = opening
 
 
-def spawn(command: Sequence[str], log: Path, kill: tuple[str, int] | None = None) -> int:
-    """Run a script in a fork; returns its process id."""
+def spawn(
+    command: Sequence[str],
+    log: Path,
+    kill: tuple[str, int] | None = None,
+    before: Callable[[], object] | None = None,
+) -> int:
+    """Run a script in a fork, `before` first; returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -164,6 +169,8 @@ def spawn(command: Sequence[str], log: Path, kill: tuple[str, int] | None = None
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.argv = [str(CHECKOUT / command[0]), *command[1:]]
+        if before is not None:
+            before()
         if kill is not None:
             die_at(*kill)
         runpy.run_path(sys.argv[0], run_name="__main__")
