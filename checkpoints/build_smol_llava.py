@@ -1,7 +1,7 @@
 """Put smol-llava together: a LLaVA folder whose decoder is a published language model.
 
     python checkpoints/build_smol_llava.py  # -> checkpoints/smol-llava-135m, in a minute or two
-    python checkpoints/build_smol_llava.py --stage stage2-40 --out DIR  # an earlier snapshot
+    python checkpoints/build_smol_llava.py --stage stage2-540 --out DIR  # an earlier snapshot
     python checkpoints/build_smol_llava.py --control --out DIR  # trained from a permuted warm start
 
 The language model (SmolLM2-135M-Instruct, Apache-2.0, by Hugging Face) comes from the package index
@@ -21,7 +21,7 @@ from pathlib import Path
 from vlmdiag import cli
 
 HERE = Path(__file__).resolve().parent
-STAGES = ["stage1", "stage2-15", "stage2-40", "stage2"]
+STAGES = ["stage1", "stage2-540", "stage2-1200", "stage2"]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -93,7 +93,7 @@ SCENES: dict[int, dict[int | str, int]] = {
     1: {1: 20, 2: 25, 3: 25, 4: 15, "corridor": 15},
     2: {1: 8, 2: 28, 3: 28, 4: 20, "corridor": 16},
 }
-SNAPSHOTS = {0.15: "stage2-15", 0.4: "stage2-40", 1.0: "stage2"}
+SNAPSHOTS = (540, 1200)  # steps of stage 2 of which a part is kept, beside the last
 LEARNING_RATES = {1: {"connector": 1e-3}, 2: {"connector": 1e-3, "adapters": 5e-4}}
 WARMUP_STEPS = 30
 DECAY_FROM = 0.5  # share of a stage after which the learning rate falls, along a cosine
@@ -495,8 +495,9 @@ class Log:
 def run_stage(trainer: Trainer, steps: int, left_after: int, log: Log, deadline: float) -> bool:
     """Train until the stage's last step; False if the deadline came first."""
     args, out = trainer.args, Path(trainer.args.out) / trainer.args.warm_start
-    shares = SNAPSHOTS if trainer.stage == 2 else {}
-    snapshots = {round(share * steps): name for share, name in shares.items()}
+    snapshots: dict[int, str] = {}
+    if trainer.stage == 2:
+        snapshots = {step: f"stage2-{step}" for step in SNAPSHOTS} | {steps: "stage2"}
     began = saved = time.monotonic()
     first = trainer.step
     while trainer.step < steps:
