@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests import warm
 from vlmdiag import cli
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.scenes.scene import floor_scene, render
@@ -72,6 +73,13 @@ def in_process(path):
 
     command.module = module
     return command
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """A program that runs scripts as sys.executable does, without the seconds of importing torch."""
+    with warm.interpreter() as program:
+        yield program
 
 
 def without_picture_at_the_edges(question, placeholder="<image>"):

@@ -4,7 +4,6 @@ eager attention maps and planted maps."""
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -521,11 +520,11 @@ def test_flags_that_make_no_sense_are_refused(flags):
 
 
 def test_the_real_command_line_writes_the_figures_and_numbers_and_lists_tokens_for_a_wrong_word(
-    folders, pictures, tmp_path
+    folders, pictures, tmp_path, warm_python
 ):
     pictures[1].save(tmp_path / "picture.png")
     command = [
-        sys.executable,
+        warm_python,
         "-W",
         "error",
         str(TOOLS / "viz_attention_image.py"),

@@ -5,7 +5,6 @@ import itertools
 import json
 import mmap
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "bench_diagnostics.py"
 
 
-def quick(script, folder):
-    """(report, what was printed) of a benchmark by its command line."""
-    out = folder / "bench.json"
-    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / script)]
-    command += ["--quick", "--threads", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr.strip(), done.stderr
-    return json.loads(out.read_text()), done.stdout
+@pytest.fixture
+def quick(warm_python, tmp_path):
+    """quick(script) -> (report, what was printed) of a benchmark by its command line."""
+
+    def run(script):
+        out = tmp_path / "bench.json"
+        command = [warm_python, "-W", "error", str(ROOT / "benchmarks" / script)]
+        command += ["--quick", "--threads", "1", "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr.strip(), done.stderr
+        return json.loads(out.read_text()), done.stdout
+
+    return run
 
 
 # The commands of benchmarks/README.md are run here once each; its other ones need hours.
@@ -36,8 +40,8 @@ SCRIPTS = ("diagnostics", "interventions", "volcano", "swap", "relevancy")
 
 
 @pytest.mark.parametrize("name", ["interventions", "volcano"])
-def test_a_quick_benchmark_gives_a_table_and_a_report(tmp_path, name):
-    report, printed = quick(f"bench_{name}.py", tmp_path)
+def test_a_quick_benchmark_gives_a_table_and_a_report(quick, name):
+    report, printed = quick(f"bench_{name}.py")
     assert report["size"] == "quick"
     assert report["machine"]["threads"] == 1
     assert len(table_of(printed)) > 3
@@ -60,8 +64,8 @@ def case(tmp_path_factory):
     return cases.Case(vlm, cases.make_samples(folder, 2), 3, folder)
 
 
-def test_the_command_line_gives_a_table_and_a_report(tmp_path):
-    report, printed = quick("bench_diagnostics.py", tmp_path)
+def test_the_command_line_gives_a_table_and_a_report(quick):
+    report, printed = quick("bench_diagnostics.py")
     assert report["size"] == "quick"
     assert report["dtype"] == "float32"
     assert report["new_tokens"] == 4
@@ -238,8 +242,8 @@ def test_wrong_numbers_are_refused(bench, capsys):
 # --- the states of swap pairs ---------------------------------------------------------------------
 
 
-def test_the_swap_benchmark_gives_a_table_and_a_report(tmp_path):
-    report, printed = quick("bench_swap.py", tmp_path)
+def test_the_swap_benchmark_gives_a_table_and_a_report(quick):
+    report, printed = quick("bench_swap.py")
     assert report["size"] == "quick"
     assert report["dtype"] == "float32"
     assert report["repeats"] == 1
@@ -314,8 +318,8 @@ def test_answers_of_the_swap_benchmark_are_the_planted_ones(swap):
 # --- relevancy ------------------------------------------------------------------------------------
 
 
-def test_the_relevancy_benchmark_compares_and_reports(tmp_path):
-    report, printed = quick("bench_relevancy.py", tmp_path)
+def test_the_relevancy_benchmark_compares_and_reports(quick):
+    report, printed = quick("bench_relevancy.py")
     assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"]
     assert report["new_tokens"] == 4
     assert report["rows"][0]["x_floor"] == 1

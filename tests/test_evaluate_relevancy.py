@@ -5,7 +5,6 @@ import csv
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -422,11 +421,11 @@ def plot():
 
 
 @pytest.fixture(scope="module")
-def three(shapes, tmp_path_factory):
+def three(shapes, tmp_path_factory, warm_python):
     """The run of three pictures by the real command line."""
     out = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, *map(str, arguments(shapes, out, *SMALL))],
+        [warm_python, "-W", "error", SCRIPT, *map(str, arguments(shapes, out, *SMALL))],
         capture_output=True,
         text=True,
         cwd=ROOT / "data",

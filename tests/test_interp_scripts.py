@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -533,13 +532,13 @@ def test_an_object_that_covers_no_token_and_a_damaged_picture_fail_alone(coco, t
     )
 
 
-def test_the_shell_script_runs_from_anywhere(coco, tmp_path):
+def test_the_shell_script_runs_from_anywhere(coco, tmp_path, warm_python):
     variables = {
         "COCO_ROOT": str(coco),
         "RUNS": str(tmp_path / "runs"),
         "OUT": str(tmp_path / "out"),
         "MAX_IMAGES": "2",
-        "PYTHON": sys.executable,
+        "PYTHON": warm_python,
         "MODEL": str(TINY),
     }
     done = subprocess.run(

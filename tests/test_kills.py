@@ -44,17 +44,10 @@ def not_yet(reason):
     return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
 
 
-def make_data(folder, seed):
-    shutil.rmtree(folder, ignore_errors=True)
-    flags = ["--num_images", "24", "--num_train", "40", "--seed", str(seed)]
-    command = [sys.executable, "data/make_shapes.py", "--out_dir", str(folder), *flags]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-
-
-def start(command, *more, before=()):
+def start(python, script, *arguments):
     """Popen of a command of the repository."""
     return subprocess.Popen(
-        [sys.executable, *before, str(ROOT / command[0]), *command[1:], *more],
+        [*python, str(ROOT / script), *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -62,11 +55,27 @@ def start(command, *more, before=()):
     )
 
 
-def call(command):
-    """(exit code, what it printed)."""
-    process = start(command)
-    said = process.communicate(timeout=300)[0]
-    return process.returncode, said
+@pytest.fixture
+def call(warm_python):
+    """call(command) -> (exit code, what it printed)."""
+
+    def run(command):
+        process = start([warm_python], *command)
+        said = process.communicate(timeout=300)[0]
+        return process.returncode, said
+
+    return run
+
+
+@pytest.fixture
+def make_data(call):
+    def make(folder, seed):
+        shutil.rmtree(folder, ignore_errors=True)
+        flags = ["--num_images", "24", "--num_train", "40", "--seed", str(seed)]
+        code, said = call(["data/make_shapes.py", "--out_dir", str(folder), *flags])
+        assert code == 0, said
+
+    return make
 
 
 KEPT = not_yet("results of other pictures under the same names are kept")
@@ -75,7 +84,9 @@ KEPT = not_yet("results of other pictures under the same names are kept")
 @pytest.mark.parametrize(
     "kind", [pytest.param("coco", marks=KEPT), "swap", pytest.param("mean", marks=KEPT)]
 )
-def test_other_pictures_under_the_same_names_are_measured_or_an_error(kind, tmp_path):
+def test_other_pictures_under_the_same_names_are_measured_or_an_error(
+    kind, tmp_path, call, make_data
+):
     data = tmp_path / "shapes"
     make_data(data, seed=0)
     again, fresh = (KINDS[kind].commands(str(tmp_path / name), data)[0] for name in ("a", "b"))
@@ -88,7 +99,9 @@ def test_other_pictures_under_the_same_names_are_measured_or_an_error(kind, tmp_
 
 
 @not_yet("without hard links one shard replaces another's states.npy")
-def test_shards_that_start_together_without_hard_links_keep_each_others_states(tmp_path):
+def test_shards_that_start_together_without_hard_links_keep_each_others_states(
+    tmp_path, call, make_data
+):
     make_data(tmp_path / "shapes", seed=0)
     whole, sharded = (
         KINDS["swap"].commands(str(tmp_path / name), tmp_path / "shapes")[0]
@@ -97,8 +110,8 @@ def test_shards_that_start_together_without_hard_links_keep_each_others_states(t
     assert call(whole)[0] == 0
     shards = []
     for index, seconds in enumerate((6, 12)):
-        before = ("-c", WITHOUT_LINKS.format(seconds=seconds))
-        shards.append(start(sharded, "--shard", f"{index}/2", before=before))
+        python = [sys.executable, "-c", WITHOUT_LINKS.format(seconds=seconds)]
+        shards.append(start(python, *sharded, "--shard", f"{index}/2"))
     for shard in shards:
         said = shard.communicate(timeout=300)[0]
         assert shard.returncode == 0, said

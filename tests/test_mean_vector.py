@@ -236,7 +236,7 @@ def test_pictures_with_more_tokens_weigh_more(folders, folder, tmp_path, load):
 # --- interrupted, sharded, repaired ---------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(finished, folder, tmp_path):
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(finished, folder, tmp_path, warm_python):
     """The real command line, SIGKILL after the first block."""
     command = [
         sys.executable,
@@ -280,7 +280,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(finished, folder, tmp_p
     )
     assert sums(tmp_path / "run") == sums(finished)
     command = [
-        sys.executable,
+        warm_python,
         "-W",
         "error",
         str(SCRIPTS / "calculate_mean_vector.py"),
@@ -722,9 +722,9 @@ def test_checkpoints_in_the_authors_layout_have_a_mean_and_an_estimate(sources, 
     )
 
 
-def test_the_real_command_line_of_the_estimate(folder):
+def test_the_real_command_line_of_the_estimate(folder, warm_python):
     command = [
-        sys.executable,
+        warm_python,
         "-W",
         "error",
         str(SCRIPTS / "estimate_acts_size.py"),

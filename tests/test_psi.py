@@ -4,7 +4,6 @@ and numbers that follow from planted answers."""
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -464,9 +463,9 @@ def test_a_model_without_a_grid_is_refused_by_name(load, monkeypatch, questions,
         )
 
 
-def test_the_real_command_line_measures_a_model(folders, questions, tmp_path):
+def test_the_real_command_line_measures_a_model(folders, questions, tmp_path, warm_python):
     command = [
-        sys.executable,
+        warm_python,
         "-W",
         "error",
         str(TOOLS / "psi.py"),

@@ -30,14 +30,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests import kills, test_benchmark
+from tests import test_benchmark
 from tests.conftest import command_module
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import spread
@@ -350,26 +349,7 @@ def run(words, cwd, **more):
     )
 
 
-def run_warm(words, cwd, folder):
-    """The same for a Python script that measures or draws, in a fork of this process, which has
-    torch and transformers imported: half of a short command's time is their import."""
-    import common  # noqa: F401 -- so that the fork has it
-
-    log = folder / "log"
-    child = kills.spawn(words, log, before=lambda: (os.chdir(cwd), enter(environment())))
-    code = kills.wait(child, 600)
-    return subprocess.CompletedProcess(words, code, log.read_text(), log.read_text())
-
-
-def enter(variables):
-    sys.stdout = open(1, "w", closefd=False)  # not pytest's
-    sys.stderr = open(2, "w", closefd=False)
-    os.environ.clear()
-    os.environ.update(variables)
-    warnings.simplefilter("error")
-
-
-def run_cells(checkout):
+def run_cells(checkout, python):
     """Run the code cells of the notebook as one program, with a display() that prints the file's
     name. Returns the finished process."""
     stub = checkout / "stub" / "IPython"
@@ -385,9 +365,7 @@ def run_cells(checkout):
     ]
     (checkout / "cells.py").write_text("\n\n".join(cells) + "\n")
     search = os.pathsep.join(filter(None, [str(stub.parent), os.environ.get("PYTHONPATH")]))
-    return run(
-        [sys.executable, checkout / "cells.py"], checkout / "diagnostic_tools", PYTHONPATH=search
-    )
+    return run([python, checkout / "cells.py"], checkout / "diagnostic_tools", PYTHONPATH=search)
 
 
 def walkthrough():
@@ -395,11 +373,11 @@ def walkthrough():
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, warm_python):
     """(checkout in which every command of diagnostic_tools/README.md was run, the finished
     process)."""
     checkout = make_checkout(tmp_path_factory.mktemp("checkout"))
-    return checkout, run_cells(checkout)
+    return checkout, run_cells(checkout, warm_python)
 
 
 @pytest.fixture(scope="session")
@@ -544,7 +522,7 @@ def test_the_readme_names_every_file_and_field(checkout):
     ("path", "folder", "words"),
     [row for row in commands("bash") if row.values[0] not in (TOOLS / "README.md", BENCHMARKS)],
 )
-def test_a_command_for_the_tiny_models_runs(path, folder, words, request, tmp_path_factory):
+def test_a_command_for_the_tiny_models_runs(path, folder, words, request, warm_python):
     if words[0] != "python":
         return accept(folder, words)
     limits = [
@@ -554,14 +532,7 @@ def test_a_command_for_the_tiny_models_runs(path, folder, words, request, tmp_pa
         for part in (flag, value)
     ]
     root = request.getfixturevalue("data_checkout" if path.parent.name == "data" else "checkout")
-    if "data" in (
-        path.parent.name,
-        Path(words[1]).parent.name,
-    ):  # its processes are spawned, which wants an interpreter
-        done = run([sys.executable, *words[1:], *limits], root / folder)
-    else:
-        script = [str(root / folder / words[1]), *words[2:], *limits]
-        done = run_warm(script, root / folder, tmp_path_factory.mktemp("run"))
+    done = run([warm_python, *words[1:], *limits], root / folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -572,7 +543,7 @@ def test_the_quick_benchmarks_of_the_readme_are_those_of_test_benchmark():
     assert quick == [["python", script, "--quick"] for script in scripts]
 
 
-def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):
+def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path, warm_python):
     in_order = [
         (info, text) for info, _, text in blocks(ROOT / "README.md") if info in ("bash", "python")
     ]
@@ -580,14 +551,16 @@ def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path):
     (_, draw), (_, quickstart), (_, in_memory), _ = in_order
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     for _, words in steps(draw):
-        done = run([sys.executable, ROOT / words[1], *words[2:]], tmp_path)
+        done = run([warm_python, ROOT / words[1], *words[2:]], tmp_path)
         assert done.returncode == 0, done.stderr
-    done = run([sys.executable, "-c", quickstart], tmp_path)
+    (tmp_path / "quickstart.py").write_text(quickstart)
+    done = run([warm_python, "quickstart.py"], tmp_path)
     assert done.returncode == 0, done.stderr
     shares = re.findall(r"(\d\.\d\d) of the attention goes to the picture", done.stdout)
     assert len(shares) == len(done.stdout.splitlines()) > 5
     assert all(0 < float(share) < 1 for share in shares)
-    done = run([sys.executable, "-c", in_memory], tmp_path)
+    (tmp_path / "in_memory.py").write_text(in_memory)
+    done = run([warm_python, "in_memory.py"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert in_memory in [text for info, _, text in blocks(TOOLS / "README.md") if info == "python"]
 
@@ -605,11 +578,9 @@ def printed(output):
     return [shlex.split(line[2:])[1:] for line in output.splitlines() if line.startswith("+ ")]
 
 
-def test_the_shell_script_goes_on_with_the_runs_of_the_readme(checkout, tmp_path):
+def test_the_shell_script_goes_on_with_the_runs_of_the_readme(checkout, tmp_path, warm_python):
     shell = ["bash", checkout / "diagnostic_tools" / "run_beyond_semantics.sh"]
-    done = run(
-        shell, tmp_path, MODEL="checkpoints/tiny-llava", MAX_IMAGES="20", PYTHON=sys.executable
-    )
+    done = run(shell, tmp_path, MODEL="checkpoints/tiny-llava", MAX_IMAGES="20", PYTHON=warm_python)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images: 0 computed, 20 done before, 0 failed") == 2
     assert done.stdout.count("questions: 0 computed, 40 done before, 0 failed") == 1
@@ -942,7 +913,7 @@ def test_the_sizes_of_the_readme_are_those_of_the_tiny_models(checkout):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         checkout = make_checkout(Path(folder) / "checkout")
-        done = run_cells(checkout)
+        done = run_cells(checkout, sys.executable)
         if done.returncode:
             sys.exit(f"{done.stdout}{done.stderr}")
         readme = TOOLS / "README.md"

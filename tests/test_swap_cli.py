@@ -303,7 +303,7 @@ def test_a_known_answer_is_found(tmp_path):
     not."""
     scenes = [
         "--num_images",
-        "120",
+        "60",
         "--num_train",
         "1",
         "--seed",
@@ -320,7 +320,7 @@ def test_a_known_answer_is_found(tmp_path):
         "--bbox_file",
         tmp_path / "set" / "bboxes.json",
         "--max_samples_per_category",
-        60,
+        30,
     )
     paths = [f"{name}={ROOT / path}" for name, path in swap.module.CHECKPOINTS["known"].items()]
     where = ("--out_root", tmp_path / "runs", "--output_dir", tmp_path / "results")
