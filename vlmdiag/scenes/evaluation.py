@@ -11,17 +11,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from vlmdiag import answers
-from vlmdiag.groups import VISION
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.lens import Lens
-from vlmdiag.model.probes import Probe
+from vlmdiag.model.prefix import SharedPicture
+from vlmdiag.model.probes import HiddenStates
+from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.scenes.questions import (
     AXES,
@@ -47,7 +49,7 @@ from vlmdiag.scenes.scene import Scene, corridor_scene, floor_scene, instance_ma
 from vlmdiag.scenes.tiny_llava import ALL_COLORS, ALL_SHAPES, word_id
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from PIL.Image import Image
     from torch import Tensor
 
@@ -65,15 +67,6 @@ ONE_WORD_KINDS = (*AXES, "yes_no")
 Grouped = tuple[str, Question]  # (group in the card's table, question)
 
 
-class Asked(NamedTuple):
-    """A question about a picture."""
-
-    group: str  # in the card's table
-    question: Question
-    scene: Scene
-    picture: Image
-
-
 @dataclass
 class Evaluation:
     """What was right, and what the lens shows."""
@@ -81,7 +74,7 @@ class Evaluation:
     right: Counter[str]  # by group
     asked: Counter[str]
     lens: Float[Tensor, "L+1 3"]  # share of the patches whose top-1 is colour, shape, either
-    patches: int
+    patches: int  # inside objects
 
 
 # --- questions ------------------------------------------------------------------------------------
@@ -152,50 +145,31 @@ def is_right(question: Question, text: str, scene: Scene) -> bool:
 # --- the lens -------------------------------------------------------------------------------------
 
 
-class TopTokens(Probe):
-    """Top-1 token of every vision token at every layer of the prefill of one prompt.
-
-    top: a list over hidden states of (P,)
-    """
-
-    wants_hidden = True
-
-    def __init__(self, vlm: VLM, batch: Batch) -> None:
-        self.lens = Lens(vlm)
-        self.is_vision = batch.groups[0] == VISION
-        self.top: list[Int[Tensor, " P"]] = []
-
-    def hidden(self, index: int, states: Float[Tensor, "1 Q d"]) -> None:
-        if self.step == 0:
-            self.top.append(self.lens.logits(states[0, self.is_vision]).argmax(-1))
-
-
 def lens_hits(
-    vlm: VLM, scene: Scene, batch: Batch, top: Int[Tensor, "L+1 P"]
+    vlm: VLM, lens: Lens, scene: Scene, batch: Batch
 ) -> tuple[Float[Tensor, "L+1 3"], int]:
-    """Hits of colour, shape, either at every hidden state, and the number of patches at least 60 %
-    inside an object."""
-    seen = instance_map(scene)
+    """How many patches at least 60 % inside an object have its colour, shape, either as top-1 token
+    at every hidden state, and the number of these patches. batch: one prompt about the scene's
+    picture."""
     grid = batch.grids[0]
-    assert grid is not None, "the family of the tiny models has grids"
-    hits = torch.zeros(len(top), 3)
-    count = 0
-    for number, thing in enumerate(scene.things, 1):
-        patches = torch.from_numpy(grid.coverage(seen == number) >= INSIDE)
-        color = top[:, patches] == word_id(vlm.tokenizer, thing.color)
-        shape = top[:, patches] == word_id(vlm.tokenizer, thing.shape)
-        hits += torch.stack([color.sum(-1), shape.sum(-1), (color | shape).sum(-1)], -1)
-        count += int(patches.sum())
-    return hits, count
-
-
-def _lens_of(vlm: VLM, scene: Scene, picture: Image) -> tuple[Float[Tensor, "L+1 3"], int]:
-    """lens_hits of one picture."""
-    batch = vlm.encode([Sample("0", AT_HAND, "Describe the image.")], [picture])
-    probe = TopTokens(vlm, batch)
-    with capture(vlm, [probe]):
-        generate(vlm, batch, 1)
-    return lens_hits(vlm, scene, batch, torch.stack(probe.top))
+    assert grid is not None, "the family of these models has grids"
+    seen = instance_map(scene)
+    inside = [grid.coverage(seen == number) >= INSIDE for number in range(1, len(scene.things) + 1)]
+    owner = torch.from_numpy(np.stack(inside)).nonzero()  # (object, patch) of each patch inside one
+    names = [(thing.color, thing.shape) for thing in scene.things]
+    ids = torch.tensor([[word_id(vlm.tokenizer, word) for word in pair] for pair in names])
+    wanted = ids[owner[:, 0]].T  # (2, patches)
+    positions = batch.vision_positions(0)[owner[:, 1]]
+    with capture(vlm, [probe := HiddenStates()]):
+        prefill(vlm, batch)
+    top = torch.stack(
+        [
+            lens.top_k(probe.states[index][0, positions], 1)[0][:, 0].cpu()
+            for index in sorted(probe.states)
+        ]
+    )
+    color, shape = top == wanted[0], top == wanted[1]
+    return torch.stack([color.sum(-1), shape.sum(-1), (color | shape).sum(-1)], -1), len(owner)
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -207,30 +181,44 @@ def evaluate(vlm: VLM, num_scenes: int, seed: int, batch_size: int) -> Evaluatio
     rng = Random(f"evaluate-{seed}")
     scenes = [floor_scene(rng, 2 + index % 3) for index in range(num_scenes)]
     scenes += [corridor_scene(rng) for _ in range(num_scenes // 3)]
-    hits = torch.zeros(1, 3)
-    patches = 0
-    asked = []
-    for scene in tqdm(scenes, desc="lens"):
+    lens = Lens(vlm)
+    found = Evaluation(Counter(), Counter(), torch.zeros(1, 3), 0)
+    for scene in tqdm(scenes, desc="scenes"):
         picture = render(scene)
-        asked += [Asked(*grouped, scene, picture) for grouped in questions_of(rng, scene)]
         if scene.kind == "floor":
-            of_picture, count = _lens_of(vlm, scene, picture)
-            hits = hits + of_picture
-            patches += count
-    asked.sort(key=lambda row: len(row.question.text))
-    right: Counter[str] = Counter()
-    for start in tqdm(range(0, len(asked), batch_size), desc="questions"):
-        rows = asked[start : start + batch_size]
-        for row, text in zip(rows, _answers(vlm, rows), strict=True):
-            right[row.group] += is_right(row.question, text, row.scene)
-    counts = Counter(row.group for row in asked)
-    return Evaluation(right, counts, hits / max(patches, 1), patches)
+            sample = Sample("0", AT_HAND, "Describe the image.")
+            hits, patches = lens_hits(vlm, lens, scene, vlm.encode([sample], [picture]))
+            found.lens = found.lens + hits
+            found.patches += patches
+        asked = questions_of(rng, scene)
+        questions = [question for _, question in asked]
+        texts = _answers(vlm, picture, questions, batch_size)
+        for (group, question), text in zip(asked, texts, strict=True):
+            found.asked[group] += 1
+            found.right[group] += is_right(question, text, scene)
+    found.lens = found.lens / max(found.patches, 1)
+    return found
 
 
-def _answers(vlm: VLM, rows: Sequence[Asked]) -> list[str]:
-    """Greedy answers."""
-    samples = [Sample(str(index), AT_HAND, row.question.text) for index, row in enumerate(rows)]
-    batch = vlm.encode(samples, [row.picture for row in rows])
-    has_long = any(row.question.kind in LONG_ANSWERS for row in rows)
-    generation = generate(vlm, batch, 40 if has_long else 10)
-    return [vlm.tokenizer.decode(ids, skip_special_tokens=True) for ids in generation.ids]
+def _answers(vlm: VLM, picture: Image, questions: Sequence[Question], batch_size: int) -> list[str]:
+    """Greedy answers to questions about one picture, which runs through the decoder once."""
+
+    def encode(chosen: Sequence[int]) -> Batch:
+        samples = [Sample(str(index), AT_HAND, questions[index].text) for index in chosen]
+        return vlm.encode(samples, [picture] * len(chosen))
+
+    texts = [""] * len(questions)
+    # short answers are not held up by the long ones, nor short questions padded to the longest
+    order = sorted(
+        range(len(questions)),
+        key=lambda index: (questions[index].kind in LONG_ANSWERS, len(questions[index].text)),
+    )
+    shared = SharedPicture(vlm, encode(order[:2]), [0] * len(order[:2]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        limit = 40 if questions[chosen[-1]].kind in LONG_ANSWERS else 10
+        batch, inputs = shared.ask(encode(chosen), [0] * len(chosen))
+        generation = generate(vlm, batch, limit, **inputs)
+        for index, ids in zip(chosen, generation.ids, strict=True):
+            texts[index] = vlm.tokenizer.decode(ids, skip_special_tokens=True)
+    return texts

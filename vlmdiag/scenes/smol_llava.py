@@ -52,13 +52,13 @@ SHA256 = {
     ".gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
 OWN_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-SYSTEMS = (
-    None,
-    SYSTEM,
-    OWN_SYSTEM,
-)  # system prompts of training: none, LLaVA's, the language model's own
+SYSTEMS = (None, SYSTEM, OWN_SYSTEM)  # system prompts of training
 IMAGE = "<image>"
+# as the language model's own: a system prompt stands where the messages bring none
 CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    f"{{{{ '<|im_start|>system\n{OWN_SYSTEM}<|im_end|>\n' }}}}"
+    "{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -141,11 +141,6 @@ def load_tower(folder: Path = TOWER) -> CLIPVisionModel:
     token, (P, 96)."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return model.model.vision_tower.eval().requires_grad_(False)
-
-
-def word_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
-    """The first token of a word inside a sentence."""
-    return tokenizer.encode(f" {word}", add_special_tokens=False)[0]
 
 
 # --- connector and adapters ---------------------------------------------------------------------

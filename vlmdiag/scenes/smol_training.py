@@ -55,10 +55,9 @@ from vlmdiag.scenes.smol_llava import (
     hidden_states,
     load_language_model,
     load_tower,
-    word_id,
     write_part,
 )
-from vlmdiag.scenes.tiny_llava import ALL_COLORS, ALL_SHAPES, example, normalized
+from vlmdiag.scenes.tiny_llava import ALL_COLORS, ALL_SHAPES, example, normalized, word_id
 from vlmdiag.types import Record
 
 SIMPLE_MIX: Mix = {ask_caption: 30, ask_where: 20, ask_presence: 20, ask_color: 15, ask_shape: 15}

@@ -18,7 +18,14 @@ import numpy as np
 import sentencepiece
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlmdiag.families.llava import SYSTEM
@@ -134,9 +141,10 @@ def make_tokenizer(folder: str | Path) -> LlamaTokenizer:
     return tokenizer
 
 
-def word_id(tokenizer: LlamaTokenizer, word: str) -> int:
-    """The id of a word behind a space."""
-    return int(tokenizer.encode(f"? {word}")[-1])
+def word_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+    """The id of a word inside a sentence; of its first piece if it is no single token."""
+    before = tokenizer.encode("?", add_special_tokens=False)
+    return int(tokenizer.encode(f"? {word}", add_special_tokens=False)[len(before)])
 
 
 def make_processor(tokenizer: LlamaTokenizer) -> LlavaProcessor:
