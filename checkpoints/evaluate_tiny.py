@@ -1,15 +1,17 @@
-"""What can a tiny model do? Accuracy by kind of question on scenes of another seed, the logit lens
-by layer, and the model card from both.
+"""What can a model do that was trained on our scenes? Accuracy by kind of question on scenes of
+another seed, the logit lens by layer, and the model card from both.
 
     python checkpoints/evaluate_tiny.py checkpoints/tiny-llava checkpoints/tiny-llava-normWmean
-    checkpoints/tiny-llava-multilayerNorm
+    python checkpoints/evaluate_tiny.py checkpoints/smol-llava-135m --dtype bfloat16 \\
+        --card checkpoints/smol-llava/README.md
 
 Nothing is filtered: relations are asked for every ordered pair of objects whose centres are at
 least 12 % apart along the asked axis (5 % is reported too), so both answers come equally often;
 half of the absent objects share colour or shape with one that is there. An answer counts if the
 first of the possible words in it is the right one; a caption if it names every object with colour
 and shape and no other. Intervals are Wilson's, 95 %. Lens: share of patches well inside an object
-whose top-1 token, by final norm and LM head, is the object's colour or shape.
+whose top-1 token, by final norm and LM head, is the object's colour or shape (the first piece of a
+word that is no single token). A card that is there keeps what it says before its tables.
 """
 
 from __future__ import annotations
@@ -52,13 +54,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=1000,
         help="scenes that training never saw: its seeds are named differently",
     )
-    parser.add_argument("--batch_size", type=int, default=48)
+    parser.add_argument("--batch_size", type=int, default=48, help="questions about one picture")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument(
+        "--card", help="the file into which the tables go; None: README.md of the model's folder"
+    )
     parser.add_argument("--no_card", action="store_true", help="print only")
     return parser.parse_args(argv)
 
 
-def description(path: Path) -> list[str]:
-    """The first lines of a card: what the model is."""
+TABLES = "`python checkpoints/evaluate_tiny.py`"  # how the part of a card begins that is measured
+
+
+def head_of_card(card: Path, path: Path) -> list[str]:
+    """The lines of a card before its tables; for a tiny model without a card what it is made of."""
+    if card.exists():
+        return card.read_text().split(TABLES)[0].rstrip().splitlines()
     config = json.loads((path / "config.json").read_text())
     num_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     lines = [
@@ -84,15 +95,13 @@ def description(path: Path) -> list[str]:
     return lines
 
 
-def card(path: Path, evaluation: Evaluation, args: argparse.Namespace) -> str:
-    """The model card as markdown."""
+def tables(evaluation: Evaluation, dtype: str, args: argparse.Namespace) -> list[str]:
+    """The lines of a card that are measured."""
     from vlmdiag.figures.stats import wilson_interval
 
-    lines = description(path)
-    lines += [
-        "",
-        f"`python checkpoints/evaluate_tiny.py` on {args.scenes} floor scenes and"
-        f" {args.scenes // 3} corridors of seed {args.seed}, greedy, float32:",
+    lines = [
+        f"{TABLES} on {args.scenes} floor scenes and"
+        f" {args.scenes // 3} corridors of seed {args.seed}, greedy, {dtype}:",
         "",
         "| question | n | accuracy | 95 % interval | to reach |",
         "|---|---|---|---|---|",
@@ -115,7 +124,7 @@ def card(path: Path, evaluation: Evaluation, args: argparse.Namespace) -> str:
     for index, shares in enumerate(evaluation.lens.tolist()):
         cells = " | ".join(f"{share:.3f}" for share in shares)
         lines.append(f"| {index} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,12 +132,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common import load_model
     from vlmdiag.scenes.evaluation import evaluate
 
+    if args.card and len(args.model_path) > 1:
+        raise cli.UsageError("--card takes the tables of one model")
     for path in args.model_path:
-        vlm = load_model(path)
-        text = card(Path(path), evaluate(vlm, args.scenes, args.seed, args.batch_size), args)
-        print(text)
+        vlm = load_model(path, dtype=args.dtype)
+        dtype = str(vlm.model.dtype).removeprefix("torch.")
+        evaluation = evaluate(vlm, args.scenes, args.seed, args.batch_size)
+        measured = tables(evaluation, dtype, args)
+        print("\n".join(measured))
         if not args.no_card:
-            (Path(path) / "README.md").write_text(text)
+            card = Path(args.card) if args.card else Path(path) / "README.md"
+            head = head_of_card(card, Path(path))
+            card.write_text("\n".join([*head, "", *measured]) + "\n")
     return 0
 
 
