@@ -54,7 +54,7 @@ def measure(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=["small", "7b"], default="small")
+    parser.add_argument("--size", choices=["small", "smol", "7b"], default="small")
     parser.add_argument("--prompt", type=int, default=620, help="about how many prompt tokens")
     parser.add_argument(
         "--new_tokens",

@@ -42,7 +42,7 @@ FLAGS = ("size", "prompt", "new_tokens", "memory", "threads")  # that a variant'
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=["quick", "small", "7b"], default="small")
+    parser.add_argument("--size", choices=["quick", "small", "smol", "7b"], default="small")
     parser.add_argument(
         "--prompt", type=int, default=620, help="about how many tokens the prompt has"
     )

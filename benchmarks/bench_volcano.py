@@ -39,7 +39,7 @@ from vlmdiag import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=["quick", "small", "7b"], default="small")
+    parser.add_argument("--size", choices=["quick", "small", "smol", "7b"], default="small")
     parser.add_argument(
         "--prompt", type=int, default=620, help="about how many tokens the question's prompt has"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vlmdiag.pictures.samples import Sample, load_image
 
@@ -21,11 +21,23 @@ QUESTION = "Describe the image."
 PATCH = 14
 SCORE_DEVIATION = 3
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-# decoder and tower as in SHAPE; vocabulary, None: the tokenizer's
-SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int | None]] = {
-    "quick": ((2, 64, 2, 96), (2, 32, 2, 48), None),
-    "small": ((12, 512, 8, 1376), (4, 128, 4, 256), None),
-    "7b": ((32, 4096, 32, 11008), (24, 1024, 16, 4096), 32064),
+
+
+class Size(NamedTuple):
+    """The shape of a model."""
+
+    decoder: tuple[int, ...]  # as in SHAPE
+    tower: tuple[int, ...]
+    vocabulary: int | None = None  # None: the tokenizer's
+    key_value_heads: int | None = None  # None: as many as heads
+
+
+SIZES = {
+    "quick": Size((2, 64, 2, 96), (2, 32, 2, 48)),
+    "small": Size((12, 512, 8, 1376), (4, 128, 4, 256)),
+    # checkpoints/smol-llava-135m, --prompt 181 as there
+    "smol": Size((30, 576, 9, 1536), (5, 96, 4, 192), 49153, 3),
+    "7b": Size((32, 4096, 32, 11008), (24, 1024, 16, 4096), 32064),
 }
 
 
@@ -41,7 +53,7 @@ class Case:
 
 def decoder_shape(size: str) -> dict[str, int]:
     """The decoder's part of SIZES by name, for a report."""
-    return dict(zip(SHAPE, SIZES[size][0], strict=True))
+    return dict(zip(SHAPE, SIZES[size].decoder, strict=True))
 
 
 def build(size: str, prompt: int, device: str, folder: Path) -> VLM:
@@ -62,7 +74,7 @@ def build(size: str, prompt: int, device: str, folder: Path) -> VLM:
     from vlmdiag.families.llava import SYSTEM
     from vlmdiag.scenes import tiny_llava as tiny
 
-    decoder, tower, vocabulary = SIZES[size]
+    decoder, tower, vocabulary, key_value_heads = SIZES[size]
     tokenizer = tiny.make_tokenizer(folder)
     text_ids = tokenizer(f"{SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:").input_ids
     # the picture's tokens fill up what the text leaves, as a square
@@ -74,6 +86,7 @@ def build(size: str, prompt: int, device: str, folder: Path) -> VLM:
     text = LlamaConfig(
         **dict(zip(SHAPE, decoder, strict=True)),
         vocab_size=vocabulary or len(tokenizer),
+        num_key_value_heads=key_value_heads,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
