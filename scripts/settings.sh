@@ -33,6 +33,6 @@ questions=${questions:-$coco/clean_questions.json}
 mean_images=${mean_images:-$coco/train2017}
 runs=${runs:-runs}
 out=${out:-outputs/llava_interp}
-limit=()
+limit=() # used as ${limit[@]+...}: an empty array is an error in the bash of macOS, 3.2
 if [ -n "${MAX_IMAGES:-}" ]; then limit=(--max_images "$MAX_IMAGES"); fi
 name=$("$python" -c 'import sys; from vlmdiag.runs import rundirs; print(rundirs.slug(sys.argv[1]))' "$model")

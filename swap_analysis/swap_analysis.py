@@ -52,6 +52,11 @@ CHECKPOINTS: dict[str, dict[str, str]] = {
         "correlated": "checkpoints/tiny-llava-scale4",
         "independent": "checkpoints/tiny-llava-independent",
     },
+    "smol": {
+        "540": "checkpoints/smol-llava-135m-stage2-540",
+        "1200": "checkpoints/smol-llava-135m-stage2-1200",
+        "full": "checkpoints/smol-llava-135m",
+    },
     "qwen": (
         {"vanilla": "Qwen/Qwen2.5-VL-3B-Instruct"}
         | {s: QWEN.format(f"{s}-20251114_120221") for s in ("80k", "400k", "800k")}
