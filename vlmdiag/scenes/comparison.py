@@ -1,0 +1,530 @@
+"""docs/smol_llava.md: what the five systems say of a published language model that learned to see,
+beside the tiny model that was trained from scratch. Used by checkpoints/compare_smol_llava.py,
+which runs the commands whose files are read here.
+
+Shapes: n images, L layers, H heads, G token groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from vlmdiag.figures import plots, stats
+from vlmdiag.figures.stats import Interval, interval_of
+from vlmdiag.interp import summary
+from vlmdiag.interp.lens_measures import best_layers, name_shares
+from vlmdiag.runs import rundirs
+from vlmdiag.types import Fields
+from vlmdiag.volcano.stage_statistics import STATISTICS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from vlmdiag.runs.rundirs import Run
+
+GROUPS = ("bos", "system", "vision", "user", "template", "generated")
+STREAMS = {"vision": "vision", "user_text": "user", "sys": "system", "bos": "bos"}
+WINDOWS = ("early", "early_mid", "mid", "mid_late", "late", "all")
+RIVALS = ("raw_attention", "rollout", "random")  # of gradient relevancy
+MISSING = "not run"
+
+
+class Claim(NamedTuple):
+    """One of the papers' claims on one model: the measured difference or ratio, and the value that
+    it must exceed, with its whole interval, to be borne out."""
+
+    value: Interval
+    bar: float
+
+    def verdict(self) -> str:
+        if not self.value.low <= self.value.high:  # NaN
+            return "undecided"
+        if self.value.low > self.bar:
+            return "yes"
+        return "no" if self.value.high < self.bar else "undecided"
+
+
+Measured = tuple[dict[str, str], dict[str, Claim]]  # cells by quantity, claims by their wording
+
+
+@dataclass
+class Study:
+    """Where the files of one model are."""
+
+    label: str  # as people call it
+    name: str  # of its run directories
+    runs: Path
+    out: Path  # figures and tables of the commands
+    swap: Path  # results of the swap analysis on floor scenes
+
+    def run(self, *folders: str, experiment: str) -> Run:
+        return rundirs.read_run(self.runs.joinpath(*folders), experiment)
+
+    def coco(self, system_prompt: bool = True) -> Run | None:
+        """The run with its own system prompt, or the one without; None where the model has none."""
+        folder = self.runs / f"{self.name}__sp-{0 if system_prompt else 1}"
+        return rundirs.read_run(folder, rundirs.COCO) if folder.is_dir() else None
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def cell(interval: Interval, digits: int = 2) -> str:
+    """'0.53 [0.41, 0.66] (n = 20)'."""
+    if not np.isfinite(interval.mean):
+        return "none"
+    limits = ""
+    if np.isfinite(interval.low):
+        limits = f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    return f"{interval.mean:.{digits}f}{limits} (n = {int(interval.n)})"
+
+
+def at(interval: Interval, index: int) -> Interval:
+    """One cell of an interval over layers."""
+    return Interval(*(array[index] for array in interval))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def side_by_side(rows: Mapping[str, Sequence[str]], studies: Sequence[Study]) -> list[str]:
+    """A row for each quantity, a column for each model."""
+    header = ["", *(study.label for study in studies)]
+    return table(header, [[name, *cells] for name, cells in rows.items()])
+
+
+# --- Beyond Semantics -----------------------------------------------------------------------------
+
+
+def token_norms(study: Study) -> Measured:
+    """Cells of the norms with which tokens enter the decoder."""
+    path = study.out / "token_norms" / study.name / "token_norms_comparison.json"
+    found = json.loads(path.read_text())
+    cells = {}
+    for group in ("vision", "text"):
+        numbers = found[group]
+        interval = Interval(*(numbers[k] for k in ("mean_over_images", "low", "high", "images")))
+        cells[f"norm of {group} tokens at the decoder's input"] = cell(interval, 1)
+    ratio = Interval(**found["vision_over_text"])
+    cells["vision / text"] = cell(ratio, 1)
+    return cells, {"vision tokens enter longer than text tokens (ratio over 1)": Claim(ratio, 1.0)}
+
+
+def of_coco(run: Run, name: str) -> Float[np.ndarray, "n ..."]:
+    """One array of every image."""
+    return np.stack([run.arrays(id)[name].astype(float) for id in run.ids()])
+
+
+def group_shares(run: Run) -> dict[str, Interval]:
+    """{group: attention that it gets at each layer}, mean over heads and images."""
+    mass = of_coco(run, "group_mass").mean(-1)  # (n, G, L)
+    names = run.record(run.ids()[0])["groups"]
+    return {name: stats.mean_interval(mass[:, names.index(name)]) for name in GROUPS}
+
+
+def balance(run: Run) -> Interval:
+    """CMB at each layer, mean over heads."""
+    return stats.mean_interval(np.nanmean(of_coco(run, "head_vision_share"), -1))
+
+
+def attention_cells(study: Study) -> Measured:
+    """Cells of the balance of attention, with the system prompt and without."""
+    cells: dict[str, str] = {}
+    claims: dict[str, Claim] = {}
+    for name, run in (("with", study.coco()), ("without", study.coco(system_prompt=False))):
+        if run is None:
+            cells[f"CMB {name} system prompt, all layers"] = MISSING
+            continue
+        chance = run.record(run.ids()[0])["chance_vision_share"]
+        values = np.nanmean(of_coco(run, "head_vision_share"), (1, 2))
+        cells[f"CMB {name} system prompt, all layers"] = cell(stats.mean_interval(values))
+        if not claims:
+            shares = group_shares(run)
+            middle = len(shares["bos"].mean) // 2
+            for group in ("bos", "system"):
+                of_group = cell(at(shares[group], middle))
+                cells[f"attention to {group} in layer {middle} (the middle one)"] = of_group
+            cells["CMB if attention were even"] = f"{chance:.2f}"
+            less = Claim(stats.mean_interval(chance - values), 0.0)
+            claims["the picture gets less attention than its tokens' number (chance - CMB)"] = less
+    return cells, claims
+
+
+def draw_attention(studies: Sequence[Study]) -> Figure:
+    """Attention of every group through the layers, and CMB as a line."""
+    figure, axes = plt.subplots(1, len(studies), figsize=(5.2 * len(studies), 3.4), sharey=True)
+    for ax, study in zip(np.atleast_1d(axes), studies, strict=True):
+        run = study.coco() or study.coco(system_prompt=False)
+        assert run is not None
+        shares = group_shares(run)
+        layers = np.arange(len(shares["bos"].mean))
+        heights = [shares[group].mean for group in GROUPS]
+        colors = [plots.color_of(group) for group in GROUPS]
+        ax.stackplot(layers, heights, labels=GROUPS, colors=colors, alpha=0.75, linewidth=0)
+        ax.plot(layers, balance(run).mean, color="black", label="CMB = vision / (vision + text)")
+        ax.set(title=f"{study.label} (n = {len(run.ids())})", xlabel="layer", ylim=(0, 1))
+        plots.layer_ticks(ax)
+    first = np.atleast_1d(axes)[0]
+    first.set_ylabel("attention of the answer's rows")
+    plots.legends([first], below=True)
+    return figure
+
+
+def draw_streams(ax: Axes, study: Study) -> None:
+    """Lengths in the residual stream by token group."""
+    run = study.coco() or study.coco(system_prompt=False)
+    assert run is not None
+    for stream, group in STREAMS.items():
+        if f"hidden_norms_{stream}" not in run.arrays(run.ids()[0]):
+            continue
+        norms = stats.mean_interval(of_coco(run, f"hidden_norms_{stream}"))
+        if np.isfinite(norms.mean).any():
+            states = np.arange(len(norms.mean))
+            plots.line_with_band(ax, states, norms, group, plots.color_of(group))
+    ax.set(title=study.label, xlabel="hidden state (0: input; l + 1: after layer l)", yscale="log")
+
+
+def draw_rope(ax: Axes, study: Study) -> None:
+    """What moving the vision tokens by one position does to the attention logits, by layer."""
+    run = study.coco() or study.coco(system_prompt=False)
+    assert run is not None
+    change = np.abs(of_coco(run, "delta_gv")).mean(-1)
+    interval = stats.mean_interval(change)
+    color = plots.color_of(study.name)
+    plots.line_with_band(ax, np.arange(len(interval.mean)), interval, study.label, color)
+    ax.set(title=study.label, xlabel="layer")
+
+
+def draw_row(studies: Sequence[Study], draw: Callable[[Axes, Study], None], ylabel: str) -> Figure:
+    """One panel a model."""
+    figure, axes = plt.subplots(1, len(studies), figsize=(5.2 * len(studies), 3.2))
+    panels = np.atleast_1d(axes)
+    for ax, study in zip(panels, studies, strict=True):
+        draw(ax, study)
+    panels[0].set_ylabel(ylabel)
+    plots.legends(list(panels), below=False)
+    return figure
+
+
+def hidden_norm_cells(study: Study) -> Measured:
+    """Cells of the lengths in the residual stream, in the middle of the decoder."""
+    run = study.coco() or study.coco(system_prompt=False)
+    assert run is not None
+    cells = {}
+    norms = {group: of_coco(run, f"hidden_norms_{name}") for name, group in STREAMS.items()}
+    middle = norms["vision"].shape[1] // 2
+    for group in ("bos", "user"):
+        ratio = norms[group] / norms["vision"]
+        name = "first token / vision" if group == "bos" else "question / vision"
+        cells[f"{name}, after layer {middle - 1}"] = cell(stats.mean_interval(ratio[:, middle]), 2)
+    peak = norms["bos"] / norms["vision"]
+    where = int(peak.mean(0).argmax())
+    largest = cell(stats.mean_interval(peak[:, where]), 1)
+    cells["first token / vision, where it is largest"] = f"{largest}, hidden state {where}"
+    massive = Claim(stats.mean_interval(peak[:, where]), 10.0)
+    return cells, {"the first token has a massive activation (ten times a vision token)": massive}
+
+
+# --- llava-interp ---------------------------------------------------------------------------------
+
+
+def lens_run(study: Study) -> Run:
+    return study.run("lens_accuracy", study.name, experiment="lens_accuracy")
+
+
+def lens_cells(study: Study) -> Measured:
+    """Cells of the logit lens on objects."""
+    shares = name_shares(lens_run(study), seed=0)
+    own, shuffled = shares["own"], shares["shuffled"]
+    best = best_layers(own, seed=0)["cross_fitted"]
+    # the rule of the claim: the last third of the decoder, chosen without looking
+    late = own.shape[1] * 2 // 3
+    layer = late + int(own[:, late:].mean(0).argmax())
+    difference = own[:, late:].mean(1) - shuffled[:, late:].mean(1)
+    cells = {
+        "at the input (hidden state 0)": cell(stats.mean_interval(own[:, 0])),
+        "middle hidden state": cell(stats.mean_interval(own[:, own.shape[1] // 2])),
+        "best of the last third": f"{cell(stats.mean_interval(own[:, layer]))}, state {layer}",
+        "last hidden state": cell(stats.mean_interval(own[:, -1])),
+        "last hidden state, names of another picture": cell(stats.mean_interval(shuffled[:, -1])),
+        "best layer, cross-fitted": f"{cell(stats.mean_interval(best.shares))}, {best.layer:.3g}",
+    }
+    claim = "late layers decode an object's patches to its name (last third, minus shuffled names)"
+    return cells, {claim: Claim(stats.mean_interval(difference), 0.0)}
+
+
+def draw_lens(studies: Sequence[Study]) -> Figure:
+    """Share of object patches whose top-1 token is a name of the object, by depth."""
+    figure, ax = plt.subplots(figsize=(6.4, 3.6))
+    for study, color in zip(studies, plots.CYCLE, strict=False):
+        shares = name_shares(lens_run(study), seed=0)
+        own = stats.mean_interval(shares["own"])
+        depth = np.linspace(0, 1, len(own.mean))
+        plots.line_with_band(ax, depth, own, study.label, color)
+        ax.plot(depth, stats.measured_mean(shares["shuffled"]), color=color, linestyle=":")
+    ax.set(xlabel="depth (0: input of the decoder, 1: after its last layer)", ylim=(-0.02, 1.02))
+    ax.set_xticks(np.linspace(0, 1, 6))
+    ax.set_ylabel("object's name is the top-1 token")
+    plots.legends([ax], titles=["dotted: names of another picture"], below=True)
+    return figure
+
+
+def ablation_cells(study: Study) -> Measured:
+    """Cells of token ablation: object patches, with one and two more rows around, and as many
+    random tokens; claims on one more row around."""
+    cells = {}
+    claims = {}
+    for experiment in ("ablation", "ablation_vqa"):
+        run, records = summary.read_interventions(study.runs / experiment / study.name)
+        for setting in summary.SETTINGS[experiment]:
+            effects = summary.summarise(records, setting)
+            for around in range(3):
+                effect = effects[f"patch_{around}"]
+                assert effect.minus_random is not None
+                name = f"{setting}: object{f' + {around}' if around else ''}"
+                cells[f"{name}, answers destroyed"] = cell(effect.destroyed)
+                cells[f"{name}, minus as many random tokens"] = cell(effect.minus_random)
+                if around == 1:
+                    claim = f"object tokens carry the answer ({setting}; destroyed, minus random)"
+                    claims[claim] = Claim(effect.minus_random, 0.0)
+    return cells, claims
+
+
+def knockout_cells(study: Study) -> Measured:
+    """Cells of attention knockout in each window of layers: what stays right where the object, or
+    everything else, is hidden from the last token. The claim: the object's last windows matter more
+    than the first ones."""
+    run, records = summary.read_interventions(study.runs / "knockout" / study.name)
+    effects = summary.summarise(records, "vqa")
+    cells = {}
+    for source in ("object+1", "other"):
+        for window in WINDOWS:
+            effect = effects[f"{source}:last_token:{window}"]
+            cells[f"{source} to last token, {window.replace('_', '-')} layers"] = cell(
+                effect.relative_accuracy
+            )
+    early, late = (
+        summary.per_picture(
+            records,
+            "vqa",
+            [f"object+1:last_token:{window}" for window in windows],
+            lambda result, _: float(result["vqa"]["correct"]),
+        )
+        for windows in (WINDOWS[:2], WINDOWS[2:5])
+    )
+    claim = "object to last token matters in late layers (right under early cuts, minus late)"
+    return cells, {claim: Claim(stats.paired_difference(early, late), 0.0)}
+
+
+# --- relevancy ------------------------------------------------------------------------------------
+
+
+def relevancy_cells(study: Study) -> Measured:
+    """Cells of the perturbation test, claims by rival of gradient relevancy."""
+    from vlmdiag.relevancy.evaluation_tables import Evaluation, against
+
+    run = study.run("evaluate_relevancy", study.name, experiment="evaluate_relevancy")
+    evaluation = Evaluation(run)
+    chosen = evaluation.tokens("all", 1.0)
+    values = evaluation.areas("mean", chosen, "ratio")  # (n, M, 3)
+    gaps = stats.mean_interval(values[..., 2])
+    cells = {
+        method.replace("_", " "): cell(at(gaps, index))
+        for index, method in enumerate(evaluation.methods)
+    }
+    claims = {}
+    own = evaluation.methods.index("relevancy")
+    for rival in RIVALS:
+        change = against(values, evaluation.methods, rival)
+        assert change is not None
+        name = f"gradient relevancy is more faithful than {rival.replace('_', ' ')} (gap)"
+        claims[name] = Claim(Interval(*(array[own, 2] for array in change)), 0.0)
+    return cells, claims
+
+
+# --- swap analysis --------------------------------------------------------------------------------
+
+
+def swap_rows(study: Study) -> list[list[str]]:
+    """One row for each scale: accuracy, coherence of the three axes, entanglement."""
+    rows = []
+    for path in sorted((study.swap / "json").glob("pred_stats_*.json")):
+        scale = path.stem.removeprefix("pred_stats_")
+        stats_of = json.loads(path.read_text())
+        coherence = _json(study, f"sign_corrected_consistency_{scale}_all_pairs")
+        layer = max(int(name.split("_L")[1]) for name in coherence if "_L" in name)
+        axes = [
+            _limits(coherence.get(f"{group}_L{layer}"))
+            for group in ("horizontal", "vertical", "distance")
+        ]
+        index = _json(study, f"vd_ei_{scale}").get(f"L{layer}", {}).get("eq3_raw")
+        right = f"{stats_of['overall_acc_both']:.2f} (n = {stats_of['overall_n']})"
+        rows.append([f"{study.label} {scale}", right, *axes, _limits(index)])
+    return rows
+
+
+def _json(study: Study, name: str) -> Fields:
+    found: Fields = json.loads((study.swap / "json" / f"{name}.json").read_text())
+    return found
+
+
+def _limits(numbers: Fields | None) -> str:
+    """'0.53 [0.41, 0.66]' of a number with its interval."""
+    if not numbers or numbers.get("too_few"):
+        return "too few"
+    mean = numbers.get("mean", numbers.get("value"))
+    return f"{mean:.2f} [{numbers['low']:.2f}, {numbers['high']:.2f}]"
+
+
+# --- Volcano --------------------------------------------------------------------------------------
+
+
+def volcano_cells(study: Study) -> Measured:
+    """Cells of attention to the picture in feedback and revision over that in the first answer."""
+    path = study.runs / "volcano" / study.name / "analysis" / "attention_by_stage.json"
+    found = json.loads(path.read_text())
+    cells, claims = {}, {}
+    for stage, comparison in found["comparisons"].items():
+        for name in STATISTICS:
+            ratio = comparison["statistics"][name]["ratio"]
+            value = interval_of(ratio["mean"], ratio["low"], ratio["high"], comparison["images"])
+            cells[f"{stage} / first answer, {name.replace('_', ' ')}"] = cell(value)
+            if name == "equal_length":
+                name = f"{stage} looks more at the picture than the first answer (equal length)"
+                claims[name] = Claim(value, 1.0)
+    return cells, claims
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+INTRO = """\
+# A published language model that learned to see
+
+Written by `python checkpoints/compare_smol_llava.py` from run directories; do not edit it by hand.
+
+`tiny-llava` (2 M parameters) was trained from scratch on pictures of coloured shapes, with
+some hundred words. `smol-llava-135m` has the same tower and the same 144 vision tokens before
+SmolLM2-135M-Instruct, a published language model of 30 layers and 49,152 words, of which only
+low-rank adapters were trained (`checkpoints/smol-llava/README.md`). What both show comes with
+seeing; what only one shows comes from its language model, its depth or its training.
+
+Means over pictures with 95 % intervals, which are bands in the figures; n counts pictures."""
+CLAIMS = """\
+## What the papers claim, and what is seen here
+
+A claim is borne out (yes) or not (no) if the whole interval lies on one side of its bar, else it is
+undecided. These are shapes on a floor and two small models; the papers speak of photographs and of
+models with 7 billion parameters."""
+NORMS = """\
+Norms with which tokens enter the decoder (Beyond Semantics, figure 1). Nothing in the training asks
+for their length."""
+ATTENTION = """\
+Attention of the rows that write the answer, by token group, mean over heads and steps. CMB is the
+picture's share of what picture and text get; the first token and the system prompt stand outside
+it, so what they take is not seen in it."""
+STREAMS_TEXT = """\
+Lengths in the residual stream. A massive activation is a state that is far longer than all others;
+it belongs to the first token, where attention goes that looks nowhere."""
+ROPE = """\
+What moving all vision tokens by one position does to the logits of attention, by layer (mean
+absolute change over heads). High-frequency rotary pairs react to it, content does not."""
+LENS = """\
+Share of an object's patches whose likeliest next word, by final norm and LM head, is a name of the
+object. smol-llava's warm start points patches at the words of their colour and shape among the
+embeddings, so hidden state 0 shows what was planted; its control was pointed at other words. What
+later layers show was asked for by nobody."""
+ABLATION = """\
+Object patches replaced by the mean token. Destroyed: share of right answers that become wrong;
+minus the same for as many random tokens."""
+KNOCKOUT = """\
+Share of right answers that stay right where the last token cannot look at the object (and one row
+of patches around it), or at everything else of the picture, in a window of layers."""
+RELEVANCY = """\
+Gap between removing the least and the most relevant vision tokens first: 0 where a map says
+nothing, the higher the better."""
+SWAP = """\
+Floor scenes whose height and depth are correlated by 0.5. Coherence: mean cosine of the differences
+of hidden states of swapped questions in the last layer, signs aligned; 0 where there is no axis.
+Entanglement: equation 3 of the paper, the distance axis against the vertical one."""
+VOLCANO = """\
+Attention to the picture while the model criticises and revises its answer, over that in the first
+answer (ratio; 1: as much). Only equal_length is fair to texts of different lengths."""
+
+
+def gather(
+    studies: Sequence[Study], measure: Callable[[Study], Measured]
+) -> tuple[dict[str, list[str]], dict[str, list[Claim | None]]]:
+    """A row of cells for each quantity and of claims for each wording, a column for each model."""
+    rows: dict[str, list[str]] = {}
+    claims: dict[str, list[Claim | None]] = {}
+    for column, study in enumerate(studies):
+        cells, claimed = measure(study)
+        for name, value in cells.items():
+            rows.setdefault(name, [MISSING] * len(studies))[column] = value
+        for name, claim in claimed.items():
+            claims.setdefault(name, [None] * len(studies))[column] = claim
+    return rows, claims
+
+
+def write(studies: Sequence[Study], lens: Sequence[Study], folder: Path) -> str:
+    """The page. lens: the models of the logit lens; folder: where its figures go, beside it."""
+    claims: dict[str, list[Claim | None]] = {}
+    body: list[str] = []
+
+    def section(title: str, text: str) -> None:
+        body.extend(["", f"## {title}", "", text, ""])
+
+    def numbers(measure: Callable[[Study], Measured], models: Sequence[Study] = studies) -> None:
+        rows, claimed = gather(models, measure)
+        body.extend(side_by_side(rows, models))
+        claims.update({name: found[: len(studies)] for name, found in claimed.items()})
+
+    def figure(name: str, drawn: Figure, alternative: str) -> None:
+        plots.save(drawn, folder / f"smol_{name}.png", {"page": "docs/smol_llava.md"})
+        body.extend(["", f"![{alternative}]({folder.name}/smol_{name}.png)"])
+
+    section("Norms of tokens", NORMS)
+    numbers(token_norms)
+    section("Balance of attention and its sinks", ATTENTION)
+    numbers(attention_cells)
+    figure("attention", draw_attention(studies), "Attention by token group through the layers")
+    section("Lengths in the residual stream", STREAMS_TEXT)
+    numbers(hidden_norm_cells)
+    streams = draw_row(studies, draw_streams, "L2 norm")
+    figure("hidden_norms", streams, "Norms in the residual stream by token group")
+    section("Rotary positions", ROPE)
+    rope = draw_row(studies, draw_rope, "|change of the logit| per position")
+    figure("rope", rope, "Sensitivity to the position of the picture by layer")
+    section("Logit lens", LENS)
+    numbers(lens_cells, lens)
+    figure("lens", draw_lens(lens), "Share of object patches that decode to the object's name")
+    section("Token ablation", ABLATION)
+    numbers(ablation_cells)
+    section("Attention knockout", KNOCKOUT)
+    numbers(knockout_cells)
+    section("Relevancy", RELEVANCY)
+    numbers(relevancy_cells)
+    section("Swapped questions", SWAP)
+    header = ["scale", "right in both orders", "horizontal", "vertical", "distance", "entanglement"]
+    body.extend(table(header, [row for study in studies for row in swap_rows(study)]))
+    section("Critique and revision", VOLCANO)
+    numbers(volcano_cells)
+
+    verdicts = [
+        [name, *("not run" if c is None else f"{c.verdict()}: {cell(c.value)}" for c in found)]
+        for name, found in claims.items()
+    ]
+    summary_table = table(["claim", *(study.label for study in studies)], verdicts)
+    return "\n".join([INTRO, "", CLAIMS, "", *summary_table, *body]) + "\n"
