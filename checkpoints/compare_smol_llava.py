@@ -159,16 +159,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for system in args.only:
             for step in steps(system, args):
                 call(step)
+    from common import load_model
     from vlmdiag.scenes import comparison
 
-    out = Path(args.out)
+    runs, out = Path(args.runs), Path(args.out)
     studies = [
-        comparison.Study(name, name, Path(args.runs), out, out / "swap" / name.split("-")[0])
+        comparison.Study(HERE / name, runs, out, out / "swap" / name.split("-")[0])
         for name in MODELS
     ]
-    lens = studies + [
-        comparison.Study(name, name, Path(args.runs), out, out) for name in present(LENS_ONLY)
-    ]
+    for study in studies:
+        vlm = load_model(str(study.folder), decoder_layers=0, self_check=False)
+        study.before_connector = comparison.norms_before_connector(vlm)
+    lens = studies + [comparison.Study(HERE / name, runs, out, out) for name in present(LENS_ONLY)]
     page = Path(args.page)
     page.write_text(comparison.write(studies, lens, page.parent / "figures"))
     print(f"wrote {page}")

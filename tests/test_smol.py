@@ -21,7 +21,7 @@ from vlmdiag.scenes import smol_llava as smol
 from vlmdiag.scenes import smol_training
 from vlmdiag.scenes.questions import FLOOR_MIX, ask
 from vlmdiag.scenes.scene import floor_scene, render
-from vlmdiag.scenes.tiny_llava import ALL_COLORS, TOKENS, example
+from vlmdiag.scenes.tiny_llava import ALL_COLORS, TOKENS, example, word_id
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SHORT = (
@@ -78,6 +78,7 @@ def short_runs(monkeypatch):
     weights."""
     monkeypatch.setattr(smol_training, "TOPICS", smol_training.TOPICS[:4])
     monkeypatch.setattr(smol_training, "WARM_SCENES", 60)
+    monkeypatch.setattr(smol_training, "SNAPSHOTS", (1, 4))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -236,7 +237,7 @@ def test_the_warm_start_points_at_words_and_the_control_at_others(language_model
         rows = [example(scene) for scene in scenes]
         vision = trainer.connector(trainer.features([row.pixels for row in rows]))
         color = torch.stack([torch.from_numpy(row.color) for row in rows])
-        ids = [smol.word_id(trainer.tokenizer, word) for word in ALL_COLORS]
+        ids = [word_id(trainer.tokenizer, word) for word in ALL_COLORS]
         words = torch.nn.functional.normalize(
             trainer.model.get_input_embeddings().weight[ids], dim=-1
         )
@@ -266,8 +267,9 @@ def test_a_part_becomes_a_folder_that_transformers_loads_with_the_same_logits(
     processor = AutoProcessor.from_pretrained(tmp_path / "built", backend="pil")
     rng = Random(4)
     scene = floor_scene(rng, 2)
-    questions = trainer.packer.fill(rng, scene, smol_training.FLOOR_MIX, None, 400)[:3]
-    rows = [trainer.packer.row(None, [question]) for question in questions]
+    system = smol.OWN_SYSTEM  # the template's own
+    questions = trainer.packer.fill(rng, scene, smol_training.FLOOR_MIX, system, 400)[:3]
+    rows = [trainer.packer.row(system, [question]) for question in questions]
     vision = trainer.connector(trainer.features([example(scene).pixels]))
     for on, closest in ((True, 0.0), (False, 0.05)):
         trainer.adapters.switch(on)

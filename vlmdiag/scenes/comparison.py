@@ -11,16 +11,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 from vlmdiag.figures import plots, stats
 from vlmdiag.figures.stats import Interval, interval_of
 from vlmdiag.interp import summary
 from vlmdiag.interp.lens_measures import best_layers, name_shares
+from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.runs import rundirs
+from vlmdiag.scenes.scene import floor_scene, render
 from vlmdiag.types import Fields
 from vlmdiag.volcano.stage_statistics import STATISTICS
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vlmdiag.runs.rundirs import Run
+    from vlmdiag.types import VLM
 
 GROUPS = ("bos", "system", "vision", "user", "template", "generated")
 STREAMS = {"vision": "vision", "user_text": "user", "sys": "system", "bos": "bos"}
@@ -60,11 +65,15 @@ Measured = tuple[dict[str, str], dict[str, Claim]]  # cells by quantity, claims 
 class Study:
     """Where the files of one model are."""
 
-    label: str  # as people call it
-    name: str  # of its run directories
+    folder: Path  # the model's; its name is that of its run directories
     runs: Path
     out: Path  # figures and tables of the commands
     swap: Path  # results of the swap analysis on floor scenes
+    before_connector: Interval | None = None  # norms of what the connector reads
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
     def run(self, *folders: str, experiment: str) -> Run:
         return rundirs.read_run(self.runs.joinpath(*folders), experiment)
@@ -101,11 +110,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def side_by_side(rows: Mapping[str, Sequence[str]], studies: Sequence[Study]) -> list[str]:
     """A row for each quantity, a column for each model."""
-    header = ["", *(study.label for study in studies)]
+    header = ["", *(study.name for study in studies)]
     return table(header, [[name, *cells] for name, cells in rows.items()])
 
 
 # --- Beyond Semantics -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def norms_before_connector(vlm: VLM, count: int = 20) -> Interval:
+    """Norms of what the connector reads, mean over the tokens of a picture; of generated scenes."""
+    connector = vlm.parts.connector
+    assert connector is not None
+    read: list[float] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        read.append(inputs[0].float().norm(dim=-1).mean().item())
+
+    handle = connector.register_forward_pre_hook(keep)
+    rng = Random("norms before the connector")
+    for index in range(count):
+        sample = Sample(str(index), AT_HAND, "Describe the image.")
+        vlm.vision(vlm.encode([sample], [render(floor_scene(rng, 3))]))
+    handle.remove()
+    return stats.mean_interval(read)
 
 
 def token_norms(study: Study) -> Measured:
@@ -113,6 +141,8 @@ def token_norms(study: Study) -> Measured:
     path = study.out / "token_norms" / study.name / "token_norms_comparison.json"
     found = json.loads(path.read_text())
     cells = {}
+    if study.before_connector is not None:
+        cells["norm of vision tokens before the connector"] = cell(study.before_connector, 1)
     for group in ("vision", "text"):
         numbers = found[group]
         interval = Interval(*(numbers[k] for k in ("mean_over_images", "low", "high", "images")))
@@ -174,7 +204,7 @@ def draw_attention(studies: Sequence[Study]) -> Figure:
         colors = [plots.color_of(group) for group in GROUPS]
         ax.stackplot(layers, heights, labels=GROUPS, colors=colors, alpha=0.75, linewidth=0)
         ax.plot(layers, balance(run).mean, color="black", label="CMB = vision / (vision + text)")
-        ax.set(title=f"{study.label} (n = {len(run.ids())})", xlabel="layer", ylim=(0, 1))
+        ax.set(title=f"{study.name} (n = {len(run.ids())})", xlabel="layer", ylim=(0, 1))
         plots.layer_ticks(ax)
     first = np.atleast_1d(axes)[0]
     first.set_ylabel("attention of the answer's rows")
@@ -193,7 +223,7 @@ def draw_streams(ax: Axes, study: Study) -> None:
         if np.isfinite(norms.mean).any():
             states = np.arange(len(norms.mean))
             plots.line_with_band(ax, states, norms, group, plots.color_of(group))
-    ax.set(title=study.label, xlabel="hidden state (0: input; l + 1: after layer l)", yscale="log")
+    ax.set(title=study.name, xlabel="hidden state (0: input; l + 1: after layer l)", yscale="log")
 
 
 def draw_rope(ax: Axes, study: Study) -> None:
@@ -203,8 +233,8 @@ def draw_rope(ax: Axes, study: Study) -> None:
     change = np.abs(of_coco(run, "delta_gv")).mean(-1)
     interval = stats.mean_interval(change)
     color = plots.color_of(study.name)
-    plots.line_with_band(ax, np.arange(len(interval.mean)), interval, study.label, color)
-    ax.set(title=study.label, xlabel="layer")
+    plots.line_with_band(ax, np.arange(len(interval.mean)), interval, study.name, color)
+    ax.set(title=study.name, xlabel="layer")
 
 
 def draw_row(studies: Sequence[Study], draw: Callable[[Axes, Study], None], ylabel: str) -> Figure:
@@ -272,7 +302,7 @@ def draw_lens(studies: Sequence[Study]) -> Figure:
         shares = name_shares(lens_run(study), seed=0)
         own = stats.mean_interval(shares["own"])
         depth = np.linspace(0, 1, len(own.mean))
-        plots.line_with_band(ax, depth, own, study.label, color)
+        plots.line_with_band(ax, depth, own, study.name, color)
         ax.plot(depth, stats.measured_mean(shares["shuffled"]), color=color, linestyle=":")
     ax.set(xlabel="depth (0: input of the decoder, 1: after its last layer)", ylim=(-0.02, 1.02))
     ax.set_xticks(np.linspace(0, 1, 6))
@@ -371,7 +401,7 @@ def swap_rows(study: Study) -> list[list[str]]:
         ]
         index = _json(study, f"vd_ei_{scale}").get(f"L{layer}", {}).get("eq3_raw")
         right = f"{stats_of['overall_acc_both']:.2f} (n = {stats_of['overall_n']})"
-        rows.append([f"{study.label} {scale}", right, *axes, _limits(index)])
+        rows.append([f"{study.name} {scale}", right, *axes, _limits(index)])
     return rows
 
 
@@ -526,5 +556,5 @@ def write(studies: Sequence[Study], lens: Sequence[Study], folder: Path) -> str:
         [name, *("not run" if c is None else f"{c.verdict()}: {cell(c.value)}" for c in found)]
         for name, found in claims.items()
     ]
-    summary_table = table(["claim", *(study.label for study in studies)], verdicts)
+    summary_table = table(["claim", *(study.name for study in studies)], verdicts)
     return "\n".join([INTRO, "", CLAIMS, "", *summary_table, *body]) + "\n"

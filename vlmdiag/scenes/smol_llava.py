@@ -70,6 +70,23 @@ RANK = 8
 ALPHA = 16
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."  # what peft puts before a module's name in an adapter file
+ENGLISH = " ".join(
+    """
+The ferry left at seven, as it had done every morning since the bridge was closed. There were few
+passengers at that hour: two nurses who had worked through the night, a boy with a bicycle, and an
+old man who sold honey at the market on the other side. He had put his boxes near the rail and sat
+on the largest of them, so that nobody could have bought anything from him even if they had wanted
+to. The fog was low, and the river seemed wider than it was. When the engine stopped in the middle
+of the water, nobody said anything at first. The captain came down from his cabin, opened a hatch,
+looked inside for a while and closed it again. He explained that a rope had been caught in the
+propeller, that it would take an hour to cut it, and that he was sorry. One of the nurses laughed,
+because she had promised her daughter to be home for breakfast, and had already broken the same
+promise twice that week. Then the old man stood up, opened his box and gave everybody a spoon.
+They ate honey in the fog and talked about the bridge, which would cost more than the town could
+pay, and about the winters of the past, when the river had been frozen and one could walk across
+it with a lamp. By the time the engine started again the sun had come through, and the boy had
+sold his bicycle to the captain for a price that both of them thought was very good.""".split()
+)  # a page on which a language model shows whether it still knows its language
 IGNORE = -100  # the label of a position that no loss reads
 
 
@@ -134,6 +151,15 @@ def load_language_model(
         path.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
     )
     return model.to(dtype), AutoTokenizer.from_pretrained(path.parent, **source)
+
+
+@torch.no_grad()
+def english_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Mean cross entropy of the next word on a page of English, in nats. model: a causal language
+    model, or a LLaVA, which sees no picture."""
+    ids = torch.tensor([tokenizer.encode(ENGLISH, add_special_tokens=False)], device=model.device)
+    logits = model(input_ids=ids).logits[0, :-1].float()
+    return F.cross_entropy(logits, ids[0, 1:]).item()
 
 
 def load_tower(folder: Path = TOWER) -> CLIPVisionModel:

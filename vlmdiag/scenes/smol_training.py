@@ -45,6 +45,7 @@ from vlmdiag.scenes.questions import (
 )
 from vlmdiag.scenes.scene import Scene, corridor_scene, floor_scene
 from vlmdiag.scenes.smol_llava import (
+    ENGLISH,
     OWN_SYSTEM,
     SYSTEMS,
     Adapters,
@@ -118,22 +119,6 @@ BEGINNINGS = (
     "A long time ago people thought about {} in another way.",
     "This chapter is about {}.",
 )
-
-ENGLISH = """
-The ferry left at seven, as it had done every morning since the bridge was closed. There were few
-passengers at that hour: two nurses who had worked through the night, a boy with a bicycle, and an
-old man who sold honey at the market on the other side. He had put his boxes near the rail and sat
-on the largest of them, so that nobody could have bought anything from him even if they had wanted
-to. The fog was low, and the river seemed wider than it was. When the engine stopped in the middle
-of the water, nobody said anything at first. The captain came down from his cabin, opened a hatch,
-looked inside for a while and closed it again. He explained that a rope had been caught in the
-propeller, that it would take an hour to cut it, and that he was sorry. One of the nurses laughed,
-because she had promised her daughter to be home for breakfast, and had already broken the same
-promise twice that week. Then the old man stood up, opened his box and gave everybody a spoon.
-They ate honey in the fog and talked about the bridge, which would cost more than the town could
-pay, and about the winters of the past, when the river had been frozen and one could walk across
-it with a lamp. By the time the engine started again the sun had come through, and the boy had
-sold his bicycle to the captain for a price that both of them thought was very good."""
 
 
 # --- pictures and questions ---------------------------------------------------------------------
@@ -428,8 +413,7 @@ class Trainer:
     @torch.no_grad()
     def english_loss(self) -> float:
         """Mean cross entropy of the next word on the page of English."""
-        words = self.packer.encode(" ".join(ENGLISH.split()))
-        ids = torch.tensor([words], device=self.args.device)
+        ids = torch.tensor([self.packer.encode(ENGLISH)], device=self.args.device)
         log_shares = text_log_shares(self.model, ids, slice(None, -1))
         return F.nll_loss(log_shares, ids[0, 1:]).item()
 
