@@ -3,14 +3,18 @@
     python diagnostic_tools/check_model.py checkpoints/tiny-llava
     python diagnostic_tools/check_model.py checkpoints/tiny-llava PICTURE "Is there a red circle?"
     python diagnostic_tools/check_model.py llava-hf/llava-1.5-7b-hf --no_weights
+    python diagnostic_tools/check_model.py FOLDER --propose_grid family.py
 
 Prints which family describes the model and why, which commands it can run, its prompt with every
 token and its group, the ids that end an answer, how a picture is prepared, and what the self-check
 found; draws the boxes of the vision tokens on the picture. Without PICTURE one is drawn. Look at
 two things: the question's tokens are in the group `user`, and the boxes of --out cover the picture.
 --no_weights says how names and shapes in the weight files fit the model that the config describes,
-and about how much memory each kind of measure takes, without a self-check. Exit code 0: the model
-can be measured, as far as could be seen; 2: it cannot, for the reason in the last line.
+and about how much memory each kind of measure takes, without a self-check. --propose_grid finds
+where the vision tokens of a model without a known grid lie, by changing stripes of pictures, or
+says that there is no grid to trust; it writes a family file to review, which nothing uses by
+itself. Exit code 0: the model can be measured, as far as could be seen; 2: it cannot, for the
+reason in the last line.
 """
 
 from __future__ import annotations
@@ -46,8 +50,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="from config, tokenizer and the headers of the weight files alone; of a hub id nothing"
         " else is fetched",
     )
+    parser.add_argument(
+        "--propose_grid",
+        metavar="FILE",
+        help="file for a family with the grid that is found; a family that has one is compared with"
+        " it (some minutes without a GPU)",
+    )
     add_model_arguments(parser, path=False)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.propose_grid and args.no_weights:
+        parser.error("--propose_grid measures the model, so it needs its weights")
+    return args
 
 
 def picture_of(path: str | None) -> Image:
@@ -85,6 +98,26 @@ def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
     report["family"] |= {"dtype": str(vlm.dtype).removeprefix("torch."), "device": str(vlm.device)}
     report["capabilities"] = check.capabilities_of(vlm.family)
     describe(args, vlm, image, report)
+    if args.propose_grid:
+        propose(args, vlm, image, report)
+
+
+def propose(args: argparse.Namespace, vlm: VLM, image: Image, report: Record) -> None:
+    """Put into the report the grid that the vision tokens show; where the family has none, write
+    and draw it."""
+    from vlmdiag.model import check, grid_proposal
+    from vlmdiag.runs.disk import write_bytes
+
+    proposal = grid_proposal.propose(vlm)
+    report["proposed_grid"] = grid_proposal.record_of(vlm, proposal)
+    if proposal.layout is None or vlm.family.grid is not None:
+        return
+    write_bytes(args.propose_grid, grid_proposal.family_file(vlm, proposal).encode())
+    report["proposed_grid"]["file"] = args.propose_grid
+    grid = grid_proposal.grid_on(vlm, proposal.layout, image)
+    if grid is not None:
+        check.write_grid(args.out, grid, image)
+        report["proposed_grid"]["picture"] = args.out
 
 
 def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:

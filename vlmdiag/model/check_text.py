@@ -31,6 +31,7 @@ def lines_of(report: Fields) -> Iterator[str]:
         "pictures": lines_of_pictures,
         "grid": lines_of_grid,
         "self_check": lines_of_check,
+        "proposed_grid": lines_of_proposal,
     }
     yield str(report["model"])
     for name, lines in sections.items():
@@ -200,3 +201,19 @@ def lines_of_check(check: Fields) -> Iterator[str]:
     """What the self-check found."""
     yield "Self-check"
     yield f"  {check['found']}"
+
+
+def lines_of_proposal(proposal: Fields) -> Iterator[str]:
+    """The grid that the vision tokens show, or that none can be trusted."""
+    yield "Proposed grid"
+    yield from textwrap.wrap(proposal["why"], 96, initial_indent="  ", subsequent_indent="  ")
+    for size, share in proposal["inside"].items():
+        yield f"  {share:.0%} of the tokens answer inside their boxes on {size} pixels"
+    yield f"  a token's strongest answer is {proposal['contrast']:.1f} times its usual one"
+    if proposal["as_the_family"] is not None:
+        same = "the same boxes as" if proposal["as_the_family"] else "other boxes than"
+        yield f"  {same} the family's own grid"
+    if "picture" in proposal:
+        yield f"  drew it on {proposal['picture']}: look at it"
+    if "file" in proposal:
+        yield f"  wrote {proposal['file']}: review it, give it with --family, or move it to models/"
