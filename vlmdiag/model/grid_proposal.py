@@ -29,6 +29,7 @@ from vlmdiag.types import Record
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from vlmdiag.batch import Batch
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.types import VLM
 
@@ -115,7 +116,7 @@ def sizes_for(vlm: VLM) -> list[tuple[int, int]]:
     return [(round(side * wide), round(side * tall)) for wide, tall in PROPORTIONS]
 
 
-def _encoded(vlm: VLM, pictures: Sequence[Image.Image]) -> Any:
+def _encoded(vlm: VLM, pictures: Sequence[Image.Image]) -> Batch:
     samples = [Sample(str(i), AT_HAND, "Describe the image.") for i in range(len(pictures))]
     return vlm.encode(samples, pictures)
 
