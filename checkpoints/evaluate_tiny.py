@@ -97,7 +97,7 @@ def head_of_card(card: Path, path: Path) -> list[str]:
 
 def tables(evaluation: Evaluation, dtype: str, args: argparse.Namespace) -> list[str]:
     """The lines of a card that are measured."""
-    from vlmdiag.figures.stats import wilson_interval
+    from vlmdiag.figures.stats import proportion_interval
 
     lines = [
         f"{TABLES} on {args.scenes} floor scenes and"
@@ -108,7 +108,7 @@ def tables(evaluation: Evaluation, dtype: str, args: argparse.Namespace) -> list
     ]
     for group, count in sorted(evaluation.asked.items()):
         right = evaluation.right[group]
-        interval = wilson_interval(right, count)
+        interval = proportion_interval(right, count)
         lines.append(
             f"| {group} | {count} | {right / count:.3f}"
             f" | {interval.low:.3f} to {interval.high:.3f} | {BARS.get(group, '')} |"

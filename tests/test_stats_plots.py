@@ -24,26 +24,42 @@ ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(7)
 
 
+def naive_interval(values, draws, level):
+    """Bootstrap-t of one cell, written out: Student's t for few values; a resample of equal values
+    has a ratio without an end, and where too many have, Student's t gives the limit."""
+    kept = np.array([value for value in values if not np.isnan(value)])
+    mean, error = kept.mean(), kept.std(ddof=1) / len(kept) ** 0.5
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    students = mean + scipy.stats.t.ppf(tails, len(kept) - 1) * error
+    if len(kept) < 5:
+        return students
+    ratios = []
+    for draw in draws:
+        chosen = np.array([values[i] for i in draw if not np.isnan(values[i])])
+        if len(chosen) > 1:
+            spread = chosen.std(ddof=1) / len(chosen) ** 0.5
+            apart = chosen.mean() - mean
+            ratios.append(apart / spread if spread > 1e-9 * error else np.sign(apart) * 1e30)
+    low, high = mean - np.quantile(ratios, tails)[::-1] * error
+    return [low if low > -1e12 else students[0], high if high < 1e12 else students[1]]
+
+
 def test_mean_interval_equals_a_naive_loop_over_the_same_draws():
     values = RNG.normal(3, 1, (9, 2, 3))
     values[RNG.random(values.shape) < 0.3] = np.nan
+    values[:6, 0, 0], values[6:, 0, 0] = 2.5, (2, 3, 4)  # many resamples of equal values
+    values[4:, 1, 1] = np.nan  # few
     found = stats.mean_interval(values, level=0.9, num_resamples=300, seed=5)
     times_drawn = np.random.default_rng(5).multinomial(9, np.full(9, 1 / 9), size=300)
     draws = [np.repeat(np.arange(9), times) for times in times_drawn]
     for cell in np.ndindex(2, 3):
         column = values[(slice(None), *cell)]
-        kept = [value for value in column if not np.isnan(value)]
-        means = [
-            np.mean(chosen)
-            for draw in draws
-            if len(chosen := [column[i] for i in draw if not np.isnan(column[i])])
-        ]
-        low, high = np.percentile(means, [5, 95])
-        assert found.n[cell] == len(kept)
+        limits = naive_interval(column, draws, 0.9)
+        assert found.n[cell] == (~np.isnan(column)).sum()
         np.testing.assert_allclose(
             [found.mean[cell], found.low[cell], found.high[cell]],
-            [np.mean(kept), low, high],
-            rtol=1e-12,
+            [np.nanmean(column), *limits],
+            rtol=1e-9,
         )
 
 
@@ -66,26 +82,53 @@ def test_a_ratio_is_formed_anew_in_each_resample():
     assert stats.draws(40, 500, 3).sum(1).tolist() == [40] * 500
 
 
-def test_mean_interval_agrees_with_scipy():
-    values = RNG.gamma(2, size=(60, 4))
+def test_the_interval_of_many_images_is_that_of_student():
+    values = RNG.normal(size=(400, 4))
     found = stats.mean_interval(values, num_resamples=20000)
-    expected = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=20000, method="percentile", rng=1
-    ).confidence_interval
-    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], atol=0.02)
+    error = values.std(0, ddof=1) / 20
+    for tail, ends in ((0.025, found.low), (0.975, found.high)):
+        wanted = values.mean(0) + scipy.stats.t.ppf(tail, 399) * error
+        assert (abs(ends - wanted) < 0.1 * error).all()
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
     found = stats.mean_interval(
         np.random.default_rng(0).normal(size=(40, 2000)), level=0.9, num_resamples=1000
     )
-    assert 0.86 < np.mean((found.low < 0) & (found.high > 0)) < 0.92
+    assert 0.88 < np.mean((found.low < 0) & (found.high > 0)) < 0.92
+
+
+def test_a_skewed_quantity_has_a_long_side():
+    """The mean of few values of a long tail is more often too small, which percentiles miss."""
+    values = np.random.default_rng(0).lognormal(0, 1, size=(10, 400))
+    found = stats.mean_interval(values)
+    assert np.mean((found.high - found.mean) > (found.mean - found.low)) > 0.95
+    assert np.mean((found.low < np.exp(0.5)) & (np.exp(0.5) < found.high)) > 0.87
+
+
+def test_bounded_quantities_stay_in_their_bounds_and_equal_ones_are_not_certain():
+    shares = np.random.default_rng(0).beta(0.5, 0.1, size=(12, 300))
+    found = stats.mean_interval(shares, bounds=(0, 1))
+    assert (found.low >= 0).all() and (found.high <= 1).all()
+    assert (stats.mean_interval(shares).high > 1).any()
+    same = stats.mean_interval(np.tile([1.0, 0.0, 0.5], (20, 1)), bounds=(0, 1))
+    exact = stats.proportion_interval([20, 0], [20, 20])
+    np.testing.assert_allclose([same.low[0], same.high[1]], [exact.low[0], exact.high[1]])
+    assert same.high[0] == 1 and same.low[1] == 0 and same.low[2] < 0.5 < same.high[2]
+    # without bounds nothing can be said of other images
+    assert stats.mean_interval(np.full(20, 0.5))[:3] == (0.5, 0.5, 0.5)
+
+
+def test_means_of_0_and_1_between_these_bounds_are_proportions():
+    values = np.array([1.0] * 9 + [0.0] + [np.nan] * 3)
+    found = stats.mean_interval(values, bounds=(0, 1))
+    assert found == pytest.approx(stats.proportion_interval(9, 10))
 
 
 def test_many_cells_and_many_images_are_computed_in_parts_with_the_same_draws():
     values = RNG.normal(size=(30, 5000)).astype(np.float32)
     found = stats.mean_interval(values, num_resamples=50)
-    for column in (0, 4095, 4096, 4999):
+    for column in (0, stats.CELLS - 1, stats.CELLS, 4999):
         alone = stats.mean_interval(values[:, column], num_resamples=50)
         np.testing.assert_allclose([part[column] for part in found], alone, rtol=1e-12)
 
@@ -95,7 +138,8 @@ def test_one_image_has_no_interval_and_none_has_no_mean():
     found = stats.mean_interval(values)
     np.testing.assert_array_equal(found.n, [1, 0, 2])
     np.testing.assert_array_equal(found.mean, [1, np.nan, 3])
-    np.testing.assert_array_equal(found.low, [np.nan, np.nan, 2])
+    error = scipy.stats.t.ppf(0.975, 1)
+    np.testing.assert_allclose(found.low, [np.nan, np.nan, 3 - error])
     assert np.isnan(stats.mean_interval(np.empty((0, 2))).mean).all()
     assert (
         stats.mean_interval([4.0, 6.0]).mean == 5
@@ -103,7 +147,7 @@ def test_one_image_has_no_interval_and_none_has_no_mean():
     )
     infinite = stats.mean_interval([[np.inf, 1.0], [1.0, 3.0]])
     assert (
-        infinite.mean.tolist() == [np.inf, 2] and np.isnan(infinite.low[0]) and infinite.low[1] == 1
+        infinite.mean.tolist() == [np.inf, 2] and np.isnan(infinite.low[0]) and infinite.low[1] < 1
     )
     assert stats.mean_interval([[None, 1.0]]).n.tolist() == [0, 1]  # null in a JSON file
     for wrong in (
@@ -139,11 +183,37 @@ def test_a_paired_difference_sees_through_what_the_pairs_share():
 
 
 @pytest.mark.parametrize("successes, n", [(0, 10), (7, 10), (10, 10), (1, 1000)])
-def test_wilson_interval_agrees_with_scipy(successes, n):
-    expected = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
-    found = stats.wilson_interval(successes, n)
+def test_proportion_interval_agrees_with_scipy(successes, n):
+    expected = scipy.stats.binomtest(successes, n).proportion_ci(method="exact")
+    found = stats.proportion_interval(successes, n)
     np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], atol=1e-12)
-    assert found.mean == successes / n and np.isnan(stats.wilson_interval([0], [0]).low)
+    assert found.mean == successes / n and np.isnan(stats.proportion_interval([0], [0]).low)
+
+
+def test_paired_proportions_are_newcombes_with_exact_limits():
+    """Limits by hand, for 20 images: both right 12, only the first 5, only the second 1, none 2."""
+    first = np.array([1.0] * 17 + [0.0] * 3)
+    second = np.array([1.0] * 12 + [0.0] * 5 + [1.0] + [0.0] * 2)
+    found = stats.paired_difference(first, second)
+    p, q = (stats.proportion_interval(k, 20) for k in (17, 13))
+    phi = max(12 * 2 - 5 * 1 - 10, 0) / (17 * 3 * 13 * 7) ** 0.5
+    a, b = p.mean - p.low, q.high - q.mean
+    assert found.mean == pytest.approx(0.2)
+    assert found.low == pytest.approx(0.2 - (a * a - 2 * phi * a * b + b * b) ** 0.5)
+    swapped = stats.paired_difference(second, first)
+    assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low))
+    # equal answers throughout are no proof that there is no difference
+    same = stats.paired_difference(np.ones(10), np.ones(10))
+    assert same.mean == 0 and same.low < -0.2 and same.high > 0.2
+
+
+def test_a_difference_of_proportions_of_different_images():
+    """Newcombe 1998, table II: 56/70 against 48/80 has 0.0524 to 0.3339 by Wilson's limits; exact
+    ones reach a little further."""
+    found = stats.proportion_difference((56, 48), (70, 80))
+    assert found.mean == pytest.approx(0.2)
+    assert 0.03 < found.low < 0.0524 and 0.3339 < found.high < 0.36
+    assert stats.proportion_difference((10, 0), (10, 10)).high == 1
 
 
 def test_a_label_keeps_its_colour_and_equal_models_share_it():

@@ -58,9 +58,12 @@ def analyse(run: Run, seed: int) -> None:
     from vlmdiag.interp.lens_measures import best_layers, name_shares
 
     shares = name_shares(run, seed)
-    curves = {name: stats.mean_interval(of_pictures) for name, of_pictures in shares.items()}
+    curves = {
+        name: stats.mean_interval(of_pictures, bounds=stats.SHARES)
+        for name, of_pictures in shares.items()
+    }
     chosen = {
-        name: (stats.mean_interval(choice.shares), choice.layer)
+        name: (stats.mean_interval(choice.shares, bounds=stats.SHARES), choice.layer)
         for name, choice in best_layers(shares["own"], seed).items()
     }
     objects, states = shares["own"].shape

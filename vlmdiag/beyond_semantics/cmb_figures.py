@@ -148,7 +148,8 @@ def draw_layers(axis: Axes, balances: Sequence[Balance]) -> None:
     colors = plots.model_colors([balance.label for balance in balances])
     for balance in balances:
         color = colors[balance.label]
-        interval = stats.mean_interval(stats.measured_mean(balance.values, axis=2))
+        of_heads = stats.measured_mean(balance.values, axis=2)
+        interval = stats.mean_interval(of_heads, bounds=stats.SHARES)
         layers = np.arange(len(interval.mean))
         plots.line_with_band(axis, layers, interval, balance.label, color)
         axis.axhline(balance.chance, color=color, linestyle="--", linewidth=1.1)

@@ -72,9 +72,9 @@ def read_shares(run: Run) -> Shares:
     pies = {}
     for name, pie in PIES.items():
         shares = [[record[field] for field in pie.fields] for record in records]
-        pies[name] = stats.mean_interval(shares)
+        pies[name] = stats.mean_interval(shares, bounds=stats.SHARES)
     arrays = selection.read_arrays(run, ["layer_shares"], AGAIN)[1]
-    of_groups = stats.mean_interval(arrays["layer_shares"])  # (3, L)
+    of_groups = stats.mean_interval(arrays["layer_shares"], bounds=stats.SHARES)  # (3, L)
     layers = {}
     for row, group in enumerate(GROUPS):
         layers[group] = stats.Interval(*(bound[row] for bound in of_groups))

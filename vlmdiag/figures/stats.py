@@ -1,5 +1,10 @@
-"""Means over images with bootstrap intervals, paired differences, intervals of accuracies. Pure
-numpy, seeded: the same numbers on every call.
+"""Means over images with their intervals, paired differences, accuracies. Seeded: the same numbers
+on every call.
+
+What an interval promises, and how often it keeps it, is in docs/intervals.md, measured by
+benchmarks/coverage.py: 95 % intervals of means are bootstrap-t (Efron and Tibshirani 1993, chapter
+12.5), those of proportions are exact (Clopper and Pearson 1934), other statistics have percentiles
+of the bootstrap.
 
 A resample draws whole images with replacement. It is a vector w of weights: w_k says how often
 image k was drawn. What is measured is written in sums over images, so that many resamples are one
@@ -10,19 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
+from scipy.special import betaincinv, stdtrit
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from numpy.typing import ArrayLike
 
 Array = np.ndarray
 
 RESAMPLES = 2000
-CELLS = 4096  # quantities resampled at once: 4096 x 2000 numbers are 64 MiB
+CELLS = 1024  # quantities resampled at once: 1024 x 2000 numbers are 16 MiB
+SHARES = (0.0, 1.0)  # bounds of shares and accuracies
+DIFFERENCES = (-1.0, 1.0)  # of differences of shares, and of cosines
+FAR = 1e30  # stands for a ratio without an end; one that has an end is below its root
+FEW = 5  # images; below, resamples are too much alike, and Student's t stands in
 WEIGHTS = 2_000_000  # numbers of a weight matrix at once: 16 MB
 
 
@@ -107,15 +116,22 @@ def measured_mean(values: ArrayLike, axis: int | tuple[int, ...] = 0) -> Array:
 
 
 def mean_interval(
-    values: ArrayLike, level: float = 0.95, num_resamples: int = RESAMPLES, seed: int = 0
+    values: ArrayLike,
+    level: float = 0.95,
+    num_resamples: int = RESAMPLES,
+    seed: int = 0,
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
-    """Mean over axis 0 (images) with its percentile-bootstrap interval. values (n, ...) float ->
-    Interval of shape (...).
+    """Mean over axis 0 (images) with its interval. values (n, ...) float -> Interval of shape
+    (...).
 
     Whole images are resampled, the same draw for every cell. A NaN cell counts as not measured in
     that image: it is left out of the sum and of n. One measured image gives a mean with a NaN
     interval, none gives NaN throughout; an infinite value gives an infinite mean and a NaN
-    interval.
+    interval. bounds: the least and the greatest value that an image can have; limits stay within,
+    and images that all have one value, which say nothing of the others, have an interval that
+    allows for these. Between 0 and 1, cells of nothing else are proportions, see
+    proportion_interval().
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim == 0:
@@ -130,54 +146,168 @@ def mean_interval(
     mean = measured_mean(cells)
     low = np.full_like(mean, np.nan)
     high = np.full_like(mean, np.nan)
-    usable = np.flatnonzero((counts > 1) & np.isfinite(mean))
+    is_proportion = ((cells == 0) | (cells == 1) | ~measured).all(axis=0) & (counts > 1)
+    is_proportion &= bounds == (0, 1)
+    if is_proportion.any():
+        of = proportion_interval(mean[is_proportion] * counts[is_proportion], counts[is_proportion])
+        low[is_proportion], high[is_proportion] = of.low, of.high
+    usable = np.flatnonzero((counts > 1) & np.isfinite(mean) & ~is_proportion)
     for start in range(0, len(usable), CELLS):
         block = usable[start : start + CELLS]
-        statistic = _weighted_mean(cells[:, block], measured[:, block])
-        low[block], high[block] = bootstrap(statistic, images, level, num_resamples, seed)
+        chosen = (cells[:, block], measured[:, block])
+        low[block], high[block] = _mean_limits(*chosen, bounds, level, num_resamples, seed)
     return Interval(*(array.reshape(shape)[()] for array in (mean, low, high, counts)))
 
 
-def _weighted_mean(cells: Array, measured: Array) -> Callable[[Array], Array]:
-    """The mean of cells (n, C) over the images that have them, as a statistic for bootstrap(). A
-    resample may miss every image that a sparse cell has: it says nothing about the cell."""
-    filled = np.where(measured, cells, 0.0)
-    is_complete = bool(measured.all())
+def _mean_limits(
+    cells: Float[np.ndarray, "n C"],
+    measured: Bool[np.ndarray, "n C"],
+    bounds: tuple[float, float] | None,
+    level: float,
+    num_resamples: int,
+    seed: int,
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """Limits of means of two images at least: bootstrap-t, Student's t for few images, and for
+    equal ones what their bounds allow."""
+    counts = measured.sum(axis=0)
+    mean = measured_mean(cells)
+    apart = np.where(measured, cells - mean, 0.0)
+    error = np.sqrt((apart**2).sum(axis=0) / (counts - 1) / counts)
+    is_same = (np.where(measured, cells, mean) == mean).all(axis=0) | (error <= _noise(mean))
+    half = stdtrit(counts - 1, (1 + level) / 2) * error
+    low, high = mean - half, mean + half
+    many = np.flatnonzero((counts >= FEW) & ~is_same)
+    if len(many):
+        ends = _studentized(apart[:, many], measured[:, many], level, num_resamples, seed)
+        below, above = (mean[many] - end * error[many] for end in ends[::-1])
+        # a limit without an end, from resamples of equal values: as far as the bounds, or Student's
+        low[many] = np.where(np.isfinite(below), below, low[many] if bounds is None else -np.inf)
+        high[many] = np.where(np.isfinite(above), above, high[many] if bounds is None else np.inf)
+    if bounds is not None:
+        # n equal values: others have a share of at most 1 - q, or n equal ones were unlikely
+        others = 1 - ((1 - level) / 2) ** (1 / counts)
+        low = np.where(is_same, mean - others * (mean - bounds[0]), low)
+        high = np.where(is_same, mean + others * (bounds[1] - mean), high)
+        low, high = np.maximum(low, bounds[0]), np.minimum(high, bounds[1])
+    # a mean that is rounded past its bound is no reason for limits that leave it out
+    return np.minimum(low, mean), np.maximum(high, mean)
 
-    def statistic(weights: Array) -> Array:
-        if is_complete:
-            return (weights @ filled) / len(filled)
-        with np.errstate(invalid="ignore"):
-            return (weights @ filled) / (weights @ measured)
 
-    return statistic
+def _noise(mean: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
+    """What rounding alone may make of an error."""
+    return 1e-14 * np.abs(mean)
+
+
+def _studentized(
+    apart: Float[np.ndarray, "n C"],
+    measured: Bool[np.ndarray, "n C"],
+    level: float,
+    num_resamples: int,
+    seed: int,
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """The percentiles over resamples of (mean - true mean) / its error, where the images are all
+    there is. apart: values minus their mean, 0 where not measured. Infinite where too many
+    resamples have one value only."""
+    weights = draws(len(apart), num_resamples, seed)
+    counts = weights @ measured
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = (weights @ apart) / counts
+        variance = np.maximum((weights @ apart**2) / counts - mean**2, 0.0) / (counts - 1)
+        error = np.sqrt(variance)
+        ratio = mean / error
+    is_flat = error <= 1e-9 * np.sqrt((apart**2).mean(axis=0))
+    ratio = np.where(is_flat, np.sign(mean) * FAR, ratio)
+    low, high = limits(np.where(counts > 1, ratio, np.nan), level)
+    far = FAR**0.5
+    return np.where(low < -far, -np.inf, low), np.where(high > far, np.inf, high)
 
 
 def paired_difference(
-    a: ArrayLike, b: ArrayLike, level: float = 0.95, num_resamples: int = RESAMPLES, seed: int = 0
+    a: ArrayLike,
+    b: ArrayLike,
+    level: float = 0.95,
+    num_resamples: int = RESAMPLES,
+    seed: int = 0,
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
     """Mean over images of a - b with its interval, a and b (n, ...) measured on the same images in
-    the same order. An image that lacks either is left out."""
+    the same order. An image that lacks either is left out. bounds: of a difference, such as -1 and
+    1 of shares."""
     first = np.asarray(a, dtype=np.float64)
     second = np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired values need equal shapes, got {first.shape} and {second.shape}")
-    return mean_interval(first - second, level, num_resamples, seed)
+    found = mean_interval(first - second, level, num_resamples, seed, bounds)
+    known = ~np.isnan(first - second)
+    are_proportions = (((first * (first - 1) == 0) & (second * (second - 1) == 0)) | ~known).all(0)
+    are_proportions &= found.n > 1
+    low, high = _paired_proportions(first, second, known, level)
+    return found._replace(
+        low=np.where(are_proportions, low, found.low)[()],
+        high=np.where(are_proportions, high, found.high)[()],
+    )
 
 
-def wilson_interval(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> Interval:
-    """Accuracy with Wilson's score interval; successes, n counts of any equal shape. n = 0 gives
-    NaN. Wilson 1927."""
+def _paired_proportions(
+    first: Float[np.ndarray, "n ..."],
+    second: Float[np.ndarray, "n ..."],
+    known: Bool[np.ndarray, "n ..."],
+    level: float,
+) -> tuple[Array, Array]:
+    """Limits of a difference of two proportions of the same images: Newcombe 1998 (Statistics in
+    Medicine 17, 2635), method 10, with exact limits in place of Wilson's. NaN without an image."""
+    counts = known.sum(0)
+    both, only_first, only_second = (
+        np.where(known, one, 0.0).sum(0)
+        for one in (first * second, first * (1 - second), (1 - first) * second)
+    )
+    neither = counts - both - only_first - only_second
+    # correlation of the two answers, with Newcombe's correction for continuity
+    product = both * neither - only_first * only_second
+    product = np.where(product > counts / 2, product - counts / 2, np.minimum(product, 0.0))
+    margins = (both + only_first) * (only_second + neither)
+    margins = margins * (both + only_second) * (only_first + neither)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = np.where(margins > 0, product / np.sqrt(margins), 0.0)
+    # sums of fractions, whose limits are used by nobody, may be rounded past the bounds
+    right = [np.clip(count, 0, counts) for count in (both + only_first, both + only_second)]
+    of_first, of_second = (proportion_interval(count, counts, level) for count in right)
+    difference = of_first.mean - of_second.mean
+
+    def reach(one: Array, other: Array) -> Array:
+        return np.sqrt(np.maximum(one**2 - 2 * correlation * one * other + other**2, 0.0))
+
+    low = difference - reach(of_first.mean - of_first.low, of_second.high - of_second.mean)
+    high = difference + reach(of_first.high - of_first.mean, of_second.mean - of_second.low)
+    return low, high
+
+
+def proportion_interval(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> Interval:
+    """A proportion with its exact interval, which covers at least as often as it says; successes, n
+    counts of any equal shape, successes may be fractions (means of several draws). n = 0 gives NaN.
+    Clopper and Pearson 1934."""
     right = np.asarray(successes, dtype=np.float64)
     count = np.asarray(n)
     if np.any((right < 0) | (right > count)):
         raise ValueError("successes must lie between 0 and n")
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    tail = (1 - level) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         share = right / count
-        shrink = 1 + z**2 / count
-        centre = (share + z**2 / (2 * count)) / shrink
-        half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / shrink
-    low = np.maximum(centre - half, 0.0)
-    high = np.minimum(centre + half, 1.0)
+        low = np.where(right > 0, betaincinv(right, count - right + 1, tail), 0.0)
+        high = np.where(right < count, betaincinv(right + 1, count - right, 1 - tail), 1.0)
+    low, high = (np.where(count > 0, end, np.nan) for end in (low, high))
     return Interval(share[()], low[()], high[()], count[()])
+
+
+def proportion_difference(
+    successes: tuple[int, int], n: tuple[int, int], level: float = 0.95
+) -> Interval:
+    """The first minus the second of two proportions of different images, with the limits that their
+    exact intervals give (Newcombe 1998, method 10); n of the interval is the smaller one."""
+    first, second = (
+        proportion_interval(right, count, level) for right, count in zip(successes, n, strict=True)
+    )
+    difference = first.mean - second.mean
+    low = difference - np.hypot(first.mean - first.low, second.high - second.mean)
+    high = difference + np.hypot(first.high - first.mean, second.mean - second.low)
+    return Interval(difference, low, high, np.int64(min(n)))  # type: ignore[arg-type]

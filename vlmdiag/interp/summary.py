@@ -107,7 +107,7 @@ def share(of_pictures: Float[np.ndarray, " n"]) -> Interval:
     """Mean of per-picture shares with Wilson's interval for as many pictures; draws averaged within
     a picture make it wider than it need be, never narrower."""
     known = of_pictures[~np.isnan(of_pictures)]
-    return stats.wilson_interval(known.sum(), len(known))
+    return stats.proportion_interval(known.sum(), len(known))
 
 
 def summarise(records: Sequence[Record], setting: str) -> Effects:
@@ -136,7 +136,8 @@ def summarise(records: Sequence[Record], setting: str) -> Effects:
         control = _control_of(name)
         minus_random = change = None
         if control in by_condition:
-            minus_random = stats.paired_difference(lost, destroyed(by_condition[control]))
+            of_control = destroyed(by_condition[control])
+            minus_random = stats.paired_difference(lost, of_control, bounds=stats.DIFFERENCES)
         if logprob:
             change = stats.mean_interval(per_picture(records, setting, conditions, gain))
         effects[name] = Effect(

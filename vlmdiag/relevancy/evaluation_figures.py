@@ -126,7 +126,7 @@ def local_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str)
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
     for axis, (measure, xlabel) in zip(axes, LOCAL.items(), strict=True):
         values, prior = evaluation.located(measure, chosen)
-        means = stats.mean_interval(values)
+        means = stats.mean_interval(values, bounds=stats.SHARES)
         _points(axis, methods, at(means, rows))
         colors = [COLORS[method] for method in methods]
         axis.barh(range(len(methods)), means.mean[rows], color=colors, alpha=0.45)

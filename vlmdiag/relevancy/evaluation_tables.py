@@ -200,7 +200,7 @@ def _local_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterat
             of_methods, of_prior = evaluation.located(measure, chosen)
             values = np.concatenate([of_methods, of_prior[:, None]], 1)
             methods = [*evaluation.methods, "area"]
-            means = stats.mean_interval(values)
+            means = stats.mean_interval(values, bounds=stats.SHARES)
             changes = {prior: against(values, methods, prior) for prior in PRIORS}
             for m, method in enumerate(methods):
                 row: Record = {

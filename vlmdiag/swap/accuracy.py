@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmdiag.figures.stats import wilson_interval
+from vlmdiag.figures.stats import proportion_interval
 from vlmdiag.swap.relations import CATEGORIES, GROUP_OF, GROUPS, SPLITS
 from vlmdiag.swap.resampling import (
     RESAMPLES,
@@ -36,7 +36,7 @@ def accuracy(
     too_few}; NaN for n = 0."""
     correct = np.asarray(correct, dtype=bool)
     codes = np.arange(len(correct)) if codes is None else codes
-    interval = wilson_interval(int(correct.sum()), len(correct))
+    interval = proportion_interval(int(correct.sum()), len(correct))
     value, low, high, n = (float(number) for number in interval)
     image_low, image_high = mean_limits(correct, codes, num_resamples, seed)
     return {
