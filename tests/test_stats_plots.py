@@ -39,7 +39,7 @@ def naive_interval(values, draws, level):
         if len(chosen) > 1:
             spread = chosen.std(ddof=1) / len(chosen) ** 0.5
             apart = chosen.mean() - mean
-            ratios.append(apart / spread if spread > 1e-9 * error else np.sign(apart) * 1e30)
+            ratios.append(apart / spread if spread > 1e-6 * error else np.sign(apart) * 1e30)
     low, high = mean - np.quantile(ratios, tails)[::-1] * error
     return [low if low > -1e12 else students[0], high if high < 1e12 else students[1]]
 

@@ -215,7 +215,8 @@ def _studentized(
         variance = np.maximum((weights @ apart**2) / counts - mean**2, 0.0) / (counts - 1)
         error = np.sqrt(variance)
         ratio = mean / error
-    is_flat = error <= 1e-9 * np.sqrt((apart**2).mean(axis=0))
+    # a variance of equal values is rounded to some 1e-16 of the squares
+    is_flat = error <= 1e-6 * np.sqrt((apart**2).mean(axis=0))
     ratio = np.where(is_flat, np.sign(mean) * FAR, ratio)
     low, high = limits(np.where(counts > 1, ratio, np.nan), level)
     far = FAR**0.5
