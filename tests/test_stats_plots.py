@@ -353,3 +353,23 @@ def test_csv_keeps_all_digits_and_leaves_unmeasured_cells_empty(tmp_path):
     )
     written = (tmp_path / "t.csv").read_text()
     assert written == 'layer,"a, b",c,d\n0,0.3333333333333333,0.5,\n1,,,2.5\n2,,1.0,\n'
+
+
+def test_rows_of_one_image_count_as_one_image():
+    """Ten rows of each of 8 images that are all alike say as much as the 8 images."""
+    values = np.random.default_rng(3).normal(size=8)
+    once = stats.mean_interval(values)
+    tenfold = stats.grouped_mean_interval(10 * values[:, None], np.full((8, 1), 10))
+    np.testing.assert_allclose([part[0] for part in tenfold], once, rtol=1e-9)
+
+
+def test_the_interval_over_images_with_unequal_rows_holds_the_truth():
+    rng = np.random.default_rng(4)
+    held = []
+    for seed in range(300):
+        counts = rng.integers(1, 6, 20)
+        images = rng.normal(size=20)
+        sums = counts * images + rng.normal(size=20) * np.sqrt(counts)
+        found = stats.grouped_mean_interval(sums[:, None], counts[:, None], seed=seed)
+        held.append(found.low[0] < 0 < found.high[0])
+    assert 0.9 < np.mean(held) < 0.99

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmdiag.cli import UsageError
-from vlmdiag.swap import results
+from vlmdiag.swap import metrics, results
 from vlmdiag.swap.accuracy import category_validity, prediction_stats
 from vlmdiag.swap.metrics import (
     axis_coherence,
@@ -562,13 +562,10 @@ def test_prediction_stats_count_groups_strata_and_their_gap():
         found["distance_counter_acc_orig"],
         found["distance_ambiguous_n"],
     ) == (8, 1.0, 0.0, 1)
-    assert found["gap_orig"] == {
-        "value": 1.0,
-        "low": 1.0,
-        "high": 1.0,
-        "n": [3, 2],
-        "too_few": False,
-    }
+    # 3 and 2 images are too few for limits, whatever they say
+    few = found["gap_orig"]
+    assert (few["value"], few["n"], few["too_few"]) == (1.0, [3, 2], True)
+    assert math.isnan(few["low"]) and math.isnan(few["high"])
     assert (
         found["vertical_n"] == 0
         and math.isnan(found["vertical_acc_both"])
@@ -586,6 +583,26 @@ def test_prediction_stats_count_groups_strata_and_their_gap():
         and validity["above"]["too_few"]
     )
     assert tuple(validity) == CATEGORIES
+
+
+def test_a_gap_has_limits_that_allow_for_images_that_were_not_asked():
+    """All 6 consistent pairs right and all 5 counter pairs wrong is no proof of a gap of 1."""
+    categories = np.array(["far"] * 11)
+    right = np.array([True] * 6 + [False] * 5)
+    splits = ["consistent"] * 6 + ["counter"] * 5
+    gap = prediction_stats(categories, right, right, range(11), splits)["gap_both"]
+    assert (gap["value"], gap["high"], gap["too_few"]) == (1.0, 1.0, False)
+    # at most 1 - 0.025 ** (1 / n) of other images answer otherwise
+    short = np.hypot(1 - 0.025 ** (1 / 6), 1 - 0.025 ** (1 / 5))
+    assert gap["low"] == pytest.approx(1 - short)
+
+
+def test_two_images_have_no_interval_of_their_pairs():
+    units = np.random.default_rng(0).normal(size=(4, 8))
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    for seed in range(6):
+        few = metrics.pairwise_cosine(units, np.array([0, 0, 1, 1]), 200, seed)
+        assert np.isfinite(few["mean"]) and math.isnan(few["low"]) and math.isnan(few["high"])
 
 
 def test_a_few_planted_dimensions_are_found_and_carry_the_coherence():

@@ -13,7 +13,7 @@ product of matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -142,26 +142,46 @@ def mean_interval(
     shape = numbers.shape[1:]
     cells = numbers.reshape(images, int(np.prod(shape)))
     measured = ~np.isnan(cells)
-    counts = measured.sum(axis=0)
-    mean = measured_mean(cells)
+    sums = np.where(measured, cells, 0.0)
+    found = grouped_mean_interval(sums, measured, level, num_resamples, seed, bounds)
+    if bounds == SHARES:
+        counts = found.n
+        is_proportion = ((cells == 0) | (cells == 1) | ~measured).all(axis=0) & (counts > 1)
+        exact = proportion_interval(sums.sum(axis=0), counts, level)
+        low = np.where(is_proportion, exact.low, found.low)
+        high = np.where(is_proportion, exact.high, found.high)
+        found = found._replace(low=low, high=high)
+    return Interval(*(array.reshape(shape)[()] for array in found))
+
+
+def grouped_mean_interval(
+    sums: Float[np.ndarray, "n C"],
+    counts: Float[np.ndarray, "n C"],
+    level: float = 0.95,
+    num_resamples: int = RESAMPLES,
+    seed: int = 0,
+    bounds: tuple[float, float] | None = None,
+) -> Interval:
+    """Mean over all rows of n images, of which each has `counts` rows that add up to `sums`, for C
+    quantities; the interval is over images, see mean_interval(). n of the interval: images with a
+    row."""
+    counts = np.asarray(counts, dtype=np.float64)
+    images = (counts > 0).sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = sums.sum(axis=0) / counts.sum(axis=0)
     low = np.full_like(mean, np.nan)
     high = np.full_like(mean, np.nan)
-    is_proportion = ((cells == 0) | (cells == 1) | ~measured).all(axis=0) & (counts > 1)
-    is_proportion &= bounds == (0, 1)
-    if is_proportion.any():
-        of = proportion_interval(mean[is_proportion] * counts[is_proportion], counts[is_proportion])
-        low[is_proportion], high[is_proportion] = of.low, of.high
-    usable = np.flatnonzero((counts > 1) & np.isfinite(mean) & ~is_proportion)
+    usable = np.flatnonzero((images > 1) & np.isfinite(mean))
     for start in range(0, len(usable), CELLS):
         block = usable[start : start + CELLS]
-        chosen = (cells[:, block], measured[:, block])
+        chosen = (sums[:, block], counts[:, block])
         low[block], high[block] = _mean_limits(*chosen, bounds, level, num_resamples, seed)
-    return Interval(*(array.reshape(shape)[()] for array in (mean, low, high, counts)))
+    return Interval(mean, low, high, images)
 
 
 def _mean_limits(
-    cells: Float[np.ndarray, "n C"],
-    measured: Bool[np.ndarray, "n C"],
+    sums: Float[np.ndarray, "n C"],
+    counts: Float[np.ndarray, "n C"],
     bounds: tuple[float, float] | None,
     level: float,
     num_resamples: int,
@@ -169,23 +189,24 @@ def _mean_limits(
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
     """Limits of means of two images at least: bootstrap-t, Student's t for few images, and for
     equal ones what their bounds allow."""
-    counts = measured.sum(axis=0)
-    mean = measured_mean(cells)
-    apart = np.where(measured, cells - mean, 0.0)
-    error = np.sqrt((apart**2).sum(axis=0) / (counts - 1) / counts)
-    is_same = (np.where(measured, cells, mean) == mean).all(axis=0) | (error <= _noise(mean))
-    half = stdtrit(counts - 1, (1 + level) / 2) * error
+    images = (counts > 0).sum(axis=0)
+    rows = counts.sum(axis=0)
+    mean = sums.sum(axis=0) / rows
+    apart = sums - mean * counts
+    error = np.sqrt((apart**2).sum(axis=0) * images / (images - 1)) / rows
+    is_same = error <= 1e-14 * np.abs(mean)  # but for rounding
+    half = stdtrit(images - 1, (1 + level) / 2) * error
     low, high = mean - half, mean + half
-    many = np.flatnonzero((counts >= FEW) & ~is_same)
+    many = np.flatnonzero((images >= FEW) & ~is_same)
     if len(many):
-        ends = _studentized(apart[:, many], measured[:, many], level, num_resamples, seed)
+        ends = _studentized(apart[:, many], counts[:, many], level, num_resamples, seed)
         below, above = (mean[many] - end * error[many] for end in ends[::-1])
         # a limit without an end, from resamples of equal values: as far as the bounds, or Student's
         low[many] = np.where(np.isfinite(below), below, low[many] if bounds is None else -np.inf)
         high[many] = np.where(np.isfinite(above), above, high[many] if bounds is None else np.inf)
     if bounds is not None:
-        # n equal values: others have a share of at most 1 - q, or n equal ones were unlikely
-        others = 1 - ((1 - level) / 2) ** (1 / counts)
+        # n equal images: others have a share of at most 1 - q, or n equal ones were unlikely
+        others = 1 - ((1 - level) / 2) ** (1 / images)
         low = np.where(is_same, mean - others * (mean - bounds[0]), low)
         high = np.where(is_same, mean + others * (bounds[1] - mean), high)
         low, high = np.maximum(low, bounds[0]), np.minimum(high, bounds[1])
@@ -193,32 +214,30 @@ def _mean_limits(
     return np.minimum(low, mean), np.maximum(high, mean)
 
 
-def _noise(mean: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
-    """What rounding alone may make of an error."""
-    return 1e-14 * np.abs(mean)
-
-
 def _studentized(
     apart: Float[np.ndarray, "n C"],
-    measured: Bool[np.ndarray, "n C"],
+    counts: Float[np.ndarray, "n C"],
     level: float,
     num_resamples: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
     """The percentiles over resamples of (mean - true mean) / its error, where the images are all
-    there is. apart: values minus their mean, 0 where not measured. Infinite where too many
-    resamples have one value only."""
+    there is. apart: an image's sum minus what it would be at the mean. Infinite where too many
+    resamples have equal images only."""
     weights = draws(len(apart), num_resamples, seed)
-    counts = weights @ measured
+    drawn = weights @ (counts > 0)
+    rows = weights @ counts
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = (weights @ apart) / counts
-        variance = np.maximum((weights @ apart**2) / counts - mean**2, 0.0) / (counts - 1)
-        error = np.sqrt(variance)
+        mean = (weights @ apart) / rows
+        # of the images' sums around what they would be at the resample's mean
+        squares = weights @ apart**2 - 2 * mean * (weights @ (apart * counts))
+        squares = np.maximum(squares + mean**2 * (weights @ counts**2), 0.0)
+        error = np.sqrt(squares * drawn / (drawn - 1)) / rows
         ratio = mean / error
-    # a variance of equal values is rounded to some 1e-16 of the squares
-    is_flat = error <= 1e-6 * np.sqrt((apart**2).mean(axis=0))
-    ratio = np.where(is_flat, np.sign(mean) * FAR, ratio)
-    low, high = limits(np.where(counts > 1, ratio, np.nan), level)
+        # a variance of equal values is rounded to some 1e-16 of the squares
+        scale = np.sqrt((apart**2).sum(axis=0) * drawn / len(apart)) / rows
+    ratio = np.where(error <= 1e-6 * scale, np.sign(mean) * FAR, ratio)
+    low, high = limits(np.where(drawn > 1, ratio, np.nan), level)
     far = FAR**0.5
     return np.where(low < -far, -np.inf, low), np.where(high > far, np.inf, high)
 
@@ -308,7 +327,20 @@ def proportion_difference(
     first, second = (
         proportion_interval(right, count, level) for right, count in zip(successes, n, strict=True)
     )
-    difference = first.mean - second.mean
-    low = difference - np.hypot(first.mean - first.low, second.high - second.mean)
-    high = difference + np.hypot(first.high - first.mean, second.mean - second.low)
-    return Interval(difference, low, high, np.int64(min(n)))  # type: ignore[arg-type]
+    low, high = difference_limits(
+        (float(first.mean), float(second.mean)),
+        [(float(of.low), float(of.high)) for of in (first, second)],
+    )
+    return interval_of(float(first.mean - second.mean), low, high, min(n))
+
+
+def difference_limits(
+    means: Sequence[float], ends: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """(low, high) of the first minus the second of two means of different images, from the (low,
+    high) of each (Newcombe 1998, method 10, for any two intervals)."""
+    (first, second), ((low, high), (other_low, other_high)) = means, ends
+    difference = first - second
+    below = np.hypot(first - low, other_high - second)
+    above = np.hypot(high - first, second - other_low)
+    return float(difference - below), float(difference + above)

@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmdiag.figures import stats
 from vlmdiag.figures.stats import proportion_interval
 from vlmdiag.swap.relations import CATEGORIES, GROUP_OF, GROUPS, SPLITS
-from vlmdiag.swap.resampling import (
-    RESAMPLES,
-    draws,
-    image_codes,
-    limits,
-    mean_limits,
-    sums_by_image,
-)
+from vlmdiag.swap.resampling import RESAMPLES, image_codes, mean_limits
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -32,13 +26,13 @@ if TYPE_CHECKING:
 def accuracy(
     correct: Flags, codes: Codes | None = None, num_resamples: int = RESAMPLES, seed: int = 0
 ) -> Record:
-    """{n, value, low, high (Wilson, n questions), image_low, image_high (whole images drawn),
+    """{n, value, low, high (exact, n questions), image_low, image_high (whole images drawn),
     too_few}; NaN for n = 0."""
     correct = np.asarray(correct, dtype=bool)
     codes = np.arange(len(correct)) if codes is None else codes
     interval = proportion_interval(int(correct.sum()), len(correct))
     value, low, high, n = (float(number) for number in interval)
-    image_low, image_high = mean_limits(correct, codes, num_resamples, seed)
+    image_low, image_high = mean_limits(correct, codes, num_resamples, seed, stats.SHARES)
     return {
         "n": int(n),
         "value": value,
@@ -107,39 +101,39 @@ def prediction_stats(
     parts["overall"] = np.ones(len(groups), bool)
     for name in SPLITS:
         parts[f"distance_{name}"] = (groups == "distance") & (split == name)
-    stats: Record = {}
+    found: Record = {}
     for part, mine in parts.items():
         for field, value in _accuracies(correct, codes, mine).items():
-            stats[f"{part}_{field}"] = value
+            found[f"{part}_{field}"] = value
     consistent = parts["distance_consistent"]
     counter = parts["distance_counter"]
     for order, flags in correct.items():
-        stats[f"gap_{order}"] = _gap(flags, consistent, counter, codes, num_resamples, seed)
-    return stats
+        found[f"gap_{order}"] = _gap(flags, consistent, counter, codes, num_resamples, seed)
+    return found
 
 
 def _gap(
     values: Flags, first: Flags, second: Flags, codes: Codes, num_resamples: int, seed: int
 ) -> Record:
-    """Mean of values where first minus that where second, with its interval over the images of
-    both."""
+    """Mean of values where first minus that where second, with the limits that the two means'
+    intervals over images give (stats.difference_limits); too_few with fewer than FEW images on a
+    side."""
+    sides = (first, second)
     gap = {
         "value": math.nan,
         "low": math.nan,
         "high": math.nan,
-        "n": [int(first.sum()), int(second.sum())],
-        "too_few": not (first.any() and second.any()),
+        "n": [int(side.sum()) for side in sides],
+        "too_few": min(len(np.unique(codes[side])) for side in sides) < stats.FEW,
     }
-    if gap["too_few"]:
+    if not (first.any() and second.any()):
         return gap
-    gap["value"] = float(values[first].mean() - values[second].mean())
-    either = first | second
-    columns = np.stack([values & first, first, values & second, second], axis=1)
-    _, sums, _ = sums_by_image(columns[either].astype(np.float64), codes[either])
-    if len(sums) > 1:
-        drawn = draws(len(sums), num_resamples, seed) @ sums
-        right = drawn[:, ::2]
-        asked = drawn[:, 1::2]
-        shares = np.divide(right, asked, out=np.full_like(asked, np.nan), where=asked > 0)
-        gap["low"], gap["high"] = limits(shares[:, 0] - shares[:, 1])
+    means = [float(values[side].mean()) for side in sides]
+    gap["value"] = means[0] - means[1]
+    if not gap["too_few"]:
+        ends = [
+            mean_limits(values[side], codes[side], num_resamples, seed, stats.SHARES)
+            for side in sides
+        ]
+        gap["low"], gap["high"] = stats.difference_limits(means, ends)
     return gap

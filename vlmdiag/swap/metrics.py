@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vlmdiag.figures.stats import DIFFERENCES, FEW
 from vlmdiag.swap.relations import CATEGORIES, GROUPS, SIGNS
 from vlmdiag.swap.resampling import (
     RESAMPLES,
@@ -125,7 +126,7 @@ def pairwise_cosine(
     units: Rows, codes: Codes | None = None, num_resamples: int = RESAMPLES, seed: int = 0
 ) -> Numbers:
     """Mean and population std of the cosines of all pairs of unit vectors, and the mean's interval
-    over images.
+    over images, NaN with fewer than FEW of them: resamples that share an image say nothing.
 
     mean = (|sum u|^2 - n) / (n (n-1)); second moment = (|U^T U|_F^2 - n) / (n (n-1)):
     docs/studies/swap_analysis.md, section 2.
@@ -150,7 +151,7 @@ def pairwise_cosine(
     variance = (energy(units) - n) / pairs - mean**2
     numbers["mean"] = float(mean)
     numbers["std"] = math.sqrt(max(variance, 0.0))
-    if len(images) > 1 and num_resamples:
+    if len(images) >= FEW and num_resamples:
         weights = draws(len(images), num_resamples, seed)
         squares = weights**2
         within = np.square(sums).sum(1)
@@ -488,7 +489,7 @@ def _alignment(
     numbers["per_sample_mean"] = mean
     numbers["per_sample_std"] = float(cosines.std())
     numbers["mean_delta_alignment"] = cosine(vertical.mean(0), distance.mean(0))
-    numbers["low"], numbers["high"] = mean_limits(cosines, codes, num_resamples, seed)
+    numbers["low"], numbers["high"] = mean_limits(cosines, codes, num_resamples, seed, DIFFERENCES)
 
     # distance deltas dealt out again: mean(u_v) . mean(u_d),
     # |centred U_v U_d^T|_F / (n sqrt(n-1))

@@ -73,10 +73,15 @@ def mean_limits(
     codes: Int[np.ndarray, " n"],
     num_resamples: int = RESAMPLES,
     seed: int = 0,
+    bounds: tuple[float, float] | None = None,
 ) -> tuple[float, float]:
-    """(low, high) of the mean of values over rows; NaN with fewer than two images."""
+    """(low, high) of the mean of values over rows, by stats.grouped_mean_interval(); NaN with fewer
+    than two images, or no resamples."""
     _, sums, counts = sums_by_image(np.asarray(values, dtype=np.float64), codes)
-    if len(sums) < 2:
+    if len(sums) < 2 or not num_resamples:
         return math.nan, math.nan
-    weights = draws(len(sums), num_resamples, seed)
-    return limits((weights @ sums) / (weights @ counts))
+    columns = sums[:, None], counts[:, None]
+    found = stats.grouped_mean_interval(
+        *columns, num_resamples=num_resamples, seed=seed, bounds=bounds
+    )
+    return float(found.low[0]), float(found.high[0])
