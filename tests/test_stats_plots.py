@@ -373,3 +373,18 @@ def test_the_interval_over_images_with_unequal_rows_holds_the_truth():
         found = stats.grouped_mean_interval(sums[:, None], counts[:, None], seed=seed)
         held.append(found.low[0] < 0 < found.high[0])
     assert 0.9 < np.mean(held) < 0.99
+
+
+def test_holm_is_that_of_scipy_step_by_step_and_leaves_out_what_was_not_measured():
+    assert stats.holm([0.01, 0.04, 0.03, np.nan]) == pytest.approx(
+        [0.03, 0.06, 0.06, np.nan], nan_ok=True
+    )
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+def test_a_p_at_its_floor_is_said_to_be_at_most_that():
+    null = np.arange(-50.0, 50)
+    p = stats.permutation_p(1e3, null)
+    assert p == 1 / 101 and stats.p_text(p, 100) == "<= 0.0099"
+    assert stats.p_text(stats.permutation_p(45, null), 100) == "0.11"

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, in_process
 from vlmdiag.figures import plots
+from vlmdiag.figures.stats import permutation_p
 from vlmdiag.runs import rundirs
 from vlmdiag.volcano.maps import top_l_mean
 from vlmdiag.volcano.stage_statistics import (
@@ -20,7 +21,6 @@ from vlmdiag.volcano.stage_statistics import (
     by_image,
     checked,
     compare,
-    p_value,
     profile,
     ratio,
     ratio_interval,
@@ -200,7 +200,10 @@ def test_p_values_are_uniform_where_nothing_differs():
             initial, other, initial.sum(1), other.sum(1), 60, np.random.default_rng(seed)
         )
         values.append(
-            [p_value(*pair) for pair in zip(observed[1] - observed[0], (null[:, 1] - null[:, 0]).T)]
+            [
+                permutation_p(*pair)
+                for pair in zip(observed[1] - observed[0], (null[:, 1] - null[:, 0]).T)
+            ]
         )
     for level in (0.1, 0.3, 0.5):
         assert (
@@ -211,8 +214,11 @@ def test_p_values_are_uniform_where_nothing_differs():
 
 def test_p_value_counts_the_observed_and_both_sides():
     null = np.array([-1.0, 0.0, 1.0])
-    assert p_value(5.0, null) == p_value(-5.0, null) == 1 / 4
-    assert p_value(1.0, null) == p_value(-1.0, null) == 3 / 4 and p_value(0.0, null) == 1
+    assert permutation_p(5.0, null) == permutation_p(-5.0, null) == 1 / 4
+    assert (
+        permutation_p(1.0, null) == permutation_p(-1.0, null) == 3 / 4
+        and permutation_p(0.0, null) == 1
+    )
 
 
 def test_the_ratio_is_of_means_and_its_interval_draws_whole_images():

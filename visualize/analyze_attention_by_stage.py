@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{run.path}: none of the {len(records)} instances has a token both in its initial"
             " answer and in a feedback or revision"
         )
+    stages.correct(summaries)
     stages.show(summaries)
     names = ("filter", "pool_method", "num_permutations", "seed")
     settings = run.meta["settings"] | {name: getattr(args, name) for name in names}

@@ -302,6 +302,33 @@ def _paired_proportions(
     return low, high
 
 
+def permutation_p(observed: float, null: Float[np.ndarray, " B"]) -> float:
+    """Two-sided p: share of B drawn permutations at least as far from their mean as the observed
+    value, itself counted as one, so never below 1 / (B + 1)."""
+    distance = np.abs(null - null.mean())
+    rounding = 1e-12 * np.abs(null).max(initial=0.0)
+    as_far = np.count_nonzero(distance >= abs(observed - null.mean()) - rounding)
+    return float((1 + as_far) / (1 + len(null)))
+
+
+def p_text(p: float, permutations: int) -> str:
+    """'0.012', or '<= 0.005' where no permutation was as far."""
+    floor = 1 / (permutations + 1)
+    return f"<= {floor:.2g}" if p <= floor * (1 + 1e-9) else f"{p:.2g}"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of a family of comparisons that are read together, corrected for their number (Holm
+    1979); NaN stays NaN and is no member."""
+    ps = np.asarray(p_values, dtype=np.float64)
+    corrected = np.full(len(ps), np.nan)
+    known = np.flatnonzero(~np.isnan(ps))
+    order = known[np.argsort(ps[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(ps[order] * factors), 1.0)
+    return [float(p) for p in corrected]
+
+
 def proportion_interval(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> Interval:
     """A proportion with its exact interval, which covers at least as often as it says; successes, n
     counts of any equal shape, successes may be fractions (means of several draws). n = 0 gives NaN.

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vlmdiag.figures.stats import DIFFERENCES, FEW
+from vlmdiag.figures.stats import DIFFERENCES, FEW, permutation_p
 from vlmdiag.swap.relations import CATEGORIES, GROUPS, SIGNS
 from vlmdiag.swap.resampling import (
     RESAMPLES,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 # {field: number} of one layer, {field: (L,)} of all
 Numbers = Record
+PERMUTATIONS = 9999
 ROWS = 256  # of a product of two sets of vectors that are held at once
 
 
@@ -461,9 +463,17 @@ def _with_limits(
 # --- alignment of the two deltas of one scene -----------------------------------------------------
 
 
-def two_sided(z: float) -> float:
-    """Two-sided p of a standard normal z; NaN for NaN."""
-    return math.erfc(abs(z) / math.sqrt(2))
+@lru_cache(maxsize=4)
+def _orders(n: int, seed: int) -> Int[np.ndarray, "B n"]:
+    """PERMUTATIONS orders of n quads, the same for every layer."""
+    rng = np.random.default_rng([seed, n])
+    return rng.permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1)
+
+
+@lru_cache(maxsize=4)
+def _tosses(images: int, seed: int) -> Float[np.ndarray, "B K"]:
+    """PERMUTATIONS tosses of a sign for each image."""
+    return np.random.default_rng([seed, images, 1]).choice([-1.0, 1.0], (PERMUTATIONS, images))
 
 
 def _alignment(
@@ -500,13 +510,16 @@ def _alignment(
     numbers["permutation_mean"] = expected
     numbers["permutation_std"] = spread
     if spread > 1e-12:
-        numbers["p_value"] = two_sided((mean - expected) / spread)
+        dealt = (u_v @ u_d.T)[np.arange(n), _orders(n, seed)].mean(1)
+        numbers["p_value"] = permutation_p(mean, dealt)
 
     # the relative sign of the axes tossed for each image: mean 0
-    spread = math.sqrt(np.square(sums_by_image(cosines, codes).sums).sum()) / n
+    of_images = sums_by_image(cosines, codes).sums / n
+    spread = math.sqrt(np.square(of_images).sum())
     numbers["sign_flip_std"] = spread
     if spread > 1e-12:
-        numbers["sign_flip_p_value"] = two_sided(mean / spread)
+        tossed = _tosses(len(of_images), seed) @ of_images
+        numbers["sign_flip_p_value"] = permutation_p(mean, tossed)
     return numbers
 
 
@@ -525,10 +538,10 @@ def cross_alignment(
     per_sample_mean, per_sample_std over n_samples quads, low and high over images;
     mean_delta_alignment = cosine of the two mean deltas. Distance deltas dealt out again to other
     quads: permutation_mean = mean(u_v) . mean(u_d), permutation_std = |centred U_v U_d^T|_F / (q
-    sqrt(q-1)), both exact, p_value two-sided by the normal law. That asks whether a scene's own
-    pairing matters, not whether the axes are entangled: perfectly entangled ones equal their
-    permutations. What asks it is sign_flip_p_value: the relative sign of the two axes is tossed for
-    each image. docs/studies/swap_analysis.md, sections 2 and 5.2.5.
+    sqrt(q-1)), both exact; p_value two-sided from PERMUTATIONS of them, so not below 1e-4. That
+    asks whether a scene's own pairing matters, not whether the axes are entangled: perfectly
+    entangled ones equal their permutations. What asks it is sign_flip_p_value: the relative sign of
+    the two axes is tossed for each image. docs/studies/swap_analysis.md, sections 2 and 5.2.5.
     """
     signs = np.asarray(signs, dtype=np.float64)
     if (

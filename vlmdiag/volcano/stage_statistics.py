@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmdiag.figures import stats
-from vlmdiag.figures.stats import Interval, paired_difference
+from vlmdiag.figures.stats import Interval, paired_difference, permutation_p
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -171,20 +171,6 @@ def ratio_interval(
     return stats.interval_of(value, float(low), float(high), n)
 
 
-def p_value(observed: float, null: Float[np.ndarray, " B"]) -> float:
-    """Two-sided: share of permutations at least as far from the null's mean as the observed value,
-    itself counted as one.
-
-    Holds for biased statistics too: null and observed share the lengths. Tokens are taken as
-    exchangeable; those of one text resemble each other, so a small p says that the two texts
-    differ, and the interval over images whether the difference is systematic.
-    """
-    distance = np.abs(null - null.mean())
-    rounding = 1e-12 * np.abs(null).max()
-    as_far = np.count_nonzero(distance >= abs(observed - null.mean()) - rounding)
-    return float((1 + as_far) / (1 + len(null)))
-
-
 def _spread(values: Float[np.ndarray, " B"]) -> Record:
     """Mean and central 95 %."""
     low, high = np.quantile(values, [0.025, 0.975])
@@ -194,7 +180,8 @@ def _spread(values: Float[np.ndarray, " B"]) -> Record:
 def statistics_over_images(
     observed: Float[np.ndarray, "n 2 4"], null: Float[np.ndarray, "n B 2 4"], images: Sequence[str]
 ) -> dict[str, Record]:
-    """{statistic: {initial, other, ratio, difference, null_ratio, null_difference, p}} over n
+    """{statistic: {initial, other, ratio, difference, null_ratio, null_difference, p,
+    permutations}} over n
     instances, each image counting once: means over images, Intervals as dicts, mean and central 95
     % of the null. observed, null: of compare(); images: n ids.
     """
@@ -212,6 +199,7 @@ def statistics_over_images(
             "difference": paired_difference(other, initial)._asdict(),
             "null_ratio": _spread(ratio(null_other, null_initial)),
             "null_difference": _spread(null_difference),
-            "p": p_value((other - initial).mean(), null_difference),
+            "p": permutation_p((other - initial).mean(), null_difference),
+            "permutations": len(null_difference),
         }
     return statistics

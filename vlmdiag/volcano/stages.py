@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
+from vlmdiag.figures.stats import holm, p_text
 from vlmdiag.types import Record
 from vlmdiag.volcano.maps import counted, top_l_mean
 from vlmdiag.volcano.stage_statistics import (
@@ -213,11 +214,20 @@ def summarise(comparison: Comparison, records: Mapping[str, Record], stage: str)
     }
 
 
+def correct(summaries: Mapping[str, Record]) -> None:
+    """Give every statistic of all comparisons its p_holm: they are read together."""
+    of_all = [
+        numbers for summary in summaries.values() for numbers in summary["statistics"].values()
+    ]
+    for numbers, p in zip(of_all, holm([numbers["p"] for numbers in of_all]), strict=True):
+        numbers["p_holm"] = p
+
+
 # --- what comes out -------------------------------------------------------------------------------
 
 
 def show(summaries: Mapping[str, Record]) -> None:
-    """Print one table for each comparison."""
+    """Print one table for each comparison. p is corrected for all of them (Holm)."""
     for stage, summary in summaries.items():
         initial, other = (f"{summary['mean_tokens'][name]:.1f}" for name in ("initial", stage))
         print(
@@ -226,7 +236,7 @@ def show(summaries: Mapping[str, Record]) -> None:
         )
         print(
             f"{'statistic':14s}{'initial':>10s}{stage:>10s} "
-            f" {'ratio [95 %]':22s}{'if tokens are exchanged':25s}{'p':>6s}"
+            f" {'ratio [95 %]':22s}{'if tokens are exchanged':25s}{'p':>9s}{'p (Holm)':>10s}"
         )
         for name, numbers in summary["statistics"].items():
             ratio, null = (
@@ -235,7 +245,8 @@ def show(summaries: Mapping[str, Record]) -> None:
             )
             print(
                 f"{name:14s}{numbers['initial']:10.5f}{numbers['other']:10.5f} "
-                f" {ratio:22s}{null:25s}{numbers['p']:6.3f}"
+                f" {ratio:22s}{null:25s}{p_text(numbers['p'], numbers['permutations']):>9s}"
+                f"{numbers['p_holm']:10.2g}"
             )
 
 
@@ -259,6 +270,7 @@ def table_of(summaries: Mapping[str, Record]) -> dict[str, list[object]]:
                 row[f"{measure_name}_low"] = interval["low"]
                 row[f"{measure_name}_high"] = interval["high"]
             row["p"] = numbers["p"]
+            row["p_holm"] = numbers["p_holm"]
             for column, value in row.items():
                 columns.setdefault(column, []).append(value)
     return columns
