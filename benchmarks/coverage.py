@@ -34,6 +34,7 @@ class Case(NamedTuple):
     draw: Draw  # (generator, shape) -> values
     truth: float  # its mean
     bounds: tuple[float, float] | None
+    discrete: bool = False
 
 
 def cosines(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -58,7 +59,9 @@ def cases() -> dict[str, Case]:
         "shares near 1, beta(0.5, 0.1)": Case(
             lambda rng, shape: rng.beta(0.5, 0.1, shape), 0.5 / 0.6, (0, 1)
         ),
-        "0 or 1, p = 0.95": Case(lambda rng, shape: (rng.random(shape) < 0.95) * 1.0, 0.95, (0, 1)),
+        "0 or 1, p = 0.95": Case(
+            lambda rng, shape: (rng.random(shape) < 0.95) * 1.0, 0.95, (0, 1), True
+        ),
     }
 
 
@@ -67,7 +70,9 @@ def coverage(case: Case, n: int, samples: int, seed: int) -> float:
     values = case.draw(np.random.default_rng([seed, n]), (n, samples))
     held = []
     for index, part in enumerate(np.array_split(np.arange(samples), max(1, samples // 10))):
-        found = stats.mean_interval(values[:, part], seed=index, bounds=case.bounds)
+        found = stats.mean_interval(
+            values[:, part], seed=index, bounds=case.bounds, discrete=case.discrete
+        )
         held.append((found.low <= case.truth) & (case.truth <= found.high))
     return float(np.concatenate(held).mean())
 

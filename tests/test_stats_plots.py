@@ -111,17 +111,17 @@ def test_bounded_quantities_stay_in_their_bounds_and_equal_ones_are_not_certain(
     found = stats.mean_interval(shares, bounds=(0, 1))
     assert (found.low >= 0).all() and (found.high <= 1).all()
     assert (stats.mean_interval(shares).high > 1).any()
-    same = stats.mean_interval(np.tile([1.0, 0.0, 0.5], (20, 1)), bounds=(0, 1))
+    same = stats.mean_interval(np.tile([1.0, 0.0, 0.5], (20, 1)), bounds=(0, 1), discrete=True)
     exact = stats.proportion_interval([20, 0], [20, 20])
     np.testing.assert_allclose([same.low[0], same.high[1]], [exact.low[0], exact.high[1]])
     assert same.high[0] == 1 and same.low[1] == 0 and same.low[2] < 0.5 < same.high[2]
-    # without bounds nothing can be said of other images
-    assert stats.mean_interval(np.full(20, 0.5))[:3] == (0.5, 0.5, 0.5)
+    # a share that is 0 because the prompt has no such token is 0
+    assert stats.mean_interval(np.zeros(20), bounds=(0, 1))[:3] == (0, 0, 0)
 
 
 def test_means_of_0_and_1_between_these_bounds_are_proportions():
     values = np.array([1.0] * 9 + [0.0] + [np.nan] * 3)
-    found = stats.mean_interval(values, bounds=(0, 1))
+    found = stats.mean_interval(values, bounds=(0, 1), discrete=True)
     assert found == pytest.approx(stats.proportion_interval(9, 10))
 
 

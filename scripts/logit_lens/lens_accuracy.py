@@ -59,11 +59,11 @@ def analyse(run: Run, seed: int) -> None:
 
     shares = name_shares(run, seed)
     curves = {
-        name: stats.mean_interval(of_pictures, bounds=stats.SHARES)
+        name: stats.mean_interval(of_pictures, bounds=stats.SHARES, discrete=True)
         for name, of_pictures in shares.items()
     }
     chosen = {
-        name: (stats.mean_interval(choice.shares, bounds=stats.SHARES), choice.layer)
+        name: (stats.mean_interval(choice.shares, bounds=stats.SHARES, discrete=True), choice.layer)
         for name, choice in best_layers(shares["own"], seed).items()
     }
     objects, states = shares["own"].shape

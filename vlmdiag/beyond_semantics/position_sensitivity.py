@@ -99,8 +99,8 @@ def summarise(records: Sequence[Record]) -> Record:
     return {
         "questions": len(records),
         "images": len(original),
-        "accuracy": stats.mean_interval(original, bounds=stats.SHARES),
-        "accuracy_permuted": stats.mean_interval(permuted, bounds=stats.SHARES),
+        "accuracy": stats.mean_interval(original, bounds=stats.SHARES, discrete=True),
+        "accuracy_permuted": stats.mean_interval(permuted, bounds=stats.SHARES, discrete=True),
         "psi": psi_interval(original, permuted),
         "accuracy_by_permutation": [per_image(column).mean() for column in correct_permuted.T],
         "share_without_a_known_answer": {

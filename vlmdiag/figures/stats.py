@@ -121,6 +121,7 @@ def mean_interval(
     num_resamples: int = RESAMPLES,
     seed: int = 0,
     bounds: tuple[float, float] | None = None,
+    discrete: bool = False,
 ) -> Interval:
     """Mean over axis 0 (images) with its interval. values (n, ...) float -> Interval of shape
     (...).
@@ -128,10 +129,10 @@ def mean_interval(
     Whole images are resampled, the same draw for every cell. A NaN cell counts as not measured in
     that image: it is left out of the sum and of n. One measured image gives a mean with a NaN
     interval, none gives NaN throughout; an infinite value gives an infinite mean and a NaN
-    interval. bounds: the least and the greatest value that an image can have; limits stay within,
-    and images that all have one value, which say nothing of the others, have an interval that
-    allows for these. Between 0 and 1, cells of nothing else are proportions, see
-    proportion_interval().
+    interval. bounds: the least and the greatest value that an image can have; limits stay within.
+    discrete: of few possible values, such as right and wrong; images that are all alike are then
+    no proof that others are, and the interval allows for these. Between 0 and 1, cells of nothing
+    else are proportions, see proportion_interval().
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim == 0:
@@ -143,8 +144,8 @@ def mean_interval(
     cells = numbers.reshape(images, int(np.prod(shape)))
     measured = ~np.isnan(cells)
     sums = np.where(measured, cells, 0.0)
-    found = grouped_mean_interval(sums, measured, level, num_resamples, seed, bounds)
-    if bounds == SHARES:
+    found = grouped_mean_interval(sums, measured, level, num_resamples, seed, bounds, discrete)
+    if discrete and bounds == SHARES:
         counts = found.n
         is_proportion = ((cells == 0) | (cells == 1) | ~measured).all(axis=0) & (counts > 1)
         exact = proportion_interval(sums.sum(axis=0), counts, level)
@@ -161,6 +162,7 @@ def grouped_mean_interval(
     num_resamples: int = RESAMPLES,
     seed: int = 0,
     bounds: tuple[float, float] | None = None,
+    discrete: bool = False,
 ) -> Interval:
     """Mean over all rows of n images, of which each has `counts` rows that add up to `sums`, for C
     quantities; the interval is over images, see mean_interval(). n of the interval: images with a
@@ -175,7 +177,9 @@ def grouped_mean_interval(
     for start in range(0, len(usable), CELLS):
         block = usable[start : start + CELLS]
         chosen = (sums[:, block], counts[:, block])
-        low[block], high[block] = _mean_limits(*chosen, bounds, level, num_resamples, seed)
+        low[block], high[block] = _mean_limits(
+            *chosen, bounds, discrete, level, num_resamples, seed
+        )
     return Interval(mean, low, high, images)
 
 
@@ -183,6 +187,7 @@ def _mean_limits(
     sums: Float[np.ndarray, "n C"],
     counts: Float[np.ndarray, "n C"],
     bounds: tuple[float, float] | None,
+    discrete: bool,
     level: float,
     num_resamples: int,
     seed: int,
@@ -204,11 +209,12 @@ def _mean_limits(
         # a limit without an end, from resamples of equal values: as far as the bounds, or Student's
         low[many] = np.where(np.isfinite(below), below, low[many] if bounds is None else -np.inf)
         high[many] = np.where(np.isfinite(above), above, high[many] if bounds is None else np.inf)
-    if bounds is not None:
+    if bounds is not None and discrete:
         # n equal images: others have a share of at most 1 - q, or n equal ones were unlikely
         others = 1 - ((1 - level) / 2) ** (1 / images)
         low = np.where(is_same, mean - others * (mean - bounds[0]), low)
         high = np.where(is_same, mean + others * (bounds[1] - mean), high)
+    if bounds is not None:
         low, high = np.maximum(low, bounds[0]), np.minimum(high, bounds[1])
     # a mean that is rounded past its bound is no reason for limits that leave it out
     return np.minimum(low, mean), np.maximum(high, mean)
@@ -249,6 +255,7 @@ def paired_difference(
     num_resamples: int = RESAMPLES,
     seed: int = 0,
     bounds: tuple[float, float] | None = None,
+    discrete: bool = False,
 ) -> Interval:
     """Mean over images of a - b with its interval, a and b (n, ...) measured on the same images in
     the same order. An image that lacks either is left out. bounds: of a difference, such as -1 and
@@ -257,7 +264,7 @@ def paired_difference(
     second = np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired values need equal shapes, got {first.shape} and {second.shape}")
-    found = mean_interval(first - second, level, num_resamples, seed, bounds)
+    found = mean_interval(first - second, level, num_resamples, seed, bounds, discrete)
     known = ~np.isnan(first - second)
     are_proportions = (((first * (first - 1) == 0) & (second * (second - 1) == 0)) | ~known).all(0)
     are_proportions &= found.n > 1

@@ -137,7 +137,9 @@ def summarise(records: Sequence[Record], setting: str) -> Effects:
         minus_random = change = None
         if control in by_condition:
             of_control = destroyed(by_condition[control])
-            minus_random = stats.paired_difference(lost, of_control, bounds=stats.DIFFERENCES)
+            minus_random = stats.paired_difference(
+                lost, of_control, bounds=stats.DIFFERENCES, discrete=True
+            )
         if logprob:
             change = stats.mean_interval(per_picture(records, setting, conditions, gain))
         effects[name] = Effect(

@@ -32,7 +32,9 @@ def accuracy(
     codes = np.arange(len(correct)) if codes is None else codes
     interval = proportion_interval(int(correct.sum()), len(correct))
     value, low, high, n = (float(number) for number in interval)
-    image_low, image_high = mean_limits(correct, codes, num_resamples, seed, stats.SHARES)
+    image_low, image_high = mean_limits(
+        correct, codes, num_resamples, seed, stats.SHARES, discrete=True
+    )
     return {
         "n": int(n),
         "value": value,
@@ -132,7 +134,7 @@ def _gap(
     gap["value"] = means[0] - means[1]
     if not gap["too_few"]:
         ends = [
-            mean_limits(values[side], codes[side], num_resamples, seed, stats.SHARES)
+            mean_limits(values[side], codes[side], num_resamples, seed, stats.SHARES, discrete=True)
             for side in sides
         ]
         gap["low"], gap["high"] = stats.difference_limits(means, ends)

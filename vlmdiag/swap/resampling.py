@@ -74,6 +74,7 @@ def mean_limits(
     num_resamples: int = RESAMPLES,
     seed: int = 0,
     bounds: tuple[float, float] | None = None,
+    discrete: bool = False,
 ) -> tuple[float, float]:
     """(low, high) of the mean of values over rows, by stats.grouped_mean_interval(); NaN with fewer
     than two images, or no resamples."""
@@ -82,6 +83,6 @@ def mean_limits(
         return math.nan, math.nan
     columns = sums[:, None], counts[:, None]
     found = stats.grouped_mean_interval(
-        *columns, num_resamples=num_resamples, seed=seed, bounds=bounds
+        *columns, num_resamples=num_resamples, seed=seed, bounds=bounds, discrete=discrete
     )
     return float(found.low[0]), float(found.high[0])
