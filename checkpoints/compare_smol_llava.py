@@ -121,7 +121,7 @@ def steps(system: str, args: argparse.Namespace) -> Iterator[Step]:
             command += ["--output_dir", str(out / "volcano"), "--log", ""]
             yield Step([*command, "--out_root", str(runs), "--visualize_avg_attention_all"], {})
             analyse = [sys.executable, str(ROOT / "visualize/analyze_attention_by_stage.py")]
-            yield Step([*analyse, "--run_dir", str(runs / "volcano" / name)], {})
+            yield Step([*analyse, "--run_dir", str(runs / "volcano" / name), "--filter", "all"], {})
 
 
 def build(args: argparse.Namespace) -> None:
