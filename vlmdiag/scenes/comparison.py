@@ -166,7 +166,8 @@ def group_shares(run: Run) -> dict[str, Interval]:
 
 def balance(run: Run) -> Interval:
     """CMB at each layer, mean over heads."""
-    return stats.mean_interval(np.nanmean(of_coco(run, "head_vision_share"), -1))
+    of_layers = np.nanmean(of_coco(run, "head_vision_share"), -1)
+    return stats.mean_interval(of_layers, bounds=stats.SHARES)
 
 
 def attention_cells(study: Study) -> Measured:
@@ -184,8 +185,8 @@ def attention_cells(study: Study) -> Measured:
             shares = group_shares(run)
             middle = len(shares["bos"].mean) // 2
             for group in ("bos", "system"):
-                of_group = cell(at(shares[group], middle))
-                cells[f"attention to {group} in layer {middle} (the middle one)"] = of_group
+                of_group = f"{cell(at(shares[group], middle))}, layer {middle}"
+                cells[f"attention to {group} in the middle layer"] = of_group
             cells["CMB if attention were even"] = f"{chance:.2f}"
             less = Claim(stats.mean_interval(chance - values), 0.0)
             claims["the picture gets less attention than its tokens' number (chance - CMB)"] = less
@@ -208,7 +209,7 @@ def draw_attention(studies: Sequence[Study]) -> Figure:
         plots.layer_ticks(ax)
     first = np.atleast_1d(axes)[0]
     first.set_ylabel("attention of the answer's rows")
-    plots.legends([first], below=True)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 
@@ -258,7 +259,8 @@ def hidden_norm_cells(study: Study) -> Measured:
     for group in ("bos", "user"):
         ratio = norms[group] / norms["vision"]
         name = "first token / vision" if group == "bos" else "question / vision"
-        cells[f"{name}, after layer {middle - 1}"] = cell(stats.mean_interval(ratio[:, middle]), 2)
+        of_group = cell(stats.mean_interval(ratio[:, middle]))
+        cells[f"{name}, in the middle"] = f"{of_group}, after layer {middle - 1}"
     peak = norms["bos"] / norms["vision"]
     where = int(peak.mean(0).argmax())
     largest = cell(stats.mean_interval(peak[:, where]), 1)
@@ -283,13 +285,17 @@ def lens_cells(study: Study) -> Measured:
     late = own.shape[1] * 2 // 3
     layer = late + int(own[:, late:].mean(0).argmax())
     difference = own[:, late:].mean(1) - shuffled[:, late:].mean(1)
+
+    def of(values: Float[np.ndarray, " n"]) -> str:
+        return cell(stats.mean_interval(values, bounds=stats.SHARES, discrete=True))
+
     cells = {
-        "at the input (hidden state 0)": cell(stats.mean_interval(own[:, 0])),
-        "middle hidden state": cell(stats.mean_interval(own[:, own.shape[1] // 2])),
-        "best of the last third": f"{cell(stats.mean_interval(own[:, layer]))}, state {layer}",
-        "last hidden state": cell(stats.mean_interval(own[:, -1])),
-        "last hidden state, names of another picture": cell(stats.mean_interval(shuffled[:, -1])),
-        "best layer, cross-fitted": f"{cell(stats.mean_interval(best.shares))}, {best.layer:.3g}",
+        "at the input (hidden state 0)": of(own[:, 0]),
+        "middle hidden state": of(own[:, own.shape[1] // 2]),
+        "best of the last third": f"{of(own[:, layer])}, state {layer}",
+        "last hidden state": of(own[:, -1]),
+        "last hidden state, names of another picture": of(shuffled[:, -1]),
+        "best layer, cross-fitted": f"{of(best.shares)}, {best.layer:.3g}",
     }
     claim = "late layers decode an object's patches to its name (last third, minus shuffled names)"
     return cells, {claim: Claim(stats.mean_interval(difference), 0.0)}
@@ -300,7 +306,7 @@ def draw_lens(studies: Sequence[Study]) -> Figure:
     figure, ax = plt.subplots(figsize=(6.4, 3.6))
     for study, color in zip(studies, plots.CYCLE, strict=False):
         shares = name_shares(lens_run(study), seed=0)
-        own = stats.mean_interval(shares["own"])
+        own = stats.mean_interval(shares["own"], bounds=stats.SHARES, discrete=True)
         depth = np.linspace(0, 1, len(own.mean))
         plots.line_with_band(ax, depth, own, study.name, color)
         ax.plot(depth, stats.measured_mean(shares["shuffled"]), color=color, linestyle=":")
