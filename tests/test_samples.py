@@ -33,7 +33,7 @@ def coco(folder, images, files=("a.jpg",)):
 
 
 def test_coco_pictures_come_in_file_order_each_once(tmp_path):
-    listed = [(6818, "a.jpg"), (139, "b.jpg"), (6818, "c.jpg"), ("x1", "d.jpg")]
+    listed = [(6818, "a.jpg"), (139, "b.jpg"), (6818, "a.jpg"), ("x1", "d.jpg")]
     images = [{"id": id, "file_name": name, "width": 4, "height": 3} for id, name in listed]
     folder, file = coco(tmp_path, images)
     found = read_coco(folder, file, question="What is this?")
@@ -137,8 +137,8 @@ def test_a_list_entry_without_a_field_is_named(tmp_path):
         )
     with pytest.raises(UsageError, match="entry 0 has no image_id or image"):
         read_questions(put(tmp_path / "q.json", [{"question": "a"}]))
-    with pytest.raises(UsageError, match="entry 0 has no image_src"):
-        read_mmhal(put(tmp_path / "m.json", [{"image_id": 1, "question": "a"}]))
+    with pytest.raises(UsageError, match="entry 0 has no .*image_src"):
+        read_mmhal(put(tmp_path / "m.json", [{"question": "a"}]))
 
 
 # ---- pictures ----

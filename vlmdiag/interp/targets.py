@@ -16,7 +16,8 @@ from vlmdiag import CHECKOUT, cli
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import find_target, object_mask, object_tokens
 from vlmdiag.pictures import samples
-from vlmdiag.pictures.samples import Sample, load_image
+from vlmdiag.pictures.categories import spoken_names
+from vlmdiag.pictures.samples import Sample, image_key, load_image, turn_of
 from vlmdiag.runs import rundirs
 from vlmdiag.types import Record
 
@@ -60,6 +61,11 @@ class Item:
     def id(self) -> str:
         """The sample's."""
         return self.sample.id
+
+    @property
+    def also_called(self) -> Sequence[str]:
+        """Other names that the annotation file has for the category."""
+        return tuple(self.annotation.get("also_called", ()))
 
     @property
     def image(self) -> Path:
@@ -186,10 +192,10 @@ def read_curated_targets(args: argparse.Namespace) -> list[Item]:
 
 def _curated(args: argparse.Namespace, asked: dict[str, list[Record]]) -> Iterator[Item]:
     listed = samples.read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
-    by_id = {str(sample.extra["image_id"]): sample for sample in listed}
+    by_key = {image_key(sample.extra["image_id"]): sample for sample in listed}
     annotations = samples.read_instances(instances_file(args))
     for image_id, questions in asked.items():
-        sample = by_id.get(image_id.lstrip("0") or "0", by_id.get(image_id))
+        sample = by_key.get(image_key(image_id))
         if sample is None:
             continue
         of_image = annotations.get(sample.extra["image_id"], [])
@@ -208,10 +214,11 @@ def _curated(args: argparse.Namespace, asked: dict[str, list[Record]]) -> Iterat
 
 def _only_one_of(annotations: Sequence[Record], category: str) -> Record | None:
     """The annotation of a category that occurs once, crowds not counted."""
+    said = spoken_names(str(category))[0]
     named = [
         annotation
         for annotation in annotations
-        if annotation["category"] == category and not annotation.get("iscrowd")
+        if annotation["category"] == said and not annotation.get("iscrowd")
     ]
     return named[0] if len(named) == 1 else None
 
@@ -219,7 +226,7 @@ def _only_one_of(annotations: Sequence[Record], category: str) -> Record | None:
 def load(item: Item) -> LoadedItem:
     """What process() needs of an item: the item, its picture, the object's pixels."""
     image = load_image(item.image)
-    return item, image, object_mask(item.annotation, image.size)
+    return item, image, object_mask(item.annotation, image.size, turn_of(image))
 
 
 def tokens_of(

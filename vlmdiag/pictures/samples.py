@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
+import math
 import os
+import re
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeGuard, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
 
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures.categories import spoken_names
 from vlmdiag.types import Fields, Record
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -38,7 +44,7 @@ _UNREADABLE = (
 )
 ORIENTATION = 0x0112  # the EXIF tag
 # EXIF orientation -> what brings the picture upright
-_TURN = {
+TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,6 +53,8 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_TURNED = "turned by EXIF orientation"  # in the info of a picture that was
 
 Entry = Record  # an object of a JSON list
 AT_HAND = Path()  # the image of a sample whose picture is given beside it
@@ -78,13 +86,27 @@ WithImage = TypeVar("WithImage", bound=HasImage)
 # --- lists ----------------------------------------------------------------------------------------
 
 
-def _read(path: str | Path) -> object:
+def read_json(path: str | Path) -> object:
+    """The content of a JSON file. UsageError where it cannot be read."""
+    return _parsed(path, _bytes(path))
+
+
+def _bytes(path: str | Path) -> bytes:
     try:
-        return json.loads(Path(path).read_bytes())
+        return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _parsed(path: str | Path, content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError as error:
         raise UsageError(f"{path} is not readable JSON ({error})") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is not readable JSON (nested too deeply)") from error
 
 
 def _entries(
@@ -112,6 +134,21 @@ def _text_id(image_id: object) -> str:
     return f"{image_id:012d}" if isinstance(image_id, int) else str(image_id)
 
 
+def image_key(image_id: object) -> str:
+    """What an image id says, however it is written: '6818' for 6818, 6818.0, '000000006818' and
+    COCO's own 'COCO_val2014_000000006818'."""
+    if isinstance(image_id, float) and image_id.is_integer():
+        image_id = int(image_id)
+    text = re.sub(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", "", str(image_id).strip())
+    return (text.lstrip("0") or "0") if text.isdecimal() else text
+
+
+def _checked_id(path: str | Path, what: str, id: object) -> int | float | str:
+    if isinstance(id, (int, float, str)):
+        return id
+    raise UsageError(f"{path}: {what} {id!r:.60} is a {type(id).__name__}, an id was wanted")
+
+
 def _without(entry: Entry, *names: str) -> Entry:
     return {name: value for name, value in entry.items() if name not in names}
 
@@ -136,67 +173,167 @@ def read_coco(
     extra: image_id, and width and height if given. max_images: only the first so many. UsageError:
     no such folder or file, not COCO, no picture there.
     """
-    content = _read(ann_file)
+    content = read_json(ann_file)
     if not isinstance(content, dict) or "images" not in content:
         raise UsageError(
             f"{ann_file} is not a COCO annotation file: an object with a list 'images' was wanted"
         )
-    entries = _entries(ann_file, content["images"], ["id", "file_name"], "image")
+    entries = _entries(ann_file, content["images"], ["id", ("file_name", "coco_url")], "image")
     folder = Path(image_dir)
     if not folder.is_dir():
         raise UsageError(f"{image_dir}: no such image folder")
     by_id: dict[str, Sample] = {}
     for entry in entries:
-        id = _text_id(entry["id"])
+        id = _text_id(_checked_id(ann_file, "the id of an image,", entry["id"]))
         extra = {"image_id": entry["id"]}
         extra |= {name: entry[name] for name in ("width", "height") if name in entry}
-        picture = folder / str(entry["file_name"])
-        by_id.setdefault(id, Sample(id, picture, question, extra=extra))
+        # LVIS names the address at which COCO has the picture
+        name = str(entry.get("file_name") or str(entry["coco_url"]).rsplit("/", 1)[-1])
+        sample = by_id.setdefault(id, Sample(id, folder / name, question, extra=extra))
+        if sample.image != folder / name:
+            raise UsageError(
+                f"{ann_file}: the id {entry['id']} is that of two pictures,"
+                f" {sample.image.name} and {Path(name).name}; data sets that are joined need ids of"
+                " their own"
+            )
     samples = _first(list(by_id.values()), ann_file, max_images)
-    if not any(sample.image.exists() for sample in samples):
+    if not any(os.path.exists(sample.image) for sample in samples):
         raise UsageError(
             f"{image_dir} has none of the {len(samples)} pictures that {ann_file} lists, such as"
-            f" {samples[0].image.name}"
+            f" {samples[0].image.name:.80}"
         )
     return samples
 
 
-def read_instances(path: str | Path) -> dict[int | str, list[Entry]]:
-    """{image id: [annotation, ...]} of a COCO instances json in file order, each annotation with
-    its category's name as 'category'.
+def read_categories(path: str | Path) -> list[str]:
+    """The names of a COCO instances json's categories in words, sorted, each once. UsageError as
+    read_instances."""
+    return sorted({names[0] for names in _categories(path, _instances(path)).values()})
 
-    UsageError: not COCO instances, an annotation without category, area or segmentation.
+
+def read_instances(path: str | Path) -> dict[int | str, list[Entry]]:
+    """{image id: [annotation, ...]} of a COCO instances json in file order, image ids as the list
+    of images has them.
+
+    Each annotation gets 'category', its category's name in words; 'also_called', a tuple of other
+    names of it; and 'listed_size', what the file says of its picture's [width, height], None where
+    it says nothing. Ids of text and numbers are matched, which is said in one line. UsageError: not
+    COCO instances, an annotation without category, area or segmentation, annotations of none of the
+    pictures, two categories with one id.
     """
-    content = _read(path)
+    content = _instances(path)
+    categories = _categories(path, content)
+    pictures = _Pictures(path, content["images"])
+    needed = ["image_id", "category_id", "area", "segmentation"]
+    by_image: dict[int | str, list[Entry]] = {}
+    for annotation in _entries(path, content["annotations"], needed, "annotation"):
+        id = annotation.get("id")
+        image_id = _checked_id(path, f"the image_id of annotation {id},", annotation["image_id"])
+        category_id = _checked_id(
+            path, f"the category_id of annotation {id},", annotation["category_id"]
+        )
+        if category_id not in categories:
+            raise UsageError(
+                f"{path}: annotation {id} is of category {category_id}, which the file does not"
+                " name"
+            )
+        area = annotation["area"]
+        if not isinstance(area, (int, float)) or not math.isfinite(area):
+            raise UsageError(f"{path}: annotation {id} has the area {area!r:.60}, not a number")
+        own = pictures.find(image_id)
+        category, *others = categories[category_id]
+        named = annotation | {"category": category, "also_called": tuple(others)}
+        named["listed_size"] = pictures.sizes.get(own)
+        by_image.setdefault(own, []).append(named)
+    pictures.report(by_image)
+    return by_image
+
+
+def _instances(path: str | Path) -> Record:
+    content = read_json(path)
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
         raise UsageError(
             f"{path} is not a COCO instances file: an object with the lists images, annotations and"
             " categories was wanted"
         )
-    categories = _entries(path, content["categories"], ["id", "name"], "category")
-    names = {category["id"]: category["name"] for category in categories}
-    needed = ["image_id", "category_id", "area", "segmentation"]
-    by_image: dict[int | str, list[Entry]] = {}
-    for annotation in _entries(path, content["annotations"], needed, "annotation"):
-        category_id = annotation["category_id"]
-        if category_id not in names:
+    return content
+
+
+def _categories(path: str | Path, content: Fields) -> dict[int | float | str, tuple[str, ...]]:
+    """{category id: its names in words, the first one to be asked for}."""
+    names: dict[int | float | str, tuple[str, ...]] = {}
+    for category in _entries(path, content["categories"], ["id", "name"], "category"):
+        id = _checked_id(path, "the id of a category,", category["id"])
+        synonyms = category.get("synonyms")  # LVIS
+        given = [category["name"], *(synonyms if isinstance(synonyms, list) else [])]
+        said = tuple(dict.fromkeys(said for name in given for said in spoken_names(str(name))))
+        if names.setdefault(id, said)[0] != said[0]:
             raise UsageError(
-                f"{path}: annotation {annotation.get('id')} is of category {category_id}, which the"
-                " file does not name"
+                f"{path}: the id {id} is that of two categories, {names[id][0]} and {said[0]}; data"
+                " sets that are joined need ids of their own"
             )
-        named = annotation | {"category": names[category_id]}
-        by_image.setdefault(annotation["image_id"], []).append(named)
-    return by_image
+    return names
+
+
+class _Pictures:
+    """The ids and sizes of an instances file's images, by which its annotations find theirs."""
+
+    def __init__(self, path: str | Path, entries: object) -> None:
+        self.path = path
+        self.sizes: dict[int | float | str, tuple[object, object] | None] = {}
+        self._by_key: dict[str, list[int | float | str]] = {}
+        self._matched: list[int | float | str] = []  # ids of annotations in other writing
+        for entry in entries if isinstance(entries, list) else []:
+            if not isinstance(entry, dict) or "id" not in entry:
+                continue
+            id = _checked_id(path, "the id of an image,", entry["id"])
+            size = (entry.get("width"), entry.get("height"))
+            if id not in self.sizes:
+                self._by_key.setdefault(image_key(id), []).append(id)
+            self.sizes[id] = None if size == (None, None) else size
+
+    def find(self, image_id: int | float | str) -> Any:
+        """The id as the images have it: the same, or the only one that says the same."""
+        alike = self._by_key.get(image_key(image_id), [])
+        if image_id in self.sizes or len(alike) != 1:
+            return image_id
+        self._matched.append(image_id)
+        return alike[0]
+
+    def report(self, found: Mapping[int | str, object]) -> None:
+        """Say which ids were matched. UsageError where no annotation is of a picture."""
+        if self.sizes and found and not set(found) & set(self.sizes):
+            raise UsageError(
+                f"{self.path}: no annotation is of one of the images, whose ids are such as"
+                f" {next(iter(self.sizes))!r}; annotations have {next(iter(found))!r}"
+            )
+        if self._matched:
+            one = self._matched[0]
+            print(
+                f"{self.path}: {len(self._matched)} annotations have ids in another writing than"
+                f" the images, such as {one!r} for {self.find(one)!r}; they were matched"
+            )
+
+
+# the fields of a question list, by whoever writes it: ours, POPE's, MMHal-Bench's, VQA's
+_IMAGE = ("image", "image_src", "file_name")
+_QUESTION = ("question", "text")
+_ANSWER = ("answer", "label", "gold_answer", "gt_answer", "answers")
 
 
 def read_curated(path: str | Path) -> dict[str, list[Entry]]:
     """{image id: [{"question", and if given "answer", "category"}, ...]} of a curated question file
-    {"<image id>": [question or object, ...]}; images without a question are left out. UsageError:
-    another form, no question at all."""
-    content = _read(path)
+    {"<image id>": [question or object, ...]} or of a question list, see read_questions(); images
+    without a question are left out. UsageError: another form, no question at all."""
+    content = _list_or_object(path)
+    by_image: dict[str, list[Entry]] = {}
+    if isinstance(content, list):
+        for sample in read_questions(path):
+            entry = sample.extra | {"question": sample.question, "answer": sample.answer}
+            by_image.setdefault(str(sample.extra["image_id"]), []).append(entry)
+        return by_image
     if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
         raise UsageError(f"{path}: an object of lists of questions by image id was wanted")
-    by_image: dict[str, list[Entry]] = {}
     for image_id, questions in content.items():
         for question in questions:
             entry = {"question": question} if isinstance(question, str) else question
@@ -206,35 +343,119 @@ def read_curated(path: str | Path) -> dict[str, list[Entry]]:
                     f"{path}: image {image_id} has a question that is neither text nor an object"
                     " with 'question'"
                 )
-            by_image.setdefault(image_id, []).append(entry)
+            answer = _answer(path, f"a question about image {image_id}", entry)
+            by_image.setdefault(image_id, []).append(entry | {"answer": answer})
     if not by_image:
         raise UsageError(f"{path} has no question")
     return by_image
 
 
 def read_questions(path: str | Path, image_dir: str | Path | None = None) -> list[Sample]:
-    """Samples of a JSON list of {"image_id" or "image", "question", "answer"}. id: '<image
-    id>-<n>', n counting the questions of an image from 0.
+    """Samples of a question list: JSON or JSON lines of {"image" or "image_id", "question",
+    "answer"}. id: '<image id>-<n>', n counting the questions of an image from 0.
 
-    image: a path, relative to image_dir (default: the list's folder); with image_id alone it is
-    <image_dir>/<12 digits>.jpg, COCO's naming. extra: image_id and every other field. UsageError
-    names the entry that lacks a field.
+    Other names of these fields: image_src, file_name; text; label, gold_answer, gt_answer, answers.
+    image: a path, relative to image_dir (default: the list's folder), of a URL its last part; with
+    image_id alone it is <image_dir>/<12 digits>.jpg, COCO's naming. An answer true or false is Yes
+    or No, and of a list of answers the one given most often counts; all are in extra's 'answers'.
+    extra: image_id and every other field. UsageError names the entry that lacks a field.
     """
-    entries = _entries(path, _read(path), [("image_id", "image"), "question"])
     folder = Path(image_dir) if image_dir is not None else Path(path).parent
     samples: list[Sample] = []
     count = _Counter()
-    for entry in entries:
-        image_id = entry.get("image_id", Path(str(entry.get("image", ""))).stem)
-        id = _text_id(image_id)
-        image = folder / str(entry.get("image") or f"{id}.jpg")
+    for n, entry in enumerate(_asked(path)):
+        name = _picture_name(path, n, entry)
+        image_id = entry.get("image_id")
+        if image_id is None:
+            image_id = Path(name or "").stem
+        id = _text_id(_checked_id(path, f"the image_id of entry {n},", image_id))
         extra = {"image_id": image_id}
-        extra |= _without(entry, "image_id", "image", "question", "answer")
-        answer = _answer(entry, "answer")
-        samples.append(
-            Sample(f"{id}-{count.next(id)}", image, str(entry["question"]), answer, extra)
+        extra |= _without(entry, "image_id", *_IMAGE, *_QUESTION, *_ANSWER)
+        if isinstance(answers := _first_of(entry, _ANSWER), list):
+            extra["answers"] = answers
+        sample = Sample(
+            f"{id}-{count.next(id)}",
+            folder / (name or f"{id}.jpg"),
+            str(_first_of(entry, _QUESTION)),
+            _answer(path, f"entry {n}", entry),
+            extra,
         )
+        samples.append(sample)
     return samples
+
+
+def read_mmhal(path: str | Path, image_root: str | Path | None = None) -> list[Sample]:
+    """Samples of an MMHal-style list: image_id, image_src (a path or URL), question, gold_answer or
+    gt_answer, or these fields' other names in a question list. id: the image id, '-<n>' after it
+    from the second question about an image on.
+
+    Nothing is downloaded: the picture of a URL is looked for under its last component in image_root
+    (default: the list's folder), a relative path there as well. extra: image_id, image_src and
+    every other field.
+    """
+    root = Path(image_root) if image_root is not None else Path(path).parent
+    samples: list[Sample] = []
+    count = _Counter()
+    for entry, asked in zip(_asked(path), read_questions(path, root), strict=True):
+        id = asked.id.rpartition("-")[0]
+        n = count.next(id)
+        source = _first_of(entry, _IMAGE)
+        if isinstance(source, list) or source is None:
+            source = asked.image.name
+        extra = _without(entry, *_QUESTION, *_ANSWER, *_IMAGE) | asked.extra
+        extra["image_src"] = source
+        samples.append(replace(asked, id=f"{id}-{n}" if n else id, extra=extra))
+    return samples
+
+
+def _list_or_object(path: str | Path) -> object:
+    """What a JSON file holds, of JSON lines the list of their objects."""
+    content = _bytes(path)
+    lines = [line for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
+    if len(lines) > 1 and all(line.lstrip()[:1] == b"{" for line in lines):
+        return [_parsed(f"{path}, line {n},", line) for n, line in enumerate(lines, 1)]
+    return _parsed(path, content)
+
+
+def _asked(path: str | Path) -> list[Entry]:
+    """The entries of a question list, each with a picture and a question."""
+    content = _list_or_object(path)
+    if isinstance(content, dict) and any(name in content for name in _QUESTION):
+        content = [content]  # JSON lines of one line
+    form = None
+    if isinstance(content, dict) and isinstance(content.get("questions"), list):
+        form = "VQA's"
+    elif isinstance(content, list) and content and isinstance(content[0], dict):
+        form = "LLaVA's" if "conversations" in content[0] else None
+    if form:
+        raise UsageError(
+            f"{path} is in {form} form; python data/convert_questions.py makes a question list of"
+            " it"
+        )
+    return _entries(path, content, [("image_id", *_IMAGE), _QUESTION])
+
+
+def _first_of(entry: Fields, names: Sequence[str]) -> Any:
+    """The first of some fields that says something."""
+    return next((entry[name] for name in names if entry.get(name) not in (None, "")), None)
+
+
+def _picture_name(path: str | Path, n: int, entry: Fields) -> str | None:
+    """The path of an entry's picture as it stands there, None where it has an image_id only."""
+    name = _first_of(entry, _IMAGE)
+    if isinstance(name, list) and len(name) == 1:
+        name = name[0]
+    if isinstance(name, list):
+        raise UsageError(f"{path}: entry {n} has {len(name)} pictures, a question is about one")
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"{path}: the image of entry {n} is a {type(name).__name__}, not a path")
+    if name and name.startswith(("http://", "https://")):
+        try:
+            name = os.path.basename(urlsplit(name).path)
+        except ValueError:  # no address at all
+            name = name.rsplit("/", 1)[-1]
+        return unquote(name)
+    return name
 
 
 class _Counter:
@@ -249,34 +470,35 @@ class _Counter:
         return self._seen[id]
 
 
-def _answer(entry: Fields, *names: str) -> str | None:
-    """The first of some fields that is there, as text."""
-    return next((str(entry[name]) for name in names if entry.get(name) is not None), None)
+def _answer(path: str | Path, what: str, entry: Fields) -> str | None:
+    """The answer of an entry as text, None where it has none."""
+    value = next((entry[name] for name in _ANSWER if entry.get(name) is not None), None)
+    try:
+        return _as_text(value)
+    except TypeError as error:
+        raise UsageError(f"{path}: the answer of {what} is {error}, not an answer") from error
 
 
-def read_mmhal(path: str | Path, image_root: str | Path | None = None) -> list[Sample]:
-    """Samples of an MMHal-style list: image_id, image_src (a path or URL), question, gold_answer or
-    gt_answer. id: the image id, '-<n>' after it from the second question about an image on.
+def _as_text(answer: object) -> str | None:
+    """An answer of a list as text: Yes for true, 3 for 3.0, the most frequent of several (the first
+    of these), None for nothing. TypeError where it is none."""
+    if answer is None or isinstance(answer, str):
+        return answer
+    if isinstance(answer, bool):
+        return "Yes" if answer else "No"
+    if isinstance(answer, (int, float)):
+        whole = isinstance(answer, float) and answer.is_integer()
+        return None if math.isnan(answer) else str(int(answer) if whole else answer)
+    if isinstance(answer, list):
+        texts = [_as_text(one["answer"] if _is_vote(one) else one) for one in answer]
+        counts = Counter(text for text in texts if text is not None)
+        return counts.most_common(1)[0][0] if counts else None
+    raise TypeError(f"a {type(answer).__name__}")
 
-    Nothing is downloaded: the picture of a URL is looked for under its last component in image_root
-    (default: the list's folder), a relative path there as well. extra: image_id, image_src and
-    every other field.
-    """
-    entries = _entries(path, _read(path), ["image_id", "image_src", "question"])
-    root = Path(image_root) if image_root is not None else Path(path).parent
-    samples: list[Sample] = []
-    count = _Counter()
-    for entry in entries:
-        id = _text_id(entry["image_id"])
-        n = count.next(id)
-        source = str(entry["image_src"])
-        if source.startswith(("http://", "https://")):
-            source = unquote(os.path.basename(urlsplit(source).path))
-        extra = _without(entry, "question", "gold_answer", "gt_answer")
-        answer = _answer(entry, "gold_answer", "gt_answer")
-        question = str(entry["question"])
-        samples.append(Sample(f"{id}-{n}" if n else id, root / source, question, answer, extra))
-    return samples
+
+def _is_vote(answer: object) -> TypeGuard[Fields]:
+    """One of VQA's ten: {"answer", "answer_confidence", "answer_id"}."""
+    return isinstance(answer, dict) and "answer" in answer
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -305,33 +527,55 @@ def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     of several frames the first.
 
     16-bit grey is scaled by 1/257. Transparency is dropped and CMYK converted as PIL's
-    convert("RGB") does, which is what the models' processors see. FileNotFoundError, or ValueError
-    in one line for what is damaged, too large, or has no known range of values (float and 32-bit
-    pictures).
+    convert("RGB") does, which is what the models' processors see. turn_of() tells how the stored
+    picture was turned. FileNotFoundError, or ValueError in one line for what is damaged, too large,
+    or has no known range of values (float and 32-bit pictures).
     """
+    with _opened(path) as file:
+        file.load()
+        turn = _orientation(file)
+        image = _rgb(file)
+    # no orientation stays behind for a processor to apply again
+    image.info = {}
+    if turn in TURN:
+        image = image.transpose(TURN[turn])
+        image.info[_TURNED] = turn
+    return image
+
+
+def turn_of(image: Image.Image) -> int:
+    """The EXIF orientation (1 to 8) by which load_image() brought a picture upright, 1 for none."""
+    return int(image.info.get(_TURNED, 1))
+
+
+def upright_size(path: str | Path | IO[bytes]) -> tuple[int, int]:
+    """(width, height) that load_image() gives, from the picture's header alone; errors alike."""
+    with _opened(path) as file:
+        return file.size if _orientation(file) < 5 else (file.height, file.width)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
+    """A picture of at most PIXEL_LIMIT pixels; what goes wrong with it as load_image() says."""
     try:
         with Image.open(path) as file:
             if file.width * file.height > PIXEL_LIMIT:
                 raise ValueError(
                     f"{file.width} x {file.height} pixels, more than {PIXEL_LIMIT // 10**6} million"
                 )
-            file.load()
-            turn = _TURN.get(_orientation(file))
-            image = _rgb(file)
+            yield file
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such picture") from error
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: not a readable picture ({reason})") from error
-    if turn is not None:
-        image = image.transpose(turn)
-    image.info = {}  # no orientation stays behind for a processor to apply again
-    return image
 
 
 def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF counts; 1 for what is none of these."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        orientation = int(image.getexif().get(ORIENTATION, 1))
+        return orientation if orientation in TURN else 1
     except _UNREADABLE:
         return 1  # damaged EXIF, sound picture
 
