@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -36,6 +37,7 @@ from vlmdiag.pictures.samples import (
     turn_of,
 )
 from vlmdiag.swap import pairs
+from vlmdiag.swap.table import picture_at, rows_of
 
 TINY = ROOT / "checkpoints" / "tiny-llava"
 QUESTION = "Is there a red circle in the image? Answer with only one word."
@@ -524,7 +526,7 @@ def readable(path):
     """Number of pairs of a table whose pictures can all be decoded."""
     found, left_out = pairs.read_pairs(path, limit=0)
     for pair in found:
-        pairs.picture_at(path, pair["offset"])
+        picture_at(path, pair["offset"])
     assert not left_out, left_out
     return len(found)
 
@@ -542,51 +544,223 @@ def in_lines(cell):
     return f'"{base64.encodebytes(as_bytes(cell)).decode()}"'
 
 
+PICTURE_CELLS = {
+    "data URL": as_url,
+    "data URL with a charset": lambda cell: f"data:image/jpeg;charset=utf-8;base64,{cell}",
+    "MIME": in_lines,
+    "MIME, carriage returns": lambda cell: in_lines(cell).replace("\n", "\r\n"),
+    "quoted": lambda cell: f'"{cell}"',
+    "a list of one": lambda cell: f"['{cell}']",
+    "a JSON list of one": lambda cell: f'"[""{cell}""]"',
+    "Python's bytes": lambda cell: f"b'{cell}'",
+    "blanks around": lambda cell: f"  {cell} ",
+}
+
+
+@pytest.mark.parametrize("form", PICTURE_CELLS)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_picture_cell_as_people_write_it_is_the_picture(table, tmp_path, form, is_last):
+    header, rows = table
+    place = header.index("image")
+    if is_last:  # the picture in the last column: lines of it have no tab behind them
+        header, *rows = [[*row[:place], *row[place + 1 :], row[place]] for row in [header, *rows]]
+        place = len(header) - 1
+    plain = written(tmp_path / "plain.tsv", (header, rows))
+    rows = [[*row[:place], PICTURE_CELLS[form](row[place]), *row[place + 1 :]] for row in rows]
+    other = written(tmp_path / "other.tsv", (header, rows))
+    expected, found = pairs.read_pairs(plain, limit=0)[0], pairs.read_pairs(other, limit=0)[0]
+    assert readable(other) == len(expected)
+    for pair, twin in zip(found, expected, strict=True):
+        assert {**pair, "offset": 0} == {**twin, "offset": 0}  # the picture's digest too
+
+
 @pytest.mark.parametrize(
     "form",
-    [
-        pytest.param("data URL", marks=not_yet("a data URL is no picture")),
-        pytest.param("MIME", marks=not_yet("base64 in lines is no picture")),
-        "BOM",
-        pytest.param("blank line", marks=not_yet("an empty row is an error")),
-        "trailing tab",
-        "carriage returns",
-        pytest.param("picture of another row", marks=not_yet("a cell may name another row")),
-    ],
+    ["BOM", "blank lines", "blanks in lines", "trailing tab", "carriage returns", "BOM first"],
 )
 def test_a_table_as_people_write_them_has_all_its_pairs(table, tmp_path, form):
     header, rows = table
-    place = header.index("image")
     expected = readable(written(tmp_path / "plain.tsv", table))
     more = {}
-    if form in ("data URL", "MIME"):
-        change = as_url if form == "data URL" else in_lines
-        rows = [[*row[:place], change(row[place]), *row[place + 1 :]] for row in rows]
-    elif form == "BOM":
+    if form == "BOM":
         more = {"start": "\ufeff"}
-    elif form == "blank line":
-        more = {"end": "\n\n"}
+    elif form == "BOM first":  # in front of a column that is needed
+        place = header.index("category")
+        header, *rows = [[row[place], *row[:place], *row[place + 1 :]] for row in [header, *rows]]
+        more = {"start": "\ufeff"}
+    elif form == "blank lines":
+        more = {"end": "\n\n", "new_line": "\n\n"}
+    elif form == "blanks in lines":
+        more = {"end": "\n  \n\t\n \n"}
     elif form == "trailing tab":
         header, rows = [*header, ""], [[*row, ""] for row in rows]
-    elif form == "carriage returns":
+    else:
         more = {"new_line": "\r\n", "end": "\r\n"}
-    else:  # VLMEvalKit writes a picture once, and its row's index where it comes again
-        first = rows[0][header.index("index")]
-        rows = [rows[0], *([*row[:place], first, *row[place + 1 :]] for row in rows[1:])]
     assert readable(written(tmp_path / "other.tsv", (header, rows), **more)) == expected
 
 
-@not_yet("a quotation mark opens a cell that goes on over other rows")
-def test_a_cell_that_begins_with_a_quotation_mark_keeps_its_row(table, tmp_path):
+@pytest.mark.parametrize("place_of_picture", ["first", "last"])
+def test_a_picture_may_stand_in_another_row(table, tmp_path, place_of_picture):
+    """VLMEvalKit writes a picture once, and its row's index where it comes again."""
     header, rows = table
-    place = header.index("question")
-    rows[0][place] = '"' + rows[0][place]
-    path = written(tmp_path / "quote.tsv", (header, rows))
-    read = [row for _, row in pairs.rows_of(path)]
-    assert len(read) == len(rows) and read[0]["question"] == rows[0][place]
+    index, image = header.index("index"), header.index("image")
+    with_picture = rows[0] if place_of_picture == "first" else rows[-1]
+    cell, name = with_picture[image], with_picture[index]
+    for row in rows:
+        row[image] = cell if row is with_picture else name
+    path = written(tmp_path / "other.tsv", (header, rows))
+    assert readable(path) == len(rows)
+    found = pairs.read_pairs(path, limit=0)[0]
+    assert len({pair["image_id"] for pair in found}) == 1
+    assert len({pair["offset"] for pair in found}) == 1
 
 
-@not_yet("turned pictures lie on their side, deep ones are white")
+def test_rows_without_a_picture_of_their_own_are_left_out_and_counted(table, tmp_path):
+    header, rows = table
+    image = header.index("image")
+    for row, cell in zip(rows, ["", "9999", f"['{rows[0][image]}', '{rows[1][image]}']", "[]"]):
+        row[image] = cell
+    path = written(tmp_path / "other.tsv", (header, rows))
+    found, left_out = pairs.read_pairs(path, limit=0)
+    assert len(found) == len(rows) - 4
+    assert left_out == {
+        "no picture": 2,
+        "its picture is that of a row that the table does not have": 1,
+        "more than one picture": 1,
+    }
+
+
+@pytest.mark.parametrize("column", ["image", "image_path"])
+def test_a_table_may_name_its_pictures_files(table, tmp_path, column):
+    header, rows = table
+    image = header.index("image")
+    expected = readable(written(tmp_path / "plain.tsv", table))
+    header[image] = column
+    (tmp_path / "pictures of rooms").mkdir()
+    for n, row in enumerate(rows):
+        file = f"pictures of rooms/{n}.jpg"
+        (tmp_path / file).write_bytes(as_bytes(row[image]))
+        row[image] = file if n % 2 else f"['{file}']"
+    assert readable(written(tmp_path / "other.tsv", (header, rows))) == expected
+
+
+@pytest.mark.parametrize("spelt", ["{}", "{}.0", "option"])
+def test_the_answer_of_a_table_may_be_an_index_or_the_option_itself(table, tmp_path, spelt):
+    header, rows = table
+    answer = header.index("answer")
+    plain = written(tmp_path / "plain.tsv", table)
+    expected = [pair["objects"] for pair in pairs.read_pairs(plain, limit=0)[0]]
+    for row in rows:
+        index = "ABCD".index(row[answer])
+        options = row[header.index("A") :][:4]
+        if spelt != "option":
+            row[answer] = spelt.format(index)
+        elif options.count(options[index]) == 1:
+            row[answer] = options[index]
+    path = written(tmp_path / "other.tsv", (header, rows))
+    assert [pair["objects"] for pair in pairs.read_pairs(path, limit=0)[0]] == expected
+
+
+def test_answers_that_count_from_one_are_refused(table, tmp_path):
+    header, rows = table
+    for row in rows:
+        row[header.index("answer")] = str(1 + "ABCD".index(row[header.index("answer")]))
+    with pytest.raises(UsageError, match="the answer 4: letters A to D or indices 0 to 3"):
+        pairs.read_pairs(written(tmp_path / "other.tsv", (header, rows)), limit=0)
+
+
+def as_records(table):
+    """The rows as EmbSpatial-Bench's own records."""
+    header, rows = table
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        yield {
+            "data_source": "shapes",
+            "question_id": cells["question_id"],
+            "question": cells["question"],
+            "relation": cells["category"],
+            "image": cells["image"],
+            "answer_options": [cells[letter] for letter in "ABCD"],
+            "answer": "ABCD".index(cells["answer"]),
+            "objects": [{"name": "größe \u2028", "bbox": [1, 2, 3, 4]}],
+        }
+
+
+@pytest.mark.parametrize("form", ["list", "indented", "escaped", "lines", "BOM"])
+def test_embspatials_own_json_gives_the_pairs_of_its_table(table, tmp_path, form):
+    records = list(as_records(table))
+    if form == "lines":
+        text = "\n".join(json.dumps(record) for record in records) + "\n\n"
+    else:
+        indent = 2 if form == "indented" else None
+        text = json.dumps(records, indent=indent, ensure_ascii=form == "escaped")
+    text = "\ufeff" + text if form == "BOM" else text
+    (tmp_path / "bench.json").write_text(text)
+    plain = written(tmp_path / "plain.tsv", table)
+    expected, found = (
+        pairs.read_pairs(path, limit=0)[0] for path in (plain, tmp_path / "bench.json")
+    )
+    for pair, twin in zip(found, expected, strict=True):
+        assert {**pair, "offset": 0} == {**twin, "offset": 0}
+        assert picture_at(tmp_path / "bench.json", pair["offset"]) == picture_at(
+            plain, twin["offset"]
+        )
+    boxes, _ = pairs.read_boxes(tmp_path / "bench.json") if form != "lines" else ({}, {})
+    assert form == "lines" or len(boxes) == len({record["question_id"] for record in records})
+
+
+def places_of_marks(table):
+    """(what, header, rows) with quotation marks that no writer of quoted cells would leave so."""
+    header, rows = table
+    question = header.index("question")
+    for what, change in {
+        "at the start": lambda text: f'"{text}',
+        "a quoted word first": lambda text: f'"How" {text}',
+        "in the middle": lambda text: text.replace("and", '"and"'),
+        "at the end": lambda text: f'{text}"',
+    }.items():
+        marked = [list(row) for row in rows]
+        marked[0][question] = change(marked[0][question])
+        yield what, header, marked
+    last_first = [[*row[:question], *row[question + 1 :], row[question]] for row in [header, *rows]]
+    last_first[1][-1] = '"' + last_first[1][-1]
+    yield "in the last cell", last_first[0], last_first[1:]
+    twice = [list(row) for row in rows]
+    twice[0][question] = '"' + twice[0][question]
+    twice[1][question] += '"'
+    yield "of two rows", header, twice
+
+
+def test_a_cell_that_begins_with_a_quotation_mark_keeps_its_row(table, tmp_path):
+    for what, header, rows in places_of_marks(table):
+        path = written(tmp_path / "quote.tsv", (header, rows))
+        read = [row for _, row in rows_of(path)]
+        assert [list(row.values()) for row in read] == rows, what
+
+
+def test_quoted_cells_are_read_as_pandas_writes_them(table, tmp_path):
+    header, rows = table
+    question = header.index("question")
+    for n, row in enumerate(rows):
+        row[question] = ['a "b" c', "tab\tin it", "line\nin it", '"', "plain"][n % 5]
+    path = tmp_path / "pandas.tsv"
+    pandas.DataFrame(rows, columns=header).to_csv(path, sep="\t", index=False)
+    assert [list(row.values()) for _, row in rows_of(path)] == rows
+
+
+@pytest.mark.parametrize("row", ['a\t"b\tc\td', '"a\nb', "a\tb"])
+def test_a_row_of_too_few_or_many_cells_is_one_line(tmp_path, row):
+    (tmp_path / "odd.tsv").write_text(f"x\ty\tz\n1\t2\t3\n{row}\n4\t5\t6\n")
+    with pytest.raises(UsageError, match="cells where the header has 3") as caught:
+        list(rows_of(tmp_path / "odd.tsv"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lone_carriage_return_in_a_cell_is_text(tmp_path):
+    (tmp_path / "cr.tsv").write_bytes(b"x\ty\n1\ra\t2\n")
+    assert [row for _, row in rows_of(tmp_path / "cr.tsv")] == [{"x": "1\ra", "y": "2"}]
+
+
 @pytest.mark.parametrize("form", ["turned", "16 bits"])
 def test_a_picture_of_a_table_is_the_one_that_its_file_holds(table, tmp_path, form):
     header, rows = table
@@ -601,5 +775,5 @@ def test_a_picture_of_a_table_is_the_one_that_its_file_holds(table, tmp_path, fo
         Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(file)
     rows[0][place] = base64.b64encode(file.read_bytes()).decode()
     path = written(tmp_path / "table.tsv", (header, rows))
-    offset = next(offset for offset, _ in pairs.rows_of(path))
-    assert np.array_equal(np.asarray(pairs.picture_at(path, offset)), np.asarray(load_image(file)))
+    offset = next(offset for offset, _ in rows_of(path))
+    assert np.array_equal(np.asarray(picture_at(path, offset)), np.asarray(load_image(file)))

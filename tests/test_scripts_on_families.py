@@ -23,6 +23,7 @@ from vlmdiag.model.probes import ImageAttention, LastStates
 from vlmdiag.model.vision import entries, prefill
 from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.runs import rundirs
+from vlmdiag.swap.table import picture_at
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAITS = {  # file in random_models, name there: what is unlike LLaVA
@@ -282,9 +283,7 @@ def test_swap_states_of_shared_prompts_are_those_of_a_prompt_alone(
                     vlm,
                     one(
                         vlm,
-                        script["swap"].module.pairs.picture_at(
-                            shapes / "swap_pairs_ready.tsv", pairs[row]["offset"]
-                        ),
+                        picture_at(shapes / "swap_pairs_ready.tsv", pairs[row]["offset"]),
                         question,
                     ),
                 )

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.pictures.samples import load_image
 from vlmdiag.runs import selection
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import PIXEL_LIMIT, TURN
+from vlmdiag.pictures.samples import PIXEL_LIMIT, TURN, annotated_as
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
@@ -111,30 +111,19 @@ def _is_of_stored(
 ) -> bool:
     """Whether the segmentation was drawn on the picture as it is stored, not as it is shown.
     ValueError where it was drawn on neither, or where that cannot be told."""
-    upright = _same_shape(drawn, size)
-    if turn == 1 and upright:
-        return False
-    stored = turn != 1 and _same_shape(drawn, size if turn < 5 else size[::-1])
-    if upright and stored:
+    which = annotated_as(drawn, size, turn)
+    if which == "either":
         raise _malformed(
             annotation,
             f"EXIF turns the picture, and {list(drawn)} fits it both ways; save it upright",
         )
-    if not upright and not stored:
+    if which == "neither":
         raise _malformed(
             annotation,
             f"the file says that the picture has [width, height] {list(drawn)}, but it has"
             f" {list(size)}, which is no resized copy",
         )
-    return stored
-
-
-def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether a picture of size b can be a resized copy of one of size a: the same factor for both
-    sides, each rounded by at most a pixel."""
-    low = max((b[0] - 1) / a[0], (b[1] - 1) / a[1])
-    high = min((b[0] + 1) / a[0], (b[1] + 1) / a[1])
-    return low <= high
+    return which == "stored"
 
 
 def _resized(

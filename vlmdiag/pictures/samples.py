@@ -548,15 +548,39 @@ def turn_of(image: Image.Image) -> int:
     return int(image.info.get(_TURNED, 1))
 
 
-def upright_size(path: str | Path | IO[bytes]) -> tuple[int, int]:
-    """(width, height) that load_image() gives, from the picture's header alone; errors alike."""
+def picture_header(path: str | Path | IO[bytes]) -> tuple[tuple[int, int], int]:
+    """((width, height) that load_image() gives, EXIF orientation), from the picture's header alone;
+    errors alike."""
     with _opened(path) as file:
-        return file.size if _orientation(file) < 5 else (file.height, file.width)
+        turn = _orientation(file)
+        return (file.size if turn < 5 else (file.height, file.width)), turn
+
+
+def annotated_as(drawn: tuple[int, int], size: tuple[int, int], turn: int) -> str:
+    """Which picture was annotated where a file says that it has the (width, height) drawn: 'shown',
+    the upright one of this size, or a copy of it at another size; 'stored', the one before its EXIF
+    orientation was applied; 'either', where that cannot be told; 'neither'."""
+    shown = _same_shape(drawn, size)
+    if turn == 1:
+        return "shown" if shown else "neither"
+    stored = _same_shape(drawn, size if turn < 5 else size[::-1])
+    if shown and stored:
+        return "either"
+    return "shown" if shown else "stored" if stored else "neither"
+
+
+def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether a picture of size b can be a resized copy of one of size a: the same factor for both
+    sides, each rounded by at most a pixel."""
+    low = max((b[0] - 1) / a[0], (b[1] - 1) / a[1])
+    high = min((b[0] + 1) / a[0], (b[1] + 1) / a[1])
+    return low <= high
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
     """A picture of at most PIXEL_LIMIT pixels; what goes wrong with it as load_image() says."""
+    name = path if isinstance(path, (str, Path)) else "picture"
     try:
         with Image.open(path) as file:
             if file.width * file.height > PIXEL_LIMIT:
@@ -565,10 +589,10 @@ def _opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
                 )
             yield file
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such picture") from error
+        raise FileNotFoundError(f"{name}: no such picture") from error
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not a readable picture ({reason})") from error
+        raise ValueError(f"{name}: not a readable picture ({reason})") from error
 
 
 def _orientation(image: Image.Image) -> int:
