@@ -15,7 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import TypedDict
 
+from vlmdiag.answers import said
 from vlmdiag.cli import UsageError
+from vlmdiag.options import chosen
 from vlmdiag.pictures.samples import annotated_as, read_json
 from vlmdiag.scenes.questions import ONE_WORD
 from vlmdiag.swap.relations import (
@@ -511,10 +513,6 @@ def _split(farther: float, band: float) -> str:
 
 # --- answers --------------------------------------------------------------------------------------
 
-NEGATION = re.compile(
-    r"(?:\b(?:not|never|neither|no|isn't|is not|cannot be)\b)\W+(?:(?!but\b)\w+\W+){0,2}$",
-    re.IGNORECASE,
-)
 LETTER = re.compile(
     r"\s*(?:\(([AB])\)|(?:answer:?\s*|option\s*)?([AB])(?=[).:,]|\s*$))", re.IGNORECASE
 )
@@ -541,25 +539,27 @@ def read_answer(
 ) -> tuple[str | None, str]:
     """What an answer says of a category's axis: (category or None, note).
 
-    Whole words and synonyms; the first one that is not negated counts; 'left or right' and an
-    answer that names both without deciding is a tie; an answer that only negates one says the
-    other. letters {"A": category, "B": category}: an answer that begins with one of them says what
-    it stands for.
+    Whole words and synonyms; the first one that is not denied in its clause counts, see
+    answers.said(); 'left or right' and an answer that names both without deciding is a tie; an
+    answer that only denies one says the other. letters {"A": category, "B": category}: an answer
+    that begins with one of them, or chooses one (options.chosen), says what it stands for.
     """
     letter = LETTER.match(text) if letters else None
     if letters and letter:
         return letters[(letter[1] or letter[2]).upper()], "letter"
+    option = chosen(text, "".join(letters)) if letters else None
+    if letters and option:
+        return letters[option], "letter named"
     category_by_word = {
         word: name for name in (category, OPPOSITE[category]) for word in WORDS[name]
     }
-    longest_first = sorted(category_by_word, key=len, reverse=True)
-    words = rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)"
-    mentions = list(re.finditer(words, text, re.IGNORECASE))
-    named = [category_by_word[match[0].lower()] for match in mentions]
-    negated = [bool(NEGATION.search(text[: match.start()])) for match in mentions]
-    affirmed = [name for name, is_negated in zip(named, negated, strict=True) if not is_negated]
+    mentions = said(text, category_by_word)
+    named = [category_by_word[mention.word] for mention in mentions]
+    affirmed = [
+        name for name, mention in zip(named, mentions, strict=True) if not mention.is_denied
+    ]
     if len(set(affirmed)) == 2:
-        from_first = text[mentions[0].start() :]
+        from_first = text[mentions[0].start :]
         if re.search(r"\b\w+\s+or\s+\w+\b", from_first, re.IGNORECASE):
             return None, "tie"
         return affirmed[0], "both named, the first counts"
