@@ -36,8 +36,8 @@ from vlmdiag.pictures.samples import (
     read_questions,
     turn_of,
 )
+from vlmdiag.pictures.table import picture_at, rows_of
 from vlmdiag.swap import pairs
-from vlmdiag.swap.table import picture_at, rows_of
 
 TINY = ROOT / "checkpoints" / "tiny-llava"
 QUESTION = "Is there a red circle in the image? Answer with only one word."

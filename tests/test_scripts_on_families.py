@@ -22,8 +22,8 @@ from vlmdiag.model.decoding import answer_ids, extended, generate
 from vlmdiag.model.probes import ImageAttention, LastStates
 from vlmdiag.model.vision import entries, prefill
 from vlmdiag.pictures.samples import Sample, load_image
+from vlmdiag.pictures.table import picture_at
 from vlmdiag.runs import rundirs
-from vlmdiag.swap.table import picture_at
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAITS = {  # file in random_models, name there: what is unlike LLaVA

@@ -14,7 +14,8 @@ from PIL import Image
 
 from data import make_shapes
 from vlmdiag.cli import UsageError
-from vlmdiag.swap import pairs, table
+from vlmdiag.pictures import table
+from vlmdiag.swap import pairs
 from vlmdiag.swap.relations import CATEGORIES, GROUP_OF
 from vlmdiag.swap.states import make_process, open_states
 

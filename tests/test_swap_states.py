@@ -18,9 +18,10 @@ from vlmdiag.model import prompts
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import Probe
+from vlmdiag.pictures import table
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import disk, engine, rundirs
-from vlmdiag.swap import pairs, states, table
+from vlmdiag.swap import pairs, states
 from vlmdiag.swap.relations import OPPOSITE
 
 LAYERS = [0, 2, 3]

@@ -146,7 +146,7 @@ def chosen(text: str, letters: str = "AB") -> str | None:
 def _with_mentions(text: str, letters: str) -> str:
     """The text without markup, each option that it names as _MENTION and its letter."""
     either = f"[{letters}{letters.lower()}]"
-    text = re.sub(r"([^\w\n])\1{2,}", r"\1\1", text.replace("’", "'"))
+    text = re.sub(r"([^\w\n])\1{2,}", r"\1\1", text.replace("’", "'").replace("\ufffd", "x"))
     text = re.sub(r"\\\w+\s*\{([^{}]*)\}", r"\1", text)  # \boxed{B}
     text = re.sub(r"</?\w\w+>|[<>*_`#$\"“”«»{}]|(?<!\w)'|'(?!\w)", "", text)
     label = re.compile(rf"[(\[]\s*({either})\s*[)\]][.:]?|(?<![\w'])({either})\)")

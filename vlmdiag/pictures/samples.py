@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeGuard, TypeVar
+from typing import IO, Protocol, TypeGuard, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -143,8 +144,10 @@ def image_key(image_id: object) -> str:
     return (text.lstrip("0") or "0") if text.isdecimal() else text
 
 
-def _checked_id(path: str | Path, what: str, id: object) -> int | float | str:
-    if isinstance(id, (int, float, str)):
+def _checked_id(path: str | Path, what: str, id: object) -> int | str:
+    if isinstance(id, float) and id.is_integer():  # as pandas writes them
+        return int(id)
+    if isinstance(id, (int, str)):
         return id
     raise UsageError(f"{path}: {what} {id!r:.60} is a {type(id).__name__}, an id was wanted")
 
@@ -184,8 +187,9 @@ def read_coco(
         raise UsageError(f"{image_dir}: no such image folder")
     by_id: dict[str, Sample] = {}
     for entry in entries:
-        id = _text_id(_checked_id(ann_file, "the id of an image,", entry["id"]))
-        extra = {"image_id": entry["id"]}
+        image_id = _checked_id(ann_file, "the id of an image,", entry["id"])
+        id = _text_id(image_id)
+        extra: Record = {"image_id": image_id}
         extra |= {name: entry[name] for name in ("width", "height") if name in entry}
         # LVIS names the address at which COCO has the picture
         name = str(entry.get("file_name") or str(entry["coco_url"]).rsplit("/", 1)[-1])
@@ -259,9 +263,9 @@ def _instances(path: str | Path) -> Record:
     return content
 
 
-def _categories(path: str | Path, content: Fields) -> dict[int | float | str, tuple[str, ...]]:
+def _categories(path: str | Path, content: Fields) -> dict[int | str, tuple[str, ...]]:
     """{category id: its names in words, the first one to be asked for}."""
-    names: dict[int | float | str, tuple[str, ...]] = {}
+    names: dict[int | str, tuple[str, ...]] = {}
     for category in _entries(path, content["categories"], ["id", "name"], "category"):
         id = _checked_id(path, "the id of a category,", category["id"])
         synonyms = category.get("synonyms")  # LVIS
@@ -280,9 +284,9 @@ class _Pictures:
 
     def __init__(self, path: str | Path, entries: object) -> None:
         self.path = path
-        self.sizes: dict[int | float | str, tuple[object, object] | None] = {}
-        self._by_key: dict[str, list[int | float | str]] = {}
-        self._matched: list[int | float | str] = []  # ids of annotations in other writing
+        self.sizes: dict[int | str, tuple[object, object] | None] = {}
+        self._by_key: dict[str, list[int | str]] = {}
+        self._matched: list[int | str] = []  # ids of annotations in other writing
         for entry in entries if isinstance(entries, list) else []:
             if not isinstance(entry, dict) or "id" not in entry:
                 continue
@@ -292,7 +296,7 @@ class _Pictures:
                 self._by_key.setdefault(image_key(id), []).append(id)
             self.sizes[id] = None if size == (None, None) else size
 
-    def find(self, image_id: int | float | str) -> Any:
+    def find(self, image_id: int | str) -> int | str:
         """The id as the images have it: the same, or the only one that says the same."""
         alike = self._by_key.get(image_key(image_id), [])
         if image_id in self.sizes or len(alike) != 1:
@@ -325,7 +329,7 @@ def read_curated(path: str | Path) -> dict[str, list[Entry]]:
     """{image id: [{"question", and if given "answer", "category"}, ...]} of a curated question file
     {"<image id>": [question or object, ...]} or of a question list, see read_questions(); images
     without a question are left out. UsageError: another form, no question at all."""
-    content = _list_or_object(path)
+    content = read_list(path)
     by_image: dict[str, list[Entry]] = {}
     if isinstance(content, list):
         for sample in read_questions(path):
@@ -368,8 +372,9 @@ def read_questions(path: str | Path, image_dir: str | Path | None = None) -> lis
         image_id = entry.get("image_id")
         if image_id is None:
             image_id = Path(name or "").stem
-        id = _text_id(_checked_id(path, f"the image_id of entry {n},", image_id))
-        extra = {"image_id": image_id}
+        image_id = _checked_id(path, f"the image_id of entry {n},", image_id)
+        id = _text_id(image_id)
+        extra: Record = {"image_id": image_id}
         extra |= _without(entry, "image_id", *_IMAGE, *_QUESTION, *_ANSWER)
         if isinstance(answers := _first_of(entry, _ANSWER), list):
             extra["answers"] = answers
@@ -408,8 +413,9 @@ def read_mmhal(path: str | Path, image_root: str | Path | None = None) -> list[S
     return samples
 
 
-def _list_or_object(path: str | Path) -> object:
-    """What a JSON file holds, of JSON lines the list of their objects."""
+def read_list(path: str | Path) -> object:
+    """What a JSON file holds, of JSON lines the list of their objects. UsageError where it cannot
+    be read."""
     content = _bytes(path)
     lines = [line for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
     if len(lines) > 1 and all(line.lstrip()[:1] == b"{" for line in lines):
@@ -419,7 +425,7 @@ def _list_or_object(path: str | Path) -> object:
 
 def _asked(path: str | Path) -> list[Entry]:
     """The entries of a question list, each with a picture and a question."""
-    content = _list_or_object(path)
+    content = read_list(path)
     if isinstance(content, dict) and any(name in content for name in _QUESTION):
         content = [content]  # JSON lines of one line
     form = None
@@ -435,7 +441,7 @@ def _asked(path: str | Path) -> list[Entry]:
     return _entries(path, content, [("image_id", *_IMAGE), _QUESTION])
 
 
-def _first_of(entry: Fields, names: Sequence[str]) -> Any:
+def _first_of(entry: Fields, names: Sequence[str]) -> object:
     """The first of some fields that says something."""
     return next((entry[name] for name in names if entry.get(name) not in (None, "")), None)
 
@@ -554,6 +560,12 @@ def picture_header(path: str | Path | IO[bytes]) -> tuple[tuple[int, int], int]:
     with _opened(path) as file:
         turn = _orientation(file)
         return (file.size if turn < 5 else (file.height, file.width)), turn
+
+
+def format_of(data: bytes) -> str:
+    """The ending that a picture's file has, such as 'jpg'. ValueError where it is no picture."""
+    with _opened(io.BytesIO(data)) as file:
+        return str(file.format).lower().replace("jpeg", "jpg")
 
 
 def annotated_as(drawn: tuple[int, int], size: tuple[int, int], turn: int) -> str:

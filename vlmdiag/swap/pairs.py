@@ -6,7 +6,6 @@ Why Far Looks Up (arXiv 2605.30161); docs/studies/swap_analysis.md, sections 1.3
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -19,6 +18,15 @@ from vlmdiag.answers import said
 from vlmdiag.cli import UsageError
 from vlmdiag.options import chosen
 from vlmdiag.pictures.samples import annotated_as, read_json
+from vlmdiag.pictures.table import (
+    LETTERS,
+    PICTURE_COLUMNS,
+    Pictures,
+    Row,
+    letter_of,
+    picture_header_at,
+    rows_of,
+)
 from vlmdiag.scenes.questions import ONE_WORD
 from vlmdiag.swap.relations import (
     CATEGORIES,
@@ -28,15 +36,6 @@ from vlmdiag.swap.relations import (
     SPELLED,
     WORDS,
     category_of,
-)
-from vlmdiag.swap.table import (
-    LETTERS,
-    PICTURE_COLUMNS,
-    Row,
-    is_reference,
-    picture_cell,
-    picture_header_at,
-    rows_of,
 )
 from vlmdiag.types import Fields
 
@@ -167,7 +166,7 @@ def read_pairs(
     that depends on (seed, question id) only; keep_unnamed lets 'unknown' and the like be an object,
     as the published code can. UsageError where the table cannot be read or gives no pair.
     """
-    pictures = _Pictures()
+    pictures = Pictures()
     try:
         rows = list(_pairs(Path(path), pictures, seed, multiple_choice, keep_unnamed))
     except OSError as error:
@@ -176,7 +175,7 @@ def read_pairs(
         ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--data_path {path} is no UTF-8 table ({error})") from error
-    pairs_or_reasons = [row if isinstance(row, str) else pictures.of(row) for row in rows]
+    pairs_or_reasons = [row if isinstance(row, str) else _placed(row, pictures) for row in rows]
     left_out = Counter(reason for reason in pairs_or_reasons if isinstance(reason, str))
     pairs = [pair for pair in pairs_or_reasons if not isinstance(pair, str)]
     if not pairs:
@@ -190,41 +189,17 @@ def read_pairs(
     return pairs, dict(left_out)
 
 
-class _Pictures:
-    """The pictures of a table's rows. VLMEvalKit writes a picture once, and its row's index into
-    the other rows that have it."""
-
-    def __init__(self) -> None:
-        self._of_row: dict[str, tuple[int, str]] = {}  # index -> (offset, digest)
-        self._wanted: dict[str, str] = {}  # pair id -> index
-
-    def add(self, row: Row, pair_id: str, offset: int) -> tuple[int, str]:
-        """(offset, digest) of a row's picture, (-1, '') where another row has it. ValueError: no
-        picture, or several."""
-        cell = picture_cell(row)
-        if not cell:
-            raise ValueError("no picture")
-        if is_reference(cell):
-            self._wanted[pair_id] = cell
-            return -1, ""
-        found = offset, hashlib.blake2b(cell.encode(), digest_size=8).hexdigest()
-        if "index" in row:
-            self._of_row.setdefault(row["index"].strip(), found)
-        return found
-
-    def of(self, pair: Pair) -> Pair | str:
-        """The pair with its picture, once all rows were added, or why it has none."""
-        index = self._wanted.get(pair["id"])
-        if index is None:
-            return pair
-        if index not in self._of_row:
-            return "its picture is that of a row that the table does not have"
-        pair["offset"], pair["image_id"] = self._of_row[index]
-        return pair
+def _placed(pair: Pair, pictures: Pictures) -> Pair | str:
+    """The pair with its picture, or why it has none."""
+    try:
+        pair["offset"], pair["image_id"] = pictures.of(pair["id"])
+    except ValueError as error:
+        return str(error)
+    return pair
 
 
 def _pairs(
-    path: Path, pictures: _Pictures, seed: int, multiple_choice: bool, keep_unnamed: bool
+    path: Path, pictures: Pictures, seed: int, multiple_choice: bool, keep_unnamed: bool
 ) -> Iterator[Pair | str]:
     """Yield each row's pair, or why it has none."""
     is_ready = None
@@ -240,7 +215,7 @@ def _pairs(
                 )
         pair_id = f"{number:06d}"
         try:
-            offset_of_picture, digest = pictures.add(row, pair_id, offset)
+            pictures.add(pair_id, row, offset)
         except ValueError as error:
             yield str(error)
             continue
@@ -248,8 +223,8 @@ def _pairs(
             "id": pair_id,
             "index": number,
             "question_id": row.get("question_id") or row.get("index") or str(number),
-            "offset": offset_of_picture,
-            "image_id": digest,
+            "offset": offset,
+            "image_id": "",  # by _placed(), when all rows were read
         }
         pair = _ready(row, common) if is_ready else _embspatial(row, common, seed, keep_unnamed)
         if multiple_choice and not isinstance(pair, str):
@@ -324,7 +299,7 @@ def _distance_objects(
     """((target, reference), occurrence of each) among the four options; None without two names."""
     invalid = {""} if keep_unnamed else INVALID
     options = {letter: row.get(letter, "").strip() for letter in LETTERS}
-    answer = _letter_of(row["answer"].strip(), options)
+    answer = letter_of(row["answer"].strip(), options)
     target = options.get(answer, "")
     others = {
         text
@@ -345,20 +320,6 @@ def _distance_objects(
         (0, 1) if len(of_reference) == 1 else None,
     ]
     return (target, reference), occurrence
-
-
-def _letter_of(answer: str, options: Mapping[str, str]) -> str:
-    """The letter of an answer that is a letter, an index from 0 as EmbSpatial-Bench has it, or the
-    text of an option. UsageError for an index past the options."""
-    index = re.fullmatch(r"(\d+)(?:\.0+)?", answer)
-    if index:
-        if int(index[1]) >= len(LETTERS):
-            raise UsageError(
-                f"the answer {answer}: letters A to D or indices 0 to 3 of the options are wanted"
-            )
-        return LETTERS[int(index[1])]
-    named = [letter for letter, text in options.items() if text.lower() == answer.lower()]
-    return named[0] if len(named) == 1 else answer.upper()
 
 
 # --- places: strata and quads ---------------------------------------------------------------------

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ast
 import binascii
 import csv
+import hashlib
 import io
 import json
 import re
 import sys
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,11 +117,59 @@ def is_reference(cell: str) -> bool:
     return 0 < len(cell) <= REFERENCE and not is_path(cell)
 
 
+class Pictures:
+    """Where the pictures of a table's rows are. VLMEvalKit writes a picture once, and its row's
+    index into the other rows that have it."""
+
+    def __init__(self) -> None:
+        self._of_key: dict[str, tuple[int, str]] = {}
+        self._of_index: dict[str, tuple[int, str]] = {}
+        self._wanted: dict[str, str] = {}  # key -> index
+
+    def add(self, key: str, row: Row, offset: int) -> None:
+        """Take a row by a name of its own. ValueError: it has no picture, or several."""
+        cell = picture_cell(row)
+        if not cell:
+            raise ValueError("no picture")
+        if is_reference(cell):
+            self._wanted[key] = cell
+            return
+        digest = hashlib.blake2b(cell.encode(), digest_size=8).hexdigest()
+        self._of_key[key] = offset, digest
+        self._of_index.setdefault(row.get("index", "").strip(), self._of_key[key])
+
+    def of(self, key: str) -> tuple[int, str]:
+        """(byte at which the row begins that has the picture, digest of the picture) of a row, once
+        all were added. ValueError where no row has it."""
+        if key in self._of_key:
+            return self._of_key[key]
+        index = self._wanted[key]
+        if index not in self._of_index:
+            raise ValueError("its picture is that of a row that the table does not have")
+        return self._of_index[index]
+
+
+def letter_of(answer: str, options: Mapping[str, str]) -> str:
+    """The letter of an answer that is a letter, an index from 0 as EmbSpatial-Bench has it, or the
+    text of an option; in capitals what is none of them. UsageError for an index past the options.
+    options {letter: text}, also of those that are not there."""
+    index = re.fullmatch(r"(\d+)(?:\.0+)?", answer)
+    if index:
+        if int(index[1]) >= len(options):
+            raise UsageError(
+                f"the answer {answer}: letters {min(options)} to {max(options)} or indices 0 to"
+                f" {len(options) - 1} of the options are wanted"
+            )
+        return list(options)[int(index[1])]
+    named = [letter for letter, text in options.items() if text.lower() == answer.lower()]
+    return named[0] if len(named) == 1 else answer.upper()
+
+
 def picture_at(path: str | Path, offset: int) -> Image:
     """The picture of the row that begins at a byte of the table, upright RGB as load_image() gives
     it; ValueError where it is none."""
     try:
-        return load_image(_picture_file(path, offset))
+        return load_image(picture_file(path, offset))
     except (OSError, ValueError) as error:
         raise _unreadable(offset, error) from error
 
@@ -129,13 +178,14 @@ def picture_header_at(path: str | Path, offset: int) -> tuple[tuple[int, int], i
     """((width, height) of the upright picture, its EXIF orientation) of the row that begins at a
     byte of the table; ValueError where it is none."""
     try:
-        return picture_header(_picture_file(path, offset))
+        return picture_header(picture_file(path, offset))
     except (OSError, ValueError) as error:
         raise _unreadable(offset, error) from error
 
 
-def _picture_file(path: str | Path, offset: int) -> Path | io.BytesIO:
-    """Where the picture of a row can be read. A path is relative to the table's folder."""
+def picture_file(path: str | Path, offset: int) -> Path | io.BytesIO:
+    """Where the picture of a row can be read. A path is relative to the table's folder. ValueError
+    where the row has no base64."""
     cell = picture_cell(row_at(path, offset))
     if is_path(cell):
         return Path(path).parent / cell
