@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,22 @@ from vlmdiag.pictures.categories import spoken_names
 from vlmdiag.types import Fields, Record
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PIXEL_LIMIT = 300_000_000  # one picture of this size takes 1.2 GB while it is converted
+# What a picture may be, so that the memory it takes is known before it is decoded. Processors
+# scale the shorter side to the model's, where a long strip would become huge.
+PIXEL_LIMIT = 100_000_000  # up to 1.2 GB while it is converted
+RATIO_LIMIT = 100  # of the longer side to the shorter
+# Larger pictures are resized before they wait decoded for their turn: to so many pixels, which is
+# more than a model's processor leaves (Qwen2-VL: 12.8 million), and to so long a side, of which
+# processors that pad pictures make a square.
+KEPT_PIXELS = 16_000_000
+KEPT_SIDE = 6000
+# one large picture at a time is decoded in full
+_LARGE = threading.Lock()
 # load_image() has this limit of its own, in place of Pillow's warning at 89 Mpixel
 Image.MAX_IMAGE_PIXELS = None
+# Blocks of a size that malloc gives back at once (glibc maps from 32 MiB on): those of threads that
+# decoded a large picture would stay with the process.
+Image.core.set_block_size(2**26)  # type: ignore[attr-defined]
 # what Pillow raises on damaged files
 _UNREADABLE = (
     OSError,
@@ -529,24 +543,42 @@ def with_picture(item: WithImage) -> tuple[WithImage, Image.Image]:
 
 
 def load_image(path: str | Path | IO[bytes]) -> Image.Image:
-    """A picture as an upright PIL image in mode RGB, any size and shape up to PIXEL_LIMIT pixels;
-    of several frames the first.
+    """A picture as an upright PIL image in mode RGB, of several frames the first; a large one
+    resized to KEPT_PIXELS and KEPT_SIDE at most, its shape kept.
 
     16-bit grey is scaled by 1/257. Transparency is dropped and CMYK converted as PIL's
     convert("RGB") does, which is what the models' processors see. turn_of() tells how the stored
-    picture was turned. FileNotFoundError, or ValueError in one line for what is damaged, too large,
-    or has no known range of values (float and 32-bit pictures).
+    picture was turned. FileNotFoundError, or ValueError in one line for what is damaged, has more
+    than PIXEL_LIMIT pixels or a longer side of more than RATIO_LIMIT times the shorter one, or no
+    known range of values (float and 32-bit pictures).
     """
     with _opened(path) as file:
-        file.load()
-        turn = _orientation(file)
-        image = _rgb(file)
+        kept = _kept_size(file.size)
+        is_large = kept != file.size
+        with _LARGE if is_large else contextlib.nullcontext():
+            file.load()
+            turn = _orientation(file)
+            # without the copy that a conversion of RGB to RGB is
+            image: Image.Image = file if is_large and file.mode == "RGB" else _rgb(file)
+            if is_large:
+                image = image.resize(kept, Image.Resampling.BICUBIC)
+            file.close()  # its pixels at once, not when the garbage is collected
     # no orientation stays behind for a processor to apply again
     image.info = {}
     if turn in TURN:
         image = image.transpose(TURN[turn])
         image.info[_TURNED] = turn
     return image
+
+
+def _kept_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The size at which a picture of a size is kept."""
+    width, height = size
+    by_pixels = math.sqrt(KEPT_PIXELS / (width * height))
+    factor = min(1, by_pixels, KEPT_SIDE / max(size))
+    if factor == 1:
+        return size
+    return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def turn_of(image: Image.Image) -> int:
@@ -559,7 +591,8 @@ def picture_header(path: str | Path | IO[bytes]) -> tuple[tuple[int, int], int]:
     errors alike."""
     with _opened(path) as file:
         turn = _orientation(file)
-        return (file.size if turn < 5 else (file.height, file.width)), turn
+        width, height = _kept_size(file.size)
+        return ((width, height) if turn < 5 else (height, width)), turn
 
 
 def format_of(data: bytes) -> str:
@@ -591,13 +624,19 @@ def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
-    """A picture of at most PIXEL_LIMIT pixels; what goes wrong with it as load_image() says."""
+    """A picture within the limits; what goes wrong with it as load_image() says."""
     name = path if isinstance(path, (str, Path)) else "picture"
     try:
         with Image.open(path) as file:
-            if file.width * file.height > PIXEL_LIMIT:
+            shorter, longer = sorted(file.size)
+            if shorter * longer > PIXEL_LIMIT:
                 raise ValueError(
                     f"{file.width} x {file.height} pixels, more than {PIXEL_LIMIT // 10**6} million"
+                )
+            if longer > RATIO_LIMIT * shorter:
+                raise ValueError(
+                    f"{file.width} x {file.height} pixels, one side more than {RATIO_LIMIT} times"
+                    " the other"
                 )
             yield file
     except FileNotFoundError as error:
@@ -618,13 +657,27 @@ def _orientation(image: Image.Image) -> int:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        image = Image.fromarray(_eight_bits(image))
+    elif image.mode == "P":
+        image.info.pop("transparency", None)  # of which Pillow would warn
+    elif image.mode == "LA":
+        image = image.convert("L")
+    elif image.mode in ("PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """The levels of a 16-bit picture as 8 bits, row by row to save memory. ValueError for levels of
+    another range."""
+    levels = np.empty((image.height, image.width), np.uint8)
+    rows = max(1, 2**22 // image.width)
+    for top in range(0, image.height, rows):
+        strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if image.mode == "F" or strip.min() < 0 or strip.max() > 65535:
             raise ValueError(
                 "a float or 32-bit picture, whose range of values is unknown; convert it to 8 or 16"
                 " bits"
             )
-        image = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    elif image.mode in ("P", "PA", "LA", "La", "RGBa"):
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+        levels[top : top + rows] = (strip.astype(np.uint32) + 128) // 257
+    return levels
