@@ -351,7 +351,7 @@ def read_lines(path: Path) -> list[Any]:
     """What write_lines() wrote."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read ({error}); run --stage pairs states again"
         ) from error

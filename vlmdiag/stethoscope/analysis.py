@@ -36,6 +36,7 @@ from vlmdiag.answers import token_spans
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
+from vlmdiag.model.context import context_of
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.lens import Lens, vocabulary
 from vlmdiag.model.probes import Probe
@@ -93,7 +94,7 @@ class Model:
         text_config = vlm.model.config.get_text_config()
         self.depth = len(vlm.parts.layers)
         self.heads: int = text_config.num_attention_heads
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.context = context_of(vlm.model.config)
 
 
 # ---- a part of the model on another device ----
