@@ -642,7 +642,7 @@ def _opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such picture") from error
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).replace(f" {path!r}", "").split()) or type(error).__name__
         raise ValueError(f"{name}: not a readable picture ({reason})") from error
 
 
