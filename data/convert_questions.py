@@ -25,6 +25,7 @@ from pathlib import Path
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import samples, table
+from vlmdiag.pictures.entries import read_json, read_list
 from vlmdiag.runs import disk, rundirs
 from vlmdiag.types import Fields, Record
 
@@ -51,7 +52,7 @@ def of_vqa(args: argparse.Namespace, content: Fields) -> Iterator[Record | str]:
     {"annotations": [{"question_id", "answers": [{"answer"}], "answer_type"}]}."""
     answered: dict[object, Fields] = {}
     if args.annotations:
-        annotations = samples.read_json(args.annotations)
+        annotations = read_json(args.annotations)
         if not isinstance(annotations, dict) or "annotations" not in annotations:
             raise UsageError(f"{args.annotations}: an object with a list annotations was wanted")
         answered = {entry["question_id"]: entry for entry in annotations["annotations"]}
@@ -145,7 +146,7 @@ def converted(args: argparse.Namespace) -> Iterator[Record | str]:
     """Each entry of the question list, or why there is none."""
     if args.input.lower().endswith(".tsv"):
         return of_table(args)
-    content = samples.read_list(args.input)
+    content = read_list(args.input)
     if isinstance(content, dict) and isinstance(content.get("questions"), list):
         return of_vqa(args, content)
     entries = list(content.values()) if isinstance(content, dict) else content

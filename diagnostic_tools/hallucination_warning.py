@@ -32,14 +32,8 @@ from typing import TYPE_CHECKING
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import (
-    Sample,
-    load_image,
-    read_categories,
-    read_coco,
-    read_instances,
-    with_picture,
-)
+from vlmdiag.pictures.coco import read_categories, read_coco, read_instances
+from vlmdiag.pictures.samples import Sample, load_image, with_picture
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:

@@ -43,7 +43,8 @@ import numpy as np
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import read_coco, read_json
+from vlmdiag.pictures.coco import read_coco
+from vlmdiag.pictures.entries import read_json
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:

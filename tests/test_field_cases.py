@@ -27,15 +27,9 @@ from vlmdiag.interp.objects import find_target, object_mask
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.identity import fingerprint
 from vlmdiag.pictures.categories import spoken_names
-from vlmdiag.pictures.samples import (
-    AT_HAND,
-    Sample,
-    load_image,
-    read_coco,
-    read_instances,
-    read_questions,
-    turn_of,
-)
+from vlmdiag.pictures.coco import read_coco, read_instances
+from vlmdiag.pictures.questions import read_questions
+from vlmdiag.pictures.samples import AT_HAND, Sample, load_image, turn_of
 from vlmdiag.pictures.table import picture_at, rows_of
 from vlmdiag.swap import pairs
 

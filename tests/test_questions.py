@@ -15,7 +15,8 @@ from data import convert_questions
 from tests.conftest import ROOT
 from vlmdiag.answers import is_right
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import load_image, read_curated, read_mmhal, read_questions
+from vlmdiag.pictures.questions import read_curated, read_mmhal, read_questions
+from vlmdiag.pictures.samples import load_image
 
 pytestmark = pytest.mark.fast
 

@@ -15,16 +15,9 @@ from PIL import Image, ImageOps
 from tests.conftest import ROOT
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import samples
-from vlmdiag.pictures.samples import (
-    Sample,
-    annotated_as,
-    load_image,
-    picture_header,
-    read_coco,
-    read_mmhal,
-    read_questions,
-    turn_of,
-)
+from vlmdiag.pictures.coco import read_coco
+from vlmdiag.pictures.questions import read_mmhal, read_questions
+from vlmdiag.pictures.samples import Sample, annotated_as, load_image, picture_header, turn_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 

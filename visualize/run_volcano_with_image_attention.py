@@ -30,7 +30,9 @@ from typing import TYPE_CHECKING, Any
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import Sample, load_image, read_json, read_mmhal
+from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.questions import read_mmhal
+from vlmdiag.pictures.samples import Sample, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from vlmdiag import CHECKOUT, cli
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import find_target, object_mask, object_tokens
-from vlmdiag.pictures import samples
 from vlmdiag.pictures.categories import spoken_names
-from vlmdiag.pictures.samples import Sample, image_key, load_image, turn_of
+from vlmdiag.pictures.coco import read_coco, read_instances
+from vlmdiag.pictures.entries import image_key
+from vlmdiag.pictures.questions import read_curated
+from vlmdiag.pictures.samples import Sample, load_image, turn_of
 from vlmdiag.runs import rundirs
 from vlmdiag.types import Record
 
@@ -160,8 +162,8 @@ def read_targets(args: argparse.Namespace, question: str = "Describe this image.
     """Items of the annotation file that pass the object filter, in file order. UsageError where
     none does."""
     folder = Path(args.coco_root) / args.datatype
-    listed = samples.read_coco(folder, instances_file(args), question=question)
-    annotations = samples.read_instances(instances_file(args))
+    listed = read_coco(folder, instances_file(args), question=question)
+    annotations = read_instances(instances_file(args))
     items = []
     for sample in listed:
         target = _filtered(args, annotations.get(sample.extra["image_id"], []))
@@ -179,7 +181,7 @@ def read_targets(args: argparse.Namespace, question: str = "Describe this image.
 def read_curated_targets(args: argparse.Namespace) -> list[Item]:
     """Items of --clean_questions_file: one per question; the object is the one its category names,
     else the one of the object filter. UsageError where no question has an object."""
-    asked = samples.read_curated(args.clean_questions_file)
+    asked = read_curated(args.clean_questions_file)
     items = list(_curated(args, asked))
     if not items:
         raise UsageError(
@@ -191,9 +193,9 @@ def read_curated_targets(args: argparse.Namespace) -> list[Item]:
 
 
 def _curated(args: argparse.Namespace, asked: dict[str, list[Record]]) -> Iterator[Item]:
-    listed = samples.read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
+    listed = read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
     by_key = {image_key(sample.extra["image_id"]): sample for sample in listed}
-    annotations = samples.read_instances(instances_file(args))
+    annotations = read_instances(instances_file(args))
     for image_id, questions in asked.items():
         sample = by_key.get(image_key(image_id))
         if sample is None:

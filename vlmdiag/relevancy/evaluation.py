@@ -16,7 +16,8 @@ import numpy as np
 from vlmdiag.answers import token_spans
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import object_mask, rng_for
-from vlmdiag.pictures.samples import image_key, turn_of
+from vlmdiag.pictures.entries import image_key
+from vlmdiag.pictures.samples import turn_of
 from vlmdiag.relevancy import perturbation
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.relevancy.maps import answer_of, places_of

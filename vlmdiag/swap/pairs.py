@@ -17,7 +17,8 @@ from typing import TypedDict
 from vlmdiag.answers import said
 from vlmdiag.cli import UsageError
 from vlmdiag.options import chosen
-from vlmdiag.pictures.samples import annotated_as, read_json
+from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.samples import annotated_as
 from vlmdiag.pictures.table import (
     LETTERS,
     PICTURE_COLUMNS,
