@@ -243,7 +243,7 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
             assert load_image(path).size == (8, 6)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 100), (6000, 60), (60, 6000), (4000, 4000)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 1000), (6000, 10), (10, 6000), (4000, 4000)])
 def test_pictures_of_extreme_shape_load(tmp_path, size):
     path = saved(tmp_path / "a.png", gradient(size=size))
     assert load_image(path).size == size
@@ -253,9 +253,9 @@ def test_pictures_of_extreme_shape_load(tmp_path, size):
 @pytest.mark.parametrize(
     ("size", "why"),
     [
-        ((101, 1), "one side more than 100 times the other"),
-        ((2, 60000), "one side more than 100 times the other"),
-        ((20000, 1), "one side more than 100 times the other"),
+        ((1001, 1), "one side more than 1000 times the other"),
+        ((2, 60000), "one side more than 1000 times the other"),
+        ((20000, 1), "one side more than 1000 times the other"),
         ((10001, 10000), "more than 100 million"),
     ],
 )

@@ -26,8 +26,8 @@ from vlmdiag.beyond_semantics.balance import (
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
-from vlmdiag.model.context import steps_that_fit
 from vlmdiag.model.decoding import Generation, answer_ids, extended, generate
+from vlmdiag.model.limits import steps_that_fit
 from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
 from vlmdiag.model.vision import entries
 from vlmdiag.types import Record

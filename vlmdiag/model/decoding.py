@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmdiag.groups import GROUPS
-from vlmdiag.model.context import steps_that_fit
+from vlmdiag.model.limits import steps_that_fit
 from vlmdiag.model.vision import prefill
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 
 from vlmdiag.batch import Batch, joined
 from vlmdiag.groups import GROUPS, PAD, VISION
-from vlmdiag.model.context import check_lengths
+from vlmdiag.model.limits import check_lengths, check_scaled
 from vlmdiag.model.prompts import Rendered, Span, prompt_for
 
 if TYPE_CHECKING:
@@ -271,7 +271,9 @@ class Encoded(NamedTuple):
 
 def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = False) -> Encoded:
     """Tokens and groups of a question about a picture. Special strings in the question stay text.
-    ValueError where the processor puts no image token into the prompt."""
+    ValueError where the processor puts no image token into the prompt, or would make the picture
+    huge."""
+    check_scaled(vlm, image.size)
     rendered = prompt_for(vlm, question, strip_system)
     hidden = _hide_typed_specials(vlm, rendered)
     tokens = _tokenize_with_picture(vlm, image, hidden.text)

@@ -21,10 +21,10 @@ from vlmdiag.cli import UsageError
 from vlmdiag.types import Record
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# What a picture may be, so that the memory it takes is known before it is decoded. Processors
-# scale the shorter side to the model's, where a long strip would become huge.
+# What a picture may be, so that the memory it takes is known before it is decoded. (What becomes of
+# a strip in a model's processor: model/limits.py.)
 PIXEL_LIMIT = 100_000_000  # up to 1.2 GB while it is converted
-RATIO_LIMIT = 100  # of the longer side to the shorter
+RATIO_LIMIT = 1000  # of the longer side to the shorter
 # Larger pictures are resized before they wait decoded for their turn: to so many pixels, which is
 # more than a model's processor leaves (Qwen2-VL: 12.8 million), and to so long a side, of which
 # processors that pad pictures make a square.

@@ -37,9 +37,9 @@ from vlmdiag.answers import token_spans
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
-from vlmdiag.model.context import context_of
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.lens import Lens, vocabulary
+from vlmdiag.model.limits import context_of
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample, load_image

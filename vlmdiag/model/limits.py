@@ -1,5 +1,6 @@
-"""How many positions a decoder reads: what is longer is refused before it takes the memory, or is
-measured where the model was never trained."""
+"""What a model takes: prompts of so many positions, pictures that its processor does not blow up.
+What is larger is refused before it takes the memory, or is measured where the model was never
+trained."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from vlmdiag.batch import Batch
     from vlmdiag.types import VLM
 
+SCALED_LIMIT = 12_000_000  # pixels of a picture at the size to which a processor brings it
 ANSWER_LIMIT = (
     131_072  # tokens of an answer of a model that does not say how many positions it reads
 )
@@ -45,3 +47,24 @@ def steps_that_fit(vlm: VLM, batch: Batch, wanted: int) -> int:
     """So many of the wanted new tokens as the context has room for after the longest prompt."""
     context = context_of(vlm.model.config)
     return min(wanted, ANSWER_LIMIT if context is None else context - max(batch.lengths))
+
+
+def check_scaled(vlm: VLM, size: tuple[int, int]) -> None:
+    """ValueError for a strip that the processor would make huge, because it brings the shorter side
+    to a length of its own. size: (width, height)."""
+    processor = getattr(vlm.processor, "image_processor", None)
+    wanted = getattr(processor, "size", None) or {}
+    shorter, longer = sorted(size)
+    edge = wanted.get("shortest_edge")
+    # with a longest edge the result is bounded, and a picture that is made a square is no strip
+    pads = getattr(processor, "do_pad", False)
+    is_squared = pads and type(processor).__name__.startswith("LlavaImage")
+    if not isinstance(edge, int) or wanted.get("longest_edge") or is_squared:
+        return
+    scaled = edge * edge * longer // shorter
+    if scaled > SCALED_LIMIT:
+        raise ValueError(
+            f"a picture of {size[0]} x {size[1]} pixels: the model's processor brings the shorter"
+            f" side to {edge}, which makes {scaled / 1e6:.0f} million pixels, more than"
+            f" {SCALED_LIMIT // 10**6} million"
+        )

@@ -1,17 +1,19 @@
-"""Prompts and answers are no longer than what the model reads, and nothing is allocated for more."""
+"""Prompts and answers are no longer than what the model reads, pictures no larger than what its
+processor can take, and nothing is allocated for more."""
 
 import json
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from transformers import LlamaConfig
 
 import common
 from tests.conftest import ROOT
-from vlmdiag.model import context
-from vlmdiag.model.context import ANSWER_LIMIT, context_of, steps_that_fit
+from vlmdiag.model import limits
 from vlmdiag.model.decoding import generate
+from vlmdiag.model.limits import ANSWER_LIMIT, check_scaled, context_of, steps_that_fit
 from vlmdiag.pictures.samples import AT_HAND, Sample
 
 TINY = ROOT / "checkpoints" / "tiny-llava"
@@ -77,8 +79,24 @@ def test_no_answer_goes_past_the_context(vlm, pictures, monkeypatch):
     text = vlm.model.config.get_text_config()
     monkeypatch.setattr(text, "max_position_embeddings", length + 3)
     assert len(generate(vlm, batch, 10**8).ids[0]) == 3
-    monkeypatch.setattr(context, "context_of", lambda config: None)
+    monkeypatch.setattr(limits, "context_of", lambda config: None)
     assert steps_that_fit(vlm, batch, 10**8) == ANSWER_LIMIT
+
+
+def test_a_strip_that_the_processor_would_make_huge_is_refused(vlm, monkeypatch):
+    processor = vlm.processor.image_processor
+    edge = processor.size["shortest_edge"]
+    assert processor.do_pad  # to a square, which is no strip
+    check_scaled(vlm, (1000, 1))
+    monkeypatch.setattr(processor, "do_pad", False)
+    ratio = limits.SCALED_LIMIT // edge**2
+    for size in ((ratio * 4, 4), (4, ratio * 4)):
+        check_scaled(vlm, size)
+    for size in ((ratio * 4 + 8, 4), (4, ratio * 4 + 8)):
+        with pytest.raises(ValueError, match=f"brings the shorter side to {edge}"):
+            check_scaled(vlm, size)
+        with pytest.raises(ValueError, match="million pixels"):
+            encoded(vlm, Image.new("RGB", size))
 
 
 def test_a_question_that_is_too_long_is_a_failure_of_its_own(pictures, tmp_path):
