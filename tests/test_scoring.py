@@ -95,6 +95,10 @@ DECISIONS = {
         "Yes, the answer is A.",
     ],
     "B": [
+        "B is better in that it does not mention the dog.",
+        "I choose B given that there is no dog.",
+        "No doubt B is right.",
+        "Without doubt B",
         "B",
         "b",
         "B.",

@@ -151,7 +151,6 @@ def _with_mentions(text: str, letters: str) -> str:
     text = re.sub(r"</?\w\w+>|[<>*_`#$\"“”«»{}]|(?<!\w)'|'(?!\w)", "", text)
     label = re.compile(rf"[(\[]\s*({either})\s*[)\]][.:]?|(?<![\w'])({either})\)")
     text = label.sub(lambda m: f"{_BRACKETED}{(m[1] or m[2]).upper()}", text)
-    # a label of its own: B: the circle is red
     letter = re.compile(
         rf"(?<![\w'&@{_MENTION}{_BRACKETED}-])(?<!\w\.)({either})"
         r"(?![\w+&]|-\w|\.\w|'(?!s\b)\w)"
@@ -160,8 +159,9 @@ def _with_mentions(text: str, letters: str) -> str:
     text = re.sub(rf"({_ANY}\w)\s*[:.]\s+(?={_IS}\b)", r"\1 ", text)  # A. is wrong
     if len(set(re.findall(rf"{_ANY}(\w)\s*:", text))) > 1:  # the options, said again
         text = re.sub(rf"{_ANY}\w\s*:", "", text)
-    text = re.sub(rf"({_ANY}\w)\s*:", r"\1.", text)
+    text = re.sub(rf"({_ANY}\w)\s*:", r"\1.", text)  # B: the circle is red
     text = re.sub(rf",\s*({_ANY}\w)\s*,\s*(?={_IS}\b)", r" \1 ", text)  # the second, B, is right
+    text = re.sub(r"\b(?:no|without(?:\s+a)?)\s+doubt\b", "", text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:anything|everything|all)\s+but\b", "not", text, flags=re.IGNORECASE)
     text = _BEFORE_NAME.sub("", text)
     return _without_ties(_SET_ASIDE.sub("", text))
@@ -203,9 +203,10 @@ def _count(clause: str, votes: dict[int, set[str]], against: set[str]) -> None:
     if mention is None or len(re.findall(_ANY, clause)) > 1 or _OPEN.search(clause):
         return
     option, before, after = mention[1], clause[: mention.start()], clause[mention.end() :]
-    is_negated = bool(_NEGATION.search(before) or _NEGATION.search(after))
     predicate = _PREDICATE.match(after)
     does = _DOES.match(after)
+    said = predicate or does
+    is_negated = bool(_NEGATION.search(before) or (said and _NEGATION.search(said[0])))
     if predicate and (predicate["bad"] or predicate["worse"]):
         if not is_negated:
             against.add(option)
