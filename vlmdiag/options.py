@@ -24,7 +24,7 @@ _TIE = "\ue002"  # several options in one breath: A or B, both A and B
 
 # what may follow the letter A and not the article
 _FOLLOWS_LETTER = (
-    r"'s\b|\s+(?:is|isn't|was|wasn't|are|and|or|nor|over|than|vs|versus|because|since|but|rather"
+    r"'s\b|\s+(?i:is|isn't|was|wasn't|are|and|or|nor|over|than|vs|versus|because|since|but|rather"
     r"|instead|as|seems|appears|looks|sounds|would|should|does|doesn't|has|hasn't|wins|fits|matches"
     r"|describes|gives|provides|mentions|says|states|contains|captures|includes|reflects|answers"
     r"|represents|identifies|omits|misses|lacks|which|that|if|while|whereas|although|though|for|in"
@@ -63,7 +63,9 @@ _CLAUSE = re.compile(
     r"|therefore|thus|hence|yet|as\s+it)\b",
     re.IGNORECASE,
 )
-_NEGATION = re.compile(r"\b(?:not|never|neither|nor|cannot|no|hardly)\b|n't\b", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:not(?!\s+only)|never|neither|nor|cannot|no|hardly)\b|n't\b", re.IGNORECASE
+)
 _OPEN = re.compile(
     r"\b(?:if|unless|whether|depends|depending|could|might|may|maybe|perhaps|either|possibly"
     r"|unclear|unsure)\b",
@@ -81,13 +83,13 @@ _IS = (
 )
 # ... the answer is B, ... I choose B
 _CHOSEN = re.compile(
-    rf"(?:\b{_NOUN}\s*(?:{_IS}(?:\s*:|\s+for)?|'s|:|=|[-–—]+>?|→)|"
+    rf"(?:\b{_NOUN}\s*(?:{_IS}(?:\s*:|\s+for)?|\s+goes\s+to|'s|:|=|[-–—]+>?|→)|"
     rf"\b(?:{_NOUN}|better|best)\s+(?:that|which|for|to|of|in)\b.*\s{_IS}"
     r"|\b(?:this|that|it|which)\s+(?:matches|means|indicates|suggests|corresponds\s+to)"
     r"|\b(?:cho?ose|chosen?|pick(?:ed)?|select(?:ed)?|prefer|go(?:ing)?\s+(?:with|for)"
     r"|went\s+with|opt(?:ed)?\s+for|vote(?:d)?(?:\s+for)?|say|answer|guess|think|believe"
     r"|lean(?:ing)?\s+(?:to|towards?)|favou?r|take|recommend|namely)(?:\s+that)?"
-    rf"(?:\s+it\s+{_IS}|\s+it's)?|\b(?:it|that|this|which)\s+{_IS}|\b(?:it|that)'s|^\s*must\s+be"
+    rf"(?:\s+it\s+{_IS}|\s+it's)?|\b(?:it|that|this|which)\s+{_IS}|\b(?:it|that)'?s|^\s*must\s+be"
     rf"|^\s*(?:final\s+)?(?:answer|choice|decision|verdict)\s*[:=]?)\s*{_ADVERBS}$",
     re.IGNORECASE,
 )
@@ -115,7 +117,7 @@ _VERBS = (
     r"(?:fits|matches|describes|captures|reflects|represents|answers|provides|gives|identifies)"
 )
 _DOES = re.compile(
-    rf"\s*(?:(?P<wins>wins)\b|(?P<well>(?:correctly|accurately|rightly)\s+\w+s\b)"
+    rf"\s*(?:(?P<wins>wins|best\s+\w+s)\b|(?P<well>(?:correctly|accurately|rightly)\s+\w+s\b)"
     rf"|(?:does|{_VERBS})\b.*\b(?P<better>better|best|more)\b|(?P<fits>fits|matches)\b)",
     re.IGNORECASE,
 )
