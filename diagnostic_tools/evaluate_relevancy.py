@@ -37,7 +37,9 @@ from typing import TYPE_CHECKING
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
-from vlmdiag.pictures.samples import read_coco, read_instances, read_questions, with_picture
+from vlmdiag.pictures.coco import read_coco, read_instances
+from vlmdiag.pictures.questions import read_questions
+from vlmdiag.pictures.samples import with_picture
 
 if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample

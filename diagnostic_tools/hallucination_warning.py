@@ -25,7 +25,6 @@ questions are calibrated each for themselves.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,8 @@ from typing import TYPE_CHECKING
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import Sample, load_image, read_coco, read_instances, with_picture
+from vlmdiag.pictures.coco import read_categories, read_coco, read_instances
+from vlmdiag.pictures.samples import Sample, load_image, with_picture
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ def read_items(args: argparse.Namespace) -> tuple[list[Item], list[str]]:
     """(prompts about the pictures, all object names of the file)."""
     from vlmdiag.stethoscope.hallucination import items_of
 
-    categories = json.loads(Path(args.ann_file).read_bytes())["categories"]
-    names = sorted({category["name"] for category in categories})
+    names = read_categories(args.ann_file)
     objects = {
         str(image_id): tuple(sorted({instance["category"] for instance in instances}))
         for image_id, instances in read_instances(args.ann_file).items()

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import read_questions, with_picture
+from vlmdiag.pictures.questions import read_questions
+from vlmdiag.pictures.samples import with_picture
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:

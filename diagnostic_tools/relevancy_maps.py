@@ -26,7 +26,8 @@ from pathlib import Path
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
-from vlmdiag.pictures.samples import Sample, list_pictures, read_questions, with_picture
+from vlmdiag.pictures.questions import read_questions
+from vlmdiag.pictures.samples import Sample, list_pictures, with_picture
 
 EXPERIMENT = "relevancy"
 # flags that the numbers depend on, besides --layers and --question_file

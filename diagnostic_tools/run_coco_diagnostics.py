@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,9 @@ from typing import TYPE_CHECKING, Any
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import read_coco, with_picture
+from vlmdiag.pictures.coco import read_coco
+from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.samples import with_picture
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
@@ -133,12 +134,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_answers(path: str, samples: Sequence[Sample]) -> dict[str, str | list[int]]:
     """{sample id: text or ids} from a list of {image_id, caption or generated_ids}."""
     try:
-        entries = json.loads(Path(path).read_text())
+        entries: Any = read_json(path)
         given = {
             str(entry["image_id"]): entry.get("generated_ids") or entry["caption"]
             for entry in entries
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--answers {path}: a JSON list of objects with image_id and caption was wanted"
             f" ({error})"

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = run.path / "analysis" / "report.json"
     try:
         numbers = json.loads(path.read_bytes())[args.kind]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} has no {args.kind} words ({type(error).__name__}); run"
             " hallucination_warning.py test first"

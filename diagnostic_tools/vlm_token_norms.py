@@ -43,7 +43,8 @@ import numpy as np
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import read_coco
+from vlmdiag.pictures.coco import read_coco
+from vlmdiag.pictures.entries import read_json
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ def load(args: argparse.Namespace) -> tuple[VLM, bool]:
 
 def read_captions(path: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
     """{sample id: its captions} of a COCO captions file."""
-    annotations = json.loads(Path(path).read_bytes()).get("annotations")
+    content = read_json(path)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not all(
         isinstance(entry, dict) and "image_id" in entry for entry in annotations
     ):

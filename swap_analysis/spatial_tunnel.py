@@ -80,7 +80,7 @@ def read_set(
             f"{folder} is no finished SpatialTunnel set, it has no {Path(error.filename).name};"
             f" {again}"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(
             f"{folder} has a manifest.json or tunnel.json that cannot be read"
             f" ({type(error).__name__}: {error}); {again} --overwrite"

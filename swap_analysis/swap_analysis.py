@@ -277,12 +277,8 @@ def read_table(args: argparse.Namespace) -> tuple[list[Pair], list[Quad]]:
         print(f"{count} rows left out: {why}")
     quads: list[Quad] = []
     if args.bbox_file:
-        heights = {
-            pair["id"]: pairs.picture_at(args.data_path, pair["offset"]).height
-            for pair in of_table
-            if pair["group"] == "distance"
-        }
-        boxes = pairs.read_boxes(args.bbox_file)
+        boxes, sizes = pairs.read_boxes(args.bbox_file)
+        heights = pairs.heights_of(args.data_path, of_table, sizes)
         quads, left_out = pairs.place(of_table, boxes, heights, args.ambiguous_band)
         for why, count in left_out.items():
             print(f"{count} distance pairs without a quad: {why}")
@@ -360,7 +356,7 @@ def read_lines(path: Path) -> list[Any]:
     """What write_lines() wrote."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read ({error}); run --stage pairs states again"
         ) from error

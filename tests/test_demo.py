@@ -415,6 +415,9 @@ def test_what_is_too_large_or_no_picture_is_refused_in_one_line(
     (tmp_path / "wide.png").write_bytes(buffer.getvalue())
     with pytest.raises(UsageError, match="8000 x 8000 pixels"):
         stethoscope.read_picture(tmp_path / "wide.png")
+    Image.new("1", (20000, 1)).save(tmp_path / "strip.png")
+    with pytest.raises(UsageError, match="20000 x 1 pixels, one side more than 1000 times"):
+        stethoscope.read_picture(tmp_path / "strip.png")
     monkeypatch.setattr(stethoscope, "FILE_LIMIT", 100)
     with pytest.raises(UsageError, match="MiB"):
         stethoscope.read_picture(tmp_path / "wide.png")

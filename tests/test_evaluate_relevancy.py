@@ -17,8 +17,9 @@ from tests.conftest import in_process
 from vlmdiag.answers import token_spans
 from vlmdiag.groups import VISION
 from vlmdiag.model.decoding import generate
+from vlmdiag.pictures.coco import read_instances
 from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.pictures.samples import Sample, read_instances
+from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import perturbation
 from vlmdiag.relevancy.gradients import trace
 

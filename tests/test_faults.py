@@ -6,6 +6,7 @@ import os
 import pathlib
 import threading
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -134,15 +135,64 @@ def test_an_empty_file_does_not_count_as_done(run, ending):
     assert not run.is_done("a")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", pytest.param(b"[" * 100_000, marks=not_yet("deeply nested JSON ends in a traceback"))],
-)
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000])
 def test_a_damaged_record_is_named_in_one_line(run, content):
     run.write("a", {"caption": "x"}, {})
     (run.path / "per_image" / "a.json").write_bytes(content)
     with pytest.raises(UsageError, match="a.json"):
         run.finish()
+
+
+def npz(path, header, data=b"", encrypted=False):
+    """An NPZ with one array whose header is given as it stands in the file."""
+    length = len(header).to_bytes(2, "little")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + length + header + data)
+    if encrypted:
+        content = bytearray(path.read_bytes())
+        content[6] |= 1  # the flag of the local entry, and of the directory
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(content)
+
+
+FLOATS = "{'descr': '<f8', 'fortran_order': False, 'shape': (%s,)}\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "encrypted"),
+    [
+        (FLOATS % 10**15, False),
+        (FLOATS % 10**30, False),
+        (FLOATS % 2, True),
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (2", False),
+        ("(" * 3000, False),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", False),
+        ("\x00\x01\x02", False),
+    ],
+)
+def test_an_npz_that_lies_is_named_in_one_line(tmp_path, header, encrypted):
+    npz(tmp_path / "a.npz", header.encode(), b"\0" * 16, encrypted)
+    with pytest.raises(UsageError, match="a.npz cannot be read") as caught:
+        disk.read_npz(tmp_path / "a.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_npz_that_unpacks_to_more_than_memory_is_refused_before_it_is_read(
+    tmp_path, monkeypatch
+):
+    np.savez_compressed(tmp_path / "a.npz", a=np.zeros(3000), small=np.zeros(3))
+    monkeypatch.setattr(disk, "NPZ_LIMIT", 20_000)
+    with pytest.raises(UsageError, match="a.npz cannot be read .*its arrays take"):
+        disk.read_npz(tmp_path / "a.npz")
+    assert disk.read_npz(tmp_path / "a.npz", ["small"])["small"].shape == (3,)
+
+
+def test_a_record_of_more_than_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(f'{{"a": "{"x" * 1000}"}}')
+    assert disk.read_json(tmp_path / "a.json")
+    monkeypatch.setattr(disk, "JSON_LIMIT", 1000)
+    with pytest.raises(UsageError, match="a.json cannot be read .it has more than"):
+        disk.read_json(tmp_path / "a.json")
 
 
 @not_yet("a damaged counter ends in a traceback")

@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 
 from data import make_shapes
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures import samples
+from vlmdiag.pictures import coco, questions
 from vlmdiag.scenes import annotations, shape_set
 from vlmdiag.scenes.scene import FAR, NEAR, Scene, instance_map, outline
 
@@ -318,9 +318,7 @@ def test_five_different_captions_name_every_object(sets, kind):
             assert caption.endswith(".")
     assert (
         len(
-            samples.read_coco(
-                sets[kind] / "val2017", sets[kind] / "annotations/captions_val2017.json"
-            )
+            coco.read_coco(sets[kind] / "val2017", sets[kind] / "annotations/captions_val2017.json")
         )
         == 40
     )
@@ -458,7 +456,7 @@ def test_answers_follow_from_the_objects(sets, kind):
     for row in rows + read(sets[kind] / "mmhal_shapes.json"):
         things = known[f"{int(row['image_id']):012d}"]["objects"]
         assert answer(row["question"], things) == row.get("answer", row.get("gold_answer")), row
-    found = samples.read_questions(sets[kind] / "questions.json") + samples.read_mmhal(
+    found = questions.read_questions(sets[kind] / "questions.json") + questions.read_mmhal(
         sets[kind] / "mmhal_shapes.json"
     )
     assert all(sample.image.is_file() for sample in found)

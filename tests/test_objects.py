@@ -19,6 +19,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.families import llava, qwen_vl
 from vlmdiag.interp import objects
 from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures.samples import TURN
 
 quick = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -93,7 +94,7 @@ BAD = [
 
 @pytest.mark.parametrize("segmentation", BAD)
 def test_a_malformed_segmentation_is_named_in_one_line_and_the_box_never_used(segmentation):
-    with pytest.raises(UsageError, match="annotation 7 of image 3 cannot be used: ") as caught:
+    with pytest.raises(ValueError, match="annotation 7 of image 3 cannot be used: ") as caught:
         objects.object_mask(annotation(segmentation), (8, 6))
     assert "\n" not in str(caught.value)
 
@@ -103,9 +104,123 @@ def test_a_malformed_segmentation_is_named_in_one_line_and_the_box_never_used(se
 def test_any_compressed_text_is_a_whole_mask_or_refused(text):
     try:
         mask = objects.object_mask(annotation({"size": [6, 8], "counts": text}), (8, 6))
-    except UsageError:
+    except ValueError:
         return
     assert mask.shape == (6, 8)
+
+
+# --- pictures that are not as they were annotated -------------------------------------------------
+
+
+def drawn(size, box):
+    """A mask (height, width) with one rectangle [x0, y0, x1, y1], and its polygon."""
+    x0, y0, x1, y1 = box
+    mask = np.zeros(size[::-1], bool)
+    mask[y0:y1, x0:x1] = True
+    return mask, [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def run_lengths(mask):
+    """COCO's run lengths of a mask, as text."""
+    packed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": packed["counts"].decode()}
+
+
+@pytest.mark.parametrize("turn", [5, 6, 7, 8])
+@pytest.mark.parametrize("form", ["polygon", "run lengths"])
+def test_a_mask_is_turned_with_the_picture_where_the_stored_one_was_annotated(turn, form):
+    stored, polygon = drawn((90, 60), (10, 5, 40, 20))
+    segmentation = polygon if form == "polygon" else run_lengths(stored)
+    upright = np.asarray(Image.fromarray(stored.astype(np.uint8)).transpose(TURN[turn])) > 0
+    found = objects.object_mask(annotation(segmentation, listed_size=(90, 60)), (60, 90), turn)
+    assert np.array_equal(found, upright) and found.sum() == 450
+    # annotated as it is shown
+    shown, polygon = drawn((60, 90), (10, 5, 40, 20))
+    segmentation = polygon if form == "polygon" else run_lengths(shown)
+    found = objects.object_mask(annotation(segmentation, listed_size=(60, 90)), (60, 90), turn)
+    assert np.array_equal(found, shown)
+
+
+@pytest.mark.parametrize(
+    ("listed", "size", "turn"),
+    [
+        ((60, 60), (60, 60), 6),  # square: either way up
+        ((90, 60), (90, 60), 3),  # upside down: either
+        ((90, 60), (90, 60), 2),
+        ((100, 101), (101, 100), 8),  # within a pixel of a square
+        (None, (60, 90), 6),  # no size that would tell
+    ],
+)
+def test_a_turned_picture_that_could_be_annotated_either_way_is_refused(listed, size, turn):
+    _, polygon = drawn(listed or size, (10, 5, 40, 20))
+    with pytest.raises(ValueError, match="annotation 7 of image 3 .*EXIF turns the picture"):
+        objects.object_mask(annotation(polygon, listed_size=listed), size, turn)
+
+
+@pytest.mark.parametrize(
+    ("listed", "size"),
+    [
+        ((640, 480), (320, 240)),
+        ((640, 427), (384, 256)),
+        ((427, 640), (224, 336)),  # 335.8
+        ((500, 375), (1000, 750)),
+        ((333, 500), (167, 250)),
+        ((640, 480), (640, 479)),
+        ((640.0, 480.0), (320, 240)),
+    ],
+)
+def test_the_mask_of_a_resized_copy_lies_on_the_same_part_of_it(listed, size):
+    share = np.array([0.25, 0.5, 0.75, 0.8])
+    box = np.round(share * np.tile(listed, 2)).astype(int).tolist()
+    mask, polygon = drawn([int(side) for side in listed], box)
+    for segmentation in (polygon, run_lengths(mask)):
+        found = objects.object_mask(annotation(segmentation, listed_size=listed), size)
+        assert found.shape == size[::-1]
+        rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
+        edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        # within a pixel of the copy or of what was annotated, whichever is larger
+        loose = 1.01 * np.maximum(1, np.tile(size, 2) / np.tile(listed, 2))
+        assert (np.abs(edges - share * np.tile(size, 2)) <= loose).all()
+
+
+def test_a_turned_and_resized_picture_has_its_mask_turned_and_resized():
+    stored, polygon = drawn((640, 480), (64, 48, 320, 240))
+    found = objects.object_mask(annotation(polygon, listed_size=(640, 480)), (240, 320), 6)
+    upright = np.asarray(Image.fromarray(stored.astype(np.uint8)).transpose(TURN[6]))
+    half = Image.fromarray(upright).resize((240, 320), Image.Resampling.NEAREST)
+    assert np.array_equal(found, np.asarray(half) > 0)
+
+
+@pytest.mark.parametrize(
+    ("listed", "size", "words"),
+    [
+        ((640, 480), (480, 480), "no resized copy"),  # cropped
+        ((640, 480), (480, 640), "no resized copy"),  # turned without a word
+        ((640, 480), (336, 336), "no resized copy"),  # squeezed
+        ((640, 480), (320, 243), "no resized copy"),
+        (("640", 480), (640, 480), "no \\[width, height\\]"),
+        ((0, 480), (640, 480), "no \\[width, height\\]"),
+        ((640, None), (640, 480), "no \\[width, height\\]"),
+        ((640, 480.5), (640, 480), "no \\[width, height\\]"),
+        ((float("nan"), 480), (640, 480), "no \\[width, height\\]"),
+        (([640], 480), (640, 480), "no \\[width, height\\]"),
+        ((10**9, 10**9), (640, 640), "million pixels"),
+    ],
+)
+def test_a_picture_that_is_not_the_annotated_one_is_refused_in_one_line(listed, size, words):
+    _, polygon = drawn((640, 480), (10, 5, 40, 20))
+    with pytest.raises(ValueError, match=words) as caught:
+        objects.object_mask(annotation(polygon, listed_size=listed), size)
+    assert "annotation 7 of image 3" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_run_lengths_of_another_size_than_the_file_says_are_refused():
+    mask, _ = drawn((90, 60), (10, 5, 40, 20))
+    with pytest.raises(ValueError, match="run lengths are for"):
+        objects.object_mask(annotation(run_lengths(mask), listed_size=(60, 90)), (60, 90), 6)
+    # without a word of the file they are the picture's size, or that of the one it was made from
+    found = objects.object_mask(annotation(run_lengths(mask)), (45, 30))
+    assert np.array_equal(found, mask[1::2, 1::2])
 
 
 # --- targets --------------------------------------------------------------------------------------

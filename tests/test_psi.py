@@ -19,7 +19,7 @@ from vlmdiag.beyond_semantics.position_sensitivity import psi as index
 from vlmdiag.beyond_semantics.position_sensitivity import psi_interval
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
-from vlmdiag.pictures.samples import read_questions
+from vlmdiag.pictures.questions import read_questions
 from vlmdiag.runs import rundirs
 
 TOOLS = Path(__file__).resolve().parents[1] / "diagnostic_tools"

@@ -465,7 +465,7 @@ def test_cmb_of_one_image(runs, tmp_path, monkeypatch, capsys):
         (["--image_key", IDS[1]], "no picture for .*--img_path"),
         (
             ["--image_key", IDS[1], "--img_path", "runs/tiny-llava__sp-0/meta.json"],
-            "cannot be read as a picture",
+            "not a readable picture",
         ),
         (["--use_key", "cmb_baseline"], "has no cmb_baseline"),
         (

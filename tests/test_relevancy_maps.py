@@ -8,8 +8,8 @@ import pytest
 
 from data import make_shapes
 from tests.conftest import ROOT, in_process
+from vlmdiag.pictures.coco import read_instances
 from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.pictures.samples import read_instances
 from vlmdiag.runs import rundirs
 
 maps = in_process(ROOT / "diagnostic_tools" / "relevancy_maps.py")

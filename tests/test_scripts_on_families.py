@@ -22,6 +22,7 @@ from vlmdiag.model.decoding import answer_ids, extended, generate
 from vlmdiag.model.probes import ImageAttention, LastStates
 from vlmdiag.model.vision import entries, prefill
 from vlmdiag.pictures.samples import Sample, load_image
+from vlmdiag.pictures.table import picture_at
 from vlmdiag.runs import rundirs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,9 +283,7 @@ def test_swap_states_of_shared_prompts_are_those_of_a_prompt_alone(
                     vlm,
                     one(
                         vlm,
-                        script["swap"].module.pairs.picture_at(
-                            shapes / "swap_pairs_ready.tsv", pairs[row]["offset"]
-                        ),
+                        picture_at(shapes / "swap_pairs_ready.tsv", pairs[row]["offset"]),
                         question,
                     ),
                 )

@@ -243,7 +243,7 @@ def test_one_scale_that_fails_does_not_stop_the_others(shapes, tmp_path):
         (("--scales", "50k"), "known for tiny are scale1"),
         (("--scales", "x=/no/such"), "no such folder"),
         (("--data_path", "none.tsv"), "cannot be read"),
-        (("--bbox_file", "none.json"), "not readable JSON"),
+        (("--bbox_file", "none.json"), "no such file"),
         (("--layers", 9), "has 6 layers"),
         (("--stage", "metrics"), "not a run directory"),
         (("--merge",), "run swap_analysis.py"),

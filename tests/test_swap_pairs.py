@@ -14,6 +14,7 @@ from PIL import Image
 
 from data import make_shapes
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures import table
 from vlmdiag.swap import pairs
 from vlmdiag.swap.relations import CATEGORIES, GROUP_OF
 from vlmdiag.swap.states import make_process, open_states
@@ -49,7 +50,7 @@ def picture(color="red"):
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def table(path, columns, rows):
+def written(path, columns, rows):
     lines = [
         "\t".join(columns),
         *("\t".join(str(row.get(name, "")) for name in columns) for row in rows),
@@ -81,7 +82,7 @@ def test_both_tables_of_the_shapes_give_the_same_directional_pairs(shapes):
             pair["objects"][0] in pair["questions"][0]
             and pair["objects"][1] in pair["questions"][0]
         )
-    found = pairs.picture_at(shapes / "swap_pairs.tsv", other[3]["offset"])
+    found = table.picture_at(shapes / "swap_pairs.tsv", other[3]["offset"])
     assert found.mode == "RGB" and min(found.size) > 100
 
 
@@ -141,7 +142,7 @@ def test_rows_that_give_no_pair_are_reported_and_none_stays_text(tmp_path):
         base
         | {"question_id": "q5", "category": "far", "question": "?", "answer": "B", "image": ""},
     ]
-    found, left_out = pairs.read_pairs(table(tmp_path / "t.tsv", COLUMNS, rows))
+    found, left_out = pairs.read_pairs(written(tmp_path / "t.tsv", COLUMNS, rows))
     assert [(pair["question_id"], pair["category"], pair["objects"]) for pair in found] == [
         ("q1", "close", ("cup", "pan")),
         ("q3", "under", ("cup", "pan")),
@@ -150,7 +151,7 @@ def test_rows_that_give_no_pair_are_reported_and_none_stays_text(tmp_path):
         found[1]["questions"][0].startswith("Is the cup above or below the pan?")
         and sum(left_out.values()) == 4
     )
-    again, _ = pairs.read_pairs(table(tmp_path / "u.tsv", COLUMNS, rows[::-1]))
+    again, _ = pairs.read_pairs(written(tmp_path / "u.tsv", COLUMNS, rows[::-1]))
     assert {pair["question_id"]: pair["questions"] for pair in again} == {
         pair["question_id"]: pair["questions"] for pair in found
     }
@@ -170,9 +171,9 @@ def test_the_limit_is_drawn_by_the_seed(shapes):
 
 def test_strata_and_quads_follow_the_heights(shapes):
     found, _ = pairs.read_pairs(shapes / "swap_pairs_ready.tsv", limit=0)
-    boxes = pairs.read_boxes(shapes / "bboxes.json")
+    boxes = pairs.read_boxes(shapes / "bboxes.json")[0]
     heights = {
-        pair["id"]: pairs.picture_at(shapes / "swap_pairs_ready.tsv", pair["offset"]).height
+        pair["id"]: table.picture_at(shapes / "swap_pairs_ready.tsv", pair["offset"]).height
         for pair in found
     }
     quads, _ = pairs.place(found, boxes, heights)
@@ -201,7 +202,71 @@ def test_strata_and_quads_follow_the_heights(shapes):
         for key, some in boxes.items()
     ]
     (shapes / "records.json").write_text(json.dumps(listed))
-    assert pairs.read_boxes(shapes / "records.json") == boxes
+    assert pairs.read_boxes(shapes / "records.json") == (boxes, {})
+
+
+def test_a_pair_whose_boxes_are_of_another_picture_gets_no_stratum(shapes, tmp_path):
+    """Resized pictures keep theirs, for the boxes' own height counts."""
+    path = shapes / "swap_pairs_ready.tsv"
+    header, *rows = [line.split("\t") for line in path.read_text().splitlines()]
+    place, group = header.index("image_base64"), header.index("group")
+    rows = [row for row in rows if row[group] == "distance"][:6]
+
+    def saved(picture, **options):
+        picture.save(stream := io.BytesIO(), "JPEG", **options)
+        return base64.b64encode(stream.getvalue()).decode()
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for n, row in enumerate(rows):
+        shown = Image.open(io.BytesIO(base64.b64decode(row[place])))
+        row[place] = [
+            row[place],
+            saved(shown.resize((shown.width // 2, shown.height // 2))),
+            saved(shown.crop((0, 0, shown.width, shown.height // 2))),
+            saved(shown, exif=turned),
+            base64.b64encode(b"no picture").decode() * 9,
+            "!" * 99,
+        ][n]
+    (tmp_path / "t.tsv").write_text("\n".join("\t".join(row) for row in [header, *rows]))
+    found, left_out = pairs.read_pairs(tmp_path / "t.tsv", limit=0)
+    assert len(found) == 6 and not left_out
+    boxes, sizes = pairs.read_boxes(shapes / "bboxes.json")
+    heights = pairs.heights_of(tmp_path / "t.tsv", found, sizes)
+    assert [pair["id"] for pair in found if pair["id"] in heights] == ["000000", "000001"]
+    assert heights["000001"] == sizes[found[1]["question_id"]][1]
+    _, left_out = pairs.place(found, boxes, heights)
+    assert left_out["no picture of the shape that the boxes are of"] == 4
+    # without sizes the picture's own height counts, unless it is turned
+    heights = pairs.heights_of(tmp_path / "t.tsv", found, {})
+    assert set(heights) == {"000000", "000001", "000002"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "3",
+        '"text"',
+        "[]",
+        "[3, null]",
+        '{"q": 3}',
+        '{"q": {"objects": 3}}',
+        '{"q": {"objects": [null]}}',
+        '{"q": {"objects": [{"name": "cup", "bbox": "1234"}]}}',
+        '{"q": {"objects": [{"name": "cup", "bbox": [1, 2, 3, "4"]}]}}',
+        '{"q": {"objects": [{"name": "cup", "bbox": [1, 2, 3, NaN]}]}}',
+        '{"q": {"objects": [{"bbox": [1, 2, 3, 4]}]}}',
+        '{"q": {"objects": {"name": 3, "bbox": null}}}',
+        "[" * 100_000,
+        "",
+        "{",
+    ],
+)
+def test_boxes_that_are_none_are_one_line(tmp_path, content):
+    (tmp_path / "boxes.json").write_text(content)
+    with pytest.raises(UsageError, match=r"boxes\.json") as caught:
+        pairs.read_boxes(tmp_path / "boxes.json")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +334,7 @@ def test_multiple_choice_offers_both_words_in_both_orders(shapes):
             pair["letters"]["A"]
         ] == ("A",)
     quads, _ = pairs.place(
-        found, pairs.read_boxes(shapes / "bboxes.json"), {pair["id"]: 336 for pair in found}
+        found, pairs.read_boxes(shapes / "bboxes.json")[0], {pair["id"]: 336 for pair in found}
     )
     assert quads and all("(A)" in quad["questions"][0] for quad in quads)
 
@@ -282,7 +347,7 @@ def test_unnamed_objects_stay_only_when_asked_for_and_occurrence_tells_equal_nam
         base | {"question_id": "q1", "answer": "B", "A": "cup", "B": "cup", "C": "pan", "D": "n/a"},
         base | {"question_id": "q2", "answer": "C", "A": "cup", "B": "cup", "C": "pan", "D": "n/a"},
     ]
-    path = table(tmp_path / "t.tsv", COLUMNS, rows)
+    path = written(tmp_path / "t.tsv", COLUMNS, rows)
     assert [pair["question_id"] for pair in pairs.read_pairs(path)[0]] == ["q1", "q2"]
     assert [pair["objects"][0] for pair in pairs.read_pairs(path, keep_unnamed=True)[0]] == [
         "unknown",
@@ -324,9 +389,9 @@ def test_tables_that_are_none_are_refused(tmp_path):
 def test_states_are_those_of_single_plain_passes(load, shapes, tmp_path, name):
     vlm, path = load(name), shapes / "swap_pairs_ready.tsv"
     found, _ = pairs.read_pairs(path, limit=2)
-    boxes = pairs.read_boxes(shapes / "bboxes.json")
+    boxes = pairs.read_boxes(shapes / "bboxes.json")[0]
     quads, _ = pairs.place(
-        found, boxes, {pair["id"]: pairs.picture_at(path, pair["offset"]).height for pair in found}
+        found, boxes, {pair["id"]: table.picture_at(path, pair["offset"]).height for pair in found}
     )
     quad_of = {quad["id"]: quad | {"row": row} for row, quad in enumerate(quads)}
     layers, width = [0, 2], vlm.model.get_input_embeddings().weight.shape[1]
@@ -334,7 +399,7 @@ def test_states_are_those_of_single_plain_passes(load, shapes, tmp_path, name):
     quad_states = open_states(tmp_path / "quads.npy", (len(quads), 4, 2, width), "float32")
     process = make_process(vlm, layers, states, quad_states, quad_of, 3)
     items = [SimpleNamespace(pair=pair, row=row, id=pair["id"]) for row, pair in enumerate(found)]
-    loaded = [(item, pairs.picture_at(path, item.pair["offset"])) for item in items]
+    loaded = [(item, table.picture_at(path, item.pair["offset"])) for item in items]
     records = [
         record
         for start in range(0, len(items), 5)

@@ -18,6 +18,7 @@ from vlmdiag.model import prompts
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import Probe
+from vlmdiag.pictures import table
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import disk, engine, rundirs
 from vlmdiag.swap import pairs, states
@@ -56,10 +57,10 @@ def work(shapes):
     path = shapes / "swap_pairs_ready.tsv"
     found, _ = pairs.read_pairs(path, limit=2)
     order = [found[k] for k in (8, 0, 9, 4, 10, 11)]  # distance pairs among others
-    pictures = {pair["id"]: pairs.picture_at(path, pair["offset"]) for pair in order}
+    pictures = {pair["id"]: table.picture_at(path, pair["offset"]) for pair in order}
     quads, _ = pairs.place(
         order,
-        pairs.read_boxes(shapes / "bboxes.json"),
+        pairs.read_boxes(shapes / "bboxes.json")[0],
         {pair["id"]: pictures[pair["id"]].height for pair in order},
     )
     assert len(quads) >= 2
@@ -492,7 +493,7 @@ def test_multiple_choice_answers_are_read_and_weighed_by_letters(models, shapes,
         for row, pair in enumerate(found)
     ]
     pictures = {
-        item.id: pairs.picture_at(shapes / "swap_pairs_ready.tsv", item.pair["offset"])
+        item.id: table.picture_at(shapes / "swap_pairs_ready.tsv", item.pair["offset"])
         for item in items
     }
     _, _, records = measured(vlm, (items, {}, pictures), tmp_path, 4)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import make_shapes
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures import samples
+from vlmdiag.pictures import coco
 from vlmdiag.scenes import shape_set, tunnel
 from vlmdiag.scenes.scene import CORRIDOR_COLORS
 
@@ -250,9 +250,9 @@ def test_a_picture_does_not_depend_on_how_many_there_are(made, tmp_path):
 
 
 def test_it_is_a_coco_set(made, rows):
-    found = samples.read_coco(made / "val2017", made / "annotations/captions_val2017.json")
+    found = coco.read_coco(made / "val2017", made / "annotations/captions_val2017.json")
     assert [int(sample.id) for sample in found] == [row["image_id"] for row in rows]
-    shown = samples.read_instances(made / "annotations/instances_val2017.json")
+    shown = coco.read_instances(made / "annotations/instances_val2017.json")
     for row in rows[::40]:
         assert [
             (thing["category"], thing["bbox"], thing["depth"]) for thing in shown[row["image_id"]]

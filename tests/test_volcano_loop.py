@@ -16,12 +16,13 @@ from vlmdiag.model.decoding import generate
 from vlmdiag.model.prefix import SharedPicture, after_picture, first_positions
 from vlmdiag.model.probes import ImageAttention
 from vlmdiag.model.vision import embeddings
+from vlmdiag.options import chosen
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.pictures.spread import normalized_entropy
 from vlmdiag.runs import rundirs
 from vlmdiag.volcano import maps
 from vlmdiag.volcano.conversation import converse
-from vlmdiag.volcano.protocol import decision, decision_published, judged, order_of
+from vlmdiag.volcano.protocol import decision_published, judged, order_of
 
 SCRIPT = ROOT / "visualize" / "run_volcano_with_image_attention.py"
 TINY = ROOT / "checkpoints" / "tiny-llava"
@@ -204,7 +205,7 @@ def test_pooling_against_loops_and_its_refusals():
         ("b", "B", "B"),
         ('"B"', "B", "B"),
         ("I choose (A).", "A", "A"),
-        ("probably A.", None, "B"),
+        ("probably A.", "A", "B"),
         ("Neither", None, None),
         ("Answer: B", "B", "B"),
         ("B) because", "B", "B"),
@@ -214,7 +215,7 @@ def test_pooling_against_loops_and_its_refusals():
     ],
 )
 def test_decisions_are_read_strictly_and_as_published(text, read, published):
-    assert decision(text) == read and decision_published(text) == published
+    assert chosen(text) == read and decision_published(text) == published
 
 
 def test_gold_answers_and_orders():

@@ -22,16 +22,17 @@ stages, also without the published figure's length bias."""
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import Sample, load_image, read_mmhal
+from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.questions import read_mmhal
+from vlmdiag.pictures.samples import Sample, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -181,9 +182,9 @@ def read_instances(args: argparse.Namespace) -> list[Sample]:
 def read_given(path: str, instances: Sequence[Sample]) -> dict[str, str]:
     """{sample id: initial answer} of --answers."""
     try:
-        entries = json.loads(Path(path).read_text())
+        entries: Any = read_json(path)
         answers = {str(entry["image_id"]): str(entry["answer"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UsageError(
             f"--answers {path}: a JSON list of objects with image_id and answer was wanted"
             f" ({error})"

@@ -1,19 +1,23 @@
-"""Is a generated answer right? The first known alternative that stands in it as a whole word
-decides. Pure functions on text.
+"""Is a generated answer right? The first known alternative that it says, as a whole word, decides.
+Pure functions on text.
 
     read("The red circle is below it.", "above") == "below"        read("Yes.", "yes") == "yes"
-    read("There is nothing", "no") is None
+    read("Not above.", "above") == "below"        read("There is nothing", "no") is None
 
 Alternatives come from the expected answer: 'above' is one of {above, below}, 'two' one of the
-numbers, 'B' or '(B)' one of the option letters. An expected answer of no such set, 'column 3, row
-4' or 'teddy bear', is right where it occurs as a whole. Case is ignored, negation is not
-understood.
+numbers, 'B' or '(B)' one of the option letters, of which the chosen one counts (options.py). An
+expected answer of no such set, 'column 3, row 4' or 'teddy bear', is right where it is said as a
+whole. Case is ignored. A word that is denied in its clause is not said; of two alternatives that
+says the other one. 'above or below' says neither.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from vlmdiag.options import chosen
 
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 COLORS = (
@@ -39,8 +43,59 @@ ALTERNATIVES: tuple[Alternatives, ...] = (
 )
 # a whole word, and of 3.5 neither the 3 nor the 5
 _WHOLE = r"(?<!\w)(?<!\d[.,])(?:{})(?!\w)(?![.,]\d)"
-# an option letter, not the article
-_LETTER = re.compile(r"(?<![\w'])(?:[B-H]|A(?!\s+[a-z]))(?![\w'])")
+# what denies the words that follow it, up to four in its clause
+_DENIAL = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot|without)\b|n['’]t\b"
+    r"|\bno\b(?!\s+(?:it|it['’]s|there|the|that|this|they|i|he|she|we|you|more|less|fewer)\b)"
+    r"|\b(?:rather\s+than|instead\s+of|as\s+opposed\s+to|anything\s+but)\b)"
+    r"(?!\s+(?:only|just|merely|sure|certain|clear|(?:a\s+)?doubt)\b)"
+    r"(?:[^\w.!?;:,\n]+(?!(?:but|and|rather|instead)\b)[\w'’]+){0,4}[^\w.!?;:,\n]*$",
+    re.IGNORECASE,
+)
+# a further alternative of what is denied: not left or to the right
+_OR = re.compile(r"\W*\bn?or\W+(?:(?:to|on|at|in)\W+)?(?:the\W+)?", re.IGNORECASE)
+_UNDER_IF = re.compile(r"\b(?:if|whether)\b[^.!?;:,\n]*$", re.IGNORECASE)
+# words that say something else there
+_IDIOM = re.compile(
+    r"\bas\s+far\s+as\s+(?:i|we|you|one)\b|\b(?:so|by)\s+far\b|\b(?:that|you)['’](?:s|re)\s+right\b|\ball\s+right\b"
+    r"|\bright\s+(?:now|away)\b|\bthe\s+above\s+(?:image|picture|photo|question)\b|\babove\s+all\b"
+    r"|\bno\s+(?:doubt|problem|question|matter|way|idea)\b|\b(?:the|this|that|each|no)\s+one\b",
+    re.IGNORECASE,
+)
+# what 'no' counts: no circles, but not No, there are two
+_COUNTED = re.compile(
+    r"\s+(?!(?:there|it|i|the|that|this|they|we|you|more|fewer|less)\b)\w", re.IGNORECASE
+)
+
+
+class Said(NamedTuple):
+    """A word that an answer says, in lower case."""
+
+    word: str
+    start: int
+    end: int
+    is_denied: bool
+
+
+def said(text: str, words: Iterable[str]) -> list[Said]:
+    """Where a text says some words, as whole ones in any case, in order. Left out is what stands in
+    an idiom ('as far as') or under an 'if' or 'whether'; denial ends with its clause."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = re.compile(
+        _WHOLE.format("|".join(map(re.escape, longest_first)).replace(r"\ ", r"\s+")), re.IGNORECASE
+    )
+    idioms = [match.span() for match in _IDIOM.finditer(text)]
+    found: list[Said] = []
+    for match in pattern.finditer(text):
+        start, end = match.span()
+        before = text[:start]
+        if any(first <= start < last for first, last in idioms) or _UNDER_IF.search(before):
+            continue
+        is_denied = bool(_DENIAL.search(before))
+        if found and found[-1].is_denied and _OR.fullmatch(text[found[-1].end : start]):
+            is_denied = True
+        found.append(Said(match[0].lower(), start, end, is_denied))
+    return found
 
 
 def _plain(answer: str) -> str:
@@ -59,11 +114,33 @@ def alternatives_of(answer: str) -> tuple[Alternatives | None, str]:
 
 
 def first_match(text: str, alternatives: Alternatives) -> str | None:
-    """The alternative whose word comes first in the text, as a whole word; None where none does."""
+    """The alternative that a text says first; None where it says none, or leaves it open ('red or
+    blue'). Of two alternatives one that is only denied says the other."""
     names = {word: name for name, words in alternatives.items() for word in words}
-    longest_first = sorted(names, key=len, reverse=True)
-    match = re.search(_WHOLE.format("|".join(map(re.escape, longest_first))), text.lower())
-    return names[match[0]] if match else None
+    mentions = said(text, names)
+    if "yes" in names:  # 'no' says no, it denies nothing
+        mentions = [mention._replace(is_denied=False) for mention in mentions]
+    elif "no" in names:
+        mentions = [mention for mention in mentions if _counts(mention, text)]
+    affirmed = [mention for mention in mentions if not mention.is_denied]
+    if not affirmed:
+        denied = {names[mention.word] for mention in mentions}
+        others = [name for name in alternatives if name not in denied]
+        return others[0] if len(denied) == len(others) == 1 else None
+    first = names[affirmed[0].word]
+    for mention, following in zip(affirmed, affirmed[1:]):
+        between = text[mention.end : following.start]
+        is_tie = _OR.fullmatch(between) or ("yes" in names and between.strip().lower() == "and")
+        if is_tie and names[mention.word] != names[following.word]:
+            return None
+    return first
+
+
+def _counts(mention: Said, text: str) -> bool:
+    """Whether a word says a number: 'no' does before what it counts, and alone."""
+    if mention.word != "no" or text.strip(" .!\n").lower() == "no":
+        return True
+    return bool(_COUNTED.match(text, mention.end))
 
 
 def _option_of(answer: str) -> str | None:
@@ -76,15 +153,12 @@ def read(text: str, answer: str) -> str | None:
     """What a generated text is read as, given the expected answer: the name of an alternative, or
     None."""
     if _option_of(answer):
-        match = _LETTER.search(text)
-        if match:
-            return match[0]
-        return _option_of(text.upper())
+        return chosen(text, LETTERS)
     alternatives, name = alternatives_of(answer)
     if alternatives is not None:
         return first_match(text, alternatives)
-    phrase = r"\s+".join(map(re.escape, name.split()))
-    return name if name and re.search(_WHOLE.format(phrase), text.lower()) else None
+    is_said = name and any(not mention.is_denied for mention in said(text, [name]))
+    return name if is_said else None
 
 
 def is_right(text: str, answer: str) -> bool:

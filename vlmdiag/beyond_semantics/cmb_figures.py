@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.pictures.samples import load_image
 from vlmdiag.runs import selection
 
 if TYPE_CHECKING:
@@ -78,10 +78,9 @@ def find_picture(
             f"no picture for {id} at {', '.join(map(str, places))}; name it with --img_path"
         )
     try:
-        with Image.open(there[0]) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UsageError(f"{there[0]} cannot be read as a picture: {error}") from error
+        return np.asarray(load_image(there[0]))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def panel_figure(

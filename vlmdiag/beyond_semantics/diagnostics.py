@@ -27,6 +27,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import Generation, answer_ids, extended, generate
+from vlmdiag.model.limits import steps_that_fit
 from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
 from vlmdiag.model.vision import entries
 from vlmdiag.types import Record
@@ -136,7 +137,10 @@ def _measure(
     features = vlm.vision(batch)
     for tokens in entries(vlm, features):
         tokens[:] = [of_sample * measures.vision_scale for of_sample in tokens]
-    steps = measures.max_new_tokens if forced is None else max(map(len, forced))
+    if forced is None:
+        steps = steps_that_fit(vlm, batch, measures.max_new_tokens)
+    else:
+        steps = max(map(len, forced))
     if measures.pos_only:
         steps = 1
 

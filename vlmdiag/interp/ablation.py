@@ -183,7 +183,7 @@ def _describe_and_poll(
         if ablation.paper_compat:
             named = mentions_published(prompt + text, item.category)
         else:
-            named = mentions(text, item.category)
+            named = mentions(text, item.category, item.also_called)
         return {"correct": bool(named), "text": text}
 
     def polling(answer: Answer) -> Record:
@@ -284,6 +284,7 @@ def _complete(
 ) -> Result:
     asked = curated_prompt(vlm, item, image, mask, ablation.threshold)
     record = asked.record
+    names = item.also_called if item.answer == item.category else ()
 
     def result(answers: list[Answer]) -> Record:
         completion, named = answers
@@ -294,7 +295,7 @@ def _complete(
         if ablation.paper_compat:
             right = prefix_published(token, asked.first_piece)
         else:
-            right = mentions(text, item.answer)
+            right = mentions(text, item.answer, names)
         return {
             "correct": bool(right),
             "text": text,

@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 
+from vlmdiag.pictures.categories import spoken_names
+
 SYNONYMS = {  # the 80 categories of COCO; no synonym is a word of another category's name
     "person": (
         "man woman boy girl child kid baby toddler adult guy lady gentleman human player rider"
@@ -101,6 +103,20 @@ SYNONYMS = {  # the 80 categories of COCO; no synonym is a word of another categ
     "hair drier": "hair_dryer hairdryer hairdrier blow_dryer",
     "toothbrush": "",
 }
+EQUAL = {  # what Pascal VOC and LVIS call a category of COCO
+    "aeroplane": "airplane",
+    "motorbike": "motorcycle",
+    "sofa": "couch",
+    "television set": "tv",
+    "cellular telephone": "cell phone",
+    "computer keyboard": "keyboard",
+    "laptop computer": "laptop",
+    "doughnut": "donut",
+    "hair dryer": "hair drier",
+    "wineglass": "wine glass",
+    "fireplug": "fire hydrant",
+    "necktie": "tie",
+}
 IRREGULAR = {  # last word -> its plurals
     "person": "people persons",
     "man": "men",
@@ -142,11 +158,12 @@ def plurals(name: str) -> list[str]:
 @cache
 def names(category: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     """What names a category, in lower case: itself, its synonyms and the extra ones, each with its
-    plurals. A category that is not COCO's has no synonyms."""
-    category = " ".join(category.lower().split())
-    singular = [category]
-    singular += [word.replace("_", " ") for word in SYNONYMS.get(category, "").split()]
-    singular += [" ".join(name.lower().split()) for name in extra]
+    plurals. A category that is not COCO's, by this or another data set's name, has no synonyms.
+    Names are read as words, see categories.spoken_names()."""
+    said = [name.lower() for given in (category, *extra) for name in spoken_names(given)]
+    of_coco = EQUAL.get(said[0], said[0])
+    singular = [*said, of_coco]
+    singular += [word.replace("_", " ") for word in SYNONYMS.get(of_coco, "").split()]
     forms = [form for name in singular for form in (name, *plurals(name))]
     return tuple(dict.fromkeys(forms))
 

@@ -74,7 +74,7 @@ def load_mean(path: str | Path, width: int) -> tuple[Float[Tensor, " d"], object
     beside = Path(path).with_suffix(".json")
     try:
         provenance = json.loads(beside.read_text()) if beside.exists() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{beside} is not readable JSON ({error})") from error
     return mean.float(), provenance
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures.samples import PIXEL_LIMIT, TURN, annotated_as
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
@@ -37,36 +40,111 @@ NOISE = 1e-9  # of a box's area: rounding of the summed mask
 # --- masks and targets ----------------------------------------------------------------------------
 
 
-def object_mask(annotation: Annotation, size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
-    """The object's pixels from COCO's `segmentation`. size: (width, height) of the picture.
+def object_mask(
+    annotation: Annotation, size: tuple[int, int], turn: int = 1
+) -> Bool[np.ndarray, "height width"]:
+    """The object's pixels from COCO's `segmentation`. size: (width, height) of the upright picture;
+    turn: the EXIF orientation by which it was brought upright, see samples.turn_of().
 
-    Polygons (their union), run lengths as a list (crowds) or as COCO's compressed text. UsageError
-    for what is missing or malformed; the bounding box is never used in its place. The published
-    code drops polygon vertices outside its crop and fails on run lengths.
+    Polygons (their union), run lengths as a list (crowds) or as COCO's compressed text, drawn at
+    the size that the file says the picture has: read_instances' 'listed_size', else the run
+    lengths' own. A picture of another size but of the same shape, up to a pixel, has the mask
+    resized; one that was turned has it turned too where the file's size is that of the stored one.
+    ValueError, which fails the item, where the sizes disagree or cannot tell which of the two was
+    annotated, and for what is missing or malformed; the bounding box is never used in its place.
+    The published code drops polygon vertices outside its crop and fails on run lengths.
     """
+    drawn = _annotated_size(annotation, size, turn)
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        return _pixels(_checked_runs(annotation, segmentation, size), size)
-    if not isinstance(segmentation, list) or not segmentation:
+        mask = _pixels(_checked_runs(annotation, segmentation, drawn), drawn)
+    elif isinstance(segmentation, list) and segmentation:
+        polygons = [_checked_polygon(annotation, polygon, drawn) for polygon in segmentation]
+        width, height = drawn
+        union = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        runs = _runs(union["counts"])
+        assert runs is not None  # pycocotools' own
+        mask = _pixels(runs, drawn)
+    else:
         raise _malformed(annotation, "it has no segmentation (polygons or run lengths)")
-    width, height = size
-    polygons = [_checked_polygon(annotation, polygon, size) for polygon in segmentation]
-    union = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-    runs = _runs(union["counts"])
-    assert runs is not None  # pycocotools' own
-    return _pixels(runs, size)
+    if _is_of_stored(annotation, drawn, size, turn):
+        upright = Image.fromarray(mask.astype(np.uint8)).transpose(TURN[turn])
+        mask = np.asarray(upright) > 0
+    return _resized(mask, size)
+
+
+def _annotated_size(annotation: Annotation, size: tuple[int, int], turn: int) -> tuple[int, int]:
+    """(width, height) of the picture that the segmentation was drawn on."""
+    listed = annotation.get("listed_size")
+    segmentation = annotation.get("segmentation")
+    own = segmentation.get("size") if isinstance(segmentation, dict) else None
+    if own is not None:
+        own = list(own)[::-1] if isinstance(own, (list, tuple)) else [own]
+    if listed is None:
+        listed = own
+    elif own is not None and list(own) != list(listed):
+        raise _malformed(
+            annotation,
+            f"its run lengths are for [width, height] {own}, the file says that the picture has"
+            f" {list(listed)}",
+        )
+    if listed is None and turn != 1:
+        raise _malformed(
+            annotation,
+            "EXIF turns the picture, and the file says no size that would tell which way up it was"
+            " annotated",
+        )
+    sides = list(listed or size)
+    numbers = [side for side in sides if isinstance(side, (int, float)) and side >= 1]
+    if len(sides) != 2 or sides != numbers or any(side % 1 for side in numbers):
+        raise _malformed(annotation, f"{sides!r:.60} is no [width, height] of its picture")
+    if math.prod(numbers) > PIXEL_LIMIT:
+        raise _malformed(
+            annotation,
+            f"a picture of {numbers} has more than {PIXEL_LIMIT // 10**6} million pixels",
+        )
+    return int(numbers[0]), int(numbers[1])
+
+
+def _is_of_stored(
+    annotation: Annotation, drawn: tuple[int, int], size: tuple[int, int], turn: int
+) -> bool:
+    """Whether the segmentation was drawn on the picture as it is stored, not as it is shown.
+    ValueError where it was drawn on neither, or where that cannot be told."""
+    which = annotated_as(drawn, size, turn)
+    if which == "either":
+        raise _malformed(
+            annotation,
+            f"EXIF turns the picture, and {list(drawn)} fits it both ways; save it upright",
+        )
+    if which == "neither":
+        raise _malformed(
+            annotation,
+            f"the file says that the picture has [width, height] {list(drawn)}, but it has"
+            f" {list(size)}, which is no resized copy",
+        )
+    return which == "stored"
+
+
+def _resized(
+    mask: Bool[np.ndarray, "h w"], size: tuple[int, int]
+) -> Bool[np.ndarray, "height width"]:
+    """The mask at the picture's size: each pixel has the value at its centre."""
+    if mask.shape == size[::-1]:
+        return mask
+    rows, columns = (
+        ((np.arange(count) + 0.5) * of / count).astype(int)
+        for count, of in zip(size[::-1], mask.shape, strict=True)
+    )
+    return mask[np.ix_(rows, columns)]
 
 
 def _checked_runs(annotation: Annotation, segmentation: Fields, size: tuple[int, int]) -> list[int]:
-    """Run lengths of a segmentation. UsageError where they are not the picture's."""
+    """Run lengths of a segmentation. ValueError where they do not make up its picture."""
     width, height = size
     counts = segmentation.get("counts")
-    if list(segmentation.get("size") or ()) != [height, width]:
-        raise _malformed(
-            annotation,
-            f"its run lengths are for [height, width] {segmentation.get('size')}, the picture has"
-            f" [{height}, {width}]",
-        )
+    if not isinstance(segmentation.get("size"), (list, tuple)):
+        raise _malformed(annotation, "its run lengths say no size [height, width]")
     runs = counts if isinstance(counts, list) else None
     if isinstance(counts, (str, bytes)):
         runs = _runs(counts)
@@ -80,7 +158,7 @@ def _checked_runs(annotation: Annotation, segmentation: Fields, size: tuple[int,
 
 
 def _checked_polygon(annotation: Annotation, polygon: object, size: tuple[int, int]) -> list[float]:
-    """[x, y, x, y, ...] of at least three points. UsageError for another form."""
+    """[x, y, x, y, ...] of at least three points. ValueError for another form."""
     width, height = size
     try:
         points = np.asarray(polygon, float)
@@ -122,8 +200,8 @@ def _runs(text: str | bytes) -> list[int] | None:
     return None if shift else runs
 
 
-def _malformed(annotation: Annotation, what: str) -> UsageError:
-    return UsageError(
+def _malformed(annotation: Annotation, what: str) -> ValueError:
+    return ValueError(
         f"annotation {annotation.get('id')} of image {annotation.get('image_id')} cannot be used:"
         f" {what}"
     )
@@ -140,7 +218,7 @@ def find_target(
 
     The image has 1 to max_annotations annotations, crowds counted; the target is the first whose
     category occurs once among them, is no crowd, and has min_area < area < max_area. area: COCO's,
-    in pixels of the original picture."""
+    in pixels of the picture that was annotated."""
     if not 1 <= len(annotations) <= max_annotations:
         return None
     times = Counter(annotation["category_id"] for annotation in annotations)

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 from vlmdiag import CHECKOUT, cli
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import find_target, object_mask, object_tokens
-from vlmdiag.pictures import samples
-from vlmdiag.pictures.samples import Sample, load_image
+from vlmdiag.pictures.categories import spoken_names
+from vlmdiag.pictures.coco import read_coco, read_instances
+from vlmdiag.pictures.entries import image_key
+from vlmdiag.pictures.questions import read_curated
+from vlmdiag.pictures.samples import Sample, load_image, turn_of
 from vlmdiag.runs import rundirs
 from vlmdiag.types import Record
 
@@ -60,6 +63,11 @@ class Item:
     def id(self) -> str:
         """The sample's."""
         return self.sample.id
+
+    @property
+    def also_called(self) -> Sequence[str]:
+        """Other names that the annotation file has for the category."""
+        return tuple(self.annotation.get("also_called", ()))
 
     @property
     def image(self) -> Path:
@@ -154,8 +162,8 @@ def read_targets(args: argparse.Namespace, question: str = "Describe this image.
     """Items of the annotation file that pass the object filter, in file order. UsageError where
     none does."""
     folder = Path(args.coco_root) / args.datatype
-    listed = samples.read_coco(folder, instances_file(args), question=question)
-    annotations = samples.read_instances(instances_file(args))
+    listed = read_coco(folder, instances_file(args), question=question)
+    annotations = read_instances(instances_file(args))
     items = []
     for sample in listed:
         target = _filtered(args, annotations.get(sample.extra["image_id"], []))
@@ -173,7 +181,7 @@ def read_targets(args: argparse.Namespace, question: str = "Describe this image.
 def read_curated_targets(args: argparse.Namespace) -> list[Item]:
     """Items of --clean_questions_file: one per question; the object is the one its category names,
     else the one of the object filter. UsageError where no question has an object."""
-    asked = samples.read_curated(args.clean_questions_file)
+    asked = read_curated(args.clean_questions_file)
     items = list(_curated(args, asked))
     if not items:
         raise UsageError(
@@ -185,11 +193,11 @@ def read_curated_targets(args: argparse.Namespace) -> list[Item]:
 
 
 def _curated(args: argparse.Namespace, asked: dict[str, list[Record]]) -> Iterator[Item]:
-    listed = samples.read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
-    by_id = {str(sample.extra["image_id"]): sample for sample in listed}
-    annotations = samples.read_instances(instances_file(args))
+    listed = read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
+    by_key = {image_key(sample.extra["image_id"]): sample for sample in listed}
+    annotations = read_instances(instances_file(args))
     for image_id, questions in asked.items():
-        sample = by_id.get(image_id.lstrip("0") or "0", by_id.get(image_id))
+        sample = by_key.get(image_key(image_id))
         if sample is None:
             continue
         of_image = annotations.get(sample.extra["image_id"], [])
@@ -208,10 +216,11 @@ def _curated(args: argparse.Namespace, asked: dict[str, list[Record]]) -> Iterat
 
 def _only_one_of(annotations: Sequence[Record], category: str) -> Record | None:
     """The annotation of a category that occurs once, crowds not counted."""
+    said = spoken_names(str(category))[0]
     named = [
         annotation
         for annotation in annotations
-        if annotation["category"] == category and not annotation.get("iscrowd")
+        if annotation["category"] == said and not annotation.get("iscrowd")
     ]
     return named[0] if len(named) == 1 else None
 
@@ -219,7 +228,7 @@ def _only_one_of(annotations: Sequence[Record], category: str) -> Record | None:
 def load(item: Item) -> LoadedItem:
     """What process() needs of an item: the item, its picture, the object's pixels."""
     image = load_image(item.image)
-    return item, image, object_mask(item.annotation, image.size)
+    return item, image, object_mask(item.annotation, image.size, turn_of(image))
 
 
 def tokens_of(

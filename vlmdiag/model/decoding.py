@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmdiag.groups import GROUPS
+from vlmdiag.model.limits import steps_that_fit
 from vlmdiag.model.vision import prefill
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def generate(
     The forward passes are the prefill and one cached pass per further token, so step s of a probe
     is the row that predicted token s. A row ends at its EOS.
 
-    answers: ids to be produced instead, one list per sample (teacher forcing); ValueError if one is
+    max_new_tokens: at most, and no more than the model's context has room for. answers: ids to be
+    produced instead, one list per sample (teacher forcing); ValueError if one is
     empty. features, cache, embeds: see prefill(). stop: asked after every step whether answers are
     complete without EOS; once true it holds, and a row ends there whatever the others do.
     """
@@ -118,7 +120,7 @@ def generate(
     size = len(batch.samples)
     eos = torch.tensor(sorted(vlm.eos_ids), device=device)
     choose: Choose = _greedy
-    limit = max_new_tokens
+    limit = steps_that_fit(vlm, batch, max_new_tokens)
     lengths = None
     if answers is not None:
         lengths = torch.tensor([len(ids) for ids in answers], device=device)

@@ -16,6 +16,7 @@ import torch
 
 from vlmdiag.batch import Batch, joined
 from vlmdiag.groups import GROUPS, PAD, VISION
+from vlmdiag.model.limits import check_lengths, check_scaled
 from vlmdiag.model.prompts import Rendered, Span, prompt_for
 
 if TYPE_CHECKING:
@@ -270,7 +271,9 @@ class Encoded(NamedTuple):
 
 def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = False) -> Encoded:
     """Tokens and groups of a question about a picture. Special strings in the question stay text.
-    ValueError where the processor puts no image token into the prompt."""
+    ValueError where the processor puts no image token into the prompt, or would make the picture
+    huge."""
+    check_scaled(vlm, image.size)
     rendered = prompt_for(vlm, question, strip_system)
     hidden = _hide_typed_specials(vlm, rendered)
     tokens = _tokenize_with_picture(vlm, image, hidden.text)
@@ -290,12 +293,14 @@ def encode(
     vlm: VLM, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
 ) -> Batch:
     """Samples and their pictures as a batch. The processor sees each sample alone; padding goes to
-    the left. ValueError where the prompt and the grid disagree on the number of vision tokens."""
+    the left. ValueError where the prompt and the grid disagree on the number of vision tokens, and
+    where a prompt is longer than the model reads."""
     encoded = [
         encode_sample(vlm, image, sample.question, strip_system)
         for sample, image in zip(samples, images, strict=True)
     ]
     lengths = [len(sample.ids) for sample in encoded]
+    check_lengths(vlm, lengths)
     longest = max(lengths)
     pad = vlm.tokenizer.pad_token_id
     rows = vlm.model.get_input_embeddings().num_embeddings

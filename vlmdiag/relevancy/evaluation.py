@@ -16,6 +16,8 @@ import numpy as np
 from vlmdiag.answers import token_spans
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import object_mask, rng_for
+from vlmdiag.pictures.entries import image_key
+from vlmdiag.pictures.samples import turn_of
 from vlmdiag.relevancy import perturbation
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.relevancy.maps import answer_of, places_of
@@ -60,11 +62,6 @@ class Target(NamedTuple):
     token: int
     word: int
     annotation: Annotation
-
-
-def key_of(image_id: object) -> str:
-    """1, '1' and '000000000001' are one picture."""
-    return str(image_id).lstrip("0")
 
 
 def draw_targets(
@@ -156,7 +153,7 @@ def make_process(
 ) -> Callable[[Sequence[tuple[Sample, Image]]], list[tuple[Record, Arrays]]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...]. annotations: {image id: of the
     picture's objects}; their categories are the names that are looked for."""
-    of_pictures = {key_of(image_id): objects for image_id, objects in annotations.items()}
+    of_pictures = {image_key(image_id): objects for image_id, objects in annotations.items()}
     names = sorted({item["category"] for objects in annotations.values() for item in objects})
 
     def decode(ids: Sequence[int]) -> str:
@@ -172,7 +169,7 @@ def make_process(
         given = sample.answer if protocol.use_answers else None
         ids = answer_of(vlm, batch, given, protocol.max_new_tokens)
         text, spans = token_spans(ids, decode)
-        objects = of_pictures.get(key_of(sample.extra["image_id"]), [])
+        objects = of_pictures.get(image_key(sample.extra["image_id"]), [])
         named, left_out = perturbation.objects_named_once(text, spans, objects, names)
         rng = rng_for(protocol.seed, sample.id, "targets")
         targets = draw_targets(named, text, spans, protocol.targets_per_image, rng)
@@ -213,7 +210,8 @@ def make_process(
         arrays = {f"scores_{name}": maps for name, maps in scores.items()}
         places = places_of(vlm, batch, picture)
         if places is not None:
-            masks = [object_mask(target.annotation, picture.size) for target in targets]
+            turn = turn_of(picture)
+            masks = [object_mask(target.annotation, picture.size, turn) for target in targets]
             scores, local = localise(scores, places, masks, protocol.tolerance)
             arrays |= local
             arrays["boxes"] = places.boxes

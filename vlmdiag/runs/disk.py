@@ -16,12 +16,14 @@ import os
 import platform
 import struct
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from vlmdiag.cli import UsageError
 from vlmdiag.types import Record
@@ -29,8 +31,18 @@ from vlmdiag.types import Record
 HOST = platform.node().split(".")[0] or "host"
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 DAY = 86_400.0  # seconds after which a temporary file belongs to nobody
-# what reading a damaged NPZ raises; the last two: an .npy where an NPZ was wanted
+# a file of a run that is larger was not written by us: its content as JSON, its arrays in memory
+JSON_LIMIT = 2**28
+NPZ_LIMIT = 2**31
+# what reading a damaged NPZ raises, also one that is encrypted, lies about its sizes or has no
+# header; the last two: an .npy where an NPZ was wanted
 BROKEN = (
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
     OSError,
     ValueError,
     EOFError,
@@ -197,9 +209,12 @@ AGAIN = "delete it and run the command that made it again"
 def read_json(path: Path, advice: str = AGAIN) -> Record:
     """The object of a JSON file. UsageError names a file that cannot be read or holds none."""
     try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise ValueError(f"it has more than {JSON_LIMIT // 2**20} MiB")
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); {advice}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UsageError(f"{path} cannot be read ({reason}); {advice}") from error
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise UsageError(f"{path} holds a {kind} where an object was wanted; {advice}")
@@ -214,11 +229,23 @@ def read_npz(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndar
             names = archive.files if keys is None else keys
             if not set(names) <= set(archive.files):
                 return None
+            check_size(archive, names)
             return {name: archive[name] for name in names}
     except BROKEN as error:
         raise UsageError(
             f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}"
         ) from error
+
+
+def check_size(archive: NpzFile, names: Sequence[str]) -> None:
+    """ValueError where the named arrays would take more than NPZ_LIMIT bytes."""
+    assert archive.zip is not None  # it is open
+    members = {info.filename.removesuffix(".npy"): info for info in archive.zip.infolist()}
+    size = sum(members[name].file_size for name in names if name in members)
+    if size > NPZ_LIMIT:
+        raise ValueError(
+            f"its arrays take {size / 2**30:.1f} GiB, at most {NPZ_LIMIT / 2**30:.0f} GiB are read"
+        )
 
 
 # --- leftovers ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vlmdiag.runs.disk import Arrays
     from vlmdiag.runs.rundirs import Run
 
+AHEAD = 2**28  # bytes of pictures that wait decoded
 # of CUDA; of the CPU allocator on Linux; on Windows
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -237,10 +239,18 @@ def _attempt(load: Callable[[AnyItem], Content], item: AnyItem) -> Loaded[AnyIte
         return item, error
 
 
+def _picture_bytes(content: object) -> int:
+    """What the pictures of an item take; Pillow keeps RGB in four bytes a pixel."""
+    if isinstance(content, Image.Image):
+        return 4 * content.width * content.height
+    return sum(map(_picture_bytes, content)) if isinstance(content, tuple) else 0
+
+
 def _loaded(
     batches: Sequence[Sequence[AnyItem]], load: Callable[[AnyItem], Content], num_workers: int
 ) -> Generator[list[Loaded[AnyItem, Content]], None, None]:
-    """Yield batch after batch, decoded in threads just far enough ahead to keep them busy."""
+    """Yield batch after batch, decoded in threads just far enough ahead to keep them busy; of
+    batches with large pictures one at a time."""
     if not num_workers:
         for batch in batches:
             yield [_attempt(load, item) for item in batch]
@@ -249,14 +259,21 @@ def _loaded(
     try:
         waiting: deque[list[Future[Loaded[AnyItem, Content]]]] = deque()
         remaining = iter(batches)
+        largest = 0  # of the batches so far, in bytes
         while True:
-            while len(waiting) < 2 or sum(map(len, waiting)) < 2 * num_workers:
+            while not waiting or (
+                (len(waiting) < 2 or sum(map(len, waiting)) < 2 * num_workers)
+                and (len(waiting) + 1) * largest <= AHEAD
+            ):
                 next_batch = next(remaining, None)
                 if next_batch is None:
                     break
                 waiting.append([pool.submit(_attempt, load, item) for item in next_batch])
             if not waiting:
                 return
-            yield [future.result() for future in waiting.popleft()]
+            loaded = [future.result() for future in waiting.popleft()]
+            largest = max(largest, sum(_picture_bytes(content) for _, content in loaded))
+            yield loaded
+            del loaded
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -178,7 +178,7 @@ def read_manifest(manifest: Path) -> tuple[Settings, bool]:
     try:
         content = json.loads(manifest.read_bytes())
         return dict(content["settings"]), content["complete"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(
             f"{manifest} is not a manifest of this script; choose another --out_dir"
         ) from error

@@ -20,6 +20,7 @@ answer, S cells of a map over the picture.
 from __future__ import annotations
 
 import hashlib
+import io
 import queue
 import threading
 from collections import OrderedDict
@@ -38,6 +39,7 @@ from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.lens import Lens, vocabulary
+from vlmdiag.model.limits import context_of
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample, load_image
@@ -93,7 +95,7 @@ class Model:
         text_config = vlm.model.config.get_text_config()
         self.depth = len(vlm.parts.layers)
         self.heads: int = text_config.num_attention_heads
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.context = context_of(vlm.model.config)
 
 
 # ---- a part of the model on another device ----
@@ -161,15 +163,18 @@ def read_picture(path: str | Path) -> Image:
             f"the file has {path.stat().st_size / 2**20:.0f} MiB, at most {FILE_LIMIT / 2**20:.0f}"
             " MiB are read"
         )
+    content = io.BytesIO(path.read_bytes())
     try:
-        with Image.open(path) as image:
+        with Image.open(content) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise UsageError(
                     f"the picture has {image.width} x {image.height} pixels, at most"
                     f" {PIXEL_LIMIT // 10**6} million are read"
                 )
-        return load_image(path)
-    except (OSError, ValueError, SyntaxError) as error:
+        return load_image(content)
+    except ValueError as error:
+        raise UsageError(f"the {error}") from error
+    except (OSError, SyntaxError) as error:
         raise UsageError(
             "this file is not a readable picture (PNG, JPEG, WebP, BMP, GIF and TIFF are)"
         ) from error
@@ -239,14 +244,13 @@ class Analysis:
         self._attention: OrderedDict[int, Float[np.ndarray, "T H P"]] = OrderedDict()
         self._guard = threading.RLock()
         self._work: tuple[Trace, list[Relevancy]] | None = None
-        with model.lock:
-            self.batch = model.vlm.encode([Sample("0", Path("picture.png"), question)], [picture])
+        try:
+            with model.lock:
+                sample = Sample("0", Path("picture.png"), question)
+                self.batch = model.vlm.encode([sample], [picture])
+        except ValueError as error:  # a prompt or picture that the model does not take
+            raise UsageError(str(error)) from error
         self.prompt_length = self.batch.input_ids.shape[1]
-        if model.context and self.prompt_length >= model.context:
-            raise UsageError(
-                f"the prompt has {self.prompt_length} tokens, the model reads {model.context}:"
-                " shorten the question"
-            )
 
     def once(self, key: object, make: Callable[[], Made]) -> Made:
         """make() for the first caller of a key, what it gave for all others."""

@@ -164,7 +164,7 @@ def find_calibration(
         content: Record = json.loads(chosen.read_bytes())
         models = [kind["models"]["all"] for kind in content["kinds"].values()]
         fitted_on = content["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(
             f"{chosen} is no calibration ({error}); make it again with hallucination_warning.py fit"
         ) from error

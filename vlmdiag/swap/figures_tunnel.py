@@ -59,7 +59,7 @@ def read_summary(run: Run) -> Summary:
             np.array(content["sizes"]["s1"]),
             _interval(content["sizes"]["v_by_s1"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} cannot be read ({type(error).__name__}: {error}); run spatial_tunnel.py again,"
             " which writes it at the end"

@@ -6,23 +6,28 @@ Why Far Looks Up (arXiv 2605.30161); docs/studies/swap_analysis.md, sections 1.3
 
 from __future__ import annotations
 
-import base64
-import binascii
-import csv
-import hashlib
-import io
-import json
+import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import TypedDict
 
-from PIL import Image
-
+from vlmdiag.answers import said
 from vlmdiag.cli import UsageError
+from vlmdiag.options import chosen
+from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.samples import annotated_as
+from vlmdiag.pictures.table import (
+    LETTERS,
+    PICTURE_COLUMNS,
+    Pictures,
+    Row,
+    letter_of,
+    picture_header_at,
+    rows_of,
+)
 from vlmdiag.scenes.questions import ONE_WORD
 from vlmdiag.swap.relations import (
     CATEGORIES,
@@ -43,7 +48,7 @@ READY = {
     "group",
     "category",
 }
-EMBSPATIAL = {"category", "question", "image", "answer", "A", "B", "C", "D"}
+EMBSPATIAL = {"category", "question", "answer", "A", "B", "C", "D"}
 # option texts that name no object
 INVALID = {"", "unknown", "n/a", "none", "nan", "null"}
 PHRASINGS = [
@@ -62,10 +67,6 @@ READY_OBJECTS = re.compile(
     r"(?:Is the (.+?) (?:to the left|above) or .+? the (.+?)\?)"
     r"|(?:Compared to (.+?), is (.+?) far or)"
 )
-# pictures in base64
-csv.field_size_limit(sys.maxsize)
-
-Row = dict[str, str]  # a row of the table, {column: text}
 Box = tuple[float, ...]  # x, y, w, h
 Boxes = dict[str, list[tuple[str, Box]]]  # {question id: [(name, box), ...]}
 
@@ -76,7 +77,7 @@ class Pair(TypedDict, total=False):
     id: str
     index: int  # row of the table
     question_id: str
-    offset: int  # byte of the table at which the row begins
+    offset: int  # byte of the table at which the row begins that has the picture
     image_id: str  # digest of the picture
     group: str
     category: str  # answer of the original question
@@ -103,49 +104,6 @@ class Quad(TypedDict, total=False):
 
 
 # --- the table ------------------------------------------------------------------------------------
-
-
-def rows_of(path: str | Path) -> Iterator[tuple[int, Row]]:
-    """Yield (byte offset, row as {column: text}) of a TSV; every cell stays text."""
-    with open(path, "rb") as file:
-        offsets = [0]
-
-        def lines() -> Iterator[str]:
-            for line in file:
-                offsets.append(offsets[-1] + len(line))
-                yield line.decode("utf-8")
-
-        reader = csv.reader(lines(), delimiter="\t")
-        columns = next(reader, None)
-        if not columns:
-            raise UsageError(f"{path} is empty")
-        lines_read = len(offsets)
-        for cells in reader:
-            if len(cells) != len(columns):
-                raise UsageError(
-                    f"{path}: a row of {len(cells)} cells where the header has {len(columns)}"
-                )
-            yield offsets[lines_read - 1], dict(zip(columns, cells))
-            lines_read = len(offsets)
-
-
-def picture_at(path: str | Path, offset: int) -> Image.Image:
-    """The picture of the row that begins at a byte of the table, as PIL RGB; ValueError where it is
-    none."""
-    with open(path, "rb") as file:
-        columns = next(csv.reader([file.readline().decode("utf-8")], delimiter="\t"))
-        file.seek(offset)
-        stream = io.TextIOWrapper(file, "utf-8", newline="")
-        row = dict(zip(columns, next(csv.reader(stream, delimiter="\t"))))
-        stream.detach()
-    try:
-        text = row.get("image_base64") or row["image"]
-        encoded = base64.b64decode(text, validate=True)
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (binascii.Error, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the picture of the row at byte {offset} cannot be read ({error})"
-        ) from error
 
 
 def names_in(question: str) -> tuple[str, str] | None:
@@ -209,14 +167,16 @@ def read_pairs(
     that depends on (seed, question id) only; keep_unnamed lets 'unknown' and the like be an object,
     as the published code can. UsageError where the table cannot be read or gives no pair.
     """
+    pictures = Pictures()
     try:
-        pairs_or_reasons = list(_pairs(Path(path), seed, multiple_choice, keep_unnamed))
+        rows = list(_pairs(Path(path), pictures, seed, multiple_choice, keep_unnamed))
     except OSError as error:
         raise UsageError(
             f"--data_path {path} cannot be read ({error.strerror or error})"
         ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--data_path {path} is no UTF-8 table ({error})") from error
+    pairs_or_reasons = [row if isinstance(row, str) else _placed(row, pictures) for row in rows]
     left_out = Counter(reason for reason in pairs_or_reasons if isinstance(reason, str))
     pairs = [pair for pair in pairs_or_reasons if not isinstance(pair, str)]
     if not pairs:
@@ -230,8 +190,17 @@ def read_pairs(
     return pairs, dict(left_out)
 
 
+def _placed(pair: Pair, pictures: Pictures) -> Pair | str:
+    """The pair with its picture, or why it has none."""
+    try:
+        pair["offset"], pair["image_id"] = pictures.of(pair["id"])
+    except ValueError as error:
+        return str(error)
+    return pair
+
+
 def _pairs(
-    path: Path, seed: int, multiple_choice: bool, keep_unnamed: bool
+    path: Path, pictures: Pictures, seed: int, multiple_choice: bool, keep_unnamed: bool
 ) -> Iterator[Pair | str]:
     """Yield each row's pair, or why it has none."""
     is_ready = None
@@ -239,21 +208,24 @@ def _pairs(
     for number, (offset, row) in enumerate(rows_of(path)):
         if is_ready is None:
             is_ready = set(row) >= READY
-            if not is_ready and not set(row) >= EMBSPATIAL:
+            has_pictures = not set(row).isdisjoint(PICTURE_COLUMNS)
+            if not has_pictures or (not is_ready and not set(row) >= EMBSPATIAL):
                 raise UsageError(
                     f"{path}: columns {', '.join(row)}; wanted those of ready swap pairs or of"
                     " EmbSpatial-Bench, see data/README.md"
                 )
-        picture = row.get("image_base64") or row.get("image") or ""
-        if not picture:
-            yield "no picture"
+        pair_id = f"{number:06d}"
+        try:
+            pictures.add(pair_id, row, offset)
+        except ValueError as error:
+            yield str(error)
             continue
         common: Pair = {
-            "id": f"{number:06d}",
+            "id": pair_id,
             "index": number,
             "question_id": row.get("question_id") or row.get("index") or str(number),
             "offset": offset,
-            "image_id": hashlib.blake2b(picture.encode(), digest_size=8).hexdigest(),
+            "image_id": "",  # by _placed(), when all rows were read
         }
         pair = _ready(row, common) if is_ready else _embspatial(row, common, seed, keep_unnamed)
         if multiple_choice and not isinstance(pair, str):
@@ -327,8 +299,8 @@ def _distance_objects(
 ) -> tuple[tuple[str, str], list[tuple[int, int] | None]] | None:
     """((target, reference), occurrence of each) among the four options; None without two names."""
     invalid = {""} if keep_unnamed else INVALID
-    options = {letter: row[letter].strip() for letter in "ABCD"}
-    answer = row["answer"].strip().upper()
+    options = {letter: row.get(letter, "").strip() for letter in LETTERS}
+    answer = letter_of(row["answer"].strip(), options)
     target = options.get(answer, "")
     others = {
         text
@@ -354,20 +326,31 @@ def _distance_objects(
 # --- places: strata and quads ---------------------------------------------------------------------
 
 
-def read_boxes(path: str | Path) -> Boxes:
-    """{question id: [(name, (x, y, w, h)), ...]} of --bbox_file: our bboxes.json, or
-    EmbSpatial-Bench's own list of records. UsageError where it is no readable JSON."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--bbox_file {path} is not readable JSON ({error})") from error
+def read_boxes(path: str | Path) -> tuple[Boxes, dict[str, tuple[int, int]]]:
+    """({question id: [(name, (x, y, w, h)), ...]}, {question id: (width, height)}) of --bbox_file:
+    our bboxes.json, or EmbSpatial-Bench's own list of records. The sizes are those of the records
+    that say them. Objects without a name or a box of four numbers are left out. UsageError where it
+    is no readable JSON, or no record has objects."""
+    content = read_json(path)
+    records: dict[str, Fields] = {}
     if isinstance(content, dict):
-        records = content
-    else:
+        records = {str(key): record for key, record in content.items() if isinstance(record, dict)}
+    elif isinstance(content, list):
         records = {
             str(record.get("question_id")): record for record in content if isinstance(record, dict)
         }
-    return {str(key): _named_boxes(record) for key, record in records.items()}
+    boxes = {key: _named_boxes(record) for key, record in records.items()}
+    if not any(boxes.values()):
+        raise UsageError(
+            f"--bbox_file {path} has no record with objects that have a name and a bbox, see"
+            " data/README.md"
+        )
+    sizes = {}
+    for key, record in records.items():
+        sides = (record.get("image_width"), record.get("image_height"))
+        if all(isinstance(side, int) and side > 0 for side in sides):
+            sizes[key] = (int(sides[0] or 0), int(sides[1] or 0))
+    return boxes, sizes
 
 
 def _named_boxes(record: Fields) -> list[tuple[str, Box]]:
@@ -375,15 +358,41 @@ def _named_boxes(record: Fields) -> list[tuple[str, Box]]:
     objects = record.get("objects") or []
     if isinstance(objects, dict):
         # lists of names and boxes, as some versions of the datasets library give them
-        objects = [
-            {"name": name, "bbox": box}
-            for name, box in zip(objects.get("name", []), objects.get("bbox", []))
-        ]
-    return [
-        (str(entry["name"]).lower(), tuple(map(float, entry["bbox"])))
-        for entry in objects
-        if entry.get("name") and len(entry.get("bbox", ())) == 4
-    ]
+        names, boxes = objects.get("name"), objects.get("bbox")
+        if not isinstance(names, list) or not isinstance(boxes, list):
+            return []
+        objects = [{"name": name, "bbox": box} for name, box in zip(names, boxes)]
+    if not isinstance(objects, list):
+        return []
+    named = []
+    for entry in objects:
+        box = entry.get("bbox") if isinstance(entry, dict) else None
+        if isinstance(box, list) and len(box) == 4 and entry.get("name"):
+            if all(isinstance(number, (int, float)) and math.isfinite(number) for number in box):
+                named.append((str(entry["name"]).lower(), tuple(map(float, box))))
+    return named
+
+
+def heights_of(
+    path: str | Path, pairs: Sequence[Pair], sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, float]:
+    """{pair id: height of the picture that the boxes are in} of a table's distance pairs. sizes: of
+    read_boxes(). Left out are pairs whose picture cannot be read, has another shape than its boxes
+    say, or is turned by EXIF so that it cannot be told how its boxes lie."""
+    heights: dict[str, float] = {}
+    for pair in pairs:
+        if pair["group"] != "distance":
+            continue
+        try:
+            size, turn = picture_header_at(path, pair["offset"])
+        except ValueError:
+            continue
+        listed = sizes.get(str(pair["question_id"]))
+        if listed is None and turn == 1:
+            heights[pair["id"]] = size[1]
+        elif listed is not None and annotated_as(listed, size, turn) == "shown":
+            heights[pair["id"]] = listed[1]
+    return heights
 
 
 def place(
@@ -397,8 +406,7 @@ def place(
     vertical pair about the same two objects, where these differ in height by more than `band`;
     signs turn both differences into 'above' and 'far'. Objects are matched by question id and name,
     and the asked one by its occurrence among equal options where there are as many boxes of that
-    name; any other name that occurs twice is no match. heights {pair id: height of the decoded
-    picture}.
+    name; any other name that occurs twice is no match. heights: of heights_of().
     """
     quads: list[Quad] = []
     left_out: Counter[str] = Counter()
@@ -410,6 +418,9 @@ def place(
         objects = pair["objects"]
         if named_boxes is None or objects is None:
             left_out["no boxes or no object names"] += 1
+            continue
+        if pair["id"] not in heights:
+            left_out["no picture of the shape that the boxes are of"] += 1
             continue
         of_asked, of_reference = pair["occurrence"] or (None, None)
         asked = _centre(named_boxes, objects[0], of_asked)
@@ -464,10 +475,6 @@ def _split(farther: float, band: float) -> str:
 
 # --- answers --------------------------------------------------------------------------------------
 
-NEGATION = re.compile(
-    r"(?:\b(?:not|never|neither|no|isn't|is not|cannot be)\b)\W+(?:(?!but\b)\w+\W+){0,2}$",
-    re.IGNORECASE,
-)
 LETTER = re.compile(
     r"\s*(?:\(([AB])\)|(?:answer:?\s*|option\s*)?([AB])(?=[).:,]|\s*$))", re.IGNORECASE
 )
@@ -494,25 +501,27 @@ def read_answer(
 ) -> tuple[str | None, str]:
     """What an answer says of a category's axis: (category or None, note).
 
-    Whole words and synonyms; the first one that is not negated counts; 'left or right' and an
-    answer that names both without deciding is a tie; an answer that only negates one says the
-    other. letters {"A": category, "B": category}: an answer that begins with one of them says what
-    it stands for.
+    Whole words and synonyms; the first one that is not denied in its clause counts, see
+    answers.said(); 'left or right' and an answer that names both without deciding is a tie; an
+    answer that only denies one says the other. letters {"A": category, "B": category}: an answer
+    that begins with one of them, or chooses one (options.chosen), says what it stands for.
     """
     letter = LETTER.match(text) if letters else None
     if letters and letter:
         return letters[(letter[1] or letter[2]).upper()], "letter"
+    option = chosen(text, "".join(letters)) if letters else None
+    if letters and option:
+        return letters[option], "letter named"
     category_by_word = {
         word: name for name in (category, OPPOSITE[category]) for word in WORDS[name]
     }
-    longest_first = sorted(category_by_word, key=len, reverse=True)
-    words = rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)"
-    mentions = list(re.finditer(words, text, re.IGNORECASE))
-    named = [category_by_word[match[0].lower()] for match in mentions]
-    negated = [bool(NEGATION.search(text[: match.start()])) for match in mentions]
-    affirmed = [name for name, is_negated in zip(named, negated, strict=True) if not is_negated]
+    mentions = said(text, category_by_word)
+    named = [category_by_word[mention.word] for mention in mentions]
+    affirmed = [
+        name for name, mention in zip(named, mentions, strict=True) if not mention.is_denied
+    ]
     if len(set(affirmed)) == 2:
-        from_first = text[mentions[0].start() :]
+        from_first = text[mentions[0].start :]
         if re.search(r"\b\w+\s+or\s+\w+\b", from_first, re.IGNORECASE):
             return None, "tie"
         return affirmed[0], "both named, the first counts"

@@ -7,8 +7,6 @@ import argparse
 import csv
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +15,7 @@ import numpy as np
 
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
+from vlmdiag.runs import disk
 from vlmdiag.swap.layer_keys import key_of, layers_of, taken_apart
 from vlmdiag.swap.relations import CATEGORIES, SYNONYMS
 from vlmdiag.types import Fields, Record
@@ -156,7 +155,7 @@ def read_json(folder: str | Path, name: str) -> Record | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read ({error}); delete it and run swap_analysis.py again"
         ) from error
@@ -261,15 +260,7 @@ def read_vectors(folder: str | Path, scale: str) -> Iterator[tuple[int, Vectors]
         with np.load(path, allow_pickle=False) as archive:
             for layer in layers_of(archive.files, "delta"):
                 yield layer, _vectors_at(archive, layer)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except disk.BROKEN as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
@@ -305,7 +296,7 @@ def representative(folder: str | Path, scale: str) -> list[int] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return layers_of(archive.files, "delta")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except disk.BROKEN as error:
         raise UsageError(
             f"{path} cannot be read ({error}); run swap_analysis.py for scale {scale} again"
         ) from error

@@ -23,8 +23,9 @@ from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import LastStates
 from vlmdiag.pictures.samples import AT_HAND, Sample
+from vlmdiag.pictures.table import picture_at
 from vlmdiag.runs.disk import temporary_name
-from vlmdiag.swap.pairs import picture_at, read_answer, spellings
+from vlmdiag.swap.pairs import read_answer, spellings
 from vlmdiag.swap.relations import OPPOSITE, SPELLED
 from vlmdiag.types import Record
 

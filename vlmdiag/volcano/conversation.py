@@ -17,10 +17,11 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import ImageAttention
+from vlmdiag.options import chosen
 from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.scenes.questions import critique_prompt, decide_prompt, revise_prompt
 from vlmdiag.types import Fields, Record
-from vlmdiag.volcano.protocol import decision, decision_published, order_of
+from vlmdiag.volcano.protocol import decision_published, order_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -246,6 +247,6 @@ def converse(
 
 def _decided(args: Settings, text: str, order: tuple[str, str]) -> Record:
     """What an answer to the decide prompt says. order: what A and B stood for."""
-    letter = decision_published(text) if args.paper_compat else decision(text)
+    letter = decision_published(text) if args.paper_compat else chosen(text)
     choice = "unparsed" if letter is None else order["AB".index(letter)]
     return {"answer": text, "letter": letter, "order": list(order), "choice": choice}

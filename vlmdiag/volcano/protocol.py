@@ -2,33 +2,13 @@
 functions, no model.
 
 Volcano (arXiv 2311.07362), algorithm 1; docs/studies/volcano.md, section 3. The prompts are in
-vlmdiag/scenes/questions.py.
+vlmdiag/scenes/questions.py; a decision is read by options.chosen(), here is what was published.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from random import Random
-
-LETTER = r"[\"'(*\s]*([AB])[\"')*.:,;\s]*"
-NAMED = re.compile(
-    r"\b(?:option|choice|choose|answer(?:\s+is)?|letter(?:\s+is)?)\b"
-    r"\s*[:=]?\s*[\"'(*]*([AB])(?![\w'])",
-    re.IGNORECASE,
-)
-LEADING = re.compile(r"\s*[\"'(*]*([AB])[.):,](?!\w)")
-
-
-def decision(text: str) -> str | None:
-    """'A' or 'B' from the answer to the decide prompt; None where it says neither clearly ('Both',
-    'A red circle', nothing).
-
-    A letter alone, a leading letter with a sign behind it, or a letter that option, choice, answer
-    or letter names; the first of these counts.
-    """
-    match = re.fullmatch(LETTER, text, re.IGNORECASE) or LEADING.match(text) or NAMED.search(text)
-    return match[1].upper() if match else None
 
 
 def decision_published(text: str) -> str | None:

@@ -145,7 +145,7 @@ def _read_record(path: Path) -> Record:
         record = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; {AGAIN}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not readable JSON ({error}); {AGAIN}") from error
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
@@ -159,15 +159,12 @@ def _read_record(path: Path) -> Record:
 def _read_arrays(path: Path) -> Arrays:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {
-                name: archive[name]
-                for name in archive.files
-                if name == "boxes" or name.endswith("_topk")
-            }
+            names = [name for name in archive.files if name == "boxes" or name.endswith("_topk")]
+            disk.check_size(archive, names)
+            return {name: archive[name] for name in names}
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; {AGAIN}") from error
-    except (*disk.BROKEN, AttributeError, TypeError) as error:
-        # the last two: an .npy where an NPZ was wanted
+    except disk.BROKEN as error:
         raise UsageError(
             f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}"
         ) from error
