@@ -119,8 +119,16 @@ class VLM:
 
     @property
     def image_token_id(self) -> int:
-        """Id that stands for a vision token in a prompt."""
-        return self.model.config.image_token_id
+        """Id that stands for a vision token in a prompt; UsageError where none does."""
+        id = getattr(self.model.config, "image_token_id", None)
+        if id is None:
+            id = getattr(self.processor, "image_token_id", None)
+        if id is None:
+            raise UsageError(
+                f"{self.path}: {self.model.config.model_type} puts no image tokens into its prompt,"
+                " so there are no vision tokens to measure"
+            )
+        return id
 
     @property
     def answer_ends(self) -> dict[int, list[str]]:
@@ -162,20 +170,35 @@ class VLM:
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         return text.strip()
 
+    @cached_property
+    def _rotary(self) -> dict[int, Rotary] | None:
+        from vlmdiag.model.rotary import rotary_of
+
+        return rotary_of(self)
+
     @property
-    def rotary(self) -> Rotary:
-        """How positions turn queries and keys (families.Rotary); UsageError for a model without
-        rotary positions."""
-        rotary = self.family.rotary(self) if self.family.rotary else None
-        if rotary is None:
+    def rotary(self) -> dict[int, Rotary]:
+        """How positions turn queries and keys of each layer that attends (families.Rotary);
+        UsageError for a model without rotary positions."""
+        if self._rotary is None:
             raise UsageError(
                 f"{self.path}: {self.family.name} has no rotary positions, which this measure needs"
             )
-        return rotary
+        return self._rotary
 
     def need(self, *capabilities: str) -> None:
-        """UsageError that names a capability this family lacks."""
-        missing = [name for name in capabilities if name not in self.family.has]
+        """UsageError that names a capability this model lacks: one of Family.has, or "every-layer",
+        attention in every layer."""
+        without = self.parts.without_attention
+        if "every-layer" in capabilities and without:
+            raise UsageError(
+                f"{self.path}: this measure needs attention in every layer, and layers"
+                f" {', '.join(map(str, without))} of {len(self.parts.layers)} have none"
+                f" ({', '.join(sorted({*without.values()}))})"
+            )
+        missing = [
+            name for name in capabilities if name not in self.family.has and name != "every-layer"
+        ]
         if missing:
             raise UsageError(
                 f"{self.path}: this measure needs {', '.join(missing)}, which the family"

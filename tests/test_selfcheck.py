@@ -120,7 +120,7 @@ def test_another_greedy_answer_than_transformers_is_found(load, monkeypatch):
 def test_positions_that_turn_otherwise_are_found(load):
     for name in NAMES:
         vlm = load(name)
-        slower = broken(vlm, rotary=lambda own, vlm=vlm: Rotary(vlm.rotary.inv_freq * 0.9))
+        slower = broken(vlm, rotary=lambda own, vlm=vlm: [Rotary(vlm.rotary[0].inv_freq * 0.9)])
         with pytest.raises(UsageError, match="rotary"):
             check(slower)
 

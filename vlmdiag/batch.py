@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,9 @@ class Batch:
     lengths: list[int]  # prompt length without padding
     grids: list[PatchGrid | None]
     samples: list[Sample]
+    # what else the processor says of each token and the model's forward takes, such as its type; 0
+    # for padding and for what is generated
+    token_inputs: dict[str, Int[Tensor, "B T"]] = field(default_factory=dict)
 
     @property
     def image_inputs(self) -> dict[str, Tensor]:
@@ -55,6 +58,9 @@ class Batch:
             lengths=self.lengths * count,
             grids=self.grids * count,
             samples=self.samples * count,
+            token_inputs={
+                name: value.expand(count, -1) for name, value in self.token_inputs.items()
+            },
         )
 
     def spans(self, row: int) -> dict[str, list[list[int]]]:

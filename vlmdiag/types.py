@@ -72,8 +72,9 @@ class VLM(Protocol):
         """The id that a given answer ends with."""
 
     @property
-    def rotary(self) -> Rotary:
-        """How positions turn queries and keys; UsageError for a model without rotary positions."""
+    def rotary(self) -> Mapping[int, Rotary]:
+        """How positions turn queries and keys of each layer that attends; UsageError for a model
+        without rotary positions."""
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, without the token that ended it."""

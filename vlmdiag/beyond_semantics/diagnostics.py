@@ -149,7 +149,7 @@ def _measure(
     if measures.probe_hidden_norms and not measures.pos_only:
         # Hugging Face normalises the last hidden state, so the published code does
         final = vlm.parts.norm if measures.paper_compat else None
-        norms = HiddenNorms(measures.hidden_norm_kind, final, len(vlm.parts.layers))
+        norms = HiddenNorms(measures.hidden_norm_kind, final)
     # the published RoPE probe looks from an EOS token after the prompt, in a pass of its own
     probes = [None if measures.paper_compat else rope, norms, balance]
     with capture(vlm, [probe for probe in probes if probe is not None]):

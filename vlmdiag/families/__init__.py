@@ -59,6 +59,7 @@ FAMILIES = (
     "deepseek_vl",
     "janus",
     "kosmos2",
+    "rows",
 )
 
 

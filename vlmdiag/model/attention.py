@@ -350,6 +350,8 @@ def capture(
     vlm.need("decoder-only")
     decoder, layers = vlm.parts.decoder, vlm.parts.layers
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
+    for probe in probes:
+        probe.num_layers = len(layers)
     active = _Active(layer_of, list(probes), list(blocks), inspect, mask_of)
     implementation = decoder.config._attn_implementation
     hooks: list[RemovableHandle] = []

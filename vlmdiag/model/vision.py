@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmdiag.batch import joined
 from vlmdiag.cli import UsageError
+from vlmdiag.families.generic import inner
 from vlmdiag.groups import VISION
 from vlmdiag.types import Record
 
@@ -35,17 +36,21 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     pictures = list(dict.fromkeys(batch.pictures))
     first_rows = [batch.pictures.index(picture) for picture in pictures]
     inputs = joined([batch.image_rows[row] for row in first_rows])
-    wanted = inspect.signature(vlm.model.get_image_features).parameters
+    get_image_features = inner(vlm.model, "get_image_features")
+    wanted = inspect.signature(get_image_features).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
     on_device = {}
     for name, value in inputs.items():
         if takes_all or name in wanted:
             value = value.to(vlm.device)
             on_device[name] = value.to(vlm.dtype) if value.is_floating_point() else value
-    features = vlm.model.get_image_features(**on_device, return_dict=True)
+    features = get_image_features(**on_device, return_dict=True)
     # some families take it back as one tensor, see prefill()
     features.was_tensor = torch.is_tensor(features.pooler_output)
-    pooled = torch.cat([part.flatten(0, -2) for part in features.pooler_output])
+    if features.was_tensor:
+        pooled = features.pooler_output.flatten(0, -2)
+    else:
+        pooled = torch.cat([part.flatten(0, -2) for part in features.pooler_output])
     counts = [int((batch.groups[row] == VISION).sum()) for row in first_rows]
     if sum(counts) != len(pooled):
         raise ValueError(
@@ -145,9 +150,16 @@ def deepened(
 def more_inputs(vlm: VLM, batch: Batch, start: int = 0) -> dict[str, Tensor]:
     """What else the model's forward takes over the prompts from position `start` on, {name: (B, T -
     start)}."""
-    if vlm.family.inputs is None:
-        return {}
-    return {name: value[..., start:] for name, value in vlm.family.inputs(vlm, batch).items()}
+    inputs = dict(batch.token_inputs)
+    if vlm.family.inputs is not None:
+        inputs |= vlm.family.inputs(vlm, batch)
+    return {name: value[..., start:] for name, value in inputs.items()}
+
+
+def decoder_inputs(vlm: VLM, batch: Batch, start: int = 0) -> dict[str, Tensor]:
+    """more_inputs() that the decoder itself takes, for passes that begin there."""
+    inputs = more_inputs(vlm, batch, start)
+    return {name: value for name, value in inputs.items() if _takes(vlm.parts.decoder, name)}
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:

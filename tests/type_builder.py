@@ -1,0 +1,381 @@
+"""Small random models of any image-text type of transformers, in folders as checkpoints have them:
+the defaults of the type's config made small by rules, a tokenizer with the special tokens that its
+processor names, and a processor_config.json that names its classes.
+
+What rules cannot know of a type (how its processor cuts pictures) is in TYPES.
+"""
+
+import inspect
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+
+import transformers
+from transformers import set_seed
+from transformers.models.auto import image_processing_auto, modeling_auto, processing_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.random_models.internvl import make_tokenizer
+
+NAMES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+# --- rules ----------------------------------------------------------------------------------------
+
+WIDTH = 64  # of text models
+# key of a config -> its value in text models, and in towers; None: as it is
+RULES = {
+    "hidden_size": (WIDTH, 32),
+    "d_model": (WIDTH, 32),
+    "embed_dim": (WIDTH, 32),
+    "intermediate_size": (96, 48),
+    "intermediate_size_mlp": (96, 48),
+    "dense_intermediate_size": (96, 48),
+    "moe_intermediate_size": (32, 32),
+    "moe_shared_expert_intermediate_size": (32, 32),
+    "shared_expert_intermediate_size": (32, 32),
+    "shared_intermediate_size": (32, 32),
+    "shared_experts_intermediate_size": (32, 32),
+    "mlp_dim": (96, 48),
+    "num_attention_heads": (4, 2),
+    "num_heads": (4, 2),
+    "attention_heads": (4, 2),
+    "num_key_value_heads": (2, 2),
+    "head_dim": (16, 16),
+    "num_hidden_layers": (4, 2),
+    "num_layers": (4, 2),
+    "depth": (2, 2),
+    "n_layers": (2, 2),
+    "layers": (3, 3),
+    "out_hidden_size": (WIDTH, WIDTH),
+    "text_hidden_size": (WIDTH, WIDTH),
+    "projection_dim": (WIDTH, WIDTH),
+    "projector_hidden_size": (WIDTH, WIDTH),
+    "encoder_hidden_size": (32, 32),
+    "num_experts": (4, 4),
+    "num_local_experts": (4, 4),
+    "n_routed_experts": (4, 4),
+    "moe_num_experts": (4, 4),
+    "num_experts_per_tok": (2, 2),
+    "moe_k": (2, 2),
+    "moe_topk": (2, 2),
+    "n_shared_experts": (1, 1),
+    "moe_num_shared_experts": (1, 1),
+    "q_lora_rank": (24, 24),
+    "kv_lora_rank": (24, 24),
+    "qk_nope_head_dim": (8, 8),
+    "qk_rope_head_dim": (8, 8),
+    "v_head_dim": (16, 16),
+    "qk_head_dim": (16, 16),
+    "linear_num_key_heads": (2, 2),
+    "linear_num_value_heads": (4, 4),
+    "linear_key_head_dim": (8, 8),
+    "linear_value_head_dim": (8, 8),
+    "max_position_embeddings": (4096, None),
+    "sliding_window": (4096, None),
+    "initializer_range": (0.05, 0.05),
+}
+TOWERS = ("vision", "vq_config", "sam_config", "encoder_config", "qformer", "perceiver", "audio")
+LAYERS = 4
+
+
+def small(raw, tower=False):
+    """A config as a dict, made small by RULES."""
+    made = {}
+    for key, value in raw.items():
+        if isinstance(value, dict) and key not in ("id2label", "label2id", "rope_parameters"):
+            made[key] = small(value, tower or any(part in key for part in TOWERS))
+        elif key in RULES and isinstance(value, (int, float)) and not isinstance(value, bool):
+            rule = RULES[key][tower]
+            made[key] = value if rule is None else rule
+        else:
+            made[key] = value
+    depth = made.get("num_hidden_layers")
+    kinds = raw.get("layer_types")
+    if kinds and depth:
+        made["layer_types"] = some_of_each(kinds, depth)
+    return made
+
+
+def some_of_each(kinds, count):
+    """`count` layer types in which each type of `kinds` occurs, as near its end of a period as it
+    is there: 3 linear and 1 full of 48 and 16."""
+    distinct = list(dict.fromkeys(kinds))
+    start = max(0, max(kinds.index(kind) for kind in distinct) + 1 - count)
+    return (list(kinds[start : start + count]) * count)[:count] if kinds else kinds
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+MARK = r"""["'](<[^"'\s]+>|\[[A-Z_]+\])["']"""
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is"
+    " string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if"
+    " part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif"
+    " %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokens_of(processor_class, more):
+    """({attribute of the tokenizer: token}, {name of a token: token}, other tokens) that a
+    processor's code names. more: {attribute: token} that it does not name."""
+    module = sys.modules.get(getattr(processor_class, "__module__", ""))
+    source = inspect.getsource(module) if module else ""
+    named = {}
+    attributes = re.findall(r"tokenizer\.(\w+?_token)(?:_id)?\b", source)
+    ordinary = {"bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token"}
+    for attribute in attributes:
+        if attribute not in ordinary:
+            named[attribute] = f"<{attribute.removesuffix('_token')}>"
+    named |= more
+    by_name = {}
+    for name, token in re.findall(r"(\w+_token)\b[^\"'\n]*" + MARK, source):
+        by_name.setdefault(name, token)
+    by_name |= named
+    others = [token for token in re.findall(MARK, source) if token not in ("<s>", "</s>")]
+    return named, by_name, list(dict.fromkeys([*others, *by_name.values()]))
+
+
+def with_ids(raw, tokenizer, by_name):
+    """A config whose ids of tokens are those of the tokenizer; a token of its own for each id that
+    the processor does not name."""
+    made = {}
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            made[key] = with_ids(value, tokenizer, by_name)
+            continue
+        made[key] = value
+        stem = re.fullmatch(r"(\w+?)_(token_id|token_index)", str(key))
+        if key == "vocab_size":
+            made[key] = 0  # filled in when all tokens are there
+        if not stem:
+            continue
+        name = stem[1]
+        if name in ("bos", "eos", "pad", "unk", "sep", "cls", "decoder_start"):
+            own = {"decoder_start": "bos"}.get(name, name)
+            if value is not None:
+                made[key] = getattr(tokenizer, f"{own}_token_id", None)
+        elif value is not None or name == "image":
+            token = by_name.get(f"{name}_token", f"<|{name}|>")
+            if token not in tokenizer.get_vocab():
+                tokenizer.add_special_tokens(
+                    {"additional_special_tokens": [token]}, replace_extra_special_tokens=False
+                )
+            made[key] = tokenizer.convert_tokens_to_ids(token)
+    return made
+
+
+def filled(raw, size):
+    """A config with the number of tokens."""
+    made = {}
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            made[key] = filled(value, size)
+        else:
+            made[key] = size if key == "vocab_size" else value
+    return made
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Small:
+    """What rules do not know of a type."""
+
+    config: dict = field(default_factory=dict)  # laid over the small config
+    images: dict = field(default_factory=dict)  # settings of the image processor
+    processor: dict = field(default_factory=dict)  # and of the processor
+    tokens: dict = field(default_factory=dict)  # {attribute of the tokenizer: token}
+    placeholder: str | None = None  # in the template; None: the image token
+    processor_class: str | None = None
+    image_class: str | None = None
+    mend: object = None  # (raw config) -> raw config, as the last step
+    after: object = None  # (model) -> None
+
+
+def rope(section=(2, 3, 3), **more):
+    """Rotary positions with sections for time, height and width."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*section], **more}
+
+
+def square(side):
+    """The size of square pictures."""
+    return {"height": side, "width": side}
+
+
+# pixels of pictures that are stretched to whole patches
+AREA = {"size": {"shortest_edge": 3136, "longest_edge": 40000}}
+
+
+def in_rows(text=None, tower=None, **more):
+    """A type whose picture is stretched to whole groups of patches, image_grid_thw."""
+    more = {"images": AREA, "processor_class": None, **more}
+    return Small(config={"text_config": text or {}, "vision_config": tower or {}}, **more)
+
+
+MROPE = {"rope_parameters": rope()}
+QWEN3 = {"processor_class": "Qwen3VLProcessor", "image_class": "Qwen2VLImageProcessorPil"}
+OMNI = {
+    "num_mel_bins": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "output_dim": WIDTH,
+}
+DEEP = {"deepstack_visual_indexes": [0, 1]}
+TYPES = {
+    "cohere_compass": in_rows(
+        {
+            "layer_types": ["full_attention"] * 4,
+            "rope_parameters": {"full_attention": rope(), "sliding_attention": rope()},
+        },
+        DEEP,
+        placeholder="<|IMAGE_PAD|>",
+    ),
+    "cosmos3_edge": in_rows(MROPE),
+    "cosmos3_omni": in_rows(MROPE, DEEP, **QWEN3),
+    "dots3_note": in_rows(),
+    "ernie4_5_vl_moe": in_rows({"rope_parameters": rope((3, 3, 2))}),
+    "exaone4_5": in_rows(),
+    "glm46v": in_rows(MROPE),
+    "glm4v": in_rows(MROPE),
+    "glm4v_moe": in_rows({"rope_parameters": rope((1, 1, 2), partial_rotary_factor=0.5)}, image_class="Glm4vImageProcessorPil"),
+    "glm5_next": in_rows({"num_key_value_heads": 4, "qk_rope_head_dim": 0}),
+    "glm_ocr": in_rows(
+        MROPE, processor_class="Glm46VProcessor", image_class="Glm46VImageProcessorPil"
+    ),
+    "glmga": in_rows(MROPE, processor_class="Glm46VProcessor"),
+    "hunyuan_vl": in_rows({"head_dim": 16}),
+    "hyperclovax_vision_v2": in_rows({}, {"fullatt_block_indexes": [1], "window_size": 56}),
+    "kimi_k25": in_rows(),
+    "lfm3_vl": in_rows(),
+    "minimax_m3_vl": in_rows(),
+    "muse_glimmer": in_rows(),
+    "muse_spark": in_rows(),
+    "paddleocr_vl": in_rows(MROPE),
+    "qwen2_5_omni_thinker": Small(
+        config={
+            "audio_config": OMNI,
+            "text_config": MROPE,
+            "vision_config": {"fullatt_block_indexes": [1], "window_size": 56},
+        },
+        images=AREA,
+        processor_class="Qwen2_5OmniProcessor",
+        image_class="Qwen2VLImageProcessorPil",
+    ),
+    "qwen3_5": in_rows({"rope_parameters": rope((1, 1, 0), partial_rotary_factor=0.25)}),
+    "qwen3_5_moe": in_rows({"rope_parameters": rope((1, 1, 0), partial_rotary_factor=0.25)}),
+    "qwen3_omni_moe_thinker": Small(
+        config={"audio_config": OMNI, "text_config": MROPE, "vision_config": DEEP},
+        images=AREA,
+        processor_class="Qwen3OmniMoeProcessor",
+        image_class="Qwen2VLImageProcessorPil",
+    ),
+    "qwen4_exp": in_rows(
+        MROPE
+        | {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 16,
+        }
+    ),
+    "video_llama_3": in_rows(),
+    "got_ocr2": Small(images={"size": square(1024)}),
+}
+
+
+def laid_over(raw, over):
+    """raw with the values of `over`, dicts within dicts."""
+    made = dict(raw)
+    for key, value in over.items():
+        inside = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = laid_over(made[key], value) if inside else value
+    return made
+
+
+def small_of(kind):
+    """The entry of a type."""
+    return TYPES.get(kind, Small())
+
+
+def processor_class_of(kind):
+    """The processor's class, by its name where transformers' table has none."""
+    name = small_of(kind).processor_class or processing_auto.PROCESSOR_MAPPING_NAMES.get(kind)
+    return getattr(transformers, name) if name else None
+
+
+def image_processors_of(kind):
+    """{backend: class name}."""
+    named = small_of(kind).image_class
+    if named:
+        return {"pil": named} if named.endswith("Pil") else {"torchvision": named}
+    return image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) or {}
+
+
+def needs_torchvision(kind):
+    """Whether pictures of a type are prepared on torchvision only, or by timm, which needs it."""
+    backends = image_processors_of(kind)
+    return bool(backends) and "pil" not in backends
+
+
+def config_of(kind, tokenizer, by_name):
+    """The small config of a type."""
+    entry = small_of(kind)
+    config_class = CONFIG_MAPPING[kind]
+    raw = laid_over(config_class().to_dict(), {})
+    raw = with_ids(laid_over(small(raw), entry.config), tokenizer, by_name)
+    raw = filled(raw, len(tokenizer))
+    if entry.mend:
+        raw = entry.mend(raw)
+    return config_class.from_dict(raw)
+
+
+def of_tower(config, image_class):
+    """Settings of an image processor that the tower has too."""
+    tower = getattr(config, "vision_config", None)
+    settings = {}
+    for name, names in (
+        ("patch_size", ("patch_size",)),
+        ("merge_size", ("spatial_merge_size", "merge_size")),
+        ("temporal_patch_size", ("temporal_patch_size", "patch_temporal")),
+    ):
+        values = [getattr(tower, other) for other in names if hasattr(tower, other)]
+        if isinstance(getattr(image_class, name, None), int) and values:
+            settings[name] = values[0]
+    return settings
+
+
+def build(folder, kind):
+    """A small random model of a type with its processor's files; returns the folder."""
+    entry = small_of(kind)
+    processor_class = processor_class_of(kind)
+    named, by_name, others = tokens_of(processor_class, entry.tokens)
+    tokenizer = make_tokenizer(
+        folder, ["<|im_start|>", "<|im_end|>", *others], "<|im_end|>", False, **named
+    )
+    config = config_of(kind, tokenizer, by_name)
+    set_seed(0)
+    model = getattr(transformers, NAMES[kind])(config)
+    if entry.after:
+        entry.after(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_token = entry.placeholder or by_name.get("image_token", "<image>")
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", image_token))
+    settings = {"processor_class": processor_class.__name__} if processor_class else {}
+    backends = image_processors_of(kind)
+    if backends:
+        name = backends.get("torchvision") or backends["pil"]
+        image_class = getattr(transformers, backends.get("pil") or name)
+        images = of_tower(config, image_class) | entry.images
+        settings["image_processor"] = {"image_processor_type": name, **images}
+    attributes = processor_class.get_attributes() if processor_class else []
+    for part in ("video_processor", "feature_extractor"):
+        if part in attributes:  # as published: of a class that is not installed here, or not used
+            settings[part] = {f"{part}_type": "NotInstalledHere"}
+    (folder / "processor_config.json").write_text(json.dumps(settings | entry.processor))
+    return folder
