@@ -76,33 +76,35 @@ RULES = {
     "initializer_range": (0.05, 0.05),
 }
 TOWERS = ("vision", "vq_config", "sam_config", "encoder_config", "qformer", "perceiver", "audio")
-LAYERS = 4
 
 
 def small(raw, tower=False):
-    """A config as a dict, made small by RULES."""
+    """A config as a dict, made small by RULES; lists with a value per layer are cut alike."""
     made = {}
+    depth = raw.get("num_hidden_layers")
+    count = RULES["num_hidden_layers"][tower]
+    kept = some_of_each(raw.get("layer_types") or [0] * (depth or 0), count)
     for key, value in raw.items():
+        if key == "per_layer_config":  # made of the others
+            continue
         if isinstance(value, dict) and key not in ("id2label", "label2id", "rope_parameters"):
             made[key] = small(value, tower or any(part in key for part in TOWERS))
+        elif isinstance(value, list) and len(value) == depth:
+            made[key] = [value[i] for i in kept]
         elif key in RULES and isinstance(value, (int, float)) and not isinstance(value, bool):
             rule = RULES[key][tower]
             made[key] = value if rule is None else rule
         else:
             made[key] = value
-    depth = made.get("num_hidden_layers")
-    kinds = raw.get("layer_types")
-    if kinds and depth:
-        made["layer_types"] = some_of_each(kinds, depth)
     return made
 
 
 def some_of_each(kinds, count):
-    """`count` layer types in which each type of `kinds` occurs, as near its end of a period as it
-    is there: 3 linear and 1 full of 48 and 16."""
-    distinct = list(dict.fromkeys(kinds))
-    start = max(0, max(kinds.index(kind) for kind in distinct) + 1 - count)
-    return (list(kinds[start : start + count]) * count)[:count] if kinds else kinds
+    """The numbers of `count` layers that follow each other in which each type of `kinds` occurs, as
+    far as may be: 3 linear and 1 full of 48 and 16."""
+    first = max((kinds.index(kind) for kind in kinds), default=0)
+    start = max(0, min(first + 1 - count, len(kinds) - count))
+    return range(start, min(start + count, len(kinds)))
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -116,13 +118,13 @@ TEMPLATE = (
 )
 
 
-def tokens_of(processor_class, more):
+def tokens_of(processor_class, more, image_token=None):
     """({attribute of the tokenizer: token}, {name of a token: token}, other tokens) that a
     processor's code names. more: {attribute: token} that it does not name."""
     module = sys.modules.get(getattr(processor_class, "__module__", ""))
     source = inspect.getsource(module) if module else ""
     named = {}
-    attributes = re.findall(r"tokenizer\.(\w+?_token)(?:_id)?\b", source)
+    attributes = re.findall(r"tokenizer(?:\.|, \")(\w+?_token)(?:_id)?\b", source)
     ordinary = {"bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token"}
     for attribute in attributes:
         if attribute not in ordinary:
@@ -132,6 +134,8 @@ def tokens_of(processor_class, more):
     for name, token in re.findall(r"(\w+_token)\b[^\"'\n]*" + MARK, source):
         by_name.setdefault(name, token)
     by_name |= named
+    if image_token:
+        by_name["image_token"] = image_token
     others = [token for token in re.findall(MARK, source) if token not in ("<s>", "</s>")]
     return named, by_name, list(dict.fromkeys([*others, *by_name.values()]))
 
@@ -156,7 +160,8 @@ def with_ids(raw, tokenizer, by_name):
             if value is not None:
                 made[key] = getattr(tokenizer, f"{own}_token_id", None)
         elif value is not None or name == "image":
-            token = by_name.get(f"{name}_token", f"<|{name}|>")
+            other = {"vision_start": "vision_bos", "vision_end": "vision_eos"}.get(name, name)
+            token = by_name.get(f"{name}_token") or by_name.get(f"{other}_token", f"<|{name}|>")
             if token not in tokenizer.get_vocab():
                 tokenizer.add_special_tokens(
                     {"additional_special_tokens": [token]}, replace_extra_special_tokens=False
@@ -187,9 +192,11 @@ class Small:
     images: dict = field(default_factory=dict)  # settings of the image processor
     processor: dict = field(default_factory=dict)  # and of the processor
     tokens: dict = field(default_factory=dict)  # {attribute of the tokenizer: token}
+    image_token: str | None = None  # where the processor's code does not name it
     placeholder: str | None = None  # in the template; None: the image token
     processor_class: str | None = None
     image_class: str | None = None
+    model_class: str | None = None  # that wrote the checkpoint; None: of transformers' table
     mend: object = None  # (raw config) -> raw config, as the last step
     after: object = None  # (model) -> None
 
@@ -214,6 +221,38 @@ def in_rows(text=None, tower=None, **more):
     return Small(config={"text_config": text or {}, "vision_config": tower or {}}, **more)
 
 
+SMALL_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+CODES = 40  # of pictures, the last ids of the vocabulary
+
+
+def letters(number):
+    """A number as Chameleon's vocabulary writes it."""
+    return "".join(chr(ord("A") + int(digit)) for digit in str(number))
+
+
+def with_codes(name):
+    """A config with the tokens of a picture's codes, name(number), in its vocabulary_map."""
+
+    def mend(raw):
+        text = raw.get("text_config", raw)
+        first = text["vocab_size"]
+        text["vocab_size"] += CODES
+        numbered = {name(number): first + number for number in range(CODES)}
+        special = {"<image>": raw["image_token_id"], "<|extra_200|>": 5}
+        return raw | {"vocabulary_map": numbered | special}
+
+    return mend
+
+
 MROPE = {"rope_parameters": rope()}
 QWEN3 = {"processor_class": "Qwen3VLProcessor", "image_class": "Qwen2VLImageProcessorPil"}
 OMNI = {
@@ -231,11 +270,11 @@ TYPES = {
             "rope_parameters": {"full_attention": rope(), "sliding_attention": rope()},
         },
         DEEP,
-        placeholder="<|IMAGE_PAD|>",
+        tokens={"image_token": "<|IMAGE_PAD|>"},
     ),
     "cosmos3_edge": in_rows(MROPE),
     "cosmos3_omni": in_rows(MROPE, DEEP, **QWEN3),
-    "dots3_note": in_rows(),
+    "dots3_note": in_rows({"num_key_value_heads": 4}),
     "ernie4_5_vl_moe": in_rows({"rope_parameters": rope((3, 3, 2))}),
     "exaone4_5": in_rows(),
     "glm46v": in_rows(MROPE),
@@ -246,16 +285,19 @@ TYPES = {
         MROPE, processor_class="Glm46VProcessor", image_class="Glm46VImageProcessorPil"
     ),
     "glmga": in_rows(MROPE, processor_class="Glm46VProcessor"),
-    "hunyuan_vl": in_rows({"head_dim": 16}),
+    "hunyuan_vl": in_rows(
+        {"head_dim": 16, "rope_parameters": rope((2, 2, 2, 2))}, placeholder="<image_start><image><image_end>"
+    ),
     "hyperclovax_vision_v2": in_rows({}, {"fullatt_block_indexes": [1], "window_size": 56}),
-    "kimi_k25": in_rows(),
     "lfm3_vl": in_rows(),
     "minimax_m3_vl": in_rows(),
     "muse_glimmer": in_rows(),
     "muse_spark": in_rows(),
     "paddleocr_vl": in_rows(MROPE),
     "qwen2_5_omni_thinker": Small(
+        placeholder="<vision_bos><image><vision_eos>",
         config={
+            "vision_start_token_id": 1,
             "audio_config": OMNI,
             "text_config": MROPE,
             "vision_config": {"fullatt_block_indexes": [1], "window_size": 56},
@@ -267,7 +309,10 @@ TYPES = {
     "qwen3_5": in_rows({"rope_parameters": rope((1, 1, 0), partial_rotary_factor=0.25)}),
     "qwen3_5_moe": in_rows({"rope_parameters": rope((1, 1, 0), partial_rotary_factor=0.25)}),
     "qwen3_omni_moe_thinker": Small(
-        config={"audio_config": OMNI, "text_config": MROPE, "vision_config": DEEP},
+        placeholder="<vision_bos><image><vision_eos>",
+        config={
+            "vision_start_token_id": 1,
+            "audio_config": OMNI, "text_config": MROPE, "vision_config": DEEP},
         images=AREA,
         processor_class="Qwen3OmniMoeProcessor",
         image_class="Qwen2VLImageProcessorPil",
@@ -285,6 +330,150 @@ TYPES = {
     ),
     "video_llama_3": in_rows(),
     "got_ocr2": Small(images={"size": square(1024)}),
+    "pp_chart2table": Small(images={"size": square(1024)}, image_token="<imgpad>", placeholder="<imgpad>" * 256),
+    "aria": Small(
+        config={
+            "vision_config": {"image_size": 56, "patch_size": 14},
+            "projector_patch_to_query_dict": {"1225": 8, "4900": 16, "576": 8, "16": 8},
+        },
+        images={"max_image_size": 490},
+        processor={"size_conversion": {"490": 8, "980": 16}},
+    ),
+    "chameleon": Small(
+        config={
+            "vq_config": {
+                "resolution": 64,
+                "base_channels": 32,
+                "embed_dim": 16,
+                "latent_channels": 16,
+                "num_embeddings": 40,
+                "channel_multiplier": [1, 1, 2],
+            }
+        },
+        images={"size": {"shortest_edge": 64}, "crop_size": square(64)},
+        processor={"image_seq_length": 256},
+        mend=with_codes(lambda number: f"IMGIMG{letters(number)}Z"),
+    ),
+    "emu3": Small(
+        config={
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1, 1, 1],
+                "codebook_size": 40,
+            }
+        },
+        images={"min_pixels": 4096, "max_pixels": 16384},
+        mend=with_codes(lambda number: f"<|visual token {number:06d}|>"),
+    ),
+    "cohere2_vision": Small(
+        config={
+            "vision_config": {"image_size": 56, "patch_size": 14},
+            "alignment_intermediate_size": 64,
+        },
+        images={"size": square(56), "patch_size": 2, "max_patches": 6},
+    ),
+    "llama4": Small(
+        config={
+            "vision_config": {
+                "image_size": 56,
+                "patch_size": 14,
+                "intermediate_size": 128,
+                "vision_output_dim": 48,
+                "projector_input_dim": 48,
+                "projector_output_dim": 48,
+            }
+        },
+        images={"size": square(56), "max_patches": 6},
+        processor={"patch_size": 14},
+    ),
+    "lfm2_vl": Small(
+        config={
+            "vision_config": {"num_patches": 16},
+            "text_config": {
+                "layer_types": ["conv", "conv", "full_attention", "conv"],
+                "full_attn_idxs": None,
+            },
+        },
+        images={
+            "size": square(64),
+            "tile_size": 64,
+            "min_image_tokens": 2,
+            "max_image_tokens": 4,
+            "max_num_patches": 16,
+            "max_tiles": 6,
+        },
+    ),
+    "step3p7": Small(
+        config={
+            "vision_config": {"image_size": 112},
+            "text_config": {"sliding_window": 512, "num_sliding_attention_heads": 4, "share_expert_dim": 32},
+        },
+        images={"size": square(112), "patch_size": 56, "max_image_size": 1000},
+    ),
+    "kimi_k25": in_rows(
+        {"head_dim": 8, "num_key_value_heads": 4},
+        mend=lambda raw: raw | {"projection_hidden_size": 32}, images={"size": {"max_height": 280, "max_width": 280}}),
+    "llava_next_video": Small(
+        config={
+            "vision_config": {"image_size": 56, "patch_size": 14},
+            "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+        },
+        images={
+            "size": {"shortest_edge": 56},
+            "crop_size": square(56),
+            "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+        },
+        processor={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    ),
+    "gemma4": Small(
+        config={
+            "text_config": {"global_head_dim": 32, "vocab_size_per_layer_input": 2000, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+            "vision_config": {"model_type": "gemma4_vision", **SMALL_TOWER, "position_embedding_size": 64},
+        },
+        images={"max_soft_tokens": 70},
+        processor={"image_seq_length": 70},
+    ),
+    "deepseek_vl_hybrid": Small(
+        config={
+            "vision_config": {"image_size": 384},
+            "high_res_vision_config": {"image_size": 1024, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "mlp_dim": 32, "global_attn_indexes": [1], "output_channels": 16},
+        },
+    ),
+    "shieldgemma2": Small(
+        config={"vision_config": {"image_size": 56, "patch_size": 14}, "mm_tokens_per_image": 4},
+        images={"size": square(56)},
+        processor={"image_seq_length": 4},
+        model_class="ShieldGemma2ForImageClassification",
+        placeholder="<boi>",
+    ),
+    "qianfan_ocr": Small(
+        config={"vision_config": {"image_size": [56, 56], "patch_size": [14, 14]}},
+        images={"size": square(56), "max_patches": 6},
+        processor={"image_seq_length": 4},
+        image_token="<context_image>",
+        placeholder="<image>",
+    ),
+    "minicpmv4_6": Small(
+        config={"vision_config": {"image_size": 112, "patch_size": 14}},
+        images={"scale_resolution": 112, "max_slice_nums": 4},
+    ),
+    "minicpmv4_7": Small(
+        config={"vision_config": {"image_size": 112, "patch_size": 14}},
+        images={"scale_resolution": 112, "max_slice_nums": 4},
+    ),
+    "granite4_vision": Small(
+        config={
+            "vision_config": {"image_size": 56, "patch_size": 14},
+            "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+        },
+        images={
+            "size": {"shortest_edge": 56},
+            "crop_size": square(56),
+            "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+        },
+        processor={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    ),
+    "deepseek_ocr2": Small(),
 }
 
 
@@ -353,13 +542,13 @@ def build(folder, kind):
     """A small random model of a type with its processor's files; returns the folder."""
     entry = small_of(kind)
     processor_class = processor_class_of(kind)
-    named, by_name, others = tokens_of(processor_class, entry.tokens)
+    named, by_name, others = tokens_of(processor_class, entry.tokens, entry.image_token)
     tokenizer = make_tokenizer(
         folder, ["<|im_start|>", "<|im_end|>", *others], "<|im_end|>", False, **named
     )
     config = config_of(kind, tokenizer, by_name)
     set_seed(0)
-    model = getattr(transformers, NAMES[kind])(config)
+    model = getattr(transformers, entry.model_class or NAMES[kind])(config)
     if entry.after:
         entry.after(model)
     model.save_pretrained(folder)
@@ -373,7 +562,8 @@ def build(folder, kind):
         image_class = getattr(transformers, backends.get("pil") or name)
         images = of_tower(config, image_class) | entry.images
         settings["image_processor"] = {"image_processor_type": name, **images}
-    attributes = processor_class.get_attributes() if processor_class else []
+    known = processor_class and not getattr(processor_class, "is_dummy", False)
+    attributes = processor_class.get_attributes() if known else []
     for part in ("video_processor", "feature_extractor"):
         if part in attributes:  # as published: of a class that is not installed here, or not used
             settings[part] = {f"{part}_type": "NotInstalledHere"}

@@ -83,11 +83,13 @@ def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Image inputs of several samples as one batch, along their first dimension.
 
     What differs in another size (the number of tiles, pictures of several sizes, the text that a
-    connector reads) is filled up with 0 at its end, as transformers' processors do.
+    connector reads) is filled up with 0 at its end, as transformers' processors do. A sample may
+    lack what others have, such as tiles. A sample may
+    lack what others have, such as tiles.
     """
     inputs = {}
-    for name in rows[0]:
-        tensors = [row[name] for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        tensors = [row[name] for row in rows if name in row]
         shapes = [tensor.shape[1:] for tensor in tensors]
         largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
         inputs[name] = torch.cat([_filled_up(tensor, largest) for tensor in tensors])

@@ -60,6 +60,8 @@ FAMILIES = (
     "janus",
     "kosmos2",
     "rows",
+    "square",
+    "tiles",
 )
 
 

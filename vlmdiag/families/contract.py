@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.pictures.grid import PatchGrid
-    from vlmdiag.types import VLM
+    from vlmdiag.types import VLM, ImageFeatures
 
 Config = dict[str, Any]  # config.json
 Inputs = Mapping[str, Tensor]  # image inputs of one sample, or joined of a batch
@@ -93,9 +93,9 @@ class QFormer:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions of a layer: of the 2h dimensions from `start` on, dimension j turns with
-    j + h (half-split) or 2j with 2j + 1 (interleaved) by position * inv_freq[j]; the others do not
-    turn."""
+    """Rotary positions of a layer: of the 2h dimensions from `start` on (negative: from the end of
+    the head), dimension j turns with j + h (half-split) or 2j with 2j + 1 (interleaved) by position
+    * inv_freq[j]; the others do not turn."""
 
     inv_freq: Float[Tensor, " h"]
     interleaved: bool = False
@@ -105,11 +105,12 @@ class Rotary:
         """What is before the dimensions that turn, the two of each pair, what is behind; float32."""
         x = x.float()
         half = len(self.inv_freq)
-        end = self.start + 2 * half
-        turning = x[..., self.start : end]
+        start = self.start % x.shape[-1]
+        end = start + 2 * half
+        turning = x[..., start:end]
         if self.interleaved:
-            return x[..., : self.start], turning[..., 0::2], turning[..., 1::2], x[..., end:]
-        return x[..., : self.start], turning[..., :half], turning[..., half:], x[..., end:]
+            return x[..., :start], turning[..., 0::2], turning[..., 1::2], x[..., end:]
+        return x[..., :start], turning[..., :half], turning[..., half:], x[..., end:]
 
     def _together(self, before: Tensor, a: Tensor, b: Tensor, behind: Tensor) -> Tensor:
         """The inverse of _apart()."""
@@ -181,6 +182,9 @@ class Family:
     inputs: Callable[[VLM, Batch], dict[str, Tensor]] | None = None
 
     # --- where vision tokens come from ---
+    # (vlm, image inputs on the device) -> image features, for classes of transformers whose
+    # get_image_features does not give what enters the decoder; prompts then enter as embeddings
+    features: Callable[[VLM, Inputs], ImageFeatures] | None = None
     # (vlm, picture size, image inputs of one sample) -> a box per vision token; None: unknown
     grid: Callable[[VLM, Size, Inputs], PatchGrid | None] | None = None
     # the same for the tower's patches, where vision tokens are mixed from them

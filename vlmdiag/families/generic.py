@@ -317,10 +317,13 @@ def parts(model: PreTrainedModel) -> Parts:
     tower = None
     with contextlib.suppress(AttributeError, ValueError, TypeError):
         tower = model.get_encoder(modality="image")
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        decoder = decoder.model  # Llama 4's is a whole text model
     base = getattr(model, "model", model)
     connectors = [getattr(base, name) for name in CONNECTORS if hasattr(base, name)]
     connector = connectors[0] if connectors else None
-    return decoder_parts(model.get_decoder(), model.get_output_embeddings(), tower, connector)
+    return decoder_parts(decoder, model.get_output_embeddings(), tower, connector)
 
 
 # where towers of transformers have their blocks
@@ -405,20 +408,13 @@ def rotary(vlm: VLM) -> list[Rotary]:
     has none."""
     ways: list[Rotary] = []
     seen: list[Tensor] = []
-    depths = {
-        head
-        for config in (vlm.parts.decoder.config,)
-        for name in ("head_dim", "global_head_dim", "qk_head_dim")
-        if isinstance(head := getattr(config, name, None), int)
-    }
     for name, frequencies in vlm.parts.decoder.named_buffers():
         is_own = name.endswith("inv_freq") and "original" not in name
         if not is_own or any(torch.equal(frequencies, other) for other in seen):
             continue
         seen.append(frequencies)
         inv_freq = frequencies.float()
-        starts = {0} | {depth - 2 * len(inv_freq) for depth in depths}
-        for start in sorted(start for start in starts if start >= 0):
+        for start in (0, -2 * len(inv_freq)):
             ways += [Rotary(inv_freq, False, start), Rotary(inv_freq, True, start)]
     return ways
 

@@ -29,7 +29,10 @@ from vlmdiag.families import Family, generic
 from vlmdiag.pictures.grid import PatchGrid
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
     from vlmdiag.families.contract import Config, Inputs, Size
+    from vlmdiag.pictures.grid import Region
     from vlmdiag.types import VLM
 
 TYPES = (
@@ -44,6 +47,7 @@ TYPES = (
     "glm_ocr",
     "glmga",
     "hyperclovax_vision_v2",
+    "kimi_k25",
     "lfm3_vl",
     "paddleocr_vl",
     "qwen2_5_omni_thinker",
@@ -56,9 +60,29 @@ TYPES = (
 
 def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per group of patches of the stretched picture."""
+    images = vlm.processor.image_processor
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
-    merge = vlm.processor.image_processor.merge_size
-    return PatchGrid.regular(rows // merge, columns // merge, (0, 0, *size), size)
+    shown = (0, 0, *size)
+    if vlm.model.config.model_type == "kimi_k25":
+        shown = padded(images, size)
+    return PatchGrid.regular(rows // images.merge_size, columns // images.merge_size, shown, size)
+
+
+def padded(images: BaseImageProcessor, size: Size) -> Region:
+    """What Kimi's padded picture shows, beyond the picture on its right and below."""
+    # here, because the module needs torchvision
+    from transformers.models.kimi_k25.image_processing_kimi_k25 import navit_resize
+
+    width, height = size
+    fitted, whole = navit_resize(
+        height,
+        width,
+        images.patch_size,
+        images.merge_size,
+        images.max_patches,
+        images.size["max_height"],
+    )
+    return 0, 0, width * whole[1] / fitted[1], height * whole[0] / fitted[0]
 
 
 def variant(config: Config) -> Family:

@@ -375,5 +375,8 @@ def encode(
 
 def _digest(image_row: dict[str, Tensor]) -> bytes:
     """What tells one picture from another."""
-    content = b"".join(value.numpy().tobytes() for value in image_row.values())
+    tensors = [
+        value.float() if value.dtype == torch.bfloat16 else value for value in image_row.values()
+    ]
+    content = b"".join(value.numpy().tobytes() for value in tensors)
     return hashlib.blake2b(content).digest()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vlmdiag.families import Rotary
+from vlmdiag.families import Rotary, generic
 from vlmdiag.model.attention import Row, capture
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.selfcheck import exact, noise_picture
@@ -48,7 +48,7 @@ def fitting(
     share `tolerance` of their norm; None where none does."""
     errors = []
     for way in ways:
-        fits = way.start + 2 * len(way.inv_freq) <= before.shape[-1]
+        fits = 2 * len(way.inv_freq) <= before.shape[-1]
         error = float((way.turn(before, delta) - after).norm()) if fits else float("inf")
         errors.append(error)
     best = min(range(len(ways)), key=errors.__getitem__)
@@ -124,7 +124,7 @@ def rotary_of(vlm: VLM) -> dict[int, Rotary] | None:
         }
 
     of_layer = ways_of_layers([*ways, still])
-    if None in of_layer.values():
+    if None in of_layer.values() and vlm.family.rotary is generic.rotary:
         of_modules = [way for call in calls for way in _of_module(*call)]
         of_layer = ways_of_layers([*ways, still, *of_modules])
     found = {layer: way for layer, way in of_layer.items() if way is not None}

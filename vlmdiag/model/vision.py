@@ -44,7 +44,15 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
         if takes_all or name in wanted:
             value = value.to(vlm.device)
             on_device[name] = value.to(vlm.dtype) if value.is_floating_point() else value
-    features = get_image_features(**on_device, return_dict=True)
+    if vlm.family.features is not None:
+        features: Any = vlm.family.features(vlm, on_device)
+    else:
+        features = get_image_features(**on_device, return_dict=True)
+    if getattr(features, "pooler_output", None) is None:
+        raise UsageError(
+            f"{vlm.path}: {vlm.model.config.model_type} does not give its decoder one vector per"
+            " vision token (get_image_features has no pooler_output), which the measures need"
+        )
     # some families take it back as one tensor, see prefill()
     features.was_tensor = torch.is_tensor(features.pooler_output)
     if features.was_tensor:
@@ -194,7 +202,7 @@ def prefill(
         return vlm.model(inputs_embeds=embeds[:, start:], **options)
     if features is None:
         features = vlm.vision(batch)
-    if not _takes(vlm.model, "mm_encoder_outputs"):
+    if vlm.family.features is not None or not _takes(vlm.model, "mm_encoder_outputs"):
         return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
     encoded: object = features
     if features.was_tensor:
