@@ -11,6 +11,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 
+import torch
 import transformers
 from transformers import set_seed
 from transformers.models.auto import image_processing_auto, modeling_auto, processing_auto
@@ -253,6 +254,42 @@ def with_codes(name):
     return mend
 
 
+def graded_codes(model):
+    """Codes of a picture in an order: the more pixels change, the farther the code and its embedding
+    move. What would mix the whole picture in a random VQ-VAE, and does not in a trained one, is made
+    weak."""
+    vq = model.model.vqmodel
+    for name, parameter in vq.named_parameters():
+        if ("attn" in name and ("proj_out" in name or "out_proj" in name)) or "conv2" in name:
+            parameter.data *= 0
+        if "down" in name and "downsample.conv.weight" in name:  # of the cell's own pixels
+            parameter.data[..., 2, :] = 0
+            parameter.data[..., 2] = 0
+        elif parameter.ndim > 3 and parameter.shape[-1] == 3:
+            parameter.data[..., 1, 1] *= 12
+    latents = []
+    hook = vq.quantize.register_forward_pre_hook(lambda _, args: latents.append(args[0]))
+    side = 128
+    noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        model.eval()
+        if "image_sizes" in inspect.signature(vq.encode).parameters:
+            vq.encode(noise, torch.tensor([[side, side]]))
+        else:
+            vq.encode(noise)
+    hook.remove()
+    codebook = vq.quantize.embedding.weight
+    channels = codebook.shape[1]
+    axis = next(i for i, size in enumerate(latents[0].shape) if size == channels)
+    latents = latents[0].movedim(axis, -1).reshape(-1, channels)
+    middle = latents.mean(0)
+    _, sizes, directions = torch.linalg.svd(latents - middle, full_matrices=False)
+    steps = torch.linspace(-4, 4, CODES)[:, None]
+    codebook.data = middle + steps * sizes[0] / len(latents) ** 0.5 * directions[:1]
+    table = model.get_input_embeddings().weight
+    table.data[-CODES:] = steps * torch.randn(1, table.shape[1])
+
+
 MROPE = {"rope_parameters": rope()}
 QWEN3 = {"processor_class": "Qwen3VLProcessor", "image_class": "Qwen2VLImageProcessorPil"}
 OMNI = {
@@ -342,28 +379,32 @@ TYPES = {
     "chameleon": Small(
         config={
             "vq_config": {
-                "resolution": 64,
+                "resolution": 128,
                 "base_channels": 32,
                 "embed_dim": 16,
                 "latent_channels": 16,
-                "num_embeddings": 40,
-                "channel_multiplier": [1, 1, 2],
+                "num_embeddings": CODES,
+                "num_res_blocks": 1,
+                "channel_multiplier": [1, 1, 1, 1, 1],
             }
         },
-        images={"size": {"shortest_edge": 64}, "crop_size": square(64)},
-        processor={"image_seq_length": 256},
+        images={"size": {"shortest_edge": 128}, "crop_size": square(128)},
+        processor={"image_seq_length": 64},
         mend=with_codes(lambda number: f"IMGIMG{letters(number)}Z"),
+        after=graded_codes,
     ),
     "emu3": Small(
         config={
             "vq_config": {
                 "base_channels": 32,
                 "channel_multiplier": [1, 1, 1, 1],
-                "codebook_size": 40,
+                "codebook_size": CODES,
+                "embed_dim": 1,
             }
         },
         images={"min_pixels": 4096, "max_pixels": 16384},
         mend=with_codes(lambda number: f"<|visual token {number:06d}|>"),
+        after=graded_codes,
     ),
     "cohere2_vision": Small(
         config={
@@ -385,6 +426,8 @@ TYPES = {
         },
         images={"size": square(56), "max_patches": 6},
         processor={"patch_size": 14},
+        image_token="<|patch|>",
+        placeholder="<|image|>",
     ),
     "lfm2_vl": Small(
         config={
@@ -411,7 +454,7 @@ TYPES = {
         images={"size": square(112), "patch_size": 56, "max_image_size": 1000},
     ),
     "kimi_k25": in_rows(
-        {"head_dim": 8, "num_key_value_heads": 4},
+        {"head_dim": 8, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
         mend=lambda raw: raw | {"projection_hidden_size": 32}, images={"size": {"max_height": 280, "max_width": 280}}),
     "llava_next_video": Small(
         config={
@@ -432,6 +475,13 @@ TYPES = {
         },
         images={"max_soft_tokens": 70},
         processor={"image_seq_length": 70},
+    ),
+    "gemma4_unified": Small(
+        config={
+            "text_config": {"global_head_dim": 32},
+            "vision_config": {"model_type": "gemma4_unified_vision", "hidden_size": 32},
+        },
+        images={"max_soft_tokens": 70},
     ),
     "deepseek_vl_hybrid": Small(
         config={

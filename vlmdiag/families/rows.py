@@ -25,10 +25,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from vlmdiag.families import Family, generic
-from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures.grid import PatchGrid, cells
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
     from transformers import BaseImageProcessor
 
     from vlmdiag.families.contract import Config, Inputs, Size
@@ -39,13 +44,17 @@ TYPES = (
     "cohere_compass",
     "cosmos3_edge",
     "cosmos3_omni",
+    "emu3",
     "ernie4_5_vl_moe",
     "exaone4_5",
+    "gemma4",
+    "gemma4_unified",
     "glm46v",
     "glm4v",
     "glm4v_moe",
     "glm_ocr",
     "glmga",
+    "hunyuan_vl",
     "hyperclovax_vision_v2",
     "kimi_k25",
     "lfm3_vl",
@@ -68,6 +77,39 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     return PatchGrid.regular(rows // images.merge_size, columns // images.merge_size, shown, size)
 
 
+def with_newlines(rows: int, columns: int, size: Size, around: int = 0) -> PatchGrid:
+    """Rows that end in a token without a box, and `around` such tokens before them and behind."""
+    boxes = np.full((rows, columns + 1, 4), np.nan)
+    boxes[:, :-1] = cells(rows, columns, (0, 0, *size))
+    boxless = np.full((around, 4), np.nan)
+    return PatchGrid(np.concatenate([boxless, boxes.reshape(-1, 4), boxless]), None, size)
+
+
+def hunyuan_vl(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
+    """Rows with newlines between a first and a last token."""
+    images = vlm.processor.image_processor
+    _, rows, columns = inputs["image_grid_thw"][0].tolist()
+    return with_newlines(rows // images.merge_size, columns // images.merge_size, size, around=1)
+
+
+def emu3(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
+    """Rows of codes with line ends."""
+    height, width = inputs["image_sizes"][0].tolist()
+    factor = vlm.processor.downsample_ratio
+    return with_newlines(height // factor, width // factor, size)
+
+
+def gemma4(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
+    """One cell per pooled block of patches, whose places the unified model has already."""
+    columns, rows = (inputs["image_position_ids"][0].amax(0) + 1).tolist()
+    is_unified = vlm.model.config.model_type == "gemma4_unified"
+    pooled = 1 if is_unified else vlm.processor.image_processor.pooling_kernel_size
+    return PatchGrid.regular(rows // pooled, columns // pooled, (0, 0, *size), size)
+
+
+GRIDS = {"emu3": emu3, "gemma4": gemma4, "gemma4_unified": gemma4, "hunyuan_vl": hunyuan_vl}
+
+
 def padded(images: BaseImageProcessor, size: Size) -> Region:
     """What Kimi's padded picture shows, beyond the picture on its right and below."""
     # here, because the module needs torchvision
@@ -85,6 +127,26 @@ def padded(images: BaseImageProcessor, size: Size) -> Region:
     return 0, 0, width * whole[1] / fitted[1], height * whole[0] / fitted[0]
 
 
+def positions(
+    vlm: VLM,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"],
+    image_inputs: Inputs,
+) -> tuple[Int[Tensor, "axes B T"], Int[Tensor, " B"]]:
+    """Of each prompt alone: HunYuan's get_rope_index counts the pictures of a batch through."""
+    grids = image_inputs["image_grid_thw"]
+    of_rows = [
+        generic.positions(
+            vlm,
+            input_ids[row : row + 1],
+            attention_mask[row : row + 1],
+            {"image_grid_thw": grids[row : row + 1]},
+        )
+        for row in range(len(input_ids))
+    ]
+    return torch.cat([ids for ids, _ in of_rows], 1), torch.cat([after for _, after in of_rows])
+
+
 def variant(config: Config) -> Family:
     """The family of one model: no keys and values are shared where layers keep states of their own,
     or where deepstack adds the picture behind the input."""
@@ -92,8 +154,19 @@ def variant(config: Config) -> Family:
     tower = config.get("vision_config") or {}
     deepstack = bool(tower.get("deepstack_visual_indexes"))
     hybrid = bool(set(text.get("layer_types") or ()) & set(generic.NO_ATTENTION))
-    has = FAMILY.has - ({"causal"} if deepstack or hybrid else set())
-    return replace(FAMILY, name=config.get("model_type", "rows"), deepstack=deepstack, has=has)
+    sees_ahead = text.get("use_bidirectional_attention") or "gemma" in str(config.get("model_type"))
+    has = FAMILY.has - ({"causal"} if deepstack or hybrid or sees_ahead else set())
+    if config.get("model_type") == "hunyuan_vl":
+        has -= {"rotary"}  # its keys are normalised after they are turned
+    kind = config.get("model_type", "rows")
+    return replace(
+        FAMILY,
+        name=kind,
+        deepstack=deepstack,
+        has=has,
+        grid=GRIDS.get(kind, FAMILY.grid),
+        positions=positions if kind == "hunyuan_vl" else FAMILY.positions,
+    )
 
 
 FAMILY = Family(

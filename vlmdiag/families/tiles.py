@@ -145,7 +145,7 @@ def features(vlm: VLM, inputs: Inputs) -> ImageFeatures:
     """Llama 4's, through its projector."""
     model: Any = vlm.model
     seen = model.get_image_features(inputs["pixel_values"], return_dict=True).last_hidden_state
-    projected = model.model.multi_modal_projector(seen.flatten(0, -2))
+    projected = model.multi_modal_projector(seen.flatten(0, -2))
     return SimpleNamespace(pooler_output=projected)
 
 

@@ -20,6 +20,7 @@ class InterpolationMode(Enum):
     LANCZOS = "lanczos"
 
 
+OF_PIL = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 SMOOTH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
@@ -28,6 +29,8 @@ def resize(image, size, interpolation=InterpolationMode.BILINEAR, max_size=None,
     assert max_size is None and len(size) == 2, "not written"
     if tuple(image.shape[-2:]) == tuple(size):
         return image
+    if isinstance(interpolation, int):
+        interpolation = InterpolationMode(OF_PIL[interpolation])
     mode = InterpolationMode.BICUBIC if interpolation.value == "lanczos" else interpolation
     smooth = {"align_corners": False, "antialias": bool(antialias)} if mode in SMOOTH else {}
     pixels = image.reshape(-1, *image.shape[-3:]).float()
