@@ -367,6 +367,45 @@ TYPES = {
     ),
     "video_llama_3": in_rows(),
     "got_ocr2": Small(images={"size": square(1024)}),
+    "fast_vlm": Small(
+        config={
+            "vision_config": {"model_args": {"embed_dim": 32, "patch_size": 16}, "hidden_size": 32},
+            "image_seq_length": 16,
+        },
+        images={"size": {"shortest_edge": 64}, "crop_size": square(64)},
+        processor={"patch_size": 16, "vision_feature_select_strategy": "full"},
+        processor_class="LlavaProcessor",
+        image_class="CLIPImageProcessorPil",
+    ),
+    "gemma3n": Small(
+        config={
+            "text_config": {
+                "intermediate_size": 96,
+                "vocab_size_per_layer_input": 3000,
+                "hidden_size_per_layer_input": 8,
+                "num_kv_shared_layers": 0,
+                "laurel_rank": 8,
+            },
+            "vision_config": {
+                "model_args": {"embed_dim": 32, "patch_size": 14},
+                "hidden_size": 32,
+            },
+            "audio_config": {"conf_num_attention_heads": 2, "conf_num_hidden_layers": 1},
+        },
+        placeholder="<image>",
+    ),
+    "perception_lm": Small(
+        config={
+            "vision_config": {
+                "model_args": {"embed_dim": 32, "patch_size": 14, "class_token": True}
+            },
+            "projector_pooling_ratio": 2,
+        },
+        images={"size": square(56), "tile_size": 56, "max_num_tiles": 6},
+        processor={"patch_size": 14, "pooling_ratio": 2},
+    ),
+    "mistral_large4": Small(
+        config={"text_config": {"num_key_value_heads": 4, "head_dim": 8}}, processor={"patch_size": 16, "spatial_merge_size": 2}),
     "pp_chart2table": Small(images={"size": square(1024)}, image_token="<imgpad>", placeholder="<imgpad>" * 256),
     "aria": Small(
         config={
@@ -479,7 +518,12 @@ TYPES = {
     "gemma4_unified": Small(
         config={
             "text_config": {"global_head_dim": 32},
-            "vision_config": {"model_type": "gemma4_unified_vision", "hidden_size": 32},
+            "vision_config": {
+                "model_type": "gemma4_unified_vision",
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 64,
+                "output_proj_dims": 32,
+            },
         },
         images={"max_soft_tokens": 70},
     ),
@@ -555,10 +599,13 @@ def image_processors_of(kind):
     return image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) or {}
 
 
+TIMM = ("fast_vlm", "gemma3n", "perception_lm")  # towers of timm, which needs torchvision
+
+
 def needs_torchvision(kind):
-    """Whether pictures of a type are prepared on torchvision only, or by timm, which needs it."""
+    """Whether a type cannot be loaded without torchvision, for its image processor or its tower."""
     backends = image_processors_of(kind)
-    return bool(backends) and "pil" not in backends
+    return kind in TIMM or (bool(backends) and "pil" not in backends)
 
 
 def config_of(kind, tokenizer, by_name):

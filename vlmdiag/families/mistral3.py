@@ -1,5 +1,6 @@
-"""Pixtral (arXiv 2410.07073; in transformers a LLaVA with Pixtral's tower) and Mistral 3: the
-picture at its own proportions, [IMG_BREAK] after each row.
+"""Pixtral (arXiv 2410.07073; in transformers a LLaVA with Pixtral's tower), Mistral 3, Mistral
+Large 4 and LightOn OCR: the picture at its own proportions, [IMG_BREAK] after each row (LightOn OCR:
+no breaks).
 
 Prompt: per row [IMG] x columns [IMG_BREAK], behind the last row [IMG_END] in place of the break.
 The picture is scaled down to the longest side that the processor allows and stretched to whole
@@ -26,7 +27,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import LlavaForConditionalGeneration, Mistral3ForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    Mistral3ForConditionalGeneration,
+    MistralLarge4ForConditionalGeneration,
+)
 from transformers.processing_utils import ProcessorMixin
 
 from vlmdiag.families import Family, generic
@@ -85,14 +90,18 @@ TOKENIZER = {"fix_mistral_regex": True}
 LOADERS = {
     "llava": generic.loader(LlavaForConditionalGeneration, RowsProcessor, **TOKENIZER),
     "mistral3": generic.loader(Mistral3ForConditionalGeneration, RowsProcessor, **TOKENIZER),
+    "mistral_large4": generic.loader(
+        MistralLarge4ForConditionalGeneration, RowsProcessor, **TOKENIZER
+    ),
+    "lighton_ocr": generic.load,
 }
 
 
 def recognises(raw: Config) -> bool:
-    """Mistral 3, and a LLaVA with Pixtral's tower."""
+    """The types of this file, and a LLaVA with Pixtral's tower."""
     tower = (raw.get("vision_config") or {}).get("model_type")
     kind = raw.get("model_type")
-    return kind == "mistral3" or (kind == "llava" and tower == "pixtral")
+    return kind in FAMILY.model_types or (kind == "llava" and tower == "pixtral")
 
 
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
@@ -110,7 +119,7 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
 
 FAMILY = Family(
     name="mistral3",
-    model_types=("mistral3",),
+    model_types=("mistral3", "mistral_large4", "lighton_ocr"),
     architectures=("Mistral3ForConditionalGeneration",),
     recognises=recognises,
     load=load,

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 class Probe:
     """What a capture calls; a probe overrides what it needs. step counts forward passes: 0 is the
-    prefill. wants_hidden: whether hidden() is called."""
+    prefill. wants_hidden: whether hidden() is called; "index": also where the layers carry more than
+    one residual stream."""
 
-    wants_hidden = False
+    wants_hidden: bool | str = False
     step = -1
     num_layers: int  # of the decoder, set by capture()
 

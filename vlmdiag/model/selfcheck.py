@@ -44,7 +44,7 @@ def noise_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
 class _Seen(Probe):
     """Which layers ran, in which order, by attention and by residual stream."""
 
-    wants_hidden = True
+    wants_hidden = "index"
 
     def __init__(self) -> None:
         self.layers: list[int] = []
