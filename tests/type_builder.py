@@ -311,7 +311,10 @@ TYPES = {
     ),
     "cosmos3_edge": in_rows(MROPE),
     "cosmos3_omni": in_rows(MROPE, DEEP, **QWEN3),
-    "dots3_note": in_rows({"num_key_value_heads": 4}),
+    "dots3_note": in_rows({"num_key_value_heads": 4, "head_dim": 16},
+        {"adapter_in_dim": 32, "adapter_out_dim": WIDTH, "head_dim": 16},
+        mend=lambda raw: laid_over(raw, {"audio_config": {"adapter_input_size": 32, "adapter_out_dim": WIDTH}}),
+    ),
     "ernie4_5_vl_moe": in_rows({"rope_parameters": rope((3, 3, 2))}),
     "exaone4_5": in_rows(),
     "glm46v": in_rows(MROPE),
@@ -327,9 +330,11 @@ TYPES = {
     ),
     "hyperclovax_vision_v2": in_rows({}, {"fullatt_block_indexes": [1], "window_size": 56}),
     "lfm3_vl": in_rows(),
-    "minimax_m3_vl": in_rows(),
-    "muse_glimmer": in_rows(),
-    "muse_spark": in_rows(),
+    "minimax_m3_vl": in_rows(
+        image_token="]<]image[>[", mend=lambda raw: raw | {"merged_hidden_size": 4 * WIDTH}
+    ),
+    "muse_glimmer": in_rows(mend=lambda raw: raw | {"out_hidden_size": 128}),
+    "muse_spark": in_rows(mend=lambda raw: raw | {"out_hidden_size": 128}),
     "paddleocr_vl": in_rows(MROPE),
     "qwen2_5_omni_thinker": Small(
         placeholder="<vision_bos><image><vision_eos>",
@@ -559,15 +564,43 @@ TYPES = {
         config={
             "vision_config": {"image_size": 56, "patch_size": 14},
             "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+            "deepstack_layer_map": [[-2, 0], [-1, 1]],
+            "spatial_target_layers": [1, 2, 2, 3],
+            "downsample_rate": "1/2",
         },
         images={
             "size": {"shortest_edge": 56},
             "crop_size": square(56),
             "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
         },
-        processor={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        processor={
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+            "downsample_rate": "1/2",
+        },
     ),
-    "deepseek_ocr2": Small(),
+    "deepseek_ocr2": Small(
+        config={
+            "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2},
+            "vision_config": {"sam_config": {"output_channels": 16, "downsample_channels": [24, 32], "image_size": 1024}},
+        },
+    ),
+    "unlimited_ocr": Small(
+        config={
+            "vision_config": {"sam_config": {"output_channels": 16, "downsample_channels": [24, 32]}},
+        },
+    ),
+    "nemotron_h_omni": Small(
+        config={"vision_hidden_size": 32, "vision_config": {"patch_size": 16}},
+    ),
+    "diffusion_gemma": Small(
+        config={
+            "text_config": {"num_experts": 4, "top_k_experts": 2, "global_head_dim": 32, "moe_intermediate_size": 32},
+            "vision_config": {**SMALL_TOWER, "position_embedding_size": 64},
+        },
+        image_class="Gemma4ImageProcessorPil",
+    ),
 }
 
 

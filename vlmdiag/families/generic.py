@@ -21,6 +21,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 
@@ -166,9 +167,42 @@ def auto_class(path: str, config: PreTrainedConfig, trusted: bool) -> type[PreTr
     return add_generation_mixin_to_remote_model(model_class)
 
 
+def lacking(config: PreTrainedConfig) -> str | None:
+    """What a type of transformers lacks that every measure needs, in words; None where nothing is
+    known to be missing."""
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if name is None:
+        return None
+    if config.is_encoder_decoder or name == "VisionEncoderDecoderModel":
+        return "decoder-only (an encoder reads the prompt, and the decoder sees it by cross-attention)"
+    if config.model_type in NEITHER:
+        return NEITHER[config.model_type]
+    taken = set(inspect.signature(getattr(transformers, name).forward).parameters)
+    if taken & {"mm_encoder_outputs"} or "get_image_features" in dir(getattr(transformers, name)):
+        return None
+    if taken & {"cross_attention_mask", "image_attention_mask"}:
+        return "vision tokens (its decoder sees the picture by layers of cross-attention)"
+    if not taken & {"pixel_values", "flattened_patches"}:
+        return "vision tokens (it reads no pictures)"
+    return "vision tokens (its forward takes no image features in place of image tokens)"
+
+
+# types that are listed among those that read pictures and write text, and are something else
+NEITHER = {
+    "diffusion_gemma": "greedy decoding (it writes blocks of text by diffusion)",
+    "pi0": "text answers (it writes a robot's actions)",
+    "shieldgemma2": "a prompt of its own (a classifier whose processor writes one per policy; load its"
+    " weights as gemma3)",
+}
+
+
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
-    """Model and processor by transformers' Auto classes, or by the checkpoint's own code."""
+    """Model and processor by transformers' Auto classes, or by the checkpoint's own code.
+    UsageError for a type that lacks what every measure needs."""
     trusted = options.get("trust_remote_code", False)
+    missing = None if options.get("in_memory") else lacking(config)
+    if missing is not None:
+        raise UsageError(f"{path}: type {config.model_type!r} cannot be measured, it lacks {missing}")
     model_class = auto_class(path, config, trusted)
     more = {"trust_remote_code": trusted} if model_class is AutoModelForImageTextToText else {}
     model = load_model_class(model_class, path, config, options, **more)

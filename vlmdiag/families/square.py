@@ -35,7 +35,8 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid | None:
         return None
     crops = getattr(images, "do_center_crop", False)
     shown = llava.region(images, size) if crops else (0, 0, *size)
-    side = math.isqrt(tokens_of(vlm))
+    patch = getattr(vlm.processor, "patch_size", None)
+    side = generic.patch_sides(inputs, patch)[0] if patch else math.isqrt(tokens_of(vlm))
     return PatchGrid.regular(side, side, shown, size)
 
 

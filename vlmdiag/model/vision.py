@@ -108,12 +108,24 @@ def embeddings(
         return embeds
 
 
+def need_embeddings(vlm: VLM) -> None:
+    """UsageError for a decoder that reads the ids of a prompt in its layers too (per-layer inputs):
+    vectors in place of its tokens are then not all that it gets."""
+    config = vlm.parts.decoder.config
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise UsageError(
+            f"{vlm.path}: {vlm.family.name} reads the ids of a prompt in every layer (per-layer"
+            " inputs), and this measure gives the decoder vectors"
+        )
+
+
 @contextlib.contextmanager
 def entering(
     vlm: VLM, batch: Batch, vision: Float[Tensor, "N d_in"]
 ) -> Iterator[Float[Tensor, "B T d"]]:
     """The decoder's inputs with given vectors for the vision tokens of the batch, in the form of
     entered(). With deepstack they hold within the context only, see deepened()."""
+    need_embeddings(vlm)
     embeds = vlm.model.get_input_embeddings()(batch.input_ids)
     in_picture = batch.groups == VISION
     width = embeds.shape[-1]
