@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlmdiag.groups import GROUPS, VISION
     from vlmdiag.model.attention import Block, capture, edit
     from vlmdiag.model.decoding import generate
+    from vlmdiag.model.lens import End
     from vlmdiag.model.probes import GroupMass, HiddenNorms, HiddenStates, Probe, VisionRows
     from vlmdiag.pictures.samples import Sample, load_image
     from vlmdiag.types import ImageFeatures
@@ -185,6 +186,13 @@ class VLM:
                 f"{self.path}: {self.family.name} has no rotary positions, which this measure needs"
             )
         return self._rotary
+
+    @cached_property
+    def logit_end(self) -> End:
+        """What comes behind the LM head (vlmdiag.model.lens)."""
+        from vlmdiag.model.lens import end_of
+
+        return end_of(self)
 
     def need(self, *capabilities: str) -> None:
         """UsageError that names a capability this model lacks: one of Family.has, or "every-layer",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.families import Family, Parts, Rotary
+    from vlmdiag.model.lens import End
     from vlmdiag.pictures.samples import Sample
 
 # An object of a JSON file: a measurement, settings, an annotation, a row of a table. Its values are
@@ -75,6 +76,10 @@ class VLM(Protocol):
     def rotary(self) -> Mapping[int, Rotary]:
         """How positions turn queries and keys of each layer that attends; UsageError for a model
         without rotary positions."""
+
+    @property
+    def logit_end(self) -> End:
+        """What comes behind the LM head (vlmdiag.model.lens)."""
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, without the token that ended it."""

@@ -219,6 +219,8 @@ def _result(
         "chance_vision_share": chance_vision_share(counts),
         "groups": list(GROUPS),
     }
+    if vlm.parts.without_attention:
+        record["layers_without_attention"] = vlm.parts.without_attention
     row_arrays = {name: values[row] for name, values in arrays.items()}
     if measures.pos_only:
         return record | {"pos_only": True}, row_arrays

@@ -18,13 +18,14 @@ by their pixels. Not tested: we had no published weights or tokenizers.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlmdiag.families import Family, generic, llava
 from vlmdiag.pictures.grid import PatchGrid
 
 if TYPE_CHECKING:
-    from vlmdiag.families.contract import Inputs, Size
+    from vlmdiag.families.contract import Config, Inputs, Size
     from vlmdiag.types import VLM
 
 
@@ -49,9 +50,15 @@ def tokens_of(vlm: VLM) -> int:
     return 256  # in PP-Chart2Table's template
 
 
+def variant(config: Config) -> Family:
+    """The family under the name of the type."""
+    return replace(FAMILY, name=config.get("model_type", "square"))
+
+
 FAMILY = Family(
     name="square",
     model_types=("chameleon", "fast_vlm", "gemma3n", "got_ocr2", "pp_chart2table"),
+    variant=variant,
     load=generic.load,
     parts=generic.parts,
     grid=grid,

@@ -13,7 +13,6 @@ a class does not do. Lens.check() compares the last layer with the model's own l
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,6 +49,38 @@ class End(NamedTuple):
         return logits
 
 
+@torch.inference_mode()
+def end_of(vlm: VLM) -> End:
+    """What comes behind a model's LM head: of what its config names, that which gives the model's
+    own logits of a noise picture; all of it where nothing does, which Lens.check() then finds."""
+    head = vlm.parts.lm_head
+    text_config = vlm.model.config.get_text_config()
+    scale = getattr(text_config, "logit_scale", None)  # Cohere multiplies
+    if not scale:
+        scale = 1 / (getattr(text_config, "logits_scaling", None) or 1)  # Granite divides
+    softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
+    entered: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    try:
+        batch = vlm.encode([Sample("0", AT_HAND, "?")], [noise_picture()])
+        wanted = prefill(vlm, batch).logits[:, -1]
+    finally:
+        hook.remove()
+    if not entered:  # the head is not called as a module
+        return End(scale, softcap)
+    given = head(entered[-1])[:, -1]
+    is_masked = (wanted <= torch.finfo(wanted.dtype).min / 2).all(0)
+    masked = is_masked if bool(is_masked.any()) else None
+    ends = [
+        End(some_scale, some_cap, masked)
+        for some_cap in dict.fromkeys((softcap, None))
+        for some_scale in dict.fromkeys((scale, 1.0))
+    ]
+    allowed = 1e-4 if wanted.dtype == torch.float32 else 0.03
+    fitting = (end for end in ends if _apart(end(given), wanted, masked) <= allowed)
+    return next(fitting, ends[0])
+
+
 class Lens:
     """The path from a hidden state to logits of one model. d: width, V: vocabulary."""
 
@@ -59,36 +90,6 @@ class Lens:
         self.norm = vlm.parts.norm
         self.head = vlm.parts.lm_head
         self.project = getattr(vlm.parts.decoder, "project_out", None)  # OPT
-
-    @cached_property
-    def end(self) -> End:
-        """What comes behind the head: of what the config names, that which gives the model's own
-        logits of a noise picture; all of it where nothing does, which check() then finds."""
-        text_config = self.vlm.model.config.get_text_config()
-        scale = getattr(text_config, "logit_scale", None)  # Cohere multiplies
-        if not scale:
-            scale = 1 / (getattr(text_config, "logits_scaling", None) or 1)  # Granite divides
-        softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
-        entered: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-        try:
-            batch = self.vlm.encode([Sample("0", AT_HAND, "?")], [noise_picture()])
-            wanted = prefill(self.vlm, batch).logits[:, -1]
-        finally:
-            hook.remove()
-        if not entered:  # the head is not called as a module
-            return End(scale, softcap)
-        given = self.head(entered[-1])[:, -1]
-        is_masked = (wanted <= torch.finfo(wanted.dtype).min / 2).all(0)
-        masked = is_masked if bool(is_masked.any()) else None
-        ends = [
-            End(some_scale, some_cap, masked)
-            for some_cap in dict.fromkeys((softcap, None))
-            for some_scale in dict.fromkeys((scale, 1.0))
-        ]
-        allowed = 1e-4 if wanted.dtype == torch.float32 else 0.03
-        fitting = (end for end in ends if _apart(end(given), wanted, is_masked) <= allowed)
-        return next(fitting, ends[0])
 
     @torch.inference_mode()
     def logits(
@@ -101,7 +102,7 @@ class Lens:
             states = self.norm(states)
             if self.project is not None:
                 states = self.project(states)
-        return self.end(self.head(states)).float()
+        return self.vlm.logit_end(self.head(states)).float()
 
     @torch.inference_mode()
     def top_k(
@@ -127,7 +128,7 @@ class Lens:
         built otherwise must not pass unseen."""
         wanted = logits.float().to(last_states.device)
         decoded = self.logits(last_states).to(wanted.device)
-        error = _apart(decoded, wanted, self.end.masked)
+        error = _apart(decoded, wanted, self.vlm.logit_end.masked)
         allowed = 1e-4 if last_states.dtype == torch.float32 else 0.03
         if not error <= allowed:
             raise UsageError(

@@ -266,7 +266,7 @@ def trace(
             f"one prompt and an answer are wanted, got {len(batch.samples)} prompts and {len(ids)}"
             " tokens"
         )
-    vlm.need("decoder-only")
+    vlm.need("decoder-only", "every-layer")
     whole = extended(batch, ids)
     options: Record = {
         "attention_mask": whole.attention_mask,
