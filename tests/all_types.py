@@ -94,11 +94,12 @@ def build(kind, folder):
 def rows_of_eager_attention(vlm, inputs):
     """{layer: its last row (H, T)} of one eager pass of the model's own forward."""
     rows = {}
+    length = inputs["input_ids"].shape[1]
 
     def keeping(layer):
         def keep(module, args, output):
             for part in output if isinstance(output, tuple) else ():
-                if torch.is_tensor(part) and part.ndim == 4 and part.shape[2] == part.shape[3]:
+                if torch.is_tensor(part) and part.shape[2:] == (length, length):
                     rows[layer] = part[0, :, -1].float()
 
         return keep
@@ -122,8 +123,9 @@ def rows_of_eager_attention(vlm, inputs):
 
 @torch.inference_mode()
 def shares_apart(vlm):
-    """(largest difference between our vision shares and those of eager attention, layers compared)
-    in the last row of a prompt about a noise picture."""
+    """(largest difference between our vision shares and those of eager attention, layers compared,
+    how sharp these rows are) in the last row of a prompt about a noise picture. Sharp: the largest
+    weight of a head in uniform attention's, the mean over heads of the sharpest layer."""
     picture = noise_picture()
     batch = vlm.encode([Sample("0", AT_HAND, "Is there a red circle?")], [picture])
     with capture(vlm, [mass := GroupMass(batch)]):
@@ -131,10 +133,11 @@ def shares_apart(vlm):
     rows = rows_of_eager_attention(vlm, own_inputs(vlm, picture, batch.prompts[0]))
     in_picture = batch.groups[0] == VISION
     apart = [
-        float((mass.mass[0][layer, 0, :, VISION] - row[:, in_picture].sum(-1)).abs().max())
+        float((mass.mass[0][layer, 0, : len(row), VISION] - row[:, in_picture].sum(-1)).abs().max())
         for layer, row in rows.items()
     ]
-    return max(apart, default=0.0), len(apart)
+    sharp = [float(row.amax(-1).mean()) * row.shape[-1] for row in rows.values()]
+    return max(apart, default=0.0), len(apart), max(sharp, default=0.0)
 
 
 def commands(shapes, out):
@@ -227,9 +230,9 @@ def examine(kind, shapes, measures=True):
             named = LACKS.search(str(error))
             said = " ".join(str(error).replace(str(folder), kind).split())[:300]
             return found | {"state": "refuses" if named else "fails", "said": said}
-        apart, compared = (0.0, 0)
+        apart, compared, sharp = 0.0, 0, 0.0
         if "decoder-only" in vlm.family.has:
-            apart, compared = shares_apart(vlm)
+            apart, compared, sharp = shares_apart(vlm)
         found |= {
             "file": module_of(vlm.family),
             "grid": "grid" in vlm.family.has,
@@ -238,6 +241,7 @@ def examine(kind, shapes, measures=True):
             "attending": len(vlm.parts.attending),
             "compared": compared,
             "apart": apart,
+            "sharp": sharp,
             "state": "right" if apart < 1e-4 else "WRONG",
             "said": "",
         }

@@ -28,6 +28,7 @@ class ImageFeatures(Protocol):
 
     pooler_output: list[Tensor]  # (P, d) per sample
     was_tensor: bool  # the model gave one tensor and takes one back
+    of_picture: tuple[int, ...]  # its shape but for the first dimension
     deepstack_features: list[list[Tensor]]  # the same for each of the first layers, if any
 
 

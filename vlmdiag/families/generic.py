@@ -9,6 +9,7 @@ tiles, positions.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -189,6 +190,7 @@ def lacking(config: PreTrainedConfig) -> str | None:
 
 # types that are listed among those that read pictures and write text, and are something else
 NEITHER = {
+    "instructblipvideo": "pictures (its processor reads videos)",
     "diffusion_gemma": "greedy decoding (it writes blocks of text by diffusion)",
     "pi0": "text answers (it writes a robot's actions)",
     "shieldgemma2": "a prompt of its own (a classifier whose processor writes one per policy; load its"
@@ -254,7 +256,17 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
         settings = processor_class.to_dict(self)
         return {name: value for name, value in settings.items() if name not in without}
 
+    def save_pretrained(self: ProcessorMixin, *args: object, **kwargs: object) -> object:
+        saved = copy.copy(self)
+        of_class = {"get_attributes": classmethod(lambda _: [*filter(is_kept, attributes)])}
+        saved.__class__ = type(processor_class.__name__, (processor_class,), of_class)
+        return saved.save_pretrained(*args, **kwargs)
+
+    def is_kept(name: str) -> bool:
+        return name not in without
+
     methods = {
+        "save_pretrained": save_pretrained,
         "_get_arguments_from_pretrained": classmethod(_get_arguments_from_pretrained),
         "check_argument_for_proper_class": check_argument_for_proper_class,
         "to_dict": to_dict,
@@ -305,12 +317,11 @@ def decoder_parts(
     vision_blocks: Sequence[nn.Module] = (),
     qformer: QFormer | None = None,
 ) -> Parts:
-    """Parts of a model whose decoder has its blocks in `layers` and its final norm under a usual
-    name; AttributeError where it has not."""
+    """Parts of a model whose decoder has its blocks in `layers`."""
     layers = list(decoder.layers)
-    norm = next((getattr(decoder, name) for name in NORMS if hasattr(decoder, name)), None)
-    if norm is None:
-        raise AttributeError(f"{type(decoder).__name__} has its final norm under no usual name")
+    norms = (getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
+    # where it has another end, Lens.check() finds that hidden states do not give the logits
+    norm = next(norms, torch.nn.Identity())
     return Parts(
         decoder,
         layers,

@@ -1,7 +1,7 @@
 """Towers that see the whole picture, stretched to whole groups of patches, and give one token per
 group row by row, as Qwen2-VL's: Qwen3.5 and its mixture of experts, the Qwen omni thinkers, GLM-4V,
 GLM-4.1V, GLM-4.5V and GLM-4.6V, GLM-OCR, ERNIE 4.5 VL, EXAONE 4.5, Video-LLaMA 3, PaddleOCR-VL,
-HyperCLOVA X Vision 2, LFM3-VL, Cohere Compass, Cosmos 3, Kimi K2.5, MiniMax M3 VL, Muse.
+HyperCLOVA X Vision 2, LFM3-VL, Cohere Compass, Cosmos 3, Kimi K2.5, MiniMax M3 VL, Muse, Qwen4; Gemma 4, Emu 3 and HunYuan-VL.
 
 Prompt: the processor's chat template, in which one placeholder becomes P image tokens. The image
 processor gives image_grid_thw: patches in time (1), height and width. A square of merge x merge
@@ -66,6 +66,7 @@ TYPES = (
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_omni_moe_thinker",
+    "qwen4_exp",
     "video_llama_3",
 )
 

@@ -54,11 +54,23 @@ class Probe:
 
 def every_layer(of_layer: Mapping[int, Tensor], num_layers: int, dim: int = 0) -> Tensor:
     """One tensor per layer stacked along `dim`, so that each has its own number; NaN in layers that
-    do not attend. UsageError where none does."""
+    do not attend, and for heads that a layer lacks and others have. UsageError where none attends.
+    """
     if not of_layer:
         raise UsageError("no layer of the decoder attends")
-    nothing = torch.full_like(next(iter(of_layer.values())), float("nan"))
-    return torch.stack([of_layer.get(layer, nothing) for layer in range(num_layers)], dim)
+    shapes = [tensor.shape for tensor in of_layer.values()]
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    nothing = next(iter(of_layer.values())).new_full(largest, float("nan"))
+
+    def whole(tensor: Tensor) -> Tensor:
+        if tensor.shape == nothing.shape:
+            return tensor
+        filled = nothing.clone()
+        filled[tuple(slice(size) for size in tensor.shape)] = tensor
+        return filled
+
+    layers = [whole(of_layer.get(layer, nothing)) for layer in range(num_layers)]
+    return torch.stack(layers, dim)
 
 
 def group_columns(groups: Int[Tensor, "B T"], length: int) -> Float[Tensor, "B length G"]:

@@ -56,6 +56,7 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     # some families take it back as one tensor, see prefill()
     features.was_tensor = torch.is_tensor(features.pooler_output)
     if features.was_tensor:
+        features.of_picture = features.pooler_output.shape[1:]
         pooled = features.pooler_output.flatten(0, -2)
     else:
         pooled = torch.cat([part.flatten(0, -2) for part in features.pooler_output])
@@ -186,6 +187,13 @@ def _takes(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+def last_logits(vlm: VLM, count: int) -> int | Tensor:
+    """logits_to_keep of the last `count` positions. As a number it would let Gemma's layers that
+    share keys and values leave out all other positions."""
+    shares = getattr(vlm.parts.decoder.config, "num_kv_shared_layers", 0)
+    return torch.arange(-count, 0, device=vlm.device) if shares else count
+
+
 def prefill(
     vlm: VLM,
     batch: Batch,
@@ -209,7 +217,7 @@ def prefill(
         **more_inputs(vlm, batch, start),
     }
     if _takes(vlm.model, "logits_to_keep"):
-        options["logits_to_keep"] = 1
+        options["logits_to_keep"] = last_logits(vlm, 1)
     if embeds is not None:
         return vlm.model(inputs_embeds=embeds[:, start:], **options)
     if features is None:
@@ -219,6 +227,6 @@ def prefill(
     encoded: object = features
     if features.was_tensor:
         fields = dict(cast(Any, features))
-        fields["pooler_output"] = torch.cat(features.pooler_output)
+        fields["pooler_output"] = torch.cat(features.pooler_output).view(-1, *features.of_picture)
         encoded = SimpleNamespace(**fields)
     return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": encoded}, **options)
