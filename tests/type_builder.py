@@ -311,22 +311,29 @@ TYPES = {
     ),
     "cosmos3_edge": in_rows(MROPE),
     "cosmos3_omni": in_rows(MROPE, DEEP, **QWEN3),
-    "dots3_note": in_rows({"num_key_value_heads": 4, "head_dim": 16},
+    "dots3_note": in_rows(
+        {"num_key_value_heads": 4, "head_dim": 16},
         {"adapter_in_dim": 32, "adapter_out_dim": WIDTH, "head_dim": 16},
-        mend=lambda raw: laid_over(raw, {"audio_config": {"adapter_input_size": 32, "adapter_out_dim": WIDTH}}),
+        mend=lambda raw: laid_over(
+            raw, {"audio_config": {"adapter_input_size": 32, "adapter_out_dim": WIDTH}}
+        ),
     ),
     "ernie4_5_vl_moe": in_rows({"rope_parameters": rope((3, 3, 2))}),
     "exaone4_5": in_rows(),
     "glm46v": in_rows(MROPE),
     "glm4v": in_rows(MROPE),
-    "glm4v_moe": in_rows({"rope_parameters": rope((1, 1, 2), partial_rotary_factor=0.5)}, image_class="Glm4vImageProcessorPil"),
+    "glm4v_moe": in_rows(
+        {"rope_parameters": rope((1, 1, 2), partial_rotary_factor=0.5)},
+        image_class="Glm4vImageProcessorPil",
+    ),
     "glm5_next": in_rows({"num_key_value_heads": 4, "qk_rope_head_dim": 0}),
     "glm_ocr": in_rows(
         MROPE, processor_class="Glm46VProcessor", image_class="Glm46VImageProcessorPil"
     ),
     "glmga": in_rows(MROPE, processor_class="Glm46VProcessor"),
     "hunyuan_vl": in_rows(
-        {"head_dim": 16, "rope_parameters": rope((2, 2, 2, 2))}, placeholder="<image_start><image><image_end>"
+        {"head_dim": 16, "rope_parameters": rope((2, 2, 2, 2))},
+        placeholder="<image_start><image><image_end>",
     ),
     "hyperclovax_vision_v2": in_rows({}, {"fullatt_block_indexes": [1], "window_size": 56}),
     "lfm3_vl": in_rows(),
@@ -354,7 +361,10 @@ TYPES = {
         placeholder="<vision_bos><image><vision_eos>",
         config={
             "vision_start_token_id": 1,
-            "audio_config": OMNI, "text_config": MROPE, "vision_config": DEEP},
+            "audio_config": OMNI,
+            "text_config": MROPE,
+            "vision_config": DEEP,
+        },
         images=AREA,
         processor_class="Qwen3OmniMoeProcessor",
         image_class="Qwen2VLImageProcessorPil",
@@ -392,10 +402,7 @@ TYPES = {
                 "layer_types": ["sliding_attention", "full_attention"] * 2,
                 "laurel_rank": 8,
             },
-            "vision_config": {
-                "model_args": {"embed_dim": 32, "patch_size": 14},
-                "hidden_size": 32,
-            },
+            "vision_config": {"model_args": {"embed_dim": 32, "patch_size": 14}, "hidden_size": 32},
             "audio_config": {"conf_num_attention_heads": 2, "conf_num_hidden_layers": 1},
         },
         placeholder="<image>",
@@ -416,8 +423,12 @@ TYPES = {
             "image_break_token": "[IMG_BREAK]",
             "image_end_token": "[IMG_END]",
         },
-        config={"text_config": {"num_key_value_heads": 4, "head_dim": 8}}, processor={"patch_size": 16, "spatial_merge_size": 2}),
-    "pp_chart2table": Small(images={"size": square(1024)}, image_token="<imgpad>", placeholder="<imgpad>" * 256),
+        config={"text_config": {"num_key_value_heads": 4, "head_dim": 8}},
+        processor={"patch_size": 16, "spatial_merge_size": 2},
+    ),
+    "pp_chart2table": Small(
+        images={"size": square(1024)}, image_token="<imgpad>", placeholder="<imgpad>" * 256
+    ),
     "aria": Small(
         config={
             "vision_config": {"image_size": 56, "patch_size": 14},
@@ -499,13 +510,19 @@ TYPES = {
     "step3p7": Small(
         config={
             "vision_config": {"image_size": 112},
-            "text_config": {"sliding_window": 512, "num_sliding_attention_heads": 4, "share_expert_dim": 32},
+            "text_config": {
+                "sliding_window": 512,
+                "num_sliding_attention_heads": 4,
+                "share_expert_dim": 32,
+            },
         },
         images={"size": square(112), "patch_size": 56, "max_image_size": 1000},
     ),
     "kimi_k25": in_rows(
         {"head_dim": 8, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
-        mend=lambda raw: raw | {"projection_hidden_size": 32}, images={"size": {"max_height": 280, "max_width": 280}}),
+        mend=lambda raw: raw | {"projection_hidden_size": 32},
+        images={"size": {"max_height": 280, "max_width": 280}},
+    ),
     "llava_next_video": Small(
         config={
             "vision_config": {"image_size": 56, "patch_size": 14},
@@ -516,7 +533,11 @@ TYPES = {
             "crop_size": square(56),
             "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
         },
-        processor={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        processor={
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
     ),
     "gemma4": Small(
         config={
@@ -529,7 +550,11 @@ TYPES = {
                 "layer_types": ["sliding_attention", "full_attention"] * 2,
                 "use_bidirectional_attention": "vision",
             },
-            "vision_config": {"model_type": "gemma4_vision", **SMALL_TOWER, "position_embedding_size": 64},
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                **SMALL_TOWER,
+                "position_embedding_size": 64,
+            },
         },
         images={"max_soft_tokens": 70},
         processor={"image_seq_length": 70},
@@ -549,8 +574,16 @@ TYPES = {
     "deepseek_vl_hybrid": Small(
         config={
             "vision_config": {"image_size": 384},
-            "high_res_vision_config": {"image_size": 1024, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "mlp_dim": 32, "global_attn_indexes": [1], "output_channels": 16},
-        },
+            "high_res_vision_config": {
+                "image_size": 1024,
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 2,
+                "mlp_dim": 32,
+                "global_attn_indexes": [1],
+                "output_channels": 16,
+            },
+        }
     ),
     "shieldgemma2": Small(
         config={"vision_config": {"image_size": 56, "patch_size": 14}, "mm_tokens_per_image": 4},
@@ -596,22 +629,38 @@ TYPES = {
     ),
     "deepseek_ocr2": Small(
         config={
-            "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2},
-            "vision_config": {"sam_config": {"output_channels": 16, "downsample_channels": [24, 32], "image_size": 1024}},
-        },
+            "text_config": {
+                "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                "num_experts_per_tok": 2,
+            },
+            "vision_config": {
+                "sam_config": {
+                    "output_channels": 16,
+                    "downsample_channels": [24, 32],
+                    "image_size": 1024,
+                }
+            },
+        }
     ),
     "unlimited_ocr": Small(
         config={
             "text_config": {"num_key_value_heads": 4},
-            "vision_config": {"sam_config": {"output_channels": 16, "downsample_channels": [24, 32]}},
-        },
+            "vision_config": {
+                "sam_config": {"output_channels": 16, "downsample_channels": [24, 32]}
+            },
+        }
     ),
     "nemotron_h_omni": Small(
-        config={"vision_hidden_size": 32, "vision_config": {"patch_size": 16}},
+        config={"vision_hidden_size": 32, "vision_config": {"patch_size": 16}}
     ),
     "diffusion_gemma": Small(
         config={
-            "text_config": {"num_experts": 4, "top_k_experts": 2, "global_head_dim": 32, "moe_intermediate_size": 32},
+            "text_config": {
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "global_head_dim": 32,
+                "moe_intermediate_size": 32,
+            },
             "vision_config": {**SMALL_TOWER, "position_embedding_size": 64},
         },
         image_class="Gemma4ImageProcessorPil",

@@ -102,7 +102,8 @@ class Rotary:
     start: int = 0
 
     def _apart(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is before the dimensions that turn, the two of each pair, what is behind; float32."""
+        """What is before the dimensions that turn, the two of each pair, what is behind, in
+        float32."""
         x = x.float()
         half = len(self.inv_freq)
         start = self.start % x.shape[-1]

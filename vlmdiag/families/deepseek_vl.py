@@ -7,9 +7,10 @@ from the chat template; nothing stands around the picture. The picture is scaled
 side is 384, the shorter one rounded, and put in the middle of a square of the mean colour; one
 patch of 16 pixels is one token, row-major, without CLS, so boxes at the edge lie off the picture.
 
-Relevancy goes on into SigLIP's tower, where it is the only one. Tested on small random models with processors made in the tests: tokens against transformers' own
-processor, cells by their pixels, logits and greedy answers against transformers' own class. Not
-tested: we had no published weights or tokenizers.
+Relevancy goes on into SigLIP's tower, where it is the only one. Tested on small random models with
+processors made in the tests: tokens against transformers' own processor, cells by their pixels,
+logits and greedy answers against transformers' own class. Not tested: we had no published weights
+or tokenizers.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
 FAMILY = Family(
     name="deepseek_vl",
     model_types=("deepseek_vl", "deepseek_vl_hybrid"),
-    architectures=("DeepseekVLForConditionalGeneration", "DeepseekVLHybridForConditionalGeneration"),
+    architectures=(
+        "DeepseekVLForConditionalGeneration",
+        "DeepseekVLHybridForConditionalGeneration",
+    ),
     load=generic.load,
     parts=parts,
     grid=grid,

@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ QUIETLY = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
-EXTRA = "which is not installed: pip install -e '.[torchvision]' beside this package"
+# packages that some types need, each an extra of pyproject.toml
+EXTRAS = ("timm", "torchvision")
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -135,12 +137,12 @@ def processor_class_of(path: str, kind: str | None) -> type[ProcessorMixin] | No
                 return None
             names.append(said.get("processor_class"))
     names.append(PROCESSOR_MAPPING_NAMES.get(kind))
-    name = next(filter(None, names), None)
-    processor_class = name and getattr(transformers, name, None)
-    if processor_class is None:
+    known = next(filter(None, names), None)
+    processor_class: Any = known and getattr(transformers, known, None)
+    if not processor_class:
         return None
     if getattr(processor_class, "is_dummy", False):
-        raise ImportError(f"{name} needs {', '.join(processor_class._backends)}, {EXTRA}")
+        raise ImportError(f"{known} needs {', '.join(processor_class._backends)}")
     return processor_class
 
 
@@ -175,7 +177,9 @@ def lacking(config: PreTrainedConfig) -> str | None:
     if name is None:
         return None
     if config.is_encoder_decoder or name == "VisionEncoderDecoderModel":
-        return "decoder-only (an encoder reads the prompt, and the decoder sees it by cross-attention)"
+        return (
+            "decoder-only (an encoder reads the prompt, and the decoder sees it by cross-attention)"
+        )
     if config.model_type in NEITHER:
         return NEITHER[config.model_type]
     taken = set(inspect.signature(getattr(transformers, name).forward).parameters)
@@ -193,8 +197,8 @@ NEITHER = {
     "instructblipvideo": "pictures (its processor reads videos)",
     "diffusion_gemma": "greedy decoding (it writes blocks of text by diffusion)",
     "pi0": "text answers (it writes a robot's actions)",
-    "shieldgemma2": "a prompt of its own (a classifier whose processor writes one per policy; load its"
-    " weights as gemma3)",
+    "shieldgemma2": "a prompt of its own (a classifier whose processor writes one per policy; load"
+    " its weights as gemma3)",
 }
 
 
@@ -204,11 +208,23 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     trusted = options.get("trust_remote_code", False)
     missing = None if options.get("in_memory") else lacking(config)
     if missing is not None:
-        raise UsageError(f"{path}: type {config.model_type!r} cannot be measured, it lacks {missing}")
+        raise UsageError(
+            f"{path}: type {config.model_type!r} cannot be measured, it lacks {missing}"
+        )
     model_class = auto_class(path, config, trusted)
     more = {"trust_remote_code": trusted} if model_class is AutoModelForImageTextToText else {}
-    model = load_model_class(model_class, path, config, options, **more)
-    return model, load_processor(path, options, config.model_type)
+    try:
+        model = load_model_class(model_class, path, config, options, **more)
+        return model, load_processor(path, options, config.model_type)
+    except (ImportError, ValueError) as error:
+        said = str(error).lower()
+        wanted = [name for name in EXTRAS if name in said and find_spec(name) is None]
+        if not wanted:
+            raise
+        raise UsageError(
+            f"{path}: type {config.model_type!r} needs {wanted[0]}, which is not installed: pip"
+            f" install {wanted[0]}, or this package with its extra [{wanted[0]}]"
+        ) from error
 
 
 class _LeftOut:
@@ -232,7 +248,7 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     without = set(LEFT_OUT) & set(attributes) if "image_processor" in attributes else set()
 
     def _get_arguments_from_pretrained(
-        cls: type[ProcessorMixin], path: str, processor_dict: object = None, **kwargs: object
+        _: type[ProcessorMixin], /, path: str, processor_dict: object = None, **kwargs: object
     ) -> list[object]:
         arguments: list[object] = []
         for name in attributes:
@@ -240,7 +256,7 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
                 arguments.append(_LeftOut())
                 continue
             methods = {"get_attributes": classmethod(lambda _, name=name: [name])}
-            one = type(processor_class.__name__, (processor_class,), methods)
+            one: Any = type(processor_class.__name__, (processor_class,), methods)
             options = kwargs | PIL_BACKEND if "image_processor" in name else kwargs
             arguments += one._get_arguments_from_pretrained(path, processor_dict, **options)
         return arguments

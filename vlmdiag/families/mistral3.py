@@ -1,6 +1,6 @@
 """Pixtral (arXiv 2410.07073; in transformers a LLaVA with Pixtral's tower), Mistral 3, Mistral
-Large 4 and LightOn OCR: the picture at its own proportions, [IMG_BREAK] after each row (LightOn OCR:
-no breaks).
+Large 4 and LightOn OCR: the picture at its own proportions, [IMG_BREAK] after each row (LightOn
+OCR: no breaks).
 
 Prompt: per row [IMG] x columns [IMG_BREAK], behind the last row [IMG_END] in place of the break.
 The picture is scaled down to the longest side that the processor allows and stretched to whole
@@ -11,8 +11,8 @@ pictures of a batch as one sequence under a block mask, so relevancy does not go
 Tekken, their tokenizer: the published tokenizer.json of Mistral-Small-3.1 splits text with another
 regex than it was trained with, which transformers mends when it is asked to (fix_mistral_regex),
 for folders of type mistral3 that a version before 5 wrote; others are read as they are. Where
-mistral-common is installed, its tokenizer without offsets would be taken, but for this option.
-A template may write today's date: a run that is resumed on another day goes on with the date of its
+mistral-common is installed, its tokenizer without offsets would be taken, but for this option. A
+template may write today's date: a run that is resumed on another day goes on with the date of its
 first one by --system_prompt, as the refusal says.
 
 A side that is scaled down is rounded down, as in transformers, and not to the nearest pixel as in

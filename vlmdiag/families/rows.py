@@ -1,7 +1,8 @@
 """Towers that see the whole picture, stretched to whole groups of patches, and give one token per
 group row by row, as Qwen2-VL's: Qwen3.5 and its mixture of experts, the Qwen omni thinkers, GLM-4V,
 GLM-4.1V, GLM-4.5V and GLM-4.6V, GLM-OCR, ERNIE 4.5 VL, EXAONE 4.5, Video-LLaMA 3, PaddleOCR-VL,
-HyperCLOVA X Vision 2, LFM3-VL, Cohere Compass, Cosmos 3, Kimi K2.5, MiniMax M3 VL, Muse, Qwen4; Gemma 4, Emu 3 and HunYuan-VL.
+HyperCLOVA X Vision 2, LFM3-VL, Cohere Compass, Cosmos 3, Kimi K2.5, MiniMax M3 VL, Muse, Qwen4;
+Gemma 4, Emu 3 and HunYuan-VL.
 
 Prompt: the processor's chat template, in which one placeholder becomes P image tokens. The image
 processor gives image_grid_thw: patches in time (1), height and width. A square of merge x merge
@@ -75,7 +76,7 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per group of patches of the stretched picture."""
     images = vlm.processor.image_processor
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
-    shown = (0, 0, *size)
+    shown: Region = (0, 0, *size)
     if vlm.model.config.model_type == "kimi_k25":
         shown = padded(images, size)
     return PatchGrid.regular(rows // images.merge_size, columns // images.merge_size, shown, size)

@@ -1,9 +1,9 @@
 """One square, whatever the picture's proportions, whose cells are the vision tokens row by row:
 GOT-OCR 2, PP-Chart2Table, Chameleon, FastVLM, Gemma 3n.
 
-Prompt: the processor's chat template, in which one placeholder becomes P image tokens (PP-Chart2Table
-has them all in its template). The picture is squeezed to the square; Chameleon and FastVLM scale it
-by its shorter side and crop the middle. P is a square number.
+Prompt: the processor's chat template, in which one placeholder becomes P image tokens (PP-
+Chart2Table has them all in its template). The picture is squeezed to the square; Chameleon and
+FastVLM scale it by its shorter side and crop the middle. P is a square number.
 
 Chameleon's vision tokens are codes of a picture that the text model has embeddings for; it never
 writes one, so their logits are masked in its forward (Lens leaves them out). Gemma 3n reads the ids
@@ -11,8 +11,8 @@ of a prompt in every layer, so vectors cannot take the place of its tokens; its 
 are timm's, an optional package. Relevancy stops at the vision tokens.
 
 Tested on small random models of each type (tests/all_types.py), the towers of timm by a stand-in:
-logits, greedy answers and attention rows of transformers' own class on its processor's output, cells
-by their pixels. Not tested: we had no published weights or tokenizers.
+logits, greedy answers and attention rows of transformers' own class on its processor's output,
+cells by their pixels. Not tested: we had no published weights or tokenizers.
 """
 
 from __future__ import annotations

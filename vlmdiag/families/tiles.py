@@ -1,9 +1,10 @@
 """A picture cut into square tiles, and the whole of it squeezed to one: Cohere 2 Vision, Llama 4,
 Perception LM, LFM2-VL, Step 3.7.
 
-Prompt: the processor's chat template, in which one placeholder becomes the image tokens of all tiles
-with marks between them. Each tile gives side x side tokens, row by row; tiles follow each other row by
-row, and the whole picture is the last one (Perception LM: the first). Where they differ:
+Prompt: the processor's chat template, in which one placeholder becomes the image tokens of all
+tiles with marks between them. Each tile gives side x side tokens, row by row; tiles follow each
+other row by row, and the whole picture is the last one (Perception LM: the first). Where they
+differ:
 
 - Cohere 2 Vision, Perception LM: the picture is stretched to whole tiles.
 - Llama 4: it is scaled into the tiles and padded on the right and below; its vision tokens are the
@@ -12,13 +13,14 @@ row, and the whole picture is the last one (Perception LM: the first). Where the
 - Step 3.7: tiles are square windows whose size depends on the picture's proportions, scaled to one
   size; a last row or column that is no whole window is left out.
 
-All of these have image processors on torchvision alone, an optional package. Of LFM2-VL's layers some
-are convolutions: measures of attention are of the others. Relevancy stops at the vision tokens.
+All of these have image processors on torchvision alone, an optional package. Of LFM2-VL's layers
+some are convolutions: measures of attention are of the others. Relevancy stops at the vision
+tokens.
 
-Tested on small random models of each type (tests/all_types.py), with a stand-in for torchvision, and
-for the tower of timm: logits, greedy answers and attention rows of transformers' own class on its
-processor's output, cells by their pixels. Not tested: we had no published weights or tokenizers; the
-image processors on torchvision itself.
+Tested on small random models of each type (tests/all_types.py), with a stand-in for torchvision,
+and for the tower of timm: logits, greedy answers and attention rows of transformers' own class on
+its processor's output, cells by their pixels. Not tested: we had no published weights or
+tokenizers; the image processors on torchvision itself.
 """
 
 from __future__ import annotations
@@ -36,8 +38,6 @@ from vlmdiag.families.internvl import tiled
 from vlmdiag.pictures.grid import PatchGrid, cells
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
-
     from vlmdiag.families.contract import Config, Inputs, Size
     from vlmdiag.pictures.grid import Region
     from vlmdiag.types import VLM, ImageFeatures
@@ -68,9 +68,12 @@ def llama4(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     most = images.resize_to_max_canvas
     tall, wide = (int(x) for x in get_best_fit((height, width), resolutions, most))
     target = (tall, wide) if most else (min(max(height, edge), tall), min(max(width, edge), wide))
-    new_height, new_width = (max(x, 1) for x in get_max_res_without_distortion((height, width), target))
+    new_height, new_width = (
+        max(x, 1) for x in get_max_res_without_distortion((height, width), target)
+    )
     canvas = (0, 0, wide * width / new_width, tall * height / new_height)
-    tiles = cells(tall // edge, wide // edge, canvas).reshape(-1, 4).tolist()
+    boxes = cells(tall // edge, wide // edge, canvas).reshape(-1, 4)
+    tiles: list[Region] = [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
     if count > 1:
         tiles.append((0, 0, *size))
     return generic.grid_of_tiles(tiles, side, side, size)
@@ -92,9 +95,10 @@ def perception_lm(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
 def lfm2_vl(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """Tiles, then the whole picture in its own proportions; a small picture is that alone."""
     images = vlm.processor.image_processor
+    factor = images.downsample_factor
     shapes = [
-        tuple(math.ceil(patches / images.downsample_factor) for patches in shape)
-        for shape in inputs["spatial_shapes"].tolist()
+        (math.ceil(rows / factor), math.ceil(columns / factor))
+        for rows, columns in inputs["spatial_shapes"].tolist()
     ]
     whole: list[Region] = [(0, 0, *size)]
     tiles = whole
@@ -103,7 +107,9 @@ def lfm2_vl(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
             size[1], size[0], images.min_tiles, images.max_tiles, images.tile_size
         )
         tiles = generic.regions(rows, columns, size) + (whole if images.use_thumbnail else [])
-    boxes = [cells(*shape, tile).reshape(-1, 4) for shape, tile in zip(shapes, tiles, strict=True)]
+    boxes = [
+        cells(*of_tile, tile).reshape(-1, 4) for of_tile, tile in zip(shapes, tiles, strict=True)
+    ]
     return PatchGrid(np.concatenate(boxes), None, size)
 
 

@@ -308,9 +308,7 @@ def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = Fa
     if hidden.typed:
         by = shift.moved(hidden.question)[0] - hidden.question[0]
         places = [place + by for place in hidden.places]
-        ids, groups, token_inputs = _put_back(
-            vlm.tokenizer, tokens, groups, places, hidden.typed
-        )
+        ids, groups, token_inputs = _put_back(vlm.tokenizer, tokens, groups, places, hidden.typed)
     return Encoded(ids, groups, tokens.image_inputs, rendered.text, token_inputs)
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 class Probe:
     """What a capture calls; a probe overrides what it needs. step counts forward passes: 0 is the
-    prefill. wants_hidden: whether hidden() is called; "index": also where the layers carry more than
-    one residual stream."""
+    prefill. wants_hidden: whether hidden() is called; "index": also where the layers carry more
+    than one residual stream."""
 
     wants_hidden: bool | str = False
     step = -1
@@ -294,7 +294,8 @@ class ImageAttention(Probe):
     A running top-k equals that over all layers at once. Lists over steps: topk (k, B, H, P) largest
     first, mean and largest (B, P), float32 on the model's device; P: most vision tokens of a row, 0
     past a row's own. whole=True: the whole (L, B, H, P) too, in `layers`, NaN in layers that do not
-    attend. UsageError where k exceeds the layers that do. Volcano (arXiv 2311.07362), docs/studies/volcano.md, sections 2.2 and 2.3.
+    attend. UsageError where k exceeds the layers that do. Volcano (arXiv 2311.07362),
+    docs/studies/volcano.md, sections 2.2 and 2.3.
     """
 
     def __init__(self, batch: Batch, k: int, whole: bool = False) -> None:

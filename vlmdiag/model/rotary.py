@@ -62,8 +62,9 @@ def _of_module(
     sines of each dimension. args, kwargs: of a call, whose whole numbers are the positions."""
 
     def ones(value: object) -> object:
-        is_positions = torch.is_tensor(value) and not value.is_floating_point()
-        return torch.ones_like(value) if is_positions else value
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return torch.ones_like(value)
+        return value
 
     output = module(*map(ones, args), **{name: ones(value) for name, value in kwargs.items()})
     if not (isinstance(output, tuple) and len(output) == 2 and torch.is_tensor(output[0])):
