@@ -27,6 +27,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -148,7 +149,6 @@ def commands(shapes, out):
         *("--max_images", 2, "--batch_size", 2, "--max_new_tokens", 2),
     )
     questions = ("--coco_root", shapes, "--clean_questions_file", shapes / "clean_questions.json")
-    picture = shapes / "val2017" / "000000000001.jpg"
     run_coco = "diagnostic_tools/run_coco_diagnostics.py"
     return {
         "shares": (run_coco, (*coco, "--no_rope", "--out_root", out / "shares")),
@@ -181,13 +181,6 @@ def commands(shapes, out):
                 *("--input", shapes / "mmhal_shapes.json", "--output-dir", out / "volcano"),
                 *("--log", "", "--max_iterations", 1, "--max_new_tokens", 2),
                 *("--instance-idx", "0", "--hidden-top-k", 1, "--out_root", out),
-            ),
-        ),
-        "overlay": (
-            "diagnostic_tools/viz_attention_image.py",
-            (
-                *("--image", picture, "--token_position", 0, "--max_new_tokens", 2),
-                *("--out_dir", out / "overlay"),
             ),
         ),
     }
@@ -248,10 +241,12 @@ def examine(kind, shapes, measures=True):
         if compared < len(vlm.parts.attending) and "decoder-only" in vlm.family.has:
             found["said"] = f"{compared} of {found['attending']} layers gave eager rows"
         if measures:
-            of_measures = {
-                name: ran(script, folder, arguments)
-                for name, (script, arguments) in commands(shapes, Path(scratch)).items()
-            }
+            # the scripts take the model that is loaded
+            with mock.patch.object(common, "load_from_args", lambda *_, **__: vlm):
+                of_measures = {
+                    name: ran(script, folder, arguments)
+                    for name, (script, arguments) in commands(shapes, Path(scratch)).items()
+                }
             found["measures"] = {name: state for name, (state, _) in of_measures.items()}
             found["lines"] = {name: line for name, (_, line) in of_measures.items() if line}
     return found

@@ -314,6 +314,7 @@ TYPES = {
     "dots3_note": in_rows(
         {"num_key_value_heads": 4, "head_dim": 16},
         {"adapter_in_dim": 32, "adapter_out_dim": WIDTH, "head_dim": 16},
+        images=AREA | {"temporal_patch_size": 1},
         mend=lambda raw: laid_over(
             raw, {"audio_config": {"adapter_input_size": 32, "adapter_out_dim": WIDTH}}
         ),
@@ -381,6 +382,7 @@ TYPES = {
         }
     ),
     "video_llama_3": in_rows(),
+    "fuyu": Small(tokens={"speaker_token": "|SPEAKER|", "newline_token": "|NEWLINE|"}),
     "got_ocr2": Small(images={"size": square(1024)}),
     "fast_vlm": Small(
         config={

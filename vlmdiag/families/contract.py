@@ -183,6 +183,9 @@ class Family:
     inputs: Callable[[VLM, Batch], dict[str, Tensor]] | None = None
 
     # --- where vision tokens come from ---
+    # the tower gets one picture at a time: transformers' class takes several of different sizes in
+    # another form than joined by vlmdiag.batch
+    alone: bool = False
     # (vlm, image inputs on the device) -> image features, for classes of transformers whose
     # get_image_features does not give what enters the decoder; prompts then enter as embeddings
     features: Callable[[VLM, Inputs], ImageFeatures] | None = None

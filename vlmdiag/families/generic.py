@@ -194,6 +194,7 @@ def lacking(config: PreTrainedConfig) -> str | None:
 
 # types that are listed among those that read pictures and write text, and are something else
 NEITHER = {
+    "fuyu": "offsets of a prompt's tokens (its processor writes image tokens among the ids)",
     "instructblipvideo": "pictures (its processor reads videos)",
     "diffusion_gemma": "greedy decoding (it writes blocks of text by diffusion)",
     "pi0": "text answers (it writes a robot's actions)",
@@ -484,6 +485,7 @@ FAMILY = Family(
     name="generic",
     model_types=(),
     load=load,
+    alone=True,
     parts=parts,
     positions=positions,
     rotary=rotary,

@@ -45,6 +45,7 @@ TYPES = (
     "cohere_compass",
     "cosmos3_edge",
     "cosmos3_omni",
+    "dots3_note",
     "emu3",
     "ernie4_5_vl_moe",
     "exaone4_5",
@@ -170,6 +171,7 @@ def variant(config: Config) -> Family:
         deepstack=deepstack,
         has=has,
         grid=GRIDS.get(kind, FAMILY.grid),
+        alone=kind in ("emu3", "gemma4", "gemma4_unified"),
         positions=positions if kind == "hunyuan_vl" else FAMILY.positions,
     )
 

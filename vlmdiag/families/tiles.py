@@ -1,5 +1,5 @@
 """A picture cut into square tiles, and the whole of it squeezed to one: Cohere 2 Vision, Llama 4,
-Perception LM, LFM2-VL, Step 3.7.
+Perception LM, LFM2-VL, Step 3.7, MiniCPM-OCR.
 
 Prompt: the processor's chat template, in which one placeholder becomes the image tokens of all
 tiles with marks between them. Each tile gives side x side tokens, row by row; tiles follow each
@@ -138,7 +138,30 @@ def step3p7(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     return PatchGrid(np.concatenate(boxes), None, size)
 
 
+def minicpm(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid | None:
+    """The whole picture in its own proportions, then the slices where there are any; None for the
+    mode that merges twice, whose order of tokens the pixels did not confirm."""
+    images = vlm.processor.image_processor
+    if images.downsample_mode != "4x":
+        return None
+    merge = 2
+    shapes = [
+        (rows // merge, columns // merge) for rows, columns in inputs["target_sizes"].tolist()
+    ]
+    tiles: list[Region] = [(0, 0, *size)]
+    if len(shapes) > 1:
+        rows, columns = images.get_sliced_grid(
+            size[::-1], images.max_slice_nums, images.scale_resolution
+        )
+        tiles += generic.regions(rows, columns, size)
+    boxes = [
+        cells(*of_tile, tile).reshape(-1, 4) for of_tile, tile in zip(shapes, tiles, strict=True)
+    ]
+    return PatchGrid(np.concatenate(boxes), None, size)
+
+
 GRIDS = {
+    "minicpm_ocr": minicpm,
     "cohere2_vision": cohere2_vision,
     "llama4": llama4,
     "perception_lm": perception_lm,
@@ -158,8 +181,13 @@ def features(vlm: VLM, inputs: Inputs) -> ImageFeatures:
 def variant(config: Config) -> Family:
     """The family of one model."""
     kind = config["model_type"]
+    alone = GRIDS[kind] is minicpm
     return replace(
-        FAMILY, name=kind, grid=GRIDS[kind], features=features if kind == "llama4" else None
+        FAMILY,
+        name=kind,
+        alone=alone,
+        grid=GRIDS[kind],
+        features=features if kind == "llama4" else None,
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vlmdiag.batch import Batch, joined
+from vlmdiag.cli import UsageError
 from vlmdiag.families.generic import inner
 from vlmdiag.groups import GROUPS, PAD, VISION
 from vlmdiag.model.prompts import Rendered, Span, prompt_for
@@ -181,6 +182,11 @@ def _tokenize_with_picture(vlm: VLM, image: Image, text: str) -> _Tokens:
         add_special_tokens=not (bos and text.startswith(bos)),
         **token_types(vlm),
     )
+    if not {"input_ids", "offset_mapping"} <= set(inputs):
+        raise UsageError(
+            f"{vlm.path}: it lacks offsets of a prompt's tokens: its processor,"
+            f" {type(vlm.processor).__name__}, gives none, so they cannot be put into groups"
+        )
     ids = inputs.pop("input_ids")[0].tolist()
     offsets = [(start, end) for start, end in inputs.pop("offset_mapping")[0].tolist()]
     of_pictures = inspect.signature(inner(vlm.model, "get_image_features")).parameters

@@ -95,13 +95,15 @@ def check(vlm: VLM) -> str | None:
     tolerance = 1e-4 if exact(vlm) else 3e-2
     picture = noise_picture()
     samples = [Sample(str(i), AT_HAND, question) for i, question in enumerate(QUESTIONS)]
-    batch = vlm.encode(samples, [picture, picture])
+    # of another shape: what a processor gives of pictures has to be joined rightly
+    pictures = [picture, noise_picture(SIZE[::-1], seed=1)]
+    batch = vlm.encode(samples, pictures)
     decoder_only = "decoder-only" in vlm.family.has
     if decoder_only:
         generation = _check_capture(vlm, batch, tolerance)
     else:
         generation = generate(vlm, batch, 2, answers=[ANSWER, ANSWER])
-    _check_padding(vlm, batch, samples, picture, tolerance * 10)
+    _check_padding(vlm, batch, pictures, tolerance * 10)
     _check_own_word(vlm, samples[0], picture, tolerance * 10)
     if not generation.logprobs.isfinite().all():
         _fail(vlm, "log-probabilities are not finite")
@@ -253,11 +255,11 @@ def _eager(vlm: VLM) -> Iterator[dict[int, Tensor]]:
 
 
 def _check_padding(
-    vlm: VLM, batch: Batch, samples: Sequence[Sample], picture: Image.Image, tolerance: float
+    vlm: VLM, batch: Batch, pictures: Sequence[Image.Image], tolerance: float
 ) -> None:
     """Logits of a left-padded batch are those of each prompt alone."""
     logits = prefill(vlm, batch).logits[:, -1].float()
-    for row, sample in enumerate(samples):
+    for row, (sample, picture) in enumerate(zip(batch.samples, pictures, strict=True)):
         alone = prefill(vlm, vlm.encode([sample], [picture])).logits[:, -1].float()[0]
         difference = _relative(alone - logits[row], alone)
         if difference > tolerance:

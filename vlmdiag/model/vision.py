@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,31 +35,14 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     runs once per picture of the batch. ValueError where prompts and tower disagree on P."""
     pictures = list(dict.fromkeys(batch.pictures))
     first_rows = [batch.pictures.index(picture) for picture in pictures]
-    inputs = joined([batch.image_rows[row] for row in first_rows])
-    get_image_features = inner(vlm.model, "get_image_features")
-    wanted = inspect.signature(get_image_features).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
-    on_device = {}
-    for name, value in inputs.items():
-        if takes_all or name in wanted:
-            value = value.to(vlm.device)
-            on_device[name] = value.to(vlm.dtype) if value.is_floating_point() else value
-    if vlm.family.features is not None:
-        features: Any = vlm.family.features(vlm, on_device)
-    else:
-        features = get_image_features(**on_device, return_dict=True)
-    if getattr(features, "pooler_output", None) is None:
-        raise UsageError(
-            f"{vlm.path}: {vlm.model.config.model_type} does not give its decoder one vector per"
-            " vision token (get_image_features has no pooler_output), which the measures need"
-        )
+    rows = [batch.image_rows[row] for row in first_rows]
+    seen = [_seen(vlm, row) for row in ([[row] for row in rows] if vlm.family.alone else [rows])]
+    features = seen[0]
     # some families take it back as one tensor, see prefill()
     features.was_tensor = torch.is_tensor(features.pooler_output)
-    if features.was_tensor:
-        features.of_picture = features.pooler_output.shape[1:]
-        pooled = features.pooler_output.flatten(0, -2)
-    else:
-        pooled = torch.cat([part.flatten(0, -2) for part in features.pooler_output])
+    shapes = {part.pooler_output.shape[1:] for part in seen} if features.was_tensor else set()
+    features.of_picture = shapes.pop() if len(shapes) == 1 else ()
+    pooled = torch.cat([_tokens(part.pooler_output) for part in seen])
     counts = [int((batch.groups[row] == VISION).sum()) for row in first_rows]
     if sum(counts) != len(pooled):
         raise ValueError(
@@ -77,6 +60,35 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
         features.deepstack_features = [
             per_sample(torch.cat(list(part))) for part in features.deepstack_features
         ]
+    return features
+
+
+def _tokens(pooled: Tensor | Sequence[Tensor]) -> Float[Tensor, "N d"]:
+    """The vectors of all vision tokens, one after the other."""
+    if isinstance(pooled, Tensor):
+        return pooled.flatten(0, -2)
+    return torch.cat([part.flatten(0, -2) for part in pooled])
+
+
+def _seen(vlm: VLM, rows: list[dict[str, Tensor]]) -> Any:
+    """The output of get_image_features for the image inputs of some pictures; UsageError where it
+    has no vectors of vision tokens."""
+    get_image_features = inner(vlm.model, "get_image_features")
+    wanted = inspect.signature(get_image_features).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+    on_device = {}
+    for name, value in joined(rows).items():
+        if takes_all or name in wanted:
+            value = value.to(vlm.device)
+            on_device[name] = value.to(vlm.dtype) if value.is_floating_point() else value
+    if vlm.family.features is not None:
+        return vlm.family.features(vlm, on_device)
+    features = get_image_features(**on_device, return_dict=True)
+    if getattr(features, "pooler_output", None) is None:
+        raise UsageError(
+            f"{vlm.path}: {vlm.model.config.model_type} does not give its decoder one vector per"
+            " vision token (get_image_features has no pooler_output), which the measures need"
+        )
     return features
 
 
@@ -227,6 +239,7 @@ def prefill(
     encoded: object = features
     if features.was_tensor:
         fields = dict(cast(Any, features))
-        fields["pooler_output"] = torch.cat(features.pooler_output).view(-1, *features.of_picture)
+        pooled = torch.cat(features.pooler_output)
+        fields["pooler_output"] = pooled.view(-1, *features.of_picture[:-1], pooled.shape[-1])
         encoded = SimpleNamespace(**fields)
     return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": encoded}, **options)
