@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -186,12 +187,15 @@ def commands(shapes, out):
     }
 
 
-def ran(script, folder, arguments):
+def ran(vlm, script, folder, arguments):
     """(state of a measure, the line of its refusal or failure)."""
     flags = ("--model_path", folder, "--no_self_check", *arguments)
     module = command_module(ROOT / script)
     err = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+    quiet = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err))
+    # the scripts take the model that is loaded
+    loads = mock.patch.object(module, "load_from_args", lambda *_, **__: vlm)
+    with quiet[0], quiet[1], loads:
         try:
             cli.run(lambda: module.main([str(flag) for flag in flags]))
         except SystemExit as end:
@@ -241,12 +245,10 @@ def examine(kind, shapes, measures=True):
         if compared < len(vlm.parts.attending) and "decoder-only" in vlm.family.has:
             found["said"] = f"{compared} of {found['attending']} layers gave eager rows"
         if measures:
-            # the scripts take the model that is loaded
-            with mock.patch.object(common, "load_from_args", lambda *_, **__: vlm):
-                of_measures = {
-                    name: ran(script, folder, arguments)
-                    for name, (script, arguments) in commands(shapes, Path(scratch)).items()
-                }
+            of_measures = {
+                name: ran(vlm, script, folder, arguments)
+                for name, (script, arguments) in commands(shapes, Path(scratch)).items()
+            }
             found["measures"] = {name: state for name, (state, _) in of_measures.items()}
             found["lines"] = {name: line for name, (_, line) in of_measures.items() if line}
     return found
@@ -310,8 +312,12 @@ def on_stand_ins(kinds, measures):
 
 def states_of(kinds, measures=True):
     """[what is found of each type], in the order of `kinds`."""
-    has_stand_ins = str(STUBS) in sys.path
-    here = [k for k in kinds if has_stand_ins or k in MADE or not type_builder.needs_torchvision(k)]
+    has_torchvision = find_spec("torchvision") is not None
+    here = [
+        kind
+        for kind in kinds
+        if has_torchvision or kind in MADE or not type_builder.needs_torchvision(kind)
+    ]
     there = [k for k in kinds if k not in here]
     with tempfile.TemporaryDirectory() as scratch:
         shapes = Path(scratch) / "shapes"
@@ -319,6 +325,7 @@ def states_of(kinds, measures=True):
             sizes = ["--num_images", "6", "--num_train", "0", "--num_workers", "1"]
             with contextlib.redirect_stdout(io.StringIO()):
                 make_shapes.main(["--out_dir", str(shapes), *sizes])
+                examine("llava", shapes)  # imports once what every child needs
         found = []
         for kind in here:
             found.append(in_child(kind, shapes, measures))

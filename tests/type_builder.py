@@ -739,14 +739,14 @@ QUERIES = r"(q_proj|k_proj|q_b_proj|kv_b_proj|q_norm|k_norm|q_layernorm|k_layern
 TEXT = r"(language_model|text_model|model\.layers|llm)\b"
 
 
-def sharpen(model, by=4):
+def sharpen(model, by=2.5):
     """Scale queries and keys of the decoder: attention of random weights is nearly uniform and hides
     errors."""
     for name, parameter in model.named_parameters():
         of_queries = re.search(rf"{QUERIES}\w*\.weight$", name)
         if of_queries and re.search(TEXT, name) and not re.search("vision|audio|linear", name):
             is_norm = parameter.ndim == 1
-            parameter.data *= 2 if is_norm else by
+            parameter.data *= 1.6 if is_norm else by
             if is_norm and not parameter.data.any():  # Gemma's norms scale by 1 + weight
                 parameter.data += 1
 

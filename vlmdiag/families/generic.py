@@ -362,15 +362,34 @@ def without_attention(config: PreTrainedConfig, count: int) -> dict[int, str]:
     return {i: kind for i, kind in enumerate(kinds[:count]) if kind in NO_ATTENTION}
 
 
-def inner(model: PreTrainedModel, name: str) -> Any:
-    """A method that some types have on the model and others on the model within; None: neither."""
+def owner_of(model: PreTrainedModel, method: str) -> PreTrainedModel | None:
+    """The model, or the model within, whichever has a method; None where neither has."""
     for owner in (model, getattr(model, "model", None)):
-        if hasattr(owner, name):
-            return getattr(owner, name)
+        if hasattr(owner, method):
+            return owner
     return None
 
 
-CONNECTORS = ("multi_modal_projector", "connector", "mm_projector", "aligner")
+def seeing(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or the model within, that has get_image_features; UsageError where neither has."""
+    owner = owner_of(model, "get_image_features")
+    if owner is None:
+        raise UsageError(
+            f"{type(model).__name__} has no get_image_features, which every model needs"
+        )
+    return owner
+
+
+CONNECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "mm_projector",
+    "aligner",
+    "embed_vision",
+    "resampler_model",
+    "visual.merger",
+    "vision_tower.merger",
+)
 
 
 def parts(model: PreTrainedModel) -> Parts:
@@ -383,8 +402,8 @@ def parts(model: PreTrainedModel) -> Parts:
     if not hasattr(decoder, "layers"):
         decoder = decoder.model  # Llama 4's is a whole text model
     base = getattr(model, "model", model)
-    connectors = [getattr(base, name) for name in CONNECTORS if hasattr(base, name)]
-    connector = connectors[0] if connectors else None
+    named = dict(base.named_modules())
+    connector = next((named[name] for name in CONNECTORS if name in named), None)
     return decoder_parts(decoder, model.get_output_embeddings(), tower, connector)
 
 
@@ -451,14 +470,14 @@ def positions(
     padding, (B, T); or, for models with positions in time, height and width, (3, B, T) by their own
     get_rope_index. These would silently fall back to one dimension if they were left to themselves.
     """
-    index = inner(vlm.model, "get_rope_index")
-    if index is not None:
-        taken = inspect.signature(index).parameters
+    owner = owner_of(vlm.model, "get_rope_index")
+    if owner is not None:
+        taken = inspect.signature(owner.get_rope_index).parameters
         given = {"mm_token_type_ids": (input_ids == vlm.image_token_id).int(), **image_inputs}
         of_pictures = {
             name: tensor.to(input_ids.device) for name, tensor in given.items() if name in taken
         }
-        ids, _ = index(input_ids, attention_mask=attention_mask, **of_pictures)
+        ids, _ = owner.get_rope_index(input_ids, attention_mask=attention_mask, **of_pictures)
         return ids, ids[:, :, -1].amax(0) + 1
     ids = attention_mask.cumsum(-1) - 1
     return ids.clamp(min=0), ids[:, -1] + 1

@@ -17,7 +17,7 @@ import torch
 
 from vlmdiag.batch import Batch, joined
 from vlmdiag.cli import UsageError
-from vlmdiag.families.generic import inner
+from vlmdiag.families.generic import seeing
 from vlmdiag.groups import GROUPS, PAD, VISION
 from vlmdiag.model.prompts import Rendered, Span, prompt_for
 
@@ -189,7 +189,8 @@ def _tokenize_with_picture(vlm: VLM, image: Image, text: str) -> _Tokens:
         )
     ids = inputs.pop("input_ids")[0].tolist()
     offsets = [(start, end) for start, end in inputs.pop("offset_mapping")[0].tolist()]
-    of_pictures = inspect.signature(inner(vlm.model, "get_image_features")).parameters
+    owner = seeing(vlm.model)
+    of_pictures = inspect.signature(owner.get_image_features).parameters
     of_tokens = {
         name: value[0].tolist()
         for name, value in inputs.items()
@@ -241,6 +242,10 @@ class _PictureShift:
             end = max(first[1], first[0] + len(placeholder))
             start = max(text.rfind(placeholder, 0, end), 0)
         by = max(end for _, end in tokens.offsets) - len(text)
+        # a special token that the processor adds at the end is none of the picture's characters
+        begin, end = tokens.offsets[-1]
+        if not text.endswith(vlm.tokenizer.convert_ids_to_tokens(tokens.ids[-1])):
+            by -= (end - begin) * (tokens.ids[-1] in vlm.tokenizer.all_special_ids)
         return cls(start, last[1], by)
 
     def in_prompt(self, place: int) -> int:

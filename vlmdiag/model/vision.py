@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlmdiag.batch import joined
 from vlmdiag.cli import UsageError
-from vlmdiag.families.generic import inner
+from vlmdiag.families.generic import seeing
 from vlmdiag.groups import VISION
 from vlmdiag.types import Record
 
@@ -40,9 +40,10 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     features = seen[0]
     # some families take it back as one tensor, see prefill()
     features.was_tensor = torch.is_tensor(features.pooler_output)
-    shapes = {part.pooler_output.shape[1:] for part in seen} if features.was_tensor else set()
+    pooled_parts: list[Any] = [part.pooler_output for part in seen]
+    shapes = {part.shape[1:] for part in pooled_parts if isinstance(part, Tensor)}
     features.of_picture = shapes.pop() if len(shapes) == 1 else ()
-    pooled = torch.cat([_tokens(part.pooler_output) for part in seen])
+    pooled = torch.cat([_tokens(part) for part in pooled_parts])
     counts = [int((batch.groups[row] == VISION).sum()) for row in first_rows]
     if sum(counts) != len(pooled):
         raise ValueError(
@@ -70,11 +71,11 @@ def _tokens(pooled: Tensor | Sequence[Tensor]) -> Float[Tensor, "N d"]:
     return torch.cat([part.flatten(0, -2) for part in pooled])
 
 
-def _seen(vlm: VLM, rows: list[dict[str, Tensor]]) -> Any:
+def _seen(vlm: VLM, rows: list[dict[str, Tensor]]) -> ImageFeatures:
     """The output of get_image_features for the image inputs of some pictures; UsageError where it
     has no vectors of vision tokens."""
-    get_image_features = inner(vlm.model, "get_image_features")
-    wanted = inspect.signature(get_image_features).parameters
+    owner = seeing(vlm.model)
+    wanted = inspect.signature(owner.get_image_features).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
     on_device = {}
     for name, value in joined(rows).items():
@@ -83,7 +84,7 @@ def _seen(vlm: VLM, rows: list[dict[str, Tensor]]) -> Any:
             on_device[name] = value.to(vlm.dtype) if value.is_floating_point() else value
     if vlm.family.features is not None:
         return vlm.family.features(vlm, on_device)
-    features = get_image_features(**on_device, return_dict=True)
+    features = owner.get_image_features(**on_device, return_dict=True)
     if getattr(features, "pooler_output", None) is None:
         raise UsageError(
             f"{vlm.path}: {vlm.model.config.model_type} does not give its decoder one vector per"
