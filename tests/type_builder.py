@@ -382,6 +382,7 @@ TYPES = {
         }
     ),
     "video_llama_3": in_rows(),
+    "granite_docling": Small(config={"text_config": {"attention_multiplier": 0.25}}),
     "fuyu": Small(tokens={"speaker_token": "|SPEAKER|", "newline_token": "|NEWLINE|"}),
     "got_ocr2": Small(images={"size": square(1024)}),
     "fast_vlm": Small(
@@ -426,7 +427,7 @@ TYPES = {
             "image_end_token": "[IMG_END]",
         },
         config={"text_config": {"num_key_value_heads": 4, "head_dim": 8}},
-        processor={"patch_size": 16, "spatial_merge_size": 2},
+        processor={"patch_size": 14, "spatial_merge_size": 2},
     ),
     "pp_chart2table": Small(
         images={"size": square(1024)}, image_token="<imgpad>", placeholder="<imgpad>" * 256

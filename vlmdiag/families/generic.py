@@ -404,7 +404,10 @@ def parts(model: PreTrainedModel) -> Parts:
     base = getattr(model, "model", model)
     named = dict(base.named_modules())
     connector = next((named[name] for name in CONNECTORS if name in named), None)
-    return decoder_parts(decoder, model.get_output_embeddings(), tower, connector)
+    head = model.get_output_embeddings()
+    if head is None:  # the text model within writes
+        head = model.language_model.get_output_embeddings()
+    return decoder_parts(decoder, head, tower, connector)
 
 
 # where towers of transformers have their blocks

@@ -126,6 +126,12 @@ class Lens:
     def check(self, last_states: Float[Tensor, "B d"], logits: Float[Tensor, "B V"]) -> None:
         """UsageError unless the last hidden state gives the model's own logits: a head that is
         built otherwise must not pass unseen."""
+        width = last_states.shape[-1]
+        if self.project is None and getattr(self.head, "in_features", width) != width:
+            raise UsageError(
+                f"{self.path}: its layers carry {width} numbers per position and its LM head reads"
+                f" {self.head.in_features}, so hidden states cannot be decoded"
+            )
         wanted = logits.float().to(last_states.device)
         decoded = self.logits(last_states).to(wanted.device)
         error = _apart(decoded, wanted, self.vlm.logit_end.masked)

@@ -333,6 +333,11 @@ class ImageAttention(Probe):
         to_picture = to_picture.to(self.index.device)  # (B, H, P)
         top = to_picture[None]
         if self._top is not None:
+            if self._top.shape[2] != top.shape[2]:
+                raise UsageError(
+                    f"layers have different numbers of heads ({self._top.shape[2]},"
+                    f" {top.shape[2]}), and this measure compares each head over layers"
+                )
             top = torch.cat([self._top, top])
         self._top = top.topk(self.k, 0).values if len(top) > self.k else top
         self._sum = self._sum + to_picture.mean(1)
