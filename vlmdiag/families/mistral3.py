@@ -25,6 +25,7 @@ had no published weights or templates.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transformers import (
@@ -117,11 +118,19 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     return PatchGrid.regular(height // cell, width // cell, (0, 0, *size), size)
 
 
+def variant(config: Config) -> Family:
+    """Mistral Large 4's layers keep keys of an index too, so prompts share no keys and values."""
+    if config.get("model_type") == "mistral_large4":
+        return replace(FAMILY, has=FAMILY.has - {"causal"})
+    return FAMILY
+
+
 FAMILY = Family(
     name="mistral3",
     model_types=("mistral3", "mistral_large4", "lighton_ocr"),
     architectures=("Mistral3ForConditionalGeneration",),
     recognises=recognises,
+    variant=variant,
     load=load,
     parts=generic.parts,
     grid=grid,

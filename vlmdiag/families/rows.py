@@ -159,7 +159,9 @@ def variant(config: Config) -> Family:
     text = config.get("text_config") or {}
     tower = config.get("vision_config") or {}
     deepstack = bool(tower.get("deepstack_visual_indexes"))
-    hybrid = bool(set(text.get("layer_types") or ()) & set(generic.NO_ATTENTION))
+    # layers that choose keys by an index keep keys of that index too
+    of_their_own = {*generic.NO_ATTENTION, "indexed_attention"}
+    hybrid = bool(of_their_own & set(text.get("layer_types") or ()))
     sees_ahead = text.get("use_bidirectional_attention") or "gemma" in str(config.get("model_type"))
     has = FAMILY.has - ({"causal"} if deepstack or hybrid or sees_ahead else set())
     if config.get("model_type") == "hunyuan_vl":
