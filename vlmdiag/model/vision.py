@@ -191,9 +191,14 @@ def more_inputs(vlm: VLM, batch: Batch, start: int = 0) -> dict[str, Tensor]:
 
 
 def decoder_inputs(vlm: VLM, batch: Batch, start: int = 0) -> dict[str, Tensor]:
-    """more_inputs() that the decoder itself takes, for passes that begin there."""
+    """more_inputs() for passes that begin at the decoder: without what only the whole model takes
+    of the processor's."""
     inputs = more_inputs(vlm, batch, start)
-    return {name: value for name, value in inputs.items() if _takes(vlm.parts.decoder, name)}
+    of_model = [name for name in batch.token_inputs if not _takes(vlm.parts.decoder, name)]
+    declared = vlm.family.inputs(vlm, batch) if vlm.family.inputs is not None else {}
+    return {
+        name: value for name, value in inputs.items() if name in declared or name not in of_model
+    }
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
