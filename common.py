@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlmdiag.groups import GROUPS, VISION
     from vlmdiag.model.attention import Block, capture, edit
     from vlmdiag.model.decoding import generate
+    from vlmdiag.model.lens import End
     from vlmdiag.model.probes import GroupMass, HiddenNorms, HiddenStates, Probe, VisionRows
     from vlmdiag.pictures.samples import Sample, load_image
     from vlmdiag.types import ImageFeatures
@@ -119,8 +120,16 @@ class VLM:
 
     @property
     def image_token_id(self) -> int:
-        """Id that stands for a vision token in a prompt."""
-        return self.model.config.image_token_id
+        """Id that stands for a vision token in a prompt; UsageError where none does."""
+        id = getattr(self.model.config, "image_token_id", None)
+        if id is None:
+            id = getattr(self.processor, "image_token_id", None)
+        if id is None:
+            raise UsageError(
+                f"{self.path}: {self.model.config.model_type} puts no image tokens into its prompt,"
+                " so there are no vision tokens to measure"
+            )
+        return id
 
     @property
     def answer_ends(self) -> dict[int, list[str]]:
@@ -162,20 +171,42 @@ class VLM:
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         return text.strip()
 
+    @cached_property
+    def _rotary(self) -> dict[int, Rotary] | None:
+        from vlmdiag.model.rotary import rotary_of
+
+        return rotary_of(self)
+
     @property
-    def rotary(self) -> Rotary:
-        """How positions turn queries and keys (families.Rotary); UsageError for a model without
-        rotary positions."""
-        rotary = self.family.rotary(self) if self.family.rotary else None
-        if rotary is None:
+    def rotary(self) -> dict[int, Rotary]:
+        """How positions turn queries and keys of each layer that attends (families.Rotary);
+        UsageError for a model without rotary positions."""
+        if self._rotary is None:
             raise UsageError(
                 f"{self.path}: {self.family.name} has no rotary positions, which this measure needs"
             )
-        return rotary
+        return self._rotary
+
+    @cached_property
+    def logit_end(self) -> End:
+        """What comes behind the LM head (vlmdiag.model.lens)."""
+        from vlmdiag.model.lens import end_of
+
+        return end_of(self)
 
     def need(self, *capabilities: str) -> None:
-        """UsageError that names a capability this family lacks."""
-        missing = [name for name in capabilities if name not in self.family.has]
+        """UsageError that names a capability this model lacks: one of Family.has, or "every-layer",
+        attention in every layer."""
+        without = self.parts.without_attention
+        if "every-layer" in capabilities and without:
+            raise UsageError(
+                f"{self.path}: this measure needs attention in every layer, and layers"
+                f" {', '.join(map(str, without))} of {len(self.parts.layers)} have none"
+                f" ({', '.join(sorted({*without.values()}))})"
+            )
+        missing = [
+            name for name in capabilities if name not in self.family.has and name != "every-layer"
+        ]
         if missing:
             raise UsageError(
                 f"{self.path}: this measure needs {', '.join(missing)}, which the family"

@@ -96,7 +96,7 @@ def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
     described = vlm.options["base_model"] or args.model_path  # of an adapter, its base
     report["family"] = check.family_of(vlm.family, described, args.family)
     report["family"] |= {"dtype": str(vlm.dtype).removeprefix("torch."), "device": str(vlm.device)}
-    report["capabilities"] = check.capabilities_of(vlm.family)
+    report["capabilities"] = check.capabilities_of(vlm.family, vlm.model)
     describe(args, vlm, image, report)
     if args.propose_grid:
         propose(args, vlm, image, report)
@@ -133,7 +133,7 @@ def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
         args.base_model,
     )
     report["family"] = found.chosen
-    report["capabilities"] = check.capabilities_of(found.family)
+    report["capabilities"] = check.capabilities_of(found.family, found.model)
     report["problems"] += found.problems
     report["unknown"] += found.unknown
     if found.model is None:

@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.runs.experiment import run_experiment
 
     vlm = load_from_args(args)
-    vlm.need("decoder-only")
+    vlm.need("decoder-only", "every-layer")
     names = [field.name for field in dataclasses.fields(Protocol)]
     flags = {name: getattr(args, name) for name in names}
     settings = {name: value for name, value in flags.items() if name != "per_pass"}

@@ -194,7 +194,7 @@ def score(args: argparse.Namespace, vlm: VLM) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     vlm = load_from_args(args)
-    vlm.need("decoder-only")
+    vlm.need("decoder-only", "every-layer")
     return {"fit": fit, "test": test, "score": score}[args.command](args, vlm)
 
 

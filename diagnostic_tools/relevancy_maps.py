@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.runs.experiment import run_experiment
 
     vlm = load_from_args(args)
-    vlm.need("decoder-only")
+    vlm.need("decoder-only", "every-layer")
     layers = chosen_layers(args, len(vlm.parts.layers))
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["prompt"] = prompt_for(vlm, args.prompt_text)[0]

@@ -135,7 +135,7 @@ def test_vision_rows_are_the_mean_map_without_bos(load, batch_of, name):
     vlm = load(name)
     batch = batch_of(vlm)
     ids = forced(vlm, batch)
-    probe = VisionRows(batch, len(vlm.parts.layers))
+    probe = VisionRows(batch)
     captured(vlm, batch, [probe], answers=ids)
     maps, _, _ = eager(vlm, batch, ids)
     total = batch.groups.shape[1]

@@ -175,8 +175,8 @@ def test_what_the_first_vision_token_sees_of_what_follows(
     assert ("causal" in vlm.family.has) == (not picture_ahead)
 
 
-def test_rotary_positions_are_had_where_all_layers_turn_alike_and_by_halves(families):
-    lacking = {"gemma3", "gemma3-window", "aya-vision", "molmo2-olmo", "kosmos2"}
+def test_all_have_rotary_positions_but_those_with_a_table_of_positions(families):
+    lacking = {"kosmos2"}
     assert {name for name in NAMES if "rotary" not in families(name).family.has} == lacking
 
 

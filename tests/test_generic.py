@@ -39,14 +39,18 @@ def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, unknown,
         vlm.need("grid")
 
 
-def test_positions_that_turn_neighbours_are_not_taken_for_halves(tmp_path, unknown):
-    """Cohere's rotary positions turn dimensions 2j and 2j + 1: without a file nothing says so, and
-    the self-check finds out."""
+def test_positions_that_turn_neighbours_are_told_from_those_that_turn_halves(tmp_path, unknown):
+    """Cohere's rotary positions turn dimensions 2j and 2j + 1, and its layers of full attention have
+    none: without a file nothing says so, and the keys of each layer do."""
     name = next(iter(AYAS))
     vlm = common.load_model(AYAS[name](tmp_path / "aya"))
-    assert vlm.family.name == "generic" and "rotary" not in vlm.family.has
-    with pytest.raises(UsageError, match="rotary"):
-        vlm.need("rotary")
+    assert vlm.family.name == "generic" and "rotary" in vlm.family.has
+    kinds = vlm.parts.decoder.config.layer_types
+    assert len({*kinds}) == 2
+    for layer, kind in enumerate(kinds):
+        turns = bool(vlm.rotary[layer].inv_freq.any())
+        assert turns == (kind == "sliding_attention")
+        assert vlm.rotary[layer].interleaved == turns
 
 
 def test_multimodal_rotary_positions_are_the_models_own(folders, batch_of):

@@ -137,6 +137,8 @@ def pins(file):
 def test_tested_versions_lie_in_the_ranges_and_each_has_one():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    for name in ("timm", "torchvision"):  # the tests run on stand-ins (tests/stubs)
+        del extras[name]
     tested = {
         "requirements.txt": project["dependencies"] + extras.pop("page"),
         "requirements-test.txt": [line for lines in extras.values() for line in lines],

@@ -437,26 +437,38 @@ def test_the_last_layer_of_the_lens_is_the_models_own_distribution(vlm, batch_of
     "name, value",
     [("final_logit_softcapping", 0.5), ("logit_scale", 0.25), ("logits_scaling", 4.0)],
 )
-def test_scales_and_softcaps_of_the_head_are_part_of_the_lens(load, name, value):
+@pytest.mark.parametrize("model_does", [True, False])
+def test_scales_and_softcaps_are_part_of_the_lens_where_the_model_does_them(
+    load, name, value, model_does
+):
+    """Aya Vision's and Cohere 2 Vision's configs have a logit_scale that transformers' classes leave
+    out."""
     vlm = load("llava")
-    states, text = (
-        torch.randn(
-            3, vlm.parts.lm_head.weight.shape[1], generator=torch.Generator().manual_seed(0)
-        ),
-        vlm.model.config.get_text_config(),
-    )
+    width = vlm.parts.lm_head.weight.shape[1]
+    states = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    ends = {
+        "final_logit_softcapping": lambda logits: torch.tanh(logits / 0.5) * 0.5,
+        "logit_scale": lambda logits: logits * 0.25,
+        "logits_scaling": lambda logits: logits / 4,
+    }
     plain = Lens(vlm).logits(states)
+
+    def end(model, args, output):
+        output.logits = ends[name](output.logits)
+        return output
+
+    hook = vlm.model.register_forward_hook(end) if model_does else None
+    text = vlm.model.config.get_text_config()
     setattr(text, name, value)
+    vlm.__dict__.pop("logit_end")  # found for the model as it was
     try:
         found = Lens(vlm).logits(states)
     finally:
         delattr(text, name)
-    wanted = {
-        "final_logit_softcapping": torch.tanh(plain / 0.5) * 0.5,
-        "logit_scale": plain * 0.25,
-        "logits_scaling": plain / 4,
-    }[name]
-    assert torch.allclose(found, wanted)
+        del vlm.__dict__["logit_end"]
+        if hook is not None:
+            hook.remove()
+    assert torch.allclose(found, ends[name](plain) if model_does else plain)
 
 
 def test_the_vocabulary_keeps_spaces_bytes_and_special_tokens(load):

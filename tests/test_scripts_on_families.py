@@ -35,7 +35,7 @@ TRAITS = {  # file in random_models, name there: what is unlike LLaVA
     "paligemma": (
         "paligemma"
     ),  # the prompt sees itself in both directions, vision tokens before the BOS
-    "aya-vision": "aya_vision",  # no rotary positions in every layer
+    "aya-vision": "aya_vision",  # rotary positions of neighbours, and layers without any
     "qwen3_vl": "qwen_vl",  # deepstack, positions in three dimensions
     "mplug_owl2": "mplug_owl2",  # keys by modality, no grid
 }
@@ -172,15 +172,7 @@ def test_shares_and_norms_are_of_the_tokens_that_show_the_picture(
 ):
     """The third picture has another shape: its row has more or fewer vision tokens than the other
     two."""
-    if name == "aya-vision":
-        refused(
-            run("coco", name, *coco_flags(shapes)),
-            tmp_path,
-            "needs rotary",
-            "aya_vision",
-            "--no_rope",
-        )
-    good(run("coco", name, *coco_flags(shapes, *(["--no_rope"] if name == "aya-vision" else []))))
+    good(run("coco", name, *coco_flags(shapes)))
     (path,) = tmp_path.glob(f"{name}__sp-?")
     found, vlm = rundirs.read_run(path, rundirs.COCO), models(name)[1]
     assert len(found.ids()) == 3
@@ -192,13 +184,10 @@ def test_shares_and_norms_are_of_the_tokens_that_show_the_picture(
         assert arrays["hidden_norms_vision"][0] == pytest.approx(
             tokens.norm(dim=-1).mean().item(), rel=1e-3
         )
-        assert np.allclose(arrays["group_mass"].sum(0), 1, atol=1e-5) and ("alphaV" in arrays) == (
-            name != "aya-vision"
-        )
+        assert np.allclose(arrays["group_mass"].sum(0), 1, atol=1e-5)
         with capture(vlm, [probe := ImageAttention(batch, 1, whole=True)]):
             prefill(vlm, batch)
-        if "alphaV" in arrays:
-            assert np.allclose(arrays["alphaV"], probe.layers[0][:, 0].sum(-1), atol=1e-4)
+        assert np.allclose(arrays["alphaV"], probe.layers[0][:, 0].sum(-1), atol=1e-4)
 
 
 @torch.inference_mode()

@@ -83,7 +83,7 @@ def test_other_features_than_the_models_own_are_found(load, monkeypatch):
 def test_token_types_that_are_left_out_are_found(tmp_path):
     vlm = common.load_model(paligemma.MODELS["paligemma"](tmp_path), self_check=False)
     with pytest.raises(UsageError, match="left-padded batch|own forward"):
-        check(broken(vlm, inputs=None))
+        check(broken(vlm, inputs=lambda _, batch: {"token_type_ids": batch.groups * 0 + 1}))
 
 
 def test_a_prompt_without_its_bos_is_found(load, monkeypatch):
@@ -91,7 +91,8 @@ def test_a_prompt_without_its_bos_is_found(load, monkeypatch):
 
     def without_bos(vlm, image, text):
         tokens = tokenize(vlm, image, text)
-        return encoding._Tokens(tokens.ids[1:], tokens.offsets[1:], tokens.image_inputs)
+        of_tokens = {name: row[1:] for name, row in tokens.token_inputs.items()}
+        return encoding._Tokens(tokens.ids[1:], tokens.offsets[1:], tokens.image_inputs, of_tokens)
 
     monkeypatch.setattr(encoding, "_tokenize_with_picture", without_bos)
     with pytest.raises(UsageError, match="own ids of the prompt differ from ours at token 0"):
@@ -120,7 +121,7 @@ def test_another_greedy_answer_than_transformers_is_found(load, monkeypatch):
 def test_positions_that_turn_otherwise_are_found(load):
     for name in NAMES:
         vlm = load(name)
-        slower = broken(vlm, rotary=lambda own, vlm=vlm: Rotary(vlm.rotary.inv_freq * 0.9))
+        slower = broken(vlm, rotary=lambda own, vlm=vlm: [Rotary(vlm.rotary[0].inv_freq * 0.9)])
         with pytest.raises(UsageError, match="rotary"):
             check(slower)
 

@@ -208,10 +208,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.volcano.downloads import picture_of
 
     vlm = load_from_args(args)
-    vlm.need("decoder-only")
-    if args.hidden_top_k > len(vlm.parts.layers):
+    whole = ["every-layer"] if args.output_visualization_tensors else []
+    vlm.need("decoder-only", *whole)
+    if args.hidden_top_k > len(vlm.parts.attending):
         raise UsageError(
-            f"--hidden-top-k {args.hidden_top_k}: {args.model_path} has {len(vlm.parts.layers)}"
+            f"--hidden-top-k {args.hidden_top_k}: {args.model_path} has {len(vlm.parts.attending)}"
             " layers"
         )
 

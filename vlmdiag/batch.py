@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,9 @@ class Batch:
     lengths: list[int]  # prompt length without padding
     grids: list[PatchGrid | None]
     samples: list[Sample]
+    # what else the processor says of each token and the model's forward takes, such as its type; 0
+    # for padding and for what is generated
+    token_inputs: dict[str, Int[Tensor, "B T"]] = field(default_factory=dict)
 
     @property
     def image_inputs(self) -> dict[str, Tensor]:
@@ -55,6 +58,9 @@ class Batch:
             lengths=self.lengths * count,
             grids=self.grids * count,
             samples=self.samples * count,
+            token_inputs={
+                name: value.expand(count, -1) for name, value in self.token_inputs.items()
+            },
         )
 
     def spans(self, row: int) -> dict[str, list[list[int]]]:
@@ -77,11 +83,13 @@ def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Image inputs of several samples as one batch, along their first dimension.
 
     What differs in another size (the number of tiles, pictures of several sizes, the text that a
-    connector reads) is filled up with 0 at its end, as transformers' processors do.
+    connector reads) is filled up with 0 at its end, as transformers' processors do. A sample may
+    lack what others have, such as tiles. A sample may
+    lack what others have, such as tiles.
     """
     inputs = {}
-    for name in rows[0]:
-        tensors = [row[name] for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        tensors = [row[name] for row in rows if name in row]
         shapes = [tensor.shape[1:] for tensor in tensors]
         largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
         inputs[name] = torch.cat([_filled_up(tensor, largest) for tensor in tensors])

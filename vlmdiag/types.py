@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.families import Family, Parts, Rotary
+    from vlmdiag.model.lens import End
     from vlmdiag.pictures.samples import Sample
 
 # An object of a JSON file: a measurement, settings, an annotation, a row of a table. Its values are
@@ -27,6 +28,7 @@ class ImageFeatures(Protocol):
 
     pooler_output: list[Tensor]  # (P, d) per sample
     was_tensor: bool  # the model gave one tensor and takes one back
+    of_picture: tuple[int, ...]  # its shape but for the first dimension
     deepstack_features: list[list[Tensor]]  # the same for each of the first layers, if any
 
 
@@ -72,8 +74,13 @@ class VLM(Protocol):
         """The id that a given answer ends with."""
 
     @property
-    def rotary(self) -> Rotary:
-        """How positions turn queries and keys; UsageError for a model without rotary positions."""
+    def rotary(self) -> Mapping[int, Rotary]:
+        """How positions turn queries and keys of each layer that attends; UsageError for a model
+        without rotary positions."""
+
+    @property
+    def logit_end(self) -> End:
+        """What comes behind the LM head (vlmdiag.model.lens)."""
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, without the token that ended it."""

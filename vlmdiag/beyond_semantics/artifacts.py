@@ -98,7 +98,10 @@ def draw_artifacts(
     head_share = arrays["head_vision_share"]
     figure = head_map_figure(head_share, "Vision share V / (V + U) per head, mean over steps")
     save(figure, "mean_vision_share_per_head_masked_heatmap")
-    mean_share = Curve("vision share", np.nanmean(head_share, 1), plots.color_of("vision"))
+    attends = ~np.isnan(head_share).all(1)  # (L,)
+    of_layers = np.full(len(head_share), np.nan)
+    of_layers[attends] = np.nanmean(head_share[attends], 1)
+    mean_share = Curve("vision share", of_layers, plots.color_of("vision"))
     figure = curves_figure(
         "Vision share V / (V + U), mean over heads and steps",
         "layer",
@@ -133,7 +136,7 @@ def curves_figure(
     for curve in curves:
         values = np.asarray(curve.values, float)
         if np.isfinite(values).any():
-            axis.plot(x, values, label=curve.label, color=curve.color)
+            plots.line_of(axis, x, values, label=curve.label, color=curve.color)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     plots.layer_ticks(axis)
     if len(curves) > 1:

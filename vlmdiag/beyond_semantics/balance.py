@@ -79,7 +79,8 @@ def layer_shares(
 ) -> Float[Tensor, "3 L B"]:
     """System, vision and user share per layer; sum to 1. Heads are averaged first; BOS, image
     markup and generated tokens are left out."""
-    head_mean = mass.mean(3)
+    attends = ~mass[0].isnan().flatten(1).any(1)  # (L,)
+    head_mean = mass[:, attends].mean(3)
     user = head_mean[..., USER] + head_mean[..., TEMPLATE]
     three = torch.stack([head_mean[..., SYSTEM], head_mean[..., VISION], user])
     total = three.sum(0)
@@ -91,13 +92,14 @@ def step_shares(
     mass: Float[Tensor, "N L B H G"], paper_compat: bool = False
 ) -> dict[str, Float[Tensor, "N B"]]:
     """Shares of each step: heads averaged, BOS left out and the others renormalised per layer,
-    layers averaged, then the ratios.
+    layers that attend averaged, then the ratios.
 
     vision, text: of vision + user; sys, vision_withsys, text_withsys: of all three. NaN where the
     denominator is 0; paper_compat: such a denominator is replaced by 1, so the share is 0.
     docs/studies/beyond_semantics.md, section 2.5.
     """
-    head_mean = mass.mean(3)
+    attends = ~mass[0].isnan().flatten(1).any(1)  # (L,)
+    head_mean = mass[:, attends].mean(3)
     # BOS is the first group. Summing the others keeps the digits that 1 - BOS would lose.
     without_bos = head_mean[..., BOS + 1 :].sum(-1)
     mean = (head_mean / without_bos.clamp_min(1e-12)[..., None]).mean(1)

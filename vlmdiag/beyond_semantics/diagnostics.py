@@ -153,7 +153,7 @@ def _measure(
     if measures.probe_hidden_norms and not measures.pos_only:
         # Hugging Face normalises the last hidden state, so the published code does
         final = vlm.parts.norm if measures.paper_compat else None
-        norms = HiddenNorms(measures.hidden_norm_kind, final, len(vlm.parts.layers))
+        norms = HiddenNorms(measures.hidden_norm_kind, final)
     # the published RoPE probe looks from an EOS token after the prompt, in a pass of its own
     probes = [None if measures.paper_compat else rope, norms, balance]
     with capture(vlm, [probe for probe in probes if probe is not None]):
@@ -223,6 +223,8 @@ def _result(
         "chance_vision_share": chance_vision_share(counts),
         "groups": list(GROUPS),
     }
+    if vlm.parts.without_attention:
+        record["layers_without_attention"] = vlm.parts.without_attention
     row_arrays = {name: values[row] for name, values in arrays.items()}
     if measures.pos_only:
         return record | {"pos_only": True}, row_arrays

@@ -68,7 +68,7 @@ def token_attention(
         raise UsageError(
             f"{vlm.path}: --strip_system_prompt, but its prompt has no system prompt to leave out"
         )
-    probe = VisionRows(batch, len(vlm.parts.layers))
+    probe = VisionRows(batch)
     with capture(vlm, [probe]):
         ids = generate(vlm, batch, max_new_tokens).ids[0]
 

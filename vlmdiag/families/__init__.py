@@ -59,6 +59,9 @@ FAMILIES = (
     "deepseek_vl",
     "janus",
     "kosmos2",
+    "rows",
+    "square",
+    "tiles",
 )
 
 

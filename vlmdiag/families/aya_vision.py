@@ -8,8 +8,8 @@ square tiles, cut row by row, the whole picture last; 26 x 26 patches of a tile 
 tokens of 2 x 2 patches each, row-major. The tower has no CLS.
 
 Cohere turns neighbouring dimensions (not halves), and every fourth layer of Cohere2, those with
-full attention, has no positions at all, so this family does not declare `rotary`. Its other layers
-see a window of 4096 positions. Cohere's text models multiply their logits by the config's
+full attention, has no positions at all: there the RoPE probe measures 0. Its other layers see a
+window of 4096 positions. Cohere's text models multiply their logits by the config's
 logit_scale; transformers' AyaVision class leaves that out, so its log-probabilities are too sharp
 though its greedy answers are right. A hook puts it back.
 
@@ -84,6 +84,7 @@ FAMILY = Family(
     grid=grid,
     sources=sources,
     positions=generic.positions,
+    rotary=generic.rotary,
     markup=("<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE_GLOBAL"),
-    has=frozenset({"decoder-only", "causal", "grid"}),
+    has=frozenset({"decoder-only", "causal", "rotary", "grid"}),
 )

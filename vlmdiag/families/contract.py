@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.pictures.grid import PatchGrid
-    from vlmdiag.types import VLM
+    from vlmdiag.types import VLM, ImageFeatures
 
 Config = dict[str, Any]  # config.json
 Inputs = Mapping[str, Tensor]  # image inputs of one sample, or joined of a batch
@@ -62,6 +62,13 @@ class Parts:
     # the tower's blocks, where its positions are the vision tokens' (Family.sources), or what a
     # QFormer reads
     vision_blocks: Sequence[nn.Module] = ()
+    # layers without attention: what they are, such as "linear_attention", by their number
+    without_attention: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def attending(self) -> list[int]:
+        """Numbers of the layers that attend."""
+        return [i for i in range(len(self.layers)) if i not in self.without_attention]
 
 
 @dataclass(frozen=True)
@@ -86,28 +93,44 @@ class QFormer:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions: dimension j turns with j + h (half-split) by position * inv_freq[j];
-    dimensions past 2h do not turn."""
+    """Rotary positions of a layer: of the 2h dimensions from `start` on (negative: from the end of
+    the head), dimension j turns with j + h (half-split) or 2j with 2j + 1 (interleaved) by position
+    * inv_freq[j]; the others do not turn."""
 
     inv_freq: Float[Tensor, " h"]
+    interleaved: bool = False
+    start: int = 0
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First and second half of the dimensions that turn, and those that do not, float32."""
+    def _apart(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is before the dimensions that turn, the two of each pair, what is behind, in
+        float32."""
+        x = x.float()
         half = len(self.inv_freq)
-        return x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :].float()
+        start = self.start % x.shape[-1]
+        end = start + 2 * half
+        turning = x[..., start:end]
+        if self.interleaved:
+            return x[..., :start], turning[..., 0::2], turning[..., 1::2], x[..., end:]
+        return x[..., :start], turning[..., :half], turning[..., half:], x[..., end:]
+
+    def _together(self, before: Tensor, a: Tensor, b: Tensor, behind: Tensor) -> Tensor:
+        """The inverse of _apart()."""
+        turned = torch.stack([a, b], -1).flatten(-2) if self.interleaved else torch.cat([a, b], -1)
+        return torch.cat([before, turned, behind], -1)
 
     def turn(self, x: Float[Tensor, "... D"], delta: float) -> Float[Tensor, "... D"]:
         """x rotated by `delta` positions, in float32."""
         angle = delta * self.inv_freq.to(x.device)
-        a, b, still = self._halves(x)
+        before, a, b, behind = self._apart(x)
         cos, sin = angle.cos(), angle.sin()
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, still], -1)
+        return self._together(before, a * cos - b * sin, b * cos + a * sin, behind)
 
     def rate(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Derivative of turn(x, delta) with respect to delta at 0."""
         speed = self.inv_freq.to(x.device)
-        a, b, still = self._halves(x)
-        return torch.cat([-b * speed, a * speed, torch.zeros_like(still)], -1)
+        before, a, b, behind = self._apart(x)
+        still = (torch.zeros_like(before), torch.zeros_like(behind))
+        return self._together(still[0], -b * speed, a * speed, still[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +183,12 @@ class Family:
     inputs: Callable[[VLM, Batch], dict[str, Tensor]] | None = None
 
     # --- where vision tokens come from ---
+    # the tower gets one picture at a time: transformers' class takes several of different sizes in
+    # another form than joined by vlmdiag.batch
+    alone: bool = False
+    # (vlm, image inputs on the device) -> image features, for classes of transformers whose
+    # get_image_features does not give what enters the decoder; prompts then enter as embeddings
+    features: Callable[[VLM, Inputs], ImageFeatures] | None = None
     # (vlm, picture size, image inputs of one sample) -> a box per vision token; None: unknown
     grid: Callable[[VLM, Size, Inputs], PatchGrid | None] | None = None
     # the same for the tower's patches, where vision tokens are mixed from them
@@ -171,7 +200,8 @@ class Family:
     # features.deepstack_features are added to the outputs of the decoder's first layers
     deepstack: bool = False
 
-    # (vlm) -> how positions turn queries and keys; None: no rotary positions
-    rotary: Callable[[VLM], Rotary | None] | None = None
+    # (vlm) -> the ways in which positions may turn queries and keys, of which each layer's own is
+    # found by its keys (vlmdiag.model.rotary); none: no rotary positions
+    rotary: Callable[[VLM], Sequence[Rotary]] | None = None
     has: frozenset[str] = field(default_factory=lambda: frozenset({"decoder-only"}))
     file: Path | None = None  # a user's own file, set where it is found

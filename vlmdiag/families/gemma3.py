@@ -10,8 +10,7 @@ averaged 4 x 4 into 16 x 16 tokens, row-major. The processor's own default leave
 Picture tokens see each other in both directions, all else is causal, so this family does not
 declare `causal`. Prefill masks come from token_type_ids (1 at picture tokens). Five of six layers
 see a window of 1024 positions and have a rotary base of their own (10 thousand; the others a
-million, scaled), so there is not one set of frequencies and this family does not declare `rotary`;
-a cached step of a window's layer has the keys of its last positions only.
+million, scaled); a cached step of a window's layer has the keys of its last positions only.
 
 Tested on small random models (one whose window is shorter than the prompt) with processors made in
 the tests: tokens against transformers' own processor, logits and greedy answers against
@@ -67,6 +66,7 @@ FAMILY = Family(
     sources=sources,
     positions=generic.positions,
     inputs=inputs,
+    rotary=generic.rotary,
     markup=("<start_of_image>", "<end_of_image>"),
-    has=frozenset({"decoder-only", "grid"}),
+    has=frozenset({"decoder-only", "rotary", "grid"}),
 )

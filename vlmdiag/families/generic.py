@@ -9,18 +9,27 @@ tiles, positions.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from vlmdiag.cli import UsageError
 from vlmdiag.families import Family, Parts, Rotary
+from vlmdiag.families.folders import read_object
 from vlmdiag.families.weights import checked
 from vlmdiag.pictures.grid import PatchGrid, cells
 
@@ -37,6 +46,14 @@ if TYPE_CHECKING:
 # Image processors on PIL, also where torchvision is installed, so that numbers agree between
 # machines.
 PIL_BACKEND = {"backend": "pil"}
+# of cached_file(): None where a file is not there
+QUIETLY = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+# packages that some types need, each an extra of pyproject.toml
+EXTRAS = ("timm", "torchvision")
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -90,13 +107,43 @@ def of_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreT
     return model
 
 
-def load_processor(path: str, options: LoadOptions) -> ProcessorMixin:
-    """The processor of a folder or hub id, or the one in memory."""
+def load_processor(path: str, options: LoadOptions, kind: str | None = None) -> ProcessorMixin:
+    """The processor of a folder or hub id, or the one in memory; of it, what reads pictures and
+    text. kind: config.model_type, which says the class where the files do not."""
     in_memory = options.get("in_memory")
     if in_memory is not None:
         return in_memory[1]
     trusted = options.get("trust_remote_code", False)
-    return AutoProcessor.from_pretrained(path, trust_remote_code=trusted, **PIL_BACKEND)
+    processor_class = processor_class_of(path, kind)
+    if processor_class is None:  # of the checkpoint's own code, or none
+        return AutoProcessor.from_pretrained(path, trust_remote_code=trusted, **PIL_BACKEND)
+    return image_only(processor_class).from_pretrained(path, trust_remote_code=trusted)
+
+
+# files that may name the class of a processor, as transformers reads them
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def processor_class_of(path: str, kind: str | None) -> type[ProcessorMixin] | None:
+    """transformers' class of a checkpoint's processor: the one that its files name, else that of
+    the type; None where it has none of these names. ImportError in one line where it needs a
+    package that is missing."""
+    names = []
+    for name in PROCESSOR_FILES:
+        file = cached_file(path, name, **QUIETLY)
+        if file is not None:
+            said = read_object(Path(file))
+            if "auto_map" in said and "AutoProcessor" in said["auto_map"]:
+                return None
+            names.append(said.get("processor_class"))
+    names.append(PROCESSOR_MAPPING_NAMES.get(kind))
+    known = next(filter(None, names), None)
+    processor_class: Any = known and getattr(transformers, known, None)
+    if not processor_class:
+        return None
+    if getattr(processor_class, "is_dummy", False):
+        raise ImportError(f"{known} needs {', '.join(processor_class._backends)}")
+    return processor_class
 
 
 # as a checkpoint's auto_map names its own classes, those that write text first
@@ -123,22 +170,125 @@ def auto_class(path: str, config: PreTrainedConfig, trusted: bool) -> type[PreTr
     return add_generation_mixin_to_remote_model(model_class)
 
 
+def lacking(config: PreTrainedConfig) -> str | None:
+    """What a type of transformers lacks that every measure needs, in words; None where nothing is
+    known to be missing."""
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if name is None:
+        return None
+    if config.is_encoder_decoder or name == "VisionEncoderDecoderModel":
+        return (
+            "decoder-only (an encoder reads the prompt, and the decoder sees it by cross-attention)"
+        )
+    if config.model_type in NEITHER:
+        return NEITHER[config.model_type]
+    taken = set(inspect.signature(getattr(transformers, name).forward).parameters)
+    if taken & {"mm_encoder_outputs"} or "get_image_features" in dir(getattr(transformers, name)):
+        return None
+    if taken & {"cross_attention_mask", "image_attention_mask"}:
+        return "vision tokens (its decoder sees the picture by layers of cross-attention)"
+    if not taken & {"pixel_values", "flattened_patches"}:
+        return "vision tokens (it reads no pictures)"
+    return "vision tokens (its forward takes no image features in place of image tokens)"
+
+
+# types that are listed among those that read pictures and write text, and are something else
+NEITHER = {
+    "fuyu": "offsets of a prompt's tokens (its processor writes image tokens among the ids)",
+    "instructblipvideo": "pictures (its processor reads videos)",
+    "diffusion_gemma": "greedy decoding (it writes blocks of text by diffusion)",
+    "pi0": "text answers (it writes a robot's actions)",
+    "shieldgemma2": "a prompt of its own (a classifier whose processor writes one per policy; load"
+    " its weights as gemma3)",
+}
+
+
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
-    """Model and processor by transformers' Auto classes, or by the checkpoint's own code."""
+    """Model and processor by transformers' Auto classes, or by the checkpoint's own code.
+    UsageError for a type that lacks what every measure needs."""
     trusted = options.get("trust_remote_code", False)
+    missing = None if options.get("in_memory") else lacking(config)
+    if missing is not None:
+        raise UsageError(
+            f"{path}: type {config.model_type!r} cannot be measured, it lacks {missing}"
+        )
     model_class = auto_class(path, config, trusted)
     more = {"trust_remote_code": trusted} if model_class is AutoModelForImageTextToText else {}
-    model = load_model_class(model_class, path, config, options, **more)
-    return model, load_processor(path, options)
+    try:
+        model = load_model_class(model_class, path, config, options, **more)
+        return model, load_processor(path, options, config.model_type)
+    except (ImportError, ValueError) as error:
+        said = str(error).lower()
+        wanted = [name for name in EXTRAS if name in said and find_spec(name) is None]
+        if not wanted:
+            raise
+        raise UsageError(
+            f"{path}: type {config.model_type!r} needs {wanted[0]}, which is not installed: pip"
+            f" install {wanted[0]}, or this package with its extra [{wanted[0]}]"
+        ) from error
+
+
+class _LeftOut:
+    """In the place of a part of a processor that reads no pictures."""
+
+    model_input_names: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+# parts of processors that read videos and sound; the first would need torchvision
+LEFT_OUT = ("video_processor", "feature_extractor")
 
 
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A transformers processor class without its video part, which would need torchvision."""
+    """A transformers processor class without its parts for videos and sound, whose pictures are
+    prepared on PIL where transformers has that."""
+    attributes = processor_class.get_attributes()
+    without = set(LEFT_OUT) & set(attributes) if "image_processor" in attributes else set()
 
-    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
-        return ["image_processor", "tokenizer"]
+    def _get_arguments_from_pretrained(
+        _: type[ProcessorMixin], /, path: str, processor_dict: object = None, **kwargs: object
+    ) -> list[object]:
+        arguments: list[object] = []
+        for name in attributes:
+            if name in without:
+                arguments.append(_LeftOut())
+                continue
+            methods = {"get_attributes": classmethod(lambda _, name=name: [name])}
+            one: Any = type(processor_class.__name__, (processor_class,), methods)
+            options = kwargs | PIL_BACKEND if "image_processor" in name else kwargs
+            arguments += one._get_arguments_from_pretrained(path, processor_dict, **options)
+        return arguments
 
-    methods = {"get_attributes": classmethod(get_attributes)}
+    def check_argument_for_proper_class(
+        self: ProcessorMixin, argument_name: str, argument: object
+    ) -> object:
+        if argument_name in without and (argument is None or isinstance(argument, _LeftOut)):
+            return _LeftOut
+        return processor_class.check_argument_for_proper_class(self, argument_name, argument)
+
+    def to_dict(self: ProcessorMixin) -> dict[str, object]:
+        settings = processor_class.to_dict(self)
+        return {name: value for name, value in settings.items() if name not in without}
+
+    def save_pretrained(self: ProcessorMixin, *args: object, **kwargs: object) -> object:
+        saved = copy.copy(self)
+        of_class = {"get_attributes": classmethod(lambda _: [*filter(is_kept, attributes)])}
+        saved.__class__ = type(processor_class.__name__, (processor_class,), of_class)
+        return saved.save_pretrained(*args, **kwargs)
+
+    def is_kept(name: str) -> bool:
+        return name not in without
+
+    methods = {
+        "save_pretrained": save_pretrained,
+        "_get_arguments_from_pretrained": classmethod(_get_arguments_from_pretrained),
+        "check_argument_for_proper_class": check_argument_for_proper_class,
+        "to_dict": to_dict,
+        "get_attributes": classmethod(lambda _: list(attributes)),
+    }
     return type(processor_class.__name__, (processor_class,), methods)
 
 
@@ -154,8 +304,7 @@ def loader(
         model = load_model_class(model_class, path, config, options)
         if options.get("in_memory"):
             return model, load_processor(path, options)
-        processor = image_only(processor_class)
-        return model, processor.from_pretrained(path, **PIL_BACKEND, **of_processor)
+        return model, image_only(processor_class).from_pretrained(path, **of_processor)
 
     return load
 
@@ -173,6 +322,10 @@ def refuse_conv_mode(path: str, options: LoadOptions, layout: str) -> None:
 # --- modules --------------------------------------------------------------------------------------
 
 
+# where decoders have their final norm
+NORMS = ("norm", "embedding_norm", "final_layernorm", "norm_f", "ln_f", "final_layer_norm")
+
+
 def decoder_parts(
     decoder: PreTrainedModel,
     lm_head: nn.Linear,
@@ -181,12 +334,62 @@ def decoder_parts(
     vision_blocks: Sequence[nn.Module] = (),
     qformer: QFormer | None = None,
 ) -> Parts:
-    """Parts of a model whose decoder has its blocks in `layers` and its final norm in `norm`."""
+    """Parts of a model whose decoder has its blocks in `layers`."""
     layers = list(decoder.layers)
-    return Parts(decoder, layers, decoder.norm, lm_head, tower, connector, qformer, vision_blocks)
+    norms = (getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
+    # where it has another end, Lens.check() finds that hidden states do not give the logits
+    norm = next(norms, torch.nn.Identity())
+    return Parts(
+        decoder,
+        layers,
+        norm,
+        lm_head,
+        tower,
+        connector,
+        qformer,
+        vision_blocks,
+        without_attention(decoder.config, len(layers)),
+    )
 
 
-CONNECTORS = ("multi_modal_projector", "connector", "mm_projector", "aligner")
+# of config.layer_types: layers that mix positions otherwise than by attention, or not at all
+NO_ATTENTION = ("linear_attention", "conv", "mamba", "mlp", "moe")
+
+
+def without_attention(config: PreTrainedConfig, count: int) -> dict[int, str]:
+    """{layer: its type} of a hybrid decoder's layers that do not attend."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return {i: kind for i, kind in enumerate(kinds[:count]) if kind in NO_ATTENTION}
+
+
+def owner_of(model: PreTrainedModel, method: str) -> PreTrainedModel | None:
+    """The model, or the model within, whichever has a method; None where neither has."""
+    for owner in (model, getattr(model, "model", None)):
+        if hasattr(owner, method):
+            return owner
+    return None
+
+
+def seeing(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or the model within, that has get_image_features; UsageError where neither has."""
+    owner = owner_of(model, "get_image_features")
+    if owner is None:
+        raise UsageError(
+            f"{type(model).__name__} has no get_image_features, which every model needs"
+        )
+    return owner
+
+
+CONNECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "mm_projector",
+    "aligner",
+    "embed_vision",
+    "resampler_model",
+    "visual.merger",
+    "vision_tower.merger",
+)
 
 
 def parts(model: PreTrainedModel) -> Parts:
@@ -195,10 +398,16 @@ def parts(model: PreTrainedModel) -> Parts:
     tower = None
     with contextlib.suppress(AttributeError, ValueError, TypeError):
         tower = model.get_encoder(modality="image")
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        decoder = decoder.model  # Llama 4's is a whole text model
     base = getattr(model, "model", model)
-    connectors = [getattr(base, name) for name in CONNECTORS if hasattr(base, name)]
-    connector = connectors[0] if connectors else None
-    return decoder_parts(model.get_decoder(), model.get_output_embeddings(), tower, connector)
+    named = dict(base.named_modules())
+    connector = next((named[name] for name in CONNECTORS if name in named), None)
+    head = model.get_output_embeddings()
+    if head is None:  # the text model within writes
+        head = model.language_model.get_output_embeddings()
+    return decoder_parts(decoder, head, tower, connector)
 
 
 # where towers of transformers have their blocks
@@ -264,35 +473,41 @@ def positions(
     padding, (B, T); or, for models with positions in time, height and width, (3, B, T) by their own
     get_rope_index. These would silently fall back to one dimension if they were left to themselves.
     """
-    base = getattr(vlm.model, "model", vlm.model)
-    if hasattr(base, "get_rope_index"):
-        types = (input_ids == vlm.image_token_id).int()
-        taken = inspect.signature(base.get_rope_index).parameters
-        grids = {
-            name: tensor.to(input_ids.device)
-            for name, tensor in image_inputs.items()
-            if name in taken
+    owner = owner_of(vlm.model, "get_rope_index")
+    if owner is not None:
+        taken = inspect.signature(owner.get_rope_index).parameters
+        given = {"mm_token_type_ids": (input_ids == vlm.image_token_id).int(), **image_inputs}
+        of_pictures = {
+            name: tensor.to(input_ids.device) for name, tensor in given.items() if name in taken
         }
-        ids, _ = base.get_rope_index(
-            input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **grids
-        )
+        ids, _ = owner.get_rope_index(input_ids, attention_mask=attention_mask, **of_pictures)
         return ids, ids[:, :, -1].amax(0) + 1
     ids = attention_mask.cumsum(-1) - 1
     return ids.clamp(min=0), ids[:, -1] + 1
 
 
-def rotary(vlm: VLM) -> Rotary | None:
-    """Half-split rotary positions with one set of frequencies for all layers; None where the
-    decoder has none."""
-    embedding = getattr(vlm.parts.decoder, "rotary_emb", None)
-    frequencies = getattr(embedding, "inv_freq", None)
-    return None if frequencies is None else Rotary(frequencies.float())
+def rotary(vlm: VLM) -> list[Rotary]:
+    """The ways in which positions may turn queries and keys: each set of frequencies that the
+    decoder has, half-split or interleaved, at the beginning of a head or at its end; [] where it
+    has none."""
+    ways: list[Rotary] = []
+    seen: list[Tensor] = []
+    for name, frequencies in vlm.parts.decoder.named_buffers():
+        is_own = name.endswith("inv_freq") and "original" not in name
+        if not is_own or any(torch.equal(frequencies, other) for other in seen):
+            continue
+        seen.append(frequencies)
+        inv_freq = frequencies.float()
+        for start in (0, -2 * len(inv_freq)):
+            ways += [Rotary(inv_freq, False, start), Rotary(inv_freq, True, start)]
+    return ways
 
 
 FAMILY = Family(
     name="generic",
     model_types=(),
     load=load,
+    alone=True,
     parts=parts,
     positions=positions,
     rotary=rotary,

@@ -1,5 +1,6 @@
 """InternVL (arXiv 2312.14238; InternVL3: 2504.10479) in transformers' layout: the `-hf`
-checkpoints, most of them on Qwen2, Qwen3 or Llama text models.
+checkpoints, most of them on Qwen2, Qwen3 or Llama text models; Qianfan-OCR, which has the same
+layout.
 
 Prompt: <img>, <IMG_CONTEXT> x 256 per tile, </img>, a line break, the question; no end of a tile is
 marked. The picture is resized, its shape not kept, to a canvas of up to 12 square tiles whose
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import InternVLForConditionalGeneration, InternVLProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmdiag.families import Family, generic
@@ -65,9 +65,9 @@ def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P k"]:
 
 FAMILY = Family(
     name="internvl",
-    model_types=("internvl",),
-    architectures=("InternVLForConditionalGeneration",),
-    load=generic.loader(InternVLForConditionalGeneration, InternVLProcessor),
+    model_types=("internvl", "qianfan_ocr"),
+    architectures=("InternVLForConditionalGeneration", "QianfanOCRForConditionalGeneration"),
+    load=generic.load,
     parts=generic.parts_with_tower,
     grid=grid,
     sources=sources,

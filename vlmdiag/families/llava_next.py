@@ -1,5 +1,5 @@
-"""LLaVA-NeXT (LLaVA-1.6) and LLaVA-OneVision (arXiv 2408.03326): tiles at the picture's own
-proportions, each row of them ended by a newline token.
+"""LLaVA-NeXT (LLaVA-1.6), LLaVA-NeXT-Video and LLaVA-OneVision (arXiv 2408.03326): tiles at the
+picture's own proportions, each row of them ended by a newline token. Videos are not read.
 
 Vision tokens, in order: the whole picture squeezed to one square (the base), side x side patches;
 then the picture on a canvas of tiles, row by row of patches over all tiles, each row ended by the
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 LOADERS = {
     "llava_next": generic.loader(LlavaNextForConditionalGeneration, LlavaNextProcessor),
+    "llava_next_video": generic.load,
     "llava_onevision": generic.loader(
         LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
     ),

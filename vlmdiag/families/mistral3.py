@@ -1,5 +1,6 @@
-"""Pixtral (arXiv 2410.07073; in transformers a LLaVA with Pixtral's tower) and Mistral 3: the
-picture at its own proportions, [IMG_BREAK] after each row.
+"""Pixtral (arXiv 2410.07073; in transformers a LLaVA with Pixtral's tower), Mistral 3, Mistral
+Large 4 and LightOn OCR: the picture at its own proportions, [IMG_BREAK] after each row (LightOn
+OCR: no breaks).
 
 Prompt: per row [IMG] x columns [IMG_BREAK], behind the last row [IMG_END] in place of the break.
 The picture is scaled down to the longest side that the processor allows and stretched to whole
@@ -10,8 +11,8 @@ pictures of a batch as one sequence under a block mask, so relevancy does not go
 Tekken, their tokenizer: the published tokenizer.json of Mistral-Small-3.1 splits text with another
 regex than it was trained with, which transformers mends when it is asked to (fix_mistral_regex),
 for folders of type mistral3 that a version before 5 wrote; others are read as they are. Where
-mistral-common is installed, its tokenizer without offsets would be taken, but for this option.
-A template may write today's date: a run that is resumed on another day goes on with the date of its
+mistral-common is installed, its tokenizer without offsets would be taken, but for this option. A
+template may write today's date: a run that is resumed on another day goes on with the date of its
 first one by --system_prompt, as the refusal says.
 
 A side that is scaled down is rounded down, as in transformers, and not to the nearest pixel as in
@@ -24,9 +25,14 @@ had no published weights or templates.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from transformers import LlavaForConditionalGeneration, Mistral3ForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    Mistral3ForConditionalGeneration,
+    MistralLarge4ForConditionalGeneration,
+)
 from transformers.processing_utils import ProcessorMixin
 
 from vlmdiag.families import Family, generic
@@ -85,14 +91,18 @@ TOKENIZER = {"fix_mistral_regex": True}
 LOADERS = {
     "llava": generic.loader(LlavaForConditionalGeneration, RowsProcessor, **TOKENIZER),
     "mistral3": generic.loader(Mistral3ForConditionalGeneration, RowsProcessor, **TOKENIZER),
+    "mistral_large4": generic.loader(
+        MistralLarge4ForConditionalGeneration, RowsProcessor, **TOKENIZER
+    ),
+    "lighton_ocr": generic.load,
 }
 
 
 def recognises(raw: Config) -> bool:
-    """Mistral 3, and a LLaVA with Pixtral's tower."""
+    """The types of this file, and a LLaVA with Pixtral's tower."""
     tower = (raw.get("vision_config") or {}).get("model_type")
     kind = raw.get("model_type")
-    return kind == "mistral3" or (kind == "llava" and tower == "pixtral")
+    return kind in FAMILY.model_types or (kind == "llava" and tower == "pixtral")
 
 
 def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
@@ -108,11 +118,19 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     return PatchGrid.regular(height // cell, width // cell, (0, 0, *size), size)
 
 
+def variant(config: Config) -> Family:
+    """Mistral Large 4's layers keep keys of an index too, so prompts share no keys and values."""
+    if config.get("model_type") == "mistral_large4":
+        return replace(FAMILY, has=FAMILY.has - {"causal"})
+    return FAMILY
+
+
 FAMILY = Family(
     name="mistral3",
-    model_types=("mistral3",),
+    model_types=("mistral3", "mistral_large4", "lighton_ocr"),
     architectures=("Mistral3ForConditionalGeneration",),
     recognises=recognises,
+    variant=variant,
     load=load,
     parts=generic.parts,
     grid=grid,

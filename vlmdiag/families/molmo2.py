@@ -15,8 +15,8 @@ as one grid, both row by row.
 A vision token's embedding is the picture's feature PLUS the embedding of <im_patch>.
 move_placeholder() makes the sum the feature and 0 the embedding: the same inputs, and features are
 all that the decoder reads at vision tokens. All picture tokens, <im_col> and the start and end
-tokens too, see each other (mm_token_type_ids), so this family does not declare `causal`, and no
-`rotary` where layers outside the config's rope_scaling_layers have frequencies of their own.
+tokens too, see each other (mm_token_type_ids), so this family does not declare `causal`. Layers
+outside the config's rope_scaling_layers have frequencies of their own.
 
 transformers has no image processor without torchvision for this type; ImageProcessor below does the
 same steps (its bilinear resize without antialiasing is torch's own). Videos are not read. Tested on
@@ -28,7 +28,6 @@ published weights or tokenizers; the image processor against torchvision itself.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from vlmdiag.batch import Batch
-    from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
     from vlmdiag.types import VLM
 
 
@@ -320,20 +319,10 @@ def inputs(vlm: VLM, batch: Batch) -> dict[str, Int[Tensor, "B T"]]:
     return {"mm_token_type_ids": torch.isin(batch.input_ids, ids).long()}
 
 
-def variant(config: Config) -> Family:
-    """The family without rotary positions where only some layers' are scaled."""
-    text = config.get("text_config") or {}
-    layers = text.get("rope_scaling_layers")
-    if layers is None or len(layers) == text.get("num_hidden_layers"):
-        return FAMILY
-    return replace(FAMILY, rotary=None, has=FAMILY.has - {"rotary"})
-
-
 FAMILY = Family(
     name="molmo2",
     model_types=("molmo2",),
     architectures=("Molmo2ForConditionalGeneration", "Molmo2"),
-    variant=variant,
     load=load,
     parts=generic.parts_with_tower,
     grid=grid,

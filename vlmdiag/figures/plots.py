@@ -90,6 +90,7 @@ MODEL_COLORS = {
     "llava-v1.5-7b": BLUE,
 }
 MISSING = "#BBBBBB"  # cells that were not measured
+NO_VALUE = "no value, as in layers without attention"
 EVEN_COLOR = "#555555"  # reference lines: chance, zero
 BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"  # drawn for a line break
 BOX = "\N{WHITE SQUARE}"  # drawn for a character that cannot be
@@ -168,11 +169,31 @@ def line_with_band(
     ax: Axes, x: ArrayLike, interval: Interval, label: str, color: str, **line: Any
 ) -> Line2D:
     """A mean with its interval as a band, n in the legend. x (K,), interval of shape (K,); no band
-    where there is one image only."""
-    (mean,) = ax.plot(x, interval.mean, color=color, label=with_n(label, interval.n), **line)
-    ax.fill_between(x, interval.low, interval.high, color=color, alpha=0.2, linewidth=0)
+    where there is one image only. What has no value, such as a layer without attention, is left out
+    as in line_of()."""
+    (mean,) = line_of(ax, x, interval.mean, color=color, label=with_n(label, interval.n), **line)
+    has_value = np.isfinite(interval.mean) | ~np.isfinite(interval.mean).any()
+    low, high = (np.asarray(end)[has_value] for end in (interval.low, interval.high))
+    ax.fill_between(np.asarray(x)[has_value], low, high, color=color, alpha=0.2, linewidth=0)
     layer_ticks(ax)
     return mean
+
+
+def line_of(ax: Axes, x: ArrayLike, values: ArrayLike, **line: Any) -> list[Line2D]:
+    """A line through the values (K,) that there are. Where some are missing, as in layers without
+    attention, those that are there get a dot each and the others a grey strip."""
+    places = np.asarray(x)
+    numbers = np.asarray(values, float)
+    missing = ~np.isfinite(numbers)
+    if missing.any() and not missing.all():
+        for place in places[missing]:
+            ax.axvspan(place - 0.5, place + 0.5, color=MISSING, alpha=0.4, linewidth=0, zorder=0)
+        ax.set_xlim(places.min() - 0.5, places.max() + 0.5)
+        places, numbers = places[~missing], numbers[~missing]
+        line = {"marker": "o", "markersize": 4, **line}
+        if NO_VALUE not in ax.get_legend_handles_labels()[1]:
+            ax.fill_between([], [], [], color=MISSING, alpha=0.4, label=NO_VALUE)
+    return ax.plot(places, numbers, **line)
 
 
 def layer_ticks(ax: Axes) -> None:

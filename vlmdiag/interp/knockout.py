@@ -136,7 +136,9 @@ def make_process(
     threshold: float,
     paper_compat: bool,
 ) -> Callable[[Sequence[LoadedItem]], list[Result]]:
-    """process([(item, picture, mask), ...]) -> [(record, arrays), ...]."""
+    """process([(item, picture, mask), ...]) -> [(record, arrays), ...]. UsageError where layers
+    have no attention to cut: the picture would flow on through them."""
+    vlm.need("every-layer")
     lens = Lens(vlm)
     windows = layer_windows(window_names, len(vlm.parts.layers))
 

@@ -350,6 +350,8 @@ def capture(
     vlm.need("decoder-only")
     decoder, layers = vlm.parts.decoder, vlm.parts.layers
     layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
+    for probe in probes:
+        probe.num_layers = len(layers)
     active = _Active(layer_of, list(probes), list(blocks), inspect, mask_of)
     implementation = decoder.config._attn_implementation
     hooks: list[RemovableHandle] = []
@@ -384,18 +386,23 @@ def _hooks(
         for probe in active.probes:
             probe.end()
 
-    def embeddings(module: nn.Module, args: tuple[Tensor, ...], kwargs: Record) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
+    def tell(index: int, states: Tensor) -> None:
         for probe in want_hidden:
-            probe.hidden(0, states)
+            if states.ndim != 3 and probe.wants_hidden != "index":
+                raise UsageError(
+                    f"the layers of {type(decoder).__name__} carry several residual streams"
+                    f" {tuple(states.shape)}, and this measure is of one"
+                )
+            probe.hidden(index, states)
+
+    def embeddings(module: nn.Module, args: tuple[Tensor, ...], kwargs: Record) -> None:
+        tell(0, args[0] if args else kwargs["hidden_states"])
 
     def output_of(index: int) -> Callable[..., None]:
         def hook(
             module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
         ) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            for probe in want_hidden:
-                probe.hidden(index + 1, states)
+            tell(index + 1, output[0] if isinstance(output, tuple) else output)
 
         return hook
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from PIL import ImageDraw
 from PIL.Image import registered_extensions
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
-from vlmdiag.families import module_of, read_folder
+from vlmdiag.families import generic, module_of, read_folder
 from vlmdiag.families.assembled import Expanding
 from vlmdiag.families.files import reason
 from vlmdiag.groups import GROUPS
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 # What a family can have, and what that opens beside the scripts below.
 CAPABILITIES = {
     "decoder-only": "one decoder reads prompt and answer",
+    "every-layer": "each layer of the decoder attends",
     "causal": "prompts about one picture share its keys and values: the same numbers, sooner",
     "rotary": "the RoPE probe",
     "grid": "vision tokens have their place in the picture",
@@ -50,10 +51,10 @@ CAPABILITIES = {
 COMMANDS = {
     "diagnostic_tools/vlm_token_norms.py": (),
     "scripts/save_post_adapter_acts.py": (),
-    "diagnostic_tools/demo_meta.py": ("decoder-only",),
-    "diagnostic_tools/evaluate_relevancy.py": ("decoder-only",),
-    "diagnostic_tools/hallucination_warning.py": ("decoder-only",),
-    "diagnostic_tools/relevancy_maps.py": ("decoder-only",),
+    "diagnostic_tools/demo_meta.py": ("decoder-only", "every-layer"),
+    "diagnostic_tools/evaluate_relevancy.py": ("decoder-only", "every-layer"),
+    "diagnostic_tools/hallucination_warning.py": ("decoder-only", "every-layer"),
+    "diagnostic_tools/relevancy_maps.py": ("decoder-only", "every-layer"),
     "scripts/logit_lens/create_logit_lens.py": ("decoder-only",),
     "swap_analysis/spatial_tunnel.py": ("decoder-only",),
     "swap_analysis/swap_analysis.py": ("decoder-only",),
@@ -62,7 +63,7 @@ COMMANDS = {
     "diagnostic_tools/viz_attention_image.py": ("decoder-only", "grid"),
     "scripts/ablation_experiment.py": ("decoder-only", "grid"),
     "scripts/ablation_experiment_curate.py": ("decoder-only", "grid"),
-    "scripts/attention_experiment_curate.py": ("decoder-only", "grid"),
+    "scripts/attention_experiment_curate.py": ("decoder-only", "every-layer", "grid"),
     "scripts/logit_lens/lens_accuracy.py": ("decoder-only", "grid"),
     "diagnostic_tools/run_coco_diagnostics.py": ("decoder-only", "rotary"),
 }
@@ -134,12 +135,17 @@ def file_of(family: Family) -> str:
     return str(file.relative_to(CHECKOUT) if file.is_relative_to(CHECKOUT) else file)
 
 
-def capabilities_of(family: Family) -> Record:
+def capabilities_of(family: Family, model: PreTrainedModel | None) -> Record:
     """{has, lacks, commands}: commands {command: {"needs", "lacks", "without"}}, without: the flag
-    with which it runs all the same, or None."""
+    with which it runs all the same, or None. model: its config says which layers attend."""
+    has = family.has | {"every-layer"}
+    if model is not None:
+        decoder = model.config.get_text_config()
+        depth = getattr(decoder, "num_hidden_layers", 0)
+        has -= {"every-layer"} if generic.without_attention(decoder, depth) else set()
     commands = {}
     for command, needs in COMMANDS.items():
-        lacking = [name for name in needs if name not in family.has]
+        lacking = [name for name in needs if name not in has]
         flags = [WITHOUT[command, name] for name in lacking if (command, name) in WITHOUT]
         runs = len(flags) == len(lacking) > 0
         commands[command] = {
@@ -147,11 +153,7 @@ def capabilities_of(family: Family) -> Record:
             "lacks": lacking,
             "without": " ".join(flags) if runs else None,
         }
-    return {
-        "has": sorted(family.has),
-        "lacks": sorted(set(CAPABILITIES) - family.has),
-        "commands": commands,
-    }
+    return {"has": sorted(has), "lacks": sorted(set(CAPABILITIES) - has), "commands": commands}
 
 
 def prompt_of(vlm: VLM, batch: Batch) -> Record:

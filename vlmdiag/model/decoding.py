@@ -215,4 +215,8 @@ def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batc
         next_position=batch.next_position + count,
         lengths=[length + count for length in batch.lengths],
         groups=torch.cat([batch.groups, new_groups], 1),
+        token_inputs={
+            name: torch.cat([value, value.new_zeros(size, count)], 1)
+            for name, value in batch.token_inputs.items()
+        },
     )

@@ -8,6 +8,7 @@ system prompt and its question are.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vlmdiag.batch import Batch, joined
+from vlmdiag.cli import UsageError
+from vlmdiag.families.generic import seeing
 from vlmdiag.groups import GROUPS, PAD, VISION
 from vlmdiag.model.limits import check_lengths, check_scaled
 from vlmdiag.model.prompts import Rendered, Span, prompt_for
@@ -104,27 +107,29 @@ def _put_back(
     groups: list[int],
     places: list[int],
     typed: list[str],
-) -> tuple[list[int], list[int]]:
-    """(ids, groups) with the tokens at each place (a character of the processor's text) replaced by
-    the special string that was typed there, tokenized as text."""
+) -> tuple[list[int], list[int], dict[str, list[int]]]:
+    """(ids, groups, token_inputs) with the tokens at each place (a character of the processor's
+    text) replaced by the special string that was typed there, tokenized as text."""
     ids_after: list[int] = []
     groups_after: list[int] = []
+    of: list[int] = []  # for each id the token before in whose place it stands
     done = set()
-    for id, group, (start, end) in zip(tokens.ids, groups, tokens.offsets, strict=True):
+    for index, (id, (start, end)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True)):
         inside = [k for k, place in enumerate(places) if start <= place < end]
-        if not inside:
+        # an unknown token stands for unknown characters beside the special string too
+        stays = id == tokenizer.unk_token_id and end - start > len(inside)
+        if not inside or stays:
             ids_after.append(id)
-            groups_after.append(group)
-        if inside and id == tokenizer.unk_token_id and end - start > len(inside):
-            ids_after.append(id)  # it stands for unknown characters beside the special string too
-            groups_after.append(group)
+            groups_after.append(groups[index])
         for k in inside:
             if k not in done:
                 done.add(k)
                 as_text = _ids_as_text(tokenizer, typed[k])
                 ids_after += as_text
                 groups_after += [GROUPS.index("user")] * len(as_text)
-    return ids_after, groups_after
+        of += [index] * (len(ids_after) - len(of))
+    moved = {name: [row[i] for i in of] for name, row in tokens.token_inputs.items()}
+    return ids_after, groups_after, moved
 
 
 def _ids_as_text(tokenizer: PreTrainedTokenizerBase, special: str) -> list[int]:
@@ -150,10 +155,6 @@ def _behind_text(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool)
 # --- tokens and their groups ----------------------------------------------------------------------
 
 
-# what a processor says of each token besides its id, which a batch has in its own way
-OF_TOKENS = ("attention_mask", "mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
-
-
 @dataclass
 class _Tokens:
     """What the processor makes of a prompt and its picture."""
@@ -161,6 +162,15 @@ class _Tokens:
     ids: list[int]
     offsets: list[Span]  # characters of the processor's text
     image_inputs: dict[str, Tensor]
+    # what else it says of each token, of which the model's forward takes the token's type and more
+    token_inputs: dict[str, list[int]]
+
+
+def token_types(vlm: VLM) -> dict[str, bool]:
+    """What asks a processor for token types where the model's forward takes them: some leave them
+    out otherwise."""
+    takes = "mm_token_type_ids" in inspect.signature(vlm.model.forward).parameters
+    return {"return_mm_token_type_ids": True} if takes else {}
 
 
 def _tokenize_with_picture(vlm: VLM, image: Image, text: str) -> _Tokens:
@@ -171,12 +181,33 @@ def _tokenize_with_picture(vlm: VLM, image: Image, text: str) -> _Tokens:
         return_tensors="pt",
         return_offsets_mapping=True,
         add_special_tokens=not (bos and text.startswith(bos)),
+        **token_types(vlm),
     )
+    if not {"input_ids", "offset_mapping"} <= set(inputs):
+        raise UsageError(
+            f"{vlm.path}: it lacks offsets of a prompt's tokens: its processor,"
+            f" {type(vlm.processor).__name__}, gives none, so they cannot be put into groups"
+        )
     ids = inputs.pop("input_ids")[0].tolist()
     offsets = [(start, end) for start, end in inputs.pop("offset_mapping")[0].tolist()]
-    for name in OF_TOKENS:
-        inputs.pop(name, None)
-    return _Tokens(ids, offsets, dict(inputs))
+    owner = seeing(vlm.model)
+    of_pictures = inspect.signature(owner.get_image_features).parameters
+    of_tokens = {
+        name: value[0].tolist()
+        for name, value in inputs.items()
+        if torch.is_tensor(value) and value.shape == (1, len(ids)) and name not in of_pictures
+    }
+    taken = inspect.signature(vlm.model.forward).parameters
+    return _Tokens(
+        ids,
+        offsets,
+        {name: value for name, value in inputs.items() if name not in of_tokens},
+        {
+            name: row
+            for name, row in of_tokens.items()
+            if name in taken and name != "attention_mask"
+        },
+    )
 
 
 @dataclass
@@ -212,6 +243,10 @@ class _PictureShift:
             end = max(first[1], first[0] + len(placeholder))
             start = max(text.rfind(placeholder, 0, end), 0)
         by = max(end for _, end in tokens.offsets) - len(text)
+        # a special token that the processor adds at the end is none of the picture's characters
+        begin, end = tokens.offsets[-1]
+        if not text.endswith(vlm.tokenizer.convert_ids_to_tokens(tokens.ids[-1])):
+            by -= (end - begin) * (tokens.ids[-1] in vlm.tokenizer.all_special_ids)
         return cls(start, last[1], by)
 
     def in_prompt(self, place: int) -> int:
@@ -267,6 +302,7 @@ class Encoded(NamedTuple):
     groups: list[int]
     image_inputs: dict[str, Tensor]
     prompt: str
+    token_inputs: dict[str, list[int]]
 
 
 def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = False) -> Encoded:
@@ -282,11 +318,12 @@ def encode_sample(vlm: VLM, image: Image, question: str, strip_system: bool = Fa
     shift = _PictureShift.of(vlm, tokens, hidden.text)
     groups = _groups_of(vlm, tokens, hidden, shift)
     ids = tokens.ids
+    token_inputs = tokens.token_inputs
     if hidden.typed:
         by = shift.moved(hidden.question)[0] - hidden.question[0]
         places = [place + by for place in hidden.places]
-        ids, groups = _put_back(vlm.tokenizer, tokens, groups, places, hidden.typed)
-    return Encoded(ids, groups, tokens.image_inputs, rendered.text)
+        ids, groups, token_inputs = _put_back(vlm.tokenizer, tokens, groups, places, hidden.typed)
+    return Encoded(ids, groups, tokens.image_inputs, rendered.text, token_inputs)
 
 
 def encode(
@@ -309,11 +346,14 @@ def encode(
     input_ids = torch.full((len(encoded), longest), pad)
     mask = torch.zeros(len(encoded), longest, dtype=torch.long)
     groups = torch.full((len(encoded), longest), PAD)
+    token_inputs = {name: torch.zeros_like(mask) for name in encoded[0].token_inputs}
     for row, sample in enumerate(encoded):
         prompt = slice(longest - len(sample.ids), longest)
         input_ids[row, prompt] = torch.tensor(sample.ids)
         mask[row, prompt] = 1
         groups[row, prompt] = torch.tensor(sample.groups)
+        for name, value in token_inputs.items():
+            value[row, prompt] = torch.tensor(sample.token_inputs[name])
     image_rows = [
         {name: value for name, value in sample.image_inputs.items() if torch.is_tensor(value)}
         for sample in encoded
@@ -343,10 +383,14 @@ def encode(
         lengths=lengths,
         grids=grids,
         samples=list(samples),
+        token_inputs={name: value.to(vlm.device) for name, value in token_inputs.items()},
     )
 
 
 def _digest(image_row: dict[str, Tensor]) -> bytes:
     """What tells one picture from another."""
-    content = b"".join(value.numpy().tobytes() for value in image_row.values())
+    tensors = [
+        value.float() if value.dtype == torch.bfloat16 else value for value in image_row.values()
+    ]
+    content = b"".join(value.numpy().tobytes() for value in tensors)
     return hashlib.blake2b(content).digest()

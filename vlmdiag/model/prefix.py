@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import PAD, VISION
 from vlmdiag.model.attention import capture
-from vlmdiag.model.vision import embeddings, more_inputs
+from vlmdiag.model.vision import decoder_inputs, embeddings
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -101,6 +101,9 @@ def after_picture(batch: Batch, at_least: int = 0) -> tuple[Batch, int]:
         attention_mask=batch.attention_mask.gather(1, source) * is_token,
         groups=batch.groups.gather(1, source).masked_fill(~is_token, PAD),
         position_ids=batch.position_ids.gather(-1, positions),
+        token_inputs={
+            name: value.gather(1, source) * is_token for name, value in batch.token_inputs.items()
+        },
     )
     return moved, start
 
@@ -186,7 +189,7 @@ class SharedPicture:
     @torch.no_grad()
     def _run_beginnings(self, batch: Batch, first: list[int]) -> DynamicCache:
         """Keys and values of the first `start` positions of the prompts `first`."""
-        more = more_inputs(self.vlm, batch)
+        more = decoder_inputs(self.vlm, batch)
         output = self.vlm.parts.decoder(
             inputs_embeds=self._embeds(batch)[first, : self.start],
             attention_mask=batch.attention_mask[first, : self.start],
@@ -294,7 +297,7 @@ def branches(
         chosen: packed.mask([(cuts[i][0], cuts[i][2]) for i in chosen], device)
         for chosen in {(), *acting}
     }
-    more = more_inputs(vlm, batch, start)
+    more = decoder_inputs(vlm, batch, start)
     with capture(vlm, mask_of=lambda layer: masks[acting[layer]]):
         states = vlm.parts.decoder(
             inputs_embeds=packed.pack(embeds[:, start:], 1),

@@ -12,7 +12,7 @@ Shapes: B rows of a batch, L layers, H heads, K keys, T prompt length with paddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 class Probe:
     """What a capture calls; a probe overrides what it needs. step counts forward passes: 0 is the
-    prefill. wants_hidden: whether hidden() is called."""
+    prefill. wants_hidden: whether hidden() is called; "index": also where the layers carry more
+    than one residual stream."""
 
-    wants_hidden = False
+    wants_hidden: bool | str = False
     step = -1
+    num_layers: int  # of the decoder, set by capture()
 
     def begin(self) -> None:
         """A forward pass of the decoder begins."""
@@ -50,6 +52,27 @@ class Probe:
         """The forward pass is over."""
 
 
+def every_layer(of_layer: Mapping[int, Tensor], num_layers: int, dim: int = 0) -> Tensor:
+    """One tensor per layer stacked along `dim`, so that each has its own number; NaN in layers that
+    do not attend, and for heads that a layer lacks and others have. UsageError where none attends.
+    """
+    if not of_layer:
+        raise UsageError("no layer of the decoder attends")
+    shapes = [tensor.shape for tensor in of_layer.values()]
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    nothing = next(iter(of_layer.values())).new_full(largest, float("nan"))
+
+    def whole(tensor: Tensor) -> Tensor:
+        if tensor.shape == nothing.shape:
+            return tensor
+        filled = nothing.clone()
+        filled[tuple(slice(size) for size in tensor.shape)] = tensor
+        return filled
+
+    layers = [whole(of_layer.get(layer, nothing)) for layer in range(num_layers)]
+    return torch.stack(layers, dim)
+
+
 def group_columns(groups: Int[Tensor, "B T"], length: int) -> Float[Tensor, "B length G"]:
     """One-hot groups of the keys; positions after the prompt are generated tokens, padding is in no
     group."""
@@ -62,7 +85,8 @@ def group_columns(groups: Int[Tensor, "B T"], length: int) -> Float[Tensor, "B l
 class GroupMass(Probe):
     """Attention mass of each token group in the last row of every pass.
 
-    mass: a list over steps of (L, B, H, G) float32 that sums to 1 over G.
+    mass: a list over steps of (L, B, H, G) float32 that sums to 1 over G; NaN in layers that do not
+    attend.
     """
 
     def __init__(self, batch: Batch, max_new_tokens: int = 0) -> None:
@@ -79,25 +103,22 @@ class GroupMass(Probe):
         self._of_layer[layer] = (row.weights @ columns).to(self.columns.device)
 
     def end(self) -> None:
-        self.mass.append(torch.stack([self._of_layer[layer] for layer in sorted(self._of_layer)]))
+        self.mass.append(every_layer(self._of_layer, self.num_layers))
 
 
 class HiddenNorms(Probe):
     """L2 norms of the residual stream at every prompt position, prefill only; rms = l2 / sqrt(d).
 
     norms: index 0 the embeddings, l + 1 the output of layer l before the final norm. final: a norm
-    to apply to the last one, as Hugging Face's hidden_states do; it needs num_layers. Beyond
+    to apply to the last one, as Hugging Face's hidden_states do. Beyond
     Semantics, docs/studies/beyond_semantics.md, section 2.3.
     """
 
     wants_hidden = True
 
-    def __init__(
-        self, kind: str = "l2", final: nn.Module | None = None, num_layers: int | None = None
-    ) -> None:
+    def __init__(self, kind: str = "l2", final: nn.Module | None = None) -> None:
         self.kind = kind
         self.final = final
-        self.num_layers = num_layers
         self._of_index: dict[int, Tensor] = {}
 
     def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
@@ -174,7 +195,11 @@ class RopeShift(Probe):
     """
 
     def __init__(
-        self, batch: Batch, rotary: Rotary, deltas: Sequence[float], restrict_to_past: bool = False
+        self,
+        batch: Batch,
+        rotary: Mapping[int, Rotary],
+        deltas: Sequence[float],
+        restrict_to_past: bool = False,
     ) -> None:
         self.rotary = rotary
         self.deltas = list(deltas)
@@ -189,6 +214,7 @@ class RopeShift(Probe):
             raise UsageError(
                 "the closed form of the RoPE probe does not hold for softcapped scores"
             )
+        rotary = self.rotary[layer]
         z, products = row.scores, row.dot(row.query)  # (B, H, K)
         if self.restrict_to_past:
             z = z.clone()
@@ -203,12 +229,12 @@ class RopeShift(Probe):
 
         delta_gv, delta_alpha = [], []
         for delta in self.deltas:
-            change = row.dot(self.rotary.turn(row.query, -delta)) - products  # z' - z
+            change = row.dot(rotary.turn(row.query, -delta)) - products  # z' - z
             no_shift = torch.zeros_like(alpha_v)
             delta_gv.append(mean_over_vision(change) / delta if delta else no_shift)
             shifted = (z + change * vision).softmax(-1)
             delta_alpha.append((shifted * vision).sum(-1) - alpha_v)
-        rate = mean_over_vision(-row.dot(self.rotary.rate(row.query)))
+        rate = mean_over_vision(-row.dot(rotary.rate(row.query)))
         measured = {
             "alphaV": alpha_v,
             "share_prod_notV": alpha_v * (1 - alpha_v),
@@ -221,29 +247,31 @@ class RopeShift(Probe):
 
     def __getitem__(self, name: str) -> Float[Tensor, "... L B H"]:
         """alphaV, share_prod_notV, delta_gv_derivative: (L, B, H); delta_gv, delta_alphaV: (deltas,
-        L, B, H)."""
-        layers = [self._of_layer[layer][name] for layer in sorted(self._of_layer)]
-        return torch.stack(layers, 1 if layers[0].ndim == 3 else 0)
+        L, B, H). NaN in layers that do not attend."""
+        of_layer = {layer: measured[name] for layer, measured in self._of_layer.items()}
+        dim = 1 if name in ("delta_gv", "delta_alphaV") else 0
+        return every_layer(of_layer, self.num_layers, dim)
 
 
 class VisionRows(Probe):
-    """Attention of each step's row to every vision token, averaged over heads and layers after BOS
-    is left out and the rest renormalised per layer.
+    """Attention of each step's row to every vision token, averaged over heads and the layers that
+    attend after BOS is left out and the rest renormalised per layer.
 
     rows: a list over steps of (B, T) float32 over the padded prompt, 0 off the vision tokens.
     Beyond Semantics, docs/studies/beyond_semantics.md, section 2.7.
     """
 
-    def __init__(self, batch: Batch, num_layers: int) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.bos: Bool[Tensor, "B T"] = batch.groups == GROUPS.index("bos")
         self.vision: Bool[Tensor, "B T"] = batch.groups == VISION
-        self.num_layers = num_layers
         self.rows: list[Float[Tensor, "B T"]] = []
         self._sum = torch.zeros(())
+        self._layers_seen = 0
 
     def begin(self) -> None:
         super().begin()
         self._sum = torch.zeros((), device=self.bos.device)
+        self._layers_seen = 0
 
     def attention(self, layer: int, row: Row) -> None:
         mean = row.weights.mean(1).to(self.bos.device)  # (B, K)
@@ -253,9 +281,10 @@ class VisionRows(Probe):
         prompt_rest = (prompt * ~self.bos).sum(-1, keepdim=True)
         rest = prompt_rest + mean[:, prompt_length:].sum(-1, keepdim=True)
         self._sum = self._sum + prompt * self.vision / rest
+        self._layers_seen += 1
 
     def end(self) -> None:
-        self.rows.append(self._sum / self.num_layers)
+        self.rows.append(self._sum / self._layers_seen)
 
 
 class ImageAttention(Probe):
@@ -264,8 +293,9 @@ class ImageAttention(Probe):
 
     A running top-k equals that over all layers at once. Lists over steps: topk (k, B, H, P) largest
     first, mean and largest (B, P), float32 on the model's device; P: most vision tokens of a row, 0
-    past a row's own. whole=True: the whole (L, B, H, P) too, in `layers`. UsageError where k
-    exceeds the layers. Volcano (arXiv 2311.07362), docs/studies/volcano.md, sections 2.2 and 2.3.
+    past a row's own. whole=True: the whole (L, B, H, P) too, in `layers`, NaN in layers that do not
+    attend. UsageError where k exceeds the layers that do. Volcano (arXiv 2311.07362),
+    docs/studies/volcano.md, sections 2.2 and 2.3.
     """
 
     def __init__(self, batch: Batch, k: int, whole: bool = False) -> None:
@@ -303,6 +333,11 @@ class ImageAttention(Probe):
         to_picture = to_picture.to(self.index.device)  # (B, H, P)
         top = to_picture[None]
         if self._top is not None:
+            if self._top.shape[2] != top.shape[2]:
+                raise UsageError(
+                    f"layers have different numbers of heads ({self._top.shape[2]},"
+                    f" {top.shape[2]}), and this measure compares each head over layers"
+                )
             top = torch.cat([self._top, top])
         self._top = top.topk(self.k, 0).values if len(top) > self.k else top
         self._sum = self._sum + to_picture.mean(1)
@@ -320,5 +355,4 @@ class ImageAttention(Probe):
         self.mean.append(self._sum / self._layers_seen)
         self.largest.append(self._max)
         if self.whole:
-            layers = [self._of_layer[layer] for layer in sorted(self._of_layer)]
-            self.layers.append(torch.stack(layers))
+            self.layers.append(every_layer(self._of_layer, self.num_layers))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmdiag.batch import joined
 from vlmdiag.cli import UsageError
+from vlmdiag.families.generic import seeing
 from vlmdiag.groups import VISION
 from vlmdiag.types import Record
 
@@ -34,18 +35,15 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     runs once per picture of the batch. ValueError where prompts and tower disagree on P."""
     pictures = list(dict.fromkeys(batch.pictures))
     first_rows = [batch.pictures.index(picture) for picture in pictures]
-    inputs = joined([batch.image_rows[row] for row in first_rows])
-    wanted = inspect.signature(vlm.model.get_image_features).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
-    on_device = {}
-    for name, value in inputs.items():
-        if takes_all or name in wanted:
-            value = value.to(vlm.device)
-            on_device[name] = value.to(vlm.dtype) if value.is_floating_point() else value
-    features = vlm.model.get_image_features(**on_device, return_dict=True)
+    rows = [batch.image_rows[row] for row in first_rows]
+    seen = [_seen(vlm, row) for row in ([[row] for row in rows] if vlm.family.alone else [rows])]
+    features = seen[0]
     # some families take it back as one tensor, see prefill()
     features.was_tensor = torch.is_tensor(features.pooler_output)
-    pooled = torch.cat([part.flatten(0, -2) for part in features.pooler_output])
+    pooled_parts: list[Any] = [part.pooler_output for part in seen]
+    shapes = {part.shape[1:] for part in pooled_parts if isinstance(part, Tensor)}
+    features.of_picture = shapes.pop() if len(shapes) == 1 else ()
+    pooled = torch.cat([_tokens(part) for part in pooled_parts])
     counts = [int((batch.groups[row] == VISION).sum()) for row in first_rows]
     if sum(counts) != len(pooled):
         raise ValueError(
@@ -63,6 +61,35 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
         features.deepstack_features = [
             per_sample(torch.cat(list(part))) for part in features.deepstack_features
         ]
+    return features
+
+
+def _tokens(pooled: Tensor | Sequence[Tensor]) -> Float[Tensor, "N d"]:
+    """The vectors of all vision tokens, one after the other."""
+    if isinstance(pooled, Tensor):
+        return pooled.flatten(0, -2)
+    return torch.cat([part.flatten(0, -2) for part in pooled])
+
+
+def _seen(vlm: VLM, rows: list[dict[str, Tensor]]) -> ImageFeatures:
+    """The output of get_image_features for the image inputs of some pictures; UsageError where it
+    has no vectors of vision tokens."""
+    owner = seeing(vlm.model)
+    wanted = inspect.signature(owner.get_image_features).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+    on_device = {}
+    for name, value in joined(rows).items():
+        if takes_all or name in wanted:
+            value = value.to(vlm.device)
+            on_device[name] = value.to(vlm.dtype) if value.is_floating_point() else value
+    if vlm.family.features is not None:
+        return vlm.family.features(vlm, on_device)
+    features = owner.get_image_features(**on_device, return_dict=True)
+    if getattr(features, "pooler_output", None) is None:
+        raise UsageError(
+            f"{vlm.path}: {vlm.model.config.model_type} does not give its decoder one vector per"
+            " vision token (get_image_features has no pooler_output), which the measures need"
+        )
     return features
 
 
@@ -95,12 +122,24 @@ def embeddings(
         return embeds
 
 
+def need_embeddings(vlm: VLM) -> None:
+    """UsageError for a decoder that reads the ids of a prompt in its layers too (per-layer inputs):
+    vectors in place of its tokens are then not all that it gets."""
+    config = vlm.parts.decoder.config
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise UsageError(
+            f"{vlm.path}: {vlm.family.name} reads the ids of a prompt in every layer (per-layer"
+            " inputs), and this measure gives the decoder vectors"
+        )
+
+
 @contextlib.contextmanager
 def entering(
     vlm: VLM, batch: Batch, vision: Float[Tensor, "N d_in"]
 ) -> Iterator[Float[Tensor, "B T d"]]:
     """The decoder's inputs with given vectors for the vision tokens of the batch, in the form of
     entered(). With deepstack they hold within the context only, see deepened()."""
+    need_embeddings(vlm)
     embeds = vlm.model.get_input_embeddings()(batch.input_ids)
     in_picture = batch.groups == VISION
     width = embeds.shape[-1]
@@ -145,13 +184,32 @@ def deepened(
 def more_inputs(vlm: VLM, batch: Batch, start: int = 0) -> dict[str, Tensor]:
     """What else the model's forward takes over the prompts from position `start` on, {name: (B, T -
     start)}."""
-    if vlm.family.inputs is None:
-        return {}
-    return {name: value[..., start:] for name, value in vlm.family.inputs(vlm, batch).items()}
+    inputs = dict(batch.token_inputs)
+    if vlm.family.inputs is not None:
+        inputs |= vlm.family.inputs(vlm, batch)
+    return {name: value[..., start:] for name, value in inputs.items()}
+
+
+def decoder_inputs(vlm: VLM, batch: Batch, start: int = 0) -> dict[str, Tensor]:
+    """more_inputs() for passes that begin at the decoder: without what only the whole model takes
+    of the processor's."""
+    inputs = more_inputs(vlm, batch, start)
+    of_model = [name for name in batch.token_inputs if not _takes(vlm.parts.decoder, name)]
+    declared = vlm.family.inputs(vlm, batch) if vlm.family.inputs is not None else {}
+    return {
+        name: value for name, value in inputs.items() if name in declared or name not in of_model
+    }
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
+
+
+def last_logits(vlm: VLM, count: int) -> int | Tensor:
+    """logits_to_keep of the last `count` positions. As a number it would let Gemma's layers that
+    share keys and values leave out all other positions."""
+    shares = getattr(vlm.parts.decoder.config, "num_kv_shared_layers", 0)
+    return torch.arange(-count, 0, device=vlm.device) if shares else count
 
 
 def prefill(
@@ -177,16 +235,17 @@ def prefill(
         **more_inputs(vlm, batch, start),
     }
     if _takes(vlm.model, "logits_to_keep"):
-        options["logits_to_keep"] = 1
+        options["logits_to_keep"] = last_logits(vlm, 1)
     if embeds is not None:
         return vlm.model(inputs_embeds=embeds[:, start:], **options)
     if features is None:
         features = vlm.vision(batch)
-    if not _takes(vlm.model, "mm_encoder_outputs"):
+    if vlm.family.features is not None or not _takes(vlm.model, "mm_encoder_outputs"):
         return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
     encoded: object = features
     if features.was_tensor:
         fields = dict(cast(Any, features))
-        fields["pooler_output"] = torch.cat(features.pooler_output)
+        pooled = torch.cat(features.pooler_output)
+        fields["pooler_output"] = pooled.view(-1, *features.of_picture[:-1], pooled.shape[-1])
         encoded = SimpleNamespace(**fields)
     return vlm.model(input_ids=batch.input_ids, mm_encoder_outputs={"image": encoded}, **options)

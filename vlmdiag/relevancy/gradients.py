@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmdiag.model.decoding import extended
-from vlmdiag.model.vision import entered, entering, more_inputs
+from vlmdiag.model.vision import entered, entering, last_logits, more_inputs
 from vlmdiag.relevancy.blocks import Block, ModuleOutput, added, recording, vector_products
 from vlmdiag.relevancy.rules import head_mean
 from vlmdiag.types import Record
@@ -266,13 +266,13 @@ def trace(
             f"one prompt and an answer are wanted, got {len(batch.samples)} prompts and {len(ids)}"
             " tokens"
         )
-    vlm.need("decoder-only")
+    vlm.need("decoder-only", "every-layer")
     whole = extended(batch, ids)
     options: Record = {
         "attention_mask": whole.attention_mask,
         "position_ids": whole.position_ids,
         "use_cache": False,
-        "logits_to_keep": len(ids) + 1,
+        "logits_to_keep": last_logits(vlm, len(ids) + 1),
         **more_inputs(vlm, whole),
     }
     picture = None

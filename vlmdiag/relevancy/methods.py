@@ -102,7 +102,7 @@ def relevancy(
 
 def _joined(tensors: Sequence[Tensor | None]) -> Float[np.ndarray, "T ..."] | None:
     """The same field of all chunks, in one array; None where it is not there."""
-    arrays = [tensor.float().cpu().numpy() for tensor in tensors if tensor is not None]
+    arrays = [tensor.detach().float().cpu().numpy() for tensor in tensors if tensor is not None]
     return np.concatenate(arrays) if arrays else None
 
 

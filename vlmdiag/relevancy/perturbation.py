@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vlmdiag.answers import find_word
 from vlmdiag.groups import VISION
-from vlmdiag.model.vision import deepened, entered, entering, more_inputs
+from vlmdiag.model.vision import deepened, entered, entering, last_logits, more_inputs
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
@@ -241,7 +241,11 @@ def logprobs(
         "use_cache": False,
         **more,
     }
-    output = run.vlm.model(inputs_embeds=embeds, logits_to_keep=len(run.ids) + 1 - first, **options)
+    output = run.vlm.model(
+        inputs_embeds=embeds,
+        logits_to_keep=last_logits(run.vlm, len(run.ids) + 1 - first),
+        **options,
+    )
     logits = output.logits.float()
     rows = torch.tensor(list(targets), device=logits.device) - first
     ids = torch.tensor([run.ids[target] for target in targets], device=logits.device)

@@ -87,7 +87,7 @@ class Model:
     """
 
     def __init__(self, vlm: VLM, calibration: Record | None = None) -> None:
-        vlm.need("decoder-only")
+        vlm.need("decoder-only", "every-layer")
         self.vlm = vlm
         self.calibration = calibration
         self.lock = threading.RLock()

@@ -1,0 +1,5 @@
+"""As torchvision.transforms.v2."""
+
+from torchvision.transforms.v2 import functional
+
+__all__ = ["functional"]
