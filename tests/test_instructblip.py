@@ -207,9 +207,11 @@ def test_the_swap_analysis_gives_each_question_its_own_vision_tokens(blip, blip_
 
 
 def test_logits_in_half_precision_are_those_of_transformers_own_class(blip_folders, batch_of):
-    """The Q-Former's queries stay in float32; what the decoder reads is cast."""
+    """The Q-Former's queries stay in float32; what the decoder reads is cast. Without the
+    self-check: a random T5 is chaotic in bfloat16, 0.36 from its own float32 (relative), so two
+    pictures in a batch differ as much from each alone."""
     for name in NAMES:
-        vlm = common.load_model(blip_folders(name), dtype="bfloat16")
+        vlm = common.load_model(blip_folders(name), dtype="bfloat16", self_check=False)
         model = InstructBlipForConditionalGeneration.from_pretrained(
             blip_folders(name), dtype=torch.bfloat16
         ).eval()

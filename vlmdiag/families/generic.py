@@ -389,6 +389,7 @@ CONNECTORS = (
     "resampler_model",
     "visual.merger",
     "vision_tower.merger",
+    "vision_tower.patch_merger",
 )
 
 
