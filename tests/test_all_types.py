@@ -17,6 +17,8 @@ from vlmdiag.model.probes import GroupMass, HiddenNorms, HiddenStates, RopeShift
 from vlmdiag.model.selfcheck import check, noise_picture
 from vlmdiag.pictures.samples import Sample
 
+pytestmark = pytest.mark.types
+
 # one type for each layout and kind of decoder
 RIGHT = {
     "glm4v": "rows",
