@@ -84,7 +84,6 @@ def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     What differs in another size (the number of tiles, pictures of several sizes, the text that a
     connector reads) is filled up with 0 at its end, as transformers' processors do. A sample may
-    lack what others have, such as tiles. A sample may
     lack what others have, such as tiles.
     """
     inputs = {}
