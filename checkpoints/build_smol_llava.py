@@ -21,7 +21,7 @@ from pathlib import Path
 from vlmdiag import cli
 
 HERE = Path(__file__).resolve().parent
-STAGES = ["stage1", "stage2-540", "stage2-1200", "stage2"]
+STAGES = ["stage1", "stage2-350", "stage2-700", "stage2"]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

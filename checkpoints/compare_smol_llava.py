@@ -35,8 +35,8 @@ LENS_ONLY = (
 BUILT = {  # flags of build_smol_llava.py for each folder
     "smol-llava-135m": [],
     "smol-llava-135m-stage1": ["--stage", "stage1"],
-    "smol-llava-135m-stage2-540": ["--stage", "stage2-540"],
-    "smol-llava-135m-stage2-1200": ["--stage", "stage2-1200"],
+    "smol-llava-135m-stage2-350": ["--stage", "stage2-350"],
+    "smol-llava-135m-stage2-700": ["--stage", "stage2-700"],
     "smol-llava-135m-permuted": ["--control"],
     "smol-llava-135m-permuted-stage1": ["--control", "--stage", "stage1"],
 }

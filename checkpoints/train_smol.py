@@ -15,7 +15,7 @@ frozen.
     stage 2     connector and low-rank adapters (LoRA, rank 8) on the question mix of the five
                 studies. Every eighth step also holds the adapted model to the untouched one (KL
                 divergence) on text that the untouched one wrote, so that it keeps its English.
-Written to --out/<warm start>/: stage1, then stage2-540 and stage2-1200 (after so many steps
+Written to --out/<warm start>/: stage1, then stage2-350 and stage2-700 (after so many steps
 of the stage) and stage2.
 
 --state_dir/<warm start>/ holds state.pt, saved every ten minutes, and log.jsonl. What a step sees
@@ -53,8 +53,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="GGUF file of the language model, or a folder of it; by default it is downloaded",
     )
     parser.add_argument("--warm_steps", type=int, default=400)
-    parser.add_argument("--stage1_steps", type=int, default=400)
-    parser.add_argument("--stage2_steps", type=int, default=2400)
+    parser.add_argument("--stage1_steps", type=int, default=300)
+    parser.add_argument("--stage2_steps", type=int, default=1400)
     parser.add_argument(
         "--pictures", type=int, default=3, help="pictures a step, each with about 12 questions"
     )

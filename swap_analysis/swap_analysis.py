@@ -53,8 +53,8 @@ CHECKPOINTS: dict[str, dict[str, str]] = {
         "independent": "checkpoints/tiny-llava-independent",
     },
     "smol": {
-        "540": "checkpoints/smol-llava-135m-stage2-540",
-        "1200": "checkpoints/smol-llava-135m-stage2-1200",
+        "350": "checkpoints/smol-llava-135m-stage2-350",
+        "700": "checkpoints/smol-llava-135m-stage2-700",
         "full": "checkpoints/smol-llava-135m",
     },
     "qwen": (

@@ -71,7 +71,7 @@ FLOOR_MIX: Mix = {
     ask_shape: 8,
     ask_what: 4,
     ask_count: 5,
-    ask_caption: 10,
+    ask_caption: 16,
     ask_protocol: 5,
 }
 CORRIDOR_MIX: Mix = {
@@ -82,7 +82,7 @@ CORRIDOR_MIX: Mix = {
     ask_confusable: 5,
     ask_color: 6,
     ask_shape: 6,
-    ask_caption: 14,
+    ask_caption: 20,
 }
 MIXES: dict[int, dict[str, Mix]] = {
     1: {"floor": SIMPLE_MIX, "corridor": SIMPLE_MIX},
@@ -93,7 +93,7 @@ SCENES: dict[int, dict[int | str, int]] = {
     1: {1: 20, 2: 25, 3: 25, 4: 15, "corridor": 15},
     2: {1: 8, 2: 28, 3: 28, 4: 20, "corridor": 16},
 }
-SNAPSHOTS = (540, 1200)  # steps of stage 2 of which a part is kept, beside the last
+SNAPSHOTS = (350, 700)  # steps of stage 2 of which a part is kept, beside the last
 LEARNING_RATES = {1: {"connector": 1e-3}, 2: {"connector": 1e-3, "adapters": 5e-4}}
 WARMUP_STEPS = 30
 DECAY_FROM = 0.5  # share of a stage after which the learning rate falls, along a cosine
