@@ -197,8 +197,8 @@ class Family:
     # token is made of, its tiles one after the other with their CLS, -1 where there are fewer;
     # None: one position each, in the same order, behind a CLS or not
     sources: Callable[[VLM, Size, Inputs], Int[np.ndarray, "P k"]] | None = None
-    # features.deepstack_features are added to the outputs of the decoder's first layers
-    deepstack: bool = False
+    # (vlm) -> the layers to whose outputs features.deepstack_features are added, one each
+    deepstack: Callable[[VLM], Sequence[int]] | None = None
 
     # (vlm) -> the ways in which positions may turn queries and keys, of which each layer's own is
     # found by its keys (vlmdiag.model.rotary); none: no rotary positions

@@ -426,6 +426,11 @@ def parts_with_tower(model: PreTrainedModel) -> Parts:
     raise AttributeError(f"{type(tower).__name__} has its blocks at none of the known places")
 
 
+def first_layers(vlm: VLM) -> range:
+    """Family.deepstack of Qwen3-VL and its like: one layer for each of the tower's that feed it."""
+    return range(len(vlm.model.config.vision_config.deepstack_visual_indexes))
+
+
 # --- boxes and patches ----------------------------------------------------------------------------
 
 

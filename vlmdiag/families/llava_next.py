@@ -1,5 +1,6 @@
-"""LLaVA-NeXT (LLaVA-1.6), LLaVA-NeXT-Video and LLaVA-OneVision (arXiv 2408.03326): tiles at the
-picture's own proportions, each row of them ended by a newline token. Videos are not read.
+"""LLaVA-NeXT (LLaVA-1.6), LLaVA-NeXT-Video, LLaVA-OneVision (arXiv 2408.03326) and Granite 4
+Vision: tiles at the picture's own proportions, each row of them ended by a newline token. Videos
+are not read.
 
 Vision tokens, in order: the whole picture squeezed to one square (the base), side x side patches;
 then the picture on a canvas of tiles, row by row of patches over all tiles, each row ended by the
@@ -9,6 +10,11 @@ padding are dropped. OneVision shrinks the canvas's features (bilinear) where th
 `anyres_max_<n>` tiles of them. Base and newlines have the image token's id: all are group "vision",
 newlines without a box. A tile whose side is no multiple of the patch leaves a margin at its right
 and bottom that no patch sees.
+
+Granite 4 Vision: a small Q-Former reads each window of patches, so that a tile has fewer vision
+tokens than patches (`downsample_rate`); tokens made of several layers of the tower, and of the four
+corners of each 2 x 2 patches, enter before several layers of the decoder (deepstack). Relevancy
+stops at the vision tokens.
 
 Text models: whatever the checkpoint names (Vicuna, Mistral, Llama 3, Qwen2); the prompt is the
 processor's chat template, else llava.py's by text model.
@@ -20,9 +26,13 @@ published weights; pictures so large that OneVision shrinks on published sizes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
@@ -36,11 +46,12 @@ from vlmdiag.pictures.grid import PatchGrid, cells
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+    from torch import Tensor
     from transformers import PreTrainedConfig
     from typing_extensions import Unpack
 
-    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
-    from vlmdiag.types import VLM
+    from vlmdiag.families.contract import Config, Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.types import VLM, ImageFeatures
 
 LOADERS = {
     "llava_next": generic.loader(LlavaNextForConditionalGeneration, LlavaNextProcessor),
@@ -48,6 +59,7 @@ LOADERS = {
     "llava_onevision": generic.loader(
         LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
     ),
+    "granite4_vision": generic.load,
 }
 
 
@@ -66,7 +78,7 @@ class Tile(NamedTuple):
     """Sides of a tile and of a patch in pixels, and of a tile in whole patches."""
 
     edge: int
-    patch: int
+    patch: int | float
     side: int
 
 
@@ -89,7 +101,10 @@ def tile_of(config: PreTrainedConfig) -> Tile:
     """The tile of a model."""
     edge = config.vision_config.image_size
     patch = config.vision_config.patch_size
-    return Tile(edge, patch, edge // patch)
+    rate = getattr(config, "downsample_rate", None)  # Granite's: one vision token of some patches
+    if rate is None:
+        return Tile(edge, patch, edge // patch)
+    return Tile(edge, float(patch / Fraction(rate)), int(edge // patch * Fraction(rate)))
 
 
 def fitted(size: Size, canvas: Canvas) -> tuple[int, int, int, int]:
@@ -215,10 +230,60 @@ def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P 4"]:
     return np.concatenate([of_base, of_canvas.reshape(-1, 4)])
 
 
+# --- Granite 4 Vision -----------------------------------------------------------------------------
+
+
+def granite_targets(vlm: VLM) -> list[int]:
+    """The decoder layers that read features of the picture, in the order of get_image_features."""
+    config = vlm.model.config
+    return [layer for _, layer in config.deepstack_layer_map] + list(config.spatial_target_layers)
+
+
+def granite_layers(vlm: VLM) -> list[int]:
+    """Features enter before a layer: behind the one before it; those of layer 0 are the input."""
+    return sorted({layer - 1 for layer in granite_targets(vlm) if layer > 0})
+
+
+def granite_features(vlm: VLM, inputs: Inputs) -> ImageFeatures:
+    """The class adds them to zeros behind the multiplier of the decoder's input, and where a layer
+    is named twice the last ones count."""
+    model: Any = vlm.model
+    seen = model.model.get_image_features(
+        **inputs,
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        return_dict=True,
+    )
+    of_layer: dict[int, list[Tensor]] = dict(seen.deepstack_features)
+    some = next(iter(of_layer.values()))
+    first = of_layer.get(0, [torch.zeros_like(picture) for picture in some])
+    multiplier = vlm.parts.decoder.config.embedding_multiplier
+    return SimpleNamespace(
+        pooler_output=[picture / multiplier for picture in first],
+        deepstack_features=[of_layer[layer + 1] for layer in granite_layers(vlm)],
+    )
+
+
+def variant(config: Config) -> Family:
+    """The family of one model type."""
+    if config.get("model_type") != "granite4_vision":
+        return FAMILY
+    return replace(
+        FAMILY,
+        name="granite4_vision",
+        parts=generic.parts,
+        sources=None,
+        features=granite_features,
+        deepstack=granite_layers,
+        has=FAMILY.has - {"causal"},
+    )
+
+
 FAMILY = Family(
     name="llava_next",
     model_types=tuple(LOADERS),
     architectures=("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"),
+    variant=variant,
     load=load,
     parts=generic.parts_with_tower,
     grid=grid,

@@ -170,7 +170,7 @@ def variant(config: Config) -> Family:
     return replace(
         FAMILY,
         name=kind,
-        deepstack=deepstack,
+        deepstack=generic.first_layers if deepstack else None,
         has=has,
         grid=GRIDS.get(kind, FAMILY.grid),
         alone=kind in ("emu3", "gemma4", "gemma4_unified"),

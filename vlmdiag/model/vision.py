@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from vlmdiag.batch import joined
 from vlmdiag.cli import UsageError
@@ -95,14 +96,14 @@ def _seen(vlm: VLM, rows: list[dict[str, Tensor]]) -> ImageFeatures:
 
 def entries(vlm: VLM, features: ImageFeatures) -> list[list[Tensor]]:
     """Where the decoder gets the picture, as lists (P, d) per sample that may be changed in place:
-    its input and, with deepstack, its first layers."""
+    its input and, with deepstack, some of its layers."""
     deepstack = features.deepstack_features if vlm.family.deepstack else []
     return [features.pooler_output, *deepstack]
 
 
 def entered(vlm: VLM, features: ImageFeatures) -> Float[Tensor, "N d_in"]:
     """What the decoder gets for each of the N vision tokens of a batch: (N, d); with deepstack (N,
-    (1 + K) d), behind the input what is added to the outputs of the first K layers."""
+    (1 + K) d), behind the input what is added to the outputs of K layers."""
     return torch.cat([torch.cat(list(tokens)) for tokens in entries(vlm, features)], -1)
 
 
@@ -113,7 +114,7 @@ def embeddings(
     where that is not all that it gets."""
     if vlm.family.deepstack:
         raise UsageError(
-            f"{vlm.path}: {vlm.family.name} adds the picture in its decoder's first layers too"
+            f"{vlm.path}: {vlm.family.name} adds the picture behind layers of its decoder too"
             " (deepstack), so embeddings alone do not show it"
         )
     if features is None:
@@ -152,7 +153,7 @@ def deepened(
     vlm: VLM, in_picture: Bool[Tensor, "B T"], vision: Float[Tensor, "N K*d"]
 ) -> Iterator[None]:
     """Within the context the K vectors of each of the N vision tokens are added to the outputs of
-    the first K layers at its place, in passes over all T positions."""
+    the layers of Family.deepstack at its place, in passes over all T positions."""
 
     def adding(vectors: Float[Tensor, "N d"]) -> Callable[..., object]:
         def add(
@@ -169,10 +170,12 @@ def deepened(
         return add
 
     width = vlm.model.get_input_embeddings().weight.shape[1]
+    deep = vlm.family.deepstack
+    numbers = deep(vlm) if deep is not None and vision.shape[1] else ()
     of_layers = vision.split(width, -1) if vision.shape[1] else ()
     hooks = [
-        layer.register_forward_hook(adding(vectors))
-        for layer, vectors in zip(vlm.parts.layers, of_layers)
+        vlm.parts.layers[number].register_forward_hook(adding(vectors))
+        for number, vectors in zip(numbers, of_layers, strict=True)
     ]
     try:
         yield
@@ -212,6 +215,15 @@ def last_logits(vlm: VLM, count: int) -> int | Tensor:
     return torch.arange(-count, 0, device=vlm.device) if shares else count
 
 
+def new_cache(vlm: VLM) -> Cache | None:
+    """What transformers' decoders make themselves, all but Granite 4 Vision's; None for others."""
+    decoder = vlm.parts.decoder
+    known = type(decoder).__module__.startswith("transformers.")
+    if not known or "decoder-only" not in vlm.family.has:
+        return None
+    return DynamicCache(config=decoder.config)
+
+
 def prefill(
     vlm: VLM,
     batch: Batch,
@@ -231,7 +243,7 @@ def prefill(
         # contiguous, because some models take a view of them
         "position_ids": batch.position_ids[..., start:].contiguous(),
         "use_cache": True,
-        "past_key_values": cache,
+        "past_key_values": new_cache(vlm) if cache is None else cache,
         **more_inputs(vlm, batch, start),
     }
     if _takes(vlm.model, "logits_to_keep"):
@@ -241,7 +253,8 @@ def prefill(
     if features is None:
         features = vlm.vision(batch)
     if vlm.family.features is not None or not _takes(vlm.model, "mm_encoder_outputs"):
-        return vlm.model(inputs_embeds=embeddings(vlm, batch, features), **options)
+        with entering(vlm, batch, entered(vlm, features)) as embeds:
+            return vlm.model(inputs_embeds=embeds, **options)
     encoded: object = features
     if features.was_tensor:
         fields = dict(cast(Any, features))
