@@ -28,6 +28,7 @@ RIGHT = {
     "chameleon": "square",
     "idefics2": "generic",
     "lighton_ocr": "mistral3",
+    "granite4_vision": "llava_next",
 }
 ON_STAND_INS = {
     "llama4": "tiles",
@@ -39,7 +40,6 @@ REFUSED = {
     "mllama": "cross-attention",
     "t5gemma2": "decoder-only",
     "blip": "takes no image features",
-    "granite4_vision": "no pooler_output",
 }
 
 

@@ -192,11 +192,12 @@ def lacking(config: PreTrainedConfig) -> str | None:
     return "vision tokens (its forward takes no image features in place of image tokens)"
 
 
-# types that are listed among those that read pictures and write text, and are something else
+# types that are listed among those that read pictures and write text, and lack what measures need
 NEITHER = {
     "fuyu": "offsets of a prompt's tokens (its processor writes image tokens among the ids)",
     "instructblipvideo": "pictures (its processor reads videos)",
     "diffusion_gemma": "greedy decoding (it writes blocks of text by diffusion)",
+    "inkling2": "a residual stream (its layers and its end read a mix of earlier blocks' outputs)",
     "pi0": "text answers (it writes a robot's actions)",
     "shieldgemma2": "a prompt of its own (a classifier whose processor writes one per policy; load"
     " its weights as gemma3)",

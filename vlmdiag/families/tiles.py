@@ -1,19 +1,19 @@
 """A picture cut into square tiles, and the whole of it squeezed to one: Cohere 2 Vision, Llama 4,
-Perception LM, LFM2-VL, Step 3.7, MiniCPM-OCR.
+Perception LM, LFM2-VL, Step 3.7, MiniCPM-OCR, Granite Docling.
 
 Prompt: the processor's chat template, in which one placeholder becomes the image tokens of all
 tiles with marks between them. Each tile gives side x side tokens, row by row; tiles follow each
 other row by row, and the whole picture is the last one (Perception LM: the first). Where they
 differ:
 
-- Cohere 2 Vision, Perception LM: the picture is stretched to whole tiles.
+- Cohere 2 Vision, Perception LM, Granite Docling: the picture is stretched to whole tiles.
 - Llama 4: it is scaled into the tiles and padded on the right and below; its vision tokens are the
   <|patch|> ones, and its projector runs in the forward, so features() runs it.
 - LFM2-VL: a small picture is one tile of its own proportions, so is the whole one.
 - Step 3.7: tiles are square windows whose size depends on the picture's proportions, scaled to one
   size; a last row or column that is no whole window is left out.
 
-All of these have image processors on torchvision alone, an optional package. Of LFM2-VL's layers
+All but Granite Docling have image processors on torchvision alone, an optional package. Of LFM2-VL's layers
 some are convolutions: measures of attention are of the others. Relevancy stops at the vision
 tokens.
 
@@ -160,7 +160,19 @@ def minicpm(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid | None:
     return PatchGrid(np.concatenate(boxes), None, size)
 
 
+def granite_docling(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
+    """Tiles, then the whole picture where there is more than one; four times the tokens of a tile
+    on the processor's fine route."""
+    rows, columns = vlm.processor.image_processor.get_tile_grid(size[1], size[0], {})
+    side = math.isqrt(vlm.processor.image_seq_len * (4 if "tile_fine_mask" in inputs else 1))
+    tiles = generic.regions(rows, columns, size)
+    if len(tiles) > 1:
+        tiles.append((0, 0, *size))
+    return generic.grid_of_tiles(tiles, side, side, size)
+
+
 GRIDS = {
+    "granite_docling": granite_docling,
     "minicpm_ocr": minicpm,
     "cohere2_vision": cohere2_vision,
     "llama4": llama4,
