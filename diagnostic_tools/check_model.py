@@ -96,6 +96,7 @@ def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
     described = vlm.options["base_model"] or args.model_path  # of an adapter, its base
     report["family"] = check.family_of(vlm.family, described, args.family)
     report["family"] |= {"dtype": str(vlm.dtype).removeprefix("torch."), "device": str(vlm.device)}
+    report["family"]["left_out"] = check.end_left_out(vlm)
     report["capabilities"] = check.capabilities_of(vlm.family, vlm.model)
     describe(args, vlm, image, report)
     if args.propose_grid:

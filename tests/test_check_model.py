@@ -114,6 +114,18 @@ def test_the_report_is_what_processor_config_and_files_say(run, tmp_path, pictur
     assert drawn.size == pictures[0].size and drawn.tobytes() != pictures[0].tobytes()
 
 
+def test_what_a_class_leaves_out_of_its_logits_is_said(run, copy):
+    assert run(TINY)[1]["family"]["left_out"] is None
+    folder = copy()
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["logit_scale"] = 0.25  # transformers' LLaVA does not know it
+    (folder / "config.json").write_text(json.dumps(config))
+    done, report = run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "leaves out the config's scale 0.25" in report["family"]["left_out"]
+    assert report["family"]["left_out"] in done.stdout
+
+
 def test_a_picture_is_drawn_where_none_is_given(tmp_path):
     out = tmp_path / "new" / "grid.jpg"
     done = command(TINY, "--out", out, "--no_self_check")

@@ -10,8 +10,8 @@ tokens of 2 x 2 patches each, row-major. The tower has no CLS.
 Cohere turns neighbouring dimensions (not halves), and every fourth layer of Cohere2, those with
 full attention, has no positions at all: there the RoPE probe measures 0. Its other layers see a
 window of 4096 positions. Cohere's text models multiply their logits by the config's
-logit_scale; transformers' AyaVision class leaves that out, so its log-probabilities are too sharp
-though its greedy answers are right. A hook puts it back.
+logit_scale; transformers' AyaVision class leaves that out, and so do we: probabilities are sharper
+than in training, greedy answers the same. check_model.py says so.
 
 Tested on small random models with processors made in the tests: tokens against transformers' own
 processor, tiles by their pixels, logits and greedy answers against transformers' own class. Not
@@ -30,30 +30,10 @@ from vlmdiag.families.internvl import tiled
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Int
-    from transformers import PreTrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-    from typing_extensions import Unpack
 
-    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
+    from vlmdiag.families.contract import Inputs, Size
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.types import VLM
-
-LOAD = generic.loader(AyaVisionForConditionalGeneration, AyaVisionProcessor)
-
-
-def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) -> Loaded:
-    """transformers' class, its logits scaled."""
-    model, processor = LOAD(path, config, **options)
-    model.register_forward_hook(scaled)
-    return model, processor
-
-
-def scaled(
-    model: PreTrainedModel, args: tuple[object, ...], output: CausalLMOutputWithPast
-) -> CausalLMOutputWithPast:
-    """Forward hook: the logits times the text model's logit_scale, where it has one."""
-    output.logits = output.logits * getattr(model.config.text_config, "logit_scale", 1)
-    return output
 
 
 def tiles(vlm: VLM, inputs: Inputs) -> tuple[int, int]:
@@ -79,7 +59,7 @@ FAMILY = Family(
     name="aya_vision",
     model_types=("aya_vision",),
     architectures=("AyaVisionForConditionalGeneration",),
-    load=load,
+    load=generic.loader(AyaVisionForConditionalGeneration, AyaVisionProcessor),
     parts=generic.parts_with_tower,
     grid=grid,
     sources=sources,

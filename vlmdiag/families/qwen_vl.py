@@ -86,7 +86,8 @@ def variant(config: Config) -> Family:
     """The family of one model type: Qwen3-VL's deepstack is not causal in the input embeddings."""
     kind = config["model_type"] if config.get("model_type") in KINDS else "qwen2_5_vl"
     if kind.startswith("qwen3"):
-        return replace(FAMILY, name=kind, deepstack=generic.first_layers, has=FAMILY.has - {"causal"})
+        has = FAMILY.has - {"causal"}
+        return replace(FAMILY, name=kind, deepstack=generic.first_layers, has=has)
     return replace(FAMILY, name=kind)
 
 

@@ -13,9 +13,9 @@ differ:
 - Step 3.7: tiles are square windows whose size depends on the picture's proportions, scaled to one
   size; a last row or column that is no whole window is left out.
 
-All but Granite Docling have image processors on torchvision alone, an optional package. Of LFM2-VL's layers
-some are convolutions: measures of attention are of the others. Relevancy stops at the vision
-tokens.
+All but Granite Docling have image processors on torchvision alone, an optional package. Of
+LFM2-VL's layers some are convolutions: measures of attention are of the others. Relevancy stops at
+the vision tokens.
 
 Tested on small random models of each type (tests/all_types.py), with a stand-in for torchvision,
 and for the tower of timm: logits, greedy answers and attention rows of transformers' own class on

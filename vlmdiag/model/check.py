@@ -22,6 +22,7 @@ from vlmdiag.families.assembled import Expanding
 from vlmdiag.families.files import reason
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import memory
+from vlmdiag.model.lens import named_end
 from vlmdiag.model.prompts import guessed_prompt, prompt_for, prompt_source
 from vlmdiag.runs.disk import write_bytes
 from vlmdiag.types import Fields, Record
@@ -119,6 +120,25 @@ def family_of(family: Family, path: str, family_file: str | None = None) -> Reco
         "model_type": kind,
         "architectures": architectures,
     }
+
+
+def end_left_out(vlm: VLM) -> str | None:
+    """What the text model's config does to its logits and the model's class leaves out, as a line;
+    None where nothing is left out. Costs one pass over a noise picture."""
+    if "decoder-only" not in vlm.family.has:
+        return None
+    scale, softcap = named_end(vlm)
+    left_out = []
+    if scale != vlm.logit_end.scale:
+        left_out.append(f"scale {scale:g}")
+    if softcap != vlm.logit_end.softcap:
+        left_out.append(f"softcap {softcap:g}")
+    if not left_out:
+        return None
+    return (
+        f"{type(vlm.model).__name__} leaves out the config's {' and '.join(left_out)}: greedy"
+        " answers are the same, probabilities are not those of training"
+    )
 
 
 def read_raw(path: str) -> Fields | None:

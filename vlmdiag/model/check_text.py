@@ -53,6 +53,8 @@ def lines_of_family(family: Fields) -> Iterator[str]:
         yield f"  architectures   {', '.join(family['architectures'])}"
     if family.get("dtype"):
         yield f"  loaded as       {family['dtype']} on {family['device']}"
+    if family.get("left_out"):
+        yield f"  logits          {family['left_out']}"
 
 
 def lines_of_capabilities(capabilities: Fields) -> Iterator[str]:

@@ -49,16 +49,21 @@ class End(NamedTuple):
         return logits
 
 
+def named_end(vlm: VLM) -> tuple[float, float | None]:
+    """(scale, softcap) of the logits that the text model's config names."""
+    text_config = vlm.model.config.get_text_config()
+    scale = getattr(text_config, "logit_scale", None)  # Cohere multiplies
+    if not scale:
+        scale = 1 / (getattr(text_config, "logits_scaling", None) or 1)  # Granite divides
+    return scale, getattr(text_config, "final_logit_softcapping", None)  # Gemma
+
+
 @torch.inference_mode()
 def end_of(vlm: VLM) -> End:
     """What comes behind a model's LM head: of what its config names, that which gives the model's
     own logits of a noise picture; all of it where nothing does, which Lens.check() then finds."""
     head = vlm.parts.lm_head
-    text_config = vlm.model.config.get_text_config()
-    scale = getattr(text_config, "logit_scale", None)  # Cohere multiplies
-    if not scale:
-        scale = 1 / (getattr(text_config, "logits_scaling", None) or 1)  # Granite divides
-    softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
+    scale, softcap = named_end(vlm)
     entered: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     try:
