@@ -52,7 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "directory", help="what save_post_adapter_acts.py wrote, or a folder of batch_<n>.pt"
     )
     parser.add_argument(
-        "--device", default="cpu", help="where the tensors of a batch_<n>.pt cache are summed"
+        "--device",
+        default="cpu",
+        help="where the tensors of a batch_<n>.pt cache are summed",
+        type=cli.device,
     )
     return parser.parse_args(argv)
 

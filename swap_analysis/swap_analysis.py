@@ -13,7 +13,7 @@ relation.
     quads about the same two objects
 Why Far Looks Up (arXiv 2605.30161). Stages, each resumed or run alone by --stage: pairs (the
 table), states (the model; memory-mapped, committed pair by pair), metrics and plots. Stages live in
-<out_root>/swap_analysis/<model_type>_<scale>/, results in <output_dir>/<model_type>/ (csv, json,
+<out_root>/swap_analysis/<model_type>_<scale>/, results in <out_dir>/<model_type>/ (csv, json,
 npz, plots). --scales names checkpoints of the table below, or NAME=PATH."""
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="which checkpoints, each a known name or NAME=PATH; None: all known ones",
     )
     parser.add_argument(
+        "--out_dir",
         "--output_dir",
         default="results",
         help="where csv, json, npz and plots go, in a folder of the model type",
@@ -124,8 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--group_name",
         default=None,
         help=(
-            "folder of a merge, below --merge_output_dir or <output_dir>/compare; None: the model"
-            " type"
+            "folder of a merge, below --merge_output_dir or <out_dir>/compare; None: the model type"
         ),
     )
     parser.add_argument(
@@ -146,14 +146,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="no model: print the layer at which the axes are clearest, from saved results",
     )
-    parser.add_argument("--recommend_k", type=int, default=3, help="layers that are recommended")
+    parser.add_argument(
+        "--recommend_k", type=cli.positive, default=3, help="layers that are recommended"
+    )
     parser.add_argument(
         "--recommend_frac",
-        type=float,
+        type=cli.number(0, 0.999),
         default=0.07,
         help="share of the last layers that is never recommended",
     )
-    parser.add_argument("--max_samples_per_category", type=int, default=200, help="0: all")
+    parser.add_argument("--max_samples_per_category", type=cli.count, default=200, help="0: all")
     parser.add_argument(
         "--bbox_file",
         default=None,
@@ -184,37 +186,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ambiguous_band",
-        type=float,
+        type=cli.share,
         default=0.05,
         help="difference of heights, a share of the picture's, up to which a pair is ambiguous",
     )
     parser.add_argument(
         "--layers",
-        type=int,
+        type=cli.count,
         nargs="+",
         default=None,
         help="layers whose states are kept; None: all",
     )
     parser.add_argument(
         "--rep_layers",
-        type=int,
+        type=cli.count,
         nargs="+",
         default=None,
         help="layers of the vectors and their plots; None: five across the depth",
     )
-    parser.add_argument("--state_dtype", choices=["float16", "float32"], default="float16")
-    parser.add_argument("--max_new_tokens", type=int, default=8, help="of an answer")
-    parser.add_argument("--seed", type=int, default=42, help="of the draws of pairs and references")
-    parser.add_argument("--batch_size", type=int, default=8, help="pairs in a batch")
+    parser.add_argument(
+        "--state_dtype",
+        choices=["float16", "float32"],
+        default="float16",
+        help="type in which hidden states are stored",
+    )
+    parser.add_argument("--max_new_tokens", type=cli.positive, default=8, help="of an answer")
+    parser.add_argument(
+        "--seed", type=cli.seed, default=42, help="of the draws of pairs and references"
+    )
+    parser.add_argument("--batch_size", type=cli.positive, default=8, help="pairs in a batch")
     cli.add_run_arguments(parser, "batch of the states")
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.max_new_tokens < 1 or args.max_samples_per_category < 0:
-        parser.error(
-            "--batch_size and --max_new_tokens count from 1, --max_samples_per_category from 0"
-        )
-    if args.recommend_k < 1 or not 0 <= args.recommend_frac < 1:
-        parser.error("--recommend_k counts from 1, --recommend_frac is a share from 0 to below 1")
     if args.run_phase_b and not args.bbox_file:
         parser.error("--run_phase_b needs the objects' boxes: give --bbox_file")
     if args.rebuild_metrics:
@@ -261,7 +264,7 @@ def run_of(args: argparse.Namespace, scale: str) -> Path:
 def folder_of(args: argparse.Namespace) -> Path:
     """The folder of all scales' results."""
     name = f"{args.model_type}__{args.run_name}" if args.run_name else args.model_type
-    return Path(args.output_dir) / name
+    return Path(args.out_dir) / name
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -296,13 +299,17 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
     from vlmdiag.runs.experiment import complete, open_experiment
     from vlmdiag.swap.states import Item, load_picture, make_process, open_states
 
+    of_table, quads = read_table(args)
     vlm = load_from_args(args, path)
     vlm.need("decoder-only")
-    of_table, quads = read_table(args)
     total_layers = len(vlm.parts.layers)
     layers = args.layers or list(range(total_layers))
     if not set(layers) <= set(range(total_layers)):
         raise UsageError(f"--layers {layers}: {path} has {total_layers} layers, counted from 0")
+    if not set(args.rep_layers or layers) <= set(layers):
+        raise UsageError(
+            f"--rep_layers {args.rep_layers}: the layers whose states are kept are {layers}"
+        )
     settings: dict[str, Any] = {
         "scale": scale,
         "data": args.data_path.rsplit("/", 1)[-1],
@@ -414,7 +421,7 @@ def merge(args: argparse.Namespace) -> int:
     from vlmdiag.swap import figures_scales, results
 
     if args.merge_output_dir or args.group_name:
-        parent = Path(args.merge_output_dir or Path(args.output_dir) / "compare")
+        parent = Path(args.merge_output_dir or Path(args.out_dir) / "compare")
         target = parent / (args.group_name or args.model_type)
         copy_json(folder, target, scales)
         folder = target

@@ -55,13 +55,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pool over layers and heads",
     )
     parser.add_argument(
-        "--num_permutations", type=int, default=200, help="of the tokens of each pair of texts"
+        "--num_permutations",
+        type=cli.whole(1, 10**6),
+        default=200,
+        help="of the tokens of each pair of texts",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the permutations")
-    args = parser.parse_args(argv)
-    if args.num_permutations < 1 or args.seed < 0:
-        parser.error("--num_permutations counts from 1 and --seed from 0")
-    return args
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the permutations")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

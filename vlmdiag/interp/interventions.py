@@ -84,10 +84,7 @@ def replacement_of(vlm: VLM, kind: str, mean_tensor: str | None) -> Replacement:
     if kind != "mean":
         return Replacement(kind)
     if mean_tensor is None:
-        raise UsageError(
-            "--mean_tensor is needed: make it with save_post_adapter_acts.py and"
-            " calculate_mean_vector.py, or take --replacement zeros or noise"
-        )
+        raise UsageError("a mean vector is needed where the mean replaces a token")
     width = vlm.model.get_input_embeddings().weight.shape[1]
     mean, provenance = load_mean(mean_tensor, width)
     if provenance is None:

@@ -54,6 +54,23 @@ SCHEMA = 1
 COCO = "coco_diagnostics"
 # What a run directory owns. meta.json last: a run half removed is still known for what it is.
 OWNED = ("per_image", "failures", "analysis", "counters", "preds.json", "meta.json")
+# what makes a run of an experiment
+COMMANDS = {
+    COCO: "diagnostic_tools/run_coco_diagnostics.py",
+    "psi": "diagnostic_tools/psi.py",
+    "relevancy": "diagnostic_tools/relevancy_maps.py",
+    "evaluate_relevancy": "diagnostic_tools/evaluate_relevancy.py",
+    "hallucination_warning": "diagnostic_tools/hallucination_warning.py",
+    "swap_analysis": "swap_analysis/swap_analysis.py",
+    "spatial_tunnel": "swap_analysis/spatial_tunnel.py",
+    "volcano": "visualize/run_volcano_with_image_attention.py",
+    "logit_lens": "scripts/logit_lens/create_logit_lens.py",
+    "lens_accuracy": "scripts/logit_lens/lens_accuracy.py",
+    "mean_vector": "scripts/save_post_adapter_acts.py",
+    "ablation": "scripts/ablation_experiment.py",
+    "ablation_vqa": "scripts/ablation_experiment_curate.py",
+    "knockout": "scripts/attention_experiment_curate.py",
+}
 OTHER_NAME = "use another --run_name, or remove the folder by hand"
 _UNSET = object()
 
@@ -491,15 +508,31 @@ def read_run(path: str | Path, experiment: str) -> Run:
     path = Path(path)
     if not (path / "meta.json").is_file():
         reason = "it has no meta.json" if path.is_dir() else "no such folder"
-        raise UsageError(f"{path} is not a run directory: {reason}")
+        raise UsageError(f"{path} is not a run directory: {reason}{_where_else(path, experiment)}")
     meta = _read_meta(path)
     if meta.get("experiment") != experiment:
         raise UsageError(
-            f"{path} holds experiment {meta.get('experiment')!r}, and {experiment!r} was wanted"
+            f"{path} holds experiment {meta.get('experiment')!r}, and {experiment!r} was wanted,"
+            f" which python {COMMANDS.get(experiment, 'another command')} makes"
         )
     run = Run(path, meta)
     meta["counters"] = run.counters()
     return run
+
+
+def _where_else(path: Path, experiment: str) -> str:
+    """The runs of an experiment in a folder, or beside it, that were meant perhaps, and the command
+    that makes one."""
+    place = path if path.is_dir() else path.parent
+    runs = [
+        str(file.parent)
+        for file in sorted([*place.glob("*/meta.json"), *place.glob("*/*/meta.json")])[:200]
+        if f'"{experiment}"'.encode() in file.read_bytes()
+    ]
+    if runs:
+        return f"; there are {', '.join(runs[:4])}{', ...' * (len(runs) > 4)}"
+    command = COMMANDS.get(experiment)
+    return f"; make one with python {command} --model_path MODEL" if command else ""
 
 
 def find_runs(runs_dir: str | Path, sp: int) -> list[Run]:
