@@ -33,6 +33,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.pictures.entries import read_json
 from vlmdiag.pictures.questions import read_mmhal
 from vlmdiag.pictures.samples import Sample, load_image
+from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
 EXPERIMENT = "volcano"
 POOLS = ("top_k_mean", "mean", "max")
 # flags that the numbers depend on
+# flags whose runs have names of their own
+OWN_RUN = {
+    "sample": "sample",
+    "engineered_prompt": "engineered",
+    "output_visualization_tensors": "tensors",
+    "full_tensors": "full",
+}
 SETTINGS = (
     "sample",
     "temperature",
@@ -166,6 +174,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_instances(args: argparse.Namespace) -> list[Sample]:
     """Samples of the list that --instance-idx names, or all; id '<position>_<image id>', extra
     'index'."""
+    if not Path(args.input).exists():
+        raise UsageError(
+            f"--input {args.input}: no such file; MMHal-Bench: bash data/download_mmhal.sh,"
+            " questions about drawn scenes: python data/make_shapes.py"
+        )
     samples = read_mmhal(args.input, args.image_root)
     positions = list(range(len(samples)))
     if args.instance_idx is not None:
@@ -187,6 +200,25 @@ def read_instances(args: argparse.Namespace) -> list[Sample]:
         extra = sample.extra | {"index": position}
         instances.append(replace(sample, id=f"{position}_{sample.extra['image_id']}", extra=extra))
     return instances
+
+
+def run_of(args: argparse.Namespace) -> Path:
+    """The run directory. Greedy answers without tensors have the model's name alone; sampled ones,
+    engineered prompts and tensors have runs of their own names, so that figure 4 can be made after
+    figure 5. A run of the plain name that was made with the same flags goes on."""
+    plain = rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name)
+    kinds = [name for flag, name in OWN_RUN.items() if getattr(args, flag)]
+    if not kinds or args.run_name or is_made_with(plain, args):
+        return plain
+    return rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, "-".join(kinds))
+
+
+def is_made_with(path: Path, args: argparse.Namespace) -> bool:
+    """Whether a run is there and has the same flags of OWN_RUN."""
+    if not (path / "meta.json").is_file():
+        return False
+    settings = rundirs.read_run(path, EXPERIMENT).meta["settings"]
+    return all(settings.get(flag) == getattr(args, flag) for flag in OWN_RUN)
 
 
 def read_given(path: str, instances: Sequence[Sample]) -> dict[str, str]:
@@ -246,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.make_process(args, vlm, given),
         settings,
         {"input_file": args.input, "batch_size": args.batch_size},
+        path=run_of(args),
         batch_size=args.batch_size,
         progress="instances",
     )

@@ -11,9 +11,12 @@ import difflib
 import math
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from vlmdiag import CHECKOUT
 
 
 class UsageError(Exception):
@@ -168,6 +171,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then
     parser.add_argument(
         "--overwrite", "--no_resume", action="store_true", help="start again instead of going on"
     )
+
+
+def replace_by(command: str, arguments: Sequence[str]) -> NoReturn:
+    """End as another command of the checkout does, run with these arguments in this folder."""
+    words = [sys.executable, str(CHECKOUT / command), *arguments]
+    sys.exit(subprocess.run(words).returncode)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

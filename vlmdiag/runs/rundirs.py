@@ -505,7 +505,7 @@ def _stems(folder: Path) -> list[str]:
 def read_run(path: str | Path, experiment: str) -> Run:
     """Open a run for reading. UsageError names the folder or file that is missing, broken or of
     another experiment."""
-    path = Path(path)
+    path = _without_system(Path(path))
     if not (path / "meta.json").is_file():
         reason = "it has no meta.json" if path.is_dir() else "no such folder"
         raise UsageError(f"{path} is not a run directory: {reason}{_where_else(path, experiment)}")
@@ -518,6 +518,16 @@ def read_run(path: str | Path, experiment: str) -> Run:
     run = Run(path, meta)
     meta["counters"] = run.counters()
     return run
+
+
+def _without_system(path: Path) -> Path:
+    """<model>__sp-1 in place of a <model>__sp-0 that is not there: the published tools give both
+    the same name. A line says so."""
+    other = path.with_name(path.name.removesuffix("0") + "1")
+    if not path.name.endswith("__sp-0") or path.exists() or not (other / "meta.json").is_file():
+        return path
+    print(f"{path}: no such run; read is {other}, made with --strip_system_prompt")
+    return other
 
 
 def _where_else(path: Path, experiment: str) -> str:
@@ -536,13 +546,11 @@ def _where_else(path: Path, experiment: str) -> str:
 
 
 def find_runs(runs_dir: str | Path, sp: int) -> list[Run]:
-    """The coco runs <runs_dir>/*__sp-<sp>, sorted by folder name. UsageError if there are none."""
-    folders = sorted(Path(runs_dir).glob(f"*__sp-{int(sp)}"))
-    runs = [
-        read_run(folder, COCO)
-        for folder in folders
-        if (folder / "meta.json").is_file() and _read_meta(folder).get("experiment") == COCO
-    ]
+    """The coco runs <runs_dir>/*__sp-<sp>, sorted by folder name; those without a system prompt
+    where there are none with one, and a line says so. UsageError if there are none at all."""
+    runs = _coco_runs(Path(runs_dir), sp)
+    if not runs and not sp and (runs := _coco_runs(Path(runs_dir), 1)):
+        print(f"{runs_dir} has no run with --sp 0; read are those with 1, without a system prompt")
     if not runs:
         command = "python diagnostic_tools/run_coco_diagnostics.py --model_path MODEL"
         if int(sp):
@@ -552,3 +560,11 @@ def find_runs(runs_dir: str | Path, sp: int) -> list[Run]:
             f" {runs_dir}"
         )
     return runs
+
+
+def _coco_runs(runs_dir: Path, sp: int) -> list[Run]:
+    return [
+        read_run(folder, COCO)
+        for folder in sorted(runs_dir.glob(f"*__sp-{int(sp)}"))
+        if (folder / "meta.json").is_file() and _read_meta(folder).get("experiment") == COCO
+    ]
