@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.model.prompts import prompt_for
     from vlmdiag.relevancy.evaluation import Protocol, make_process
     from vlmdiag.runs.experiment import run_experiment
+    from vlmdiag.runs.inputs import file_digest
 
     vlm = load_from_args(args)
     vlm.need("decoder-only", "every-layer")
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["image_aspect"] = args.image_aspect
     settings["annotations"] = Path(args.ann_file).name
     settings["questions"] = Path(args.question_file).name if args.question_file else None
+    settings["ann_digest"] = file_digest(Path(args.ann_file))
     free = {"image_folder": args.image_dir, "per_pass": args.per_pass}
     process = make_process(vlm, Protocol(**flags), annotations)
     outcome = run_experiment(

@@ -1,4 +1,4 @@
-"""ablation_experiment_curate.py on LLaVA-Phi, the document's second model, unless --model_path is given."""
+"""ablation_experiment_curate.py on LLaVA-Phi, unless --model_path is given."""
 
 import sys
 

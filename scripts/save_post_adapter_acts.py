@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.runs import engine, rundirs
 
     blocks = [
-        Block(f"block-{n:06d}", tuple(names[start : start + BLOCK]))
+        Block(f"block-{n:06d}", tuple(names[start : start + BLOCK]), image_dir)
         for n, start in enumerate(range(0, len(names), BLOCK))
     ]
     vlm = load_tower(args)

@@ -31,7 +31,8 @@ import numpy as np
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs.inputs import file_digest
 from vlmdiag.swap import pairs
 from vlmdiag.swap.saved import find_scales, read_curves, read_json
 
@@ -296,6 +297,7 @@ def read_table(args: argparse.Namespace) -> tuple[list[Pair], list[Quad]]:
 
 def extract(args: argparse.Namespace, scale: str, path: str) -> int:
     """The states of one checkpoint; returns the exit code."""
+    from vlmdiag.runs import engine
     from vlmdiag.runs.experiment import complete, open_experiment
     from vlmdiag.swap.states import Item, load_picture, make_process, open_states
 
@@ -318,6 +320,7 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
         "pairs": len(of_table),
         "quads": len(quads),
         "boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1],
+        "boxes_digest": args.bbox_file and file_digest(Path(args.bbox_file)),
         "answers": "up to the sentence that decides",
     }
     settings |= {name: getattr(args, name) for name in SETTINGS}
@@ -328,15 +331,19 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
     if args.overwrite:
         states_path.unlink(missing_ok=True)
         quads_path.unlink(missing_ok=True)
+    items = [Item(pair, row) for row, pair in enumerate(of_table)]
+    done = engine.done_before(run, items)
     write_lines(run.path / "pairs.jsonl", of_table)
     write_lines(run.path / "quads.jsonl", quads)
     width = vlm.model.get_input_embeddings().weight.shape[1]
     quad_states = None
     try:
-        states = open_states(states_path, (len(of_table), 2, len(layers), width), args.state_dtype)
+        size = (len(of_table), 2, len(layers), width)
+        states = open_states(states_path, size, args.state_dtype, len(done))
         if quads:
             size = (len(quads), 4, len(layers), width)
-            quad_states = open_states(quads_path, size, args.state_dtype)
+            with_quads = len(done & {quad["id"] for quad in quads})
+            quad_states = open_states(quads_path, size, args.state_dtype, with_quads)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}; --overwrite starts again") from error
     quad_of = {quad["id"]: quad for quad in quads}
@@ -344,7 +351,7 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
         args,
         vlm,
         run,
-        [Item(pair, row) for row, pair in enumerate(of_table)],
+        items,
         load_picture(args.data_path),
         make_process(vlm, layers, states, quad_states, quad_of, args.max_new_tokens),
         args.batch_size,
@@ -362,11 +369,33 @@ def write_lines(path: Path, records: Sequence[Pair] | Sequence[Quad]) -> None:
 def read_lines(path: Path) -> list[Any]:
     """What write_lines() wrote."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if not all(isinstance(line, dict) and "id" in line for line in lines):
+            raise ValueError("its lines are no pairs")
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read ({error}); run --stage pairs states again"
         ) from error
+    return lines
+
+
+def read_states(path: Path, shape: tuple[int, ...], done: np.ndarray) -> np.ndarray:
+    """The states of the finished rows, whose states cannot all be zeros. UsageError for a file
+    that is missing, damaged or of other pairs."""
+    again = "run --stage states again with --overwrite"
+    try:
+        states: np.ndarray = np.load(path, mmap_mode="r")
+    except disk.BROKEN as error:
+        raise UsageError(f"{path} cannot be read ({error}); {again}") from error
+    if states.shape[:3] != shape or states.ndim != 4 or states.dtype.kind != "f":
+        raise UsageError(
+            f"{path} has shape {states.shape} and {states.dtype}, numbers of shape"
+            f" ({', '.join(map(str, shape))}, d) were wanted; {again}"
+        )
+    empty = [row for row in np.flatnonzero(done) if not states[row].any()]
+    if empty:
+        raise UsageError(f"{path} has only zeros for {len(empty)} finished pairs; {again}")
+    return states
 
 
 def measure(args: argparse.Namespace, scale: str) -> None:
@@ -381,17 +410,29 @@ def measure(args: argparse.Namespace, scale: str) -> None:
     from vlmdiag.swap import results
 
     quads_done = np.array([is_done.get(quad["id"], False) for quad in quads], bool)
+    if run.meta["settings"]["pairs"] != len(of_table):
+        raise UsageError(
+            f"{run.path / 'pairs.jsonl'} has {len(of_table)} of {run.meta['settings']['pairs']}"
+            " pairs; run --stage pairs states again"
+        )
+    pairs_done = np.array(list(is_done.values()))
+    size = (len(of_table), 2, len(layers))
+    states = read_states(run.path / "states.npy", size, pairs_done)
+    quad_states = None
+    if quads:
+        size = (len(quads), 4, len(layers))
+        quad_states = read_states(run.path / "quad_states.npy", size, quads_done)
     results.write_results(
         folder_of(args),
         scale,
         of_table,
-        np.load(run.path / "states.npy", mmap_mode="r"),
+        states,
         [run.record(id) if done else None for id, done in is_done.items()],
         layers,
         args.rep_layers or representative(layers),
         quads or None,
-        np.load(run.path / "quad_states.npy", mmap_mode="r") if quads else None,
-        mask=np.array(list(is_done.values())),
+        quad_states,
+        mask=pairs_done,
         quad_mask=quads_done if quads else None,
         total_layers=run.meta["settings"]["total_layers"],
         k=args.recommend_k,

@@ -181,7 +181,7 @@ def replace_by(command: str, arguments: Sequence[str]) -> NoReturn:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call main() and end the process with its exit code; a UsageError becomes one line and exit
-    code 2."""
+    code 2, and so does an error of any kind where a run that was read turns out to be damaged."""
     code: int | None
     try:
         code = main()
@@ -194,4 +194,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except Exception:
+        # a broken run or our mistake? a run that was read tells whether it is as it was written
+        runs = sys.modules.get("vlmdiag.runs.rundirs")
+        damage = runs and runs.damage()
+        if not damage:
+            raise
+        print(f"error: {damage}", file=sys.stderr)
+        code = 2
     sys.exit(code or 0)

@@ -77,9 +77,18 @@ def read_folder(args: argparse.Namespace) -> list[Sample]:
     return samples
 
 
+def is_whole(page: Path) -> bool:
+    """Whether a page is there to its end, without the zeros that a power cut may leave."""
+    try:
+        content = page.read_bytes()
+    except OSError:
+        return False
+    return content.rstrip().endswith(b"</html>") and b"\0" not in content
+
+
 def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, again: bool) -> int:
-    """A page for every finished picture that has none, or one older than its numbers. Returns how
-    many were written."""
+    """A page for every finished picture that has none, a damaged one, or one older than its
+    numbers. Returns how many were written."""
     settings = {name: run.meta["settings"][name] for name in ("dtype", "top_k", "image_aspect")}
     written = 0
     for sample in samples:
@@ -87,7 +96,7 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
         numbers = run.path / "per_image" / f"{sample.id}.json"
         if not run.is_done(sample.id):
             continue
-        if page.exists() and not again and page.stat().st_mtime >= numbers.stat().st_mtime:
+        if not again and is_whole(page) and page.stat().st_mtime >= numbers.stat().st_mtime:
             continue
         record = run.record(sample.id)
         arrays = run.arrays(sample.id)

@@ -78,6 +78,11 @@ class Sample:
     answer: str | None = None
     extra: Record = field(default_factory=dict, hash=False)
 
+    @property
+    def inputs(self) -> list[object]:
+        """What its numbers are made of."""
+        return [self.question, self.answer, self.image]
+
 
 class HasImage(Protocol):
     """An item of a run that names its picture."""
