@@ -28,7 +28,7 @@ EXPERIMENT = "relevancy"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--run_dir", required=True, help="run of relevancy_maps.py")
+    parser.add_argument("--run_dir", nargs="+", required=True, help="runs of relevancy_maps.py")
     parser.add_argument(
         "--image_dir", "--image_folder", required=True, help="where the pictures are"
     )
@@ -68,12 +68,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def draw_run(path: str, args: argparse.Namespace) -> None:
+    """The figures of one run."""
     from vlmdiag.figures import plots
     from vlmdiag.relevancy.map_figures import Maps, token_figure, tokens_figure
 
-    run = rundirs.read_run(args.run_dir, EXPERIMENT)
+    run = rundirs.read_run(path, EXPERIMENT)
     ids = run.ids()
     ids = [selection.find_id(ids, args.image_key)] if args.image_key else ids[: args.max_images]
     if not ids:
@@ -87,13 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             figure = token_figure(maps, args.token, args.layer, args.ceiling)
             name = f"{id}_token{args.token}"
         settings = {
-            "run": Path(args.run_dir).name,
+            "run": Path(path).name,
             "picture": maps.record["file_name"],
             "layer": maps.record["layers"][maps.layer_index(args.layer)],
             "token": args.token,
             "sinks": args.sinks,
         }
         plots.save(figure, run.path / "analysis" / name, settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    for path in args.run_dir:
+        draw_run(path, args)
     return 0
 
 

@@ -26,6 +26,7 @@ is kept, and P may differ between pictures. estimate_acts_size.py says beforehan
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from hashlib import sha256
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "image_aspect": args.image_aspect,
         "block": BLOCK,
         "pictures": len(names),
-        "list_digest": sha256("\n".join(names).encode()).hexdigest()[:16],
+        "list_digest": sha256(os.fsencode("\n".join(names))).hexdigest()[:16],
     }
     free = {
         "model_path": args.model_path,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import math
 import os
 import re
@@ -182,6 +183,9 @@ def replace_by(command: str, arguments: Sequence[str]) -> NoReturn:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call main() and end the process with its exit code; a UsageError becomes one line and exit
     code 2, and so does an error of any kind where a run that was read turns out to be damaged."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold any bytes
+            stream.reconfigure(errors="backslashreplace")
     code: int | None
     try:
         code = main()
