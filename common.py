@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.types import Record
 
@@ -237,7 +238,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, path: bool = True) -> N
     if path:
         parser.add_argument("--model_path", required=True, help="folder or hub id of the model")
     parser.add_argument(
-        "--device", default=None, help="cuda, cuda:1, cpu; default: a GPU where there is one"
+        "--device",
+        default=None,
+        help="cuda, cuda:1, cpu; default: a GPU where there is one",
+        type=cli.device,
     )
     parser.add_argument(
         "--dtype",
@@ -246,7 +250,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, path: bool = True) -> N
         help="auto: float32 on a CPU, the checkpoint's on a GPU",
     )
     parser.add_argument(
-        "--device_map", default=None, help="'auto' spreads the model over several GPUs"
+        "--device_map",
+        type=cli.device_map,
+        default=None,
+        help="'auto' spreads the model over several GPUs",
     )
     parser.add_argument(
         "--quantize_type",

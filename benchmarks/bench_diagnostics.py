@@ -82,18 +82,22 @@ def measure(args: argparse.Namespace, case: Case, prompt: int) -> list[measuring
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="shape of the model")
     parser.add_argument(
-        "--prompt", type=int, nargs="+", default=[620, 1750], help="about how many prompt tokens"
+        "--prompt",
+        type=cli.whole(50),
+        nargs="+",
+        default=[620, 1750],
+        help="about how many prompt tokens",
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=cli.positive,
         nargs="+",
         default=[1, 4],
         help="pictures in a batch; the published procedure takes them one by one",
     )
-    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--new_tokens", type=cli.positive, default=32, help="tokens of an answer")
     measuring.add_arguments(parser, measuring.VARIANTS)
     args = parser.parse_args(argv)
     if args.quick:
@@ -102,11 +106,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.batch = [2]
         args.repeats = 1
         args.new_tokens = 4
-    counts = [args.repeats, args.new_tokens, *args.batch]
-    if args.threads is not None:
-        counts.append(args.threads)
-    if min(args.prompt) < 50 or min(counts) < 1:
-        parser.error("--prompt needs 50 at least, the other numbers 1")
     return args
 
 

@@ -54,11 +54,15 @@ def measure(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=["small", "smol", "7b"], default="small")
-    parser.add_argument("--prompt", type=int, default=620, help="about how many prompt tokens")
+    parser.add_argument(
+        "--size", choices=["small", "smol", "7b"], default="small", help="shape of the model"
+    )
+    parser.add_argument(
+        "--prompt", type=cli.positive, default=620, help="about how many prompt tokens"
+    )
     parser.add_argument(
         "--new_tokens",
-        type=int,
+        type=cli.positive,
         default=32,
         help="of a description; a yes/no answer has at most 10",
     )

@@ -42,13 +42,21 @@ FLAGS = ("size", "prompt", "new_tokens", "memory", "threads")  # that a variant'
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=["quick", "small", "smol", "7b"], default="small")
     parser.add_argument(
-        "--prompt", type=int, default=620, help="about how many tokens the prompt has"
+        "--size",
+        choices=["quick", "small", "smol", "7b"],
+        default="small",
+        help="shape of the model",
     )
-    parser.add_argument("--new_tokens", type=int, default=30, help="tokens of the answer")
     parser.add_argument(
-        "--memory", type=int, default=128, help="MiB of one layer's maps that ours holds at once"
+        "--prompt", type=cli.positive, default=620, help="about how many tokens the prompt has"
+    )
+    parser.add_argument("--new_tokens", type=cli.positive, default=30, help="tokens of the answer")
+    parser.add_argument(
+        "--memory",
+        type=cli.whole(1, 2**20),
+        default=128,
+        help="MiB of one layer's maps that ours holds at once",
     )
     measuring.add_arguments(parser, measuring.VARIANTS)
     args = parser.parse_args(argv)

@@ -118,16 +118,16 @@ def measure(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="shape of the model")
     parser.add_argument(
         "--prompt",
-        type=int,
+        type=cli.positive,
         default=620,
         help="about how many tokens the prompt of a short question has",
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=cli.positive,
         nargs="+",
         default=[1, 8],
         help="pairs in a batch; the published extraction takes one query at a time",

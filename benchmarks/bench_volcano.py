@@ -39,18 +39,26 @@ from vlmdiag import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--size", choices=["quick", "small", "smol", "7b"], default="small")
     parser.add_argument(
-        "--prompt", type=int, default=620, help="about how many tokens the question's prompt has"
+        "--size",
+        choices=["quick", "small", "smol", "7b"],
+        default="small",
+        help="shape of the model",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=cli.positive,
+        default=620,
+        help="about how many tokens the question's prompt has",
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=cli.positive,
         nargs="+",
         default=[1, 4],
         help="instances in a batch; the published capture takes them one by one",
     )
-    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--new_tokens", type=cli.positive, default=32, help="tokens of an answer")
     measuring.add_arguments(parser, measuring.VARIANTS)
     args = parser.parse_args(argv)
     if args.quick:

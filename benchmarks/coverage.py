@@ -117,13 +117,12 @@ def table(samples: int, seed: int) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--samples", type=int, default=2000, help="of each distribution and size")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--samples", type=cli.whole(10), default=2000, help="of each distribution and size"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the random draws")
     parser.add_argument("--out", default=None, help="page whose table is replaced")
-    args = parser.parse_args(argv)
-    if args.samples < 10:
-        parser.error("--samples counts from 10")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,10 +45,16 @@ RETURNING = {
 def add_arguments(parser: argparse.ArgumentParser, variants: Sequence[str] = ()) -> None:
     """Flags of every benchmark; variants: those whose peak memory can be asked for."""
     parser.add_argument(
-        "--repeats", type=int, default=5, help="timed rounds, after one that is not counted"
+        "--repeats",
+        type=cli.positive,
+        default=5,
+        help="timed rounds, after one that is not counted",
     )
     parser.add_argument(
-        "--threads", type=int, default=None, help="of PyTorch; None: as many as it takes itself"
+        "--threads",
+        type=cli.whole(1, 1024),
+        default=None,
+        help="of PyTorch; None: as many as it takes itself",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a very small shape; figures without meaning"

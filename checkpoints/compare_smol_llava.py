@@ -53,20 +53,25 @@ class Step(NamedTuple):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--images", type=int, default=20, help="pictures of the smallest experiments"
+        "--max_images",
+        "--images",
+        type=cli.whole(2),
+        default=20,
+        help="pictures of the smallest experiments",
     )
-    parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="only these systems"
+    )
     parser.add_argument("--runs", default="runs/smol_llava", help="run directories")
     parser.add_argument(
         "--out", default="outputs/smol_llava", help="tables and figures of commands"
     )
-    parser.add_argument("--page", default=str(ROOT / "docs" / "smol_llava.md"))
+    parser.add_argument(
+        "--page", default=str(ROOT / "docs" / "smol_llava.md"), help="page that is written"
+    )
     parser.add_argument("--page_only", action="store_true", help="measure nothing")
     parser.add_argument("--gguf", help="as in build_smol_llava.py, for folders that are missing")
-    args = parser.parse_args(argv)
-    if args.images < 2:
-        parser.error("--images counts from 2")
-    return args
+    return parser.parse_args(argv)
 
 
 def steps(system: str, args: argparse.Namespace) -> Iterator[Step]:
@@ -78,7 +83,7 @@ def steps(system: str, args: argparse.Namespace) -> Iterator[Step]:
         return Step(["bash", str(ROOT / script)], common | variables)
 
     folders = {name: str(HERE / name) for name in present((*MODELS, *LENS_ONLY))}
-    many, few = 5 * args.images, args.images
+    many, few = 5 * args.max_images, args.max_images
     data = ROOT / "data" / "shapes-interp"
     if system == "semantics":
         both = " ".join(folders[name] for name in MODELS)

@@ -41,21 +41,28 @@ BARS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("model_path", nargs="+")
+    parser.add_argument("model_path", nargs="+", help="folders of models")
     parser.add_argument(
         "--scenes",
-        type=int,
+        type=cli.positive,
         default=150,
         help="floor scenes of two to four objects; a third as many corridors",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=cli.seed,
         default=1000,
         help="scenes that training never saw: its seeds are named differently",
     )
-    parser.add_argument("--batch_size", type=int, default=48, help="questions about one picture")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument(
+        "--batch_size", type=cli.positive, default=48, help="questions about one picture"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="type of the weights",
+    )
     parser.add_argument(
         "--card", help="the file into which the tables go; None: README.md of the model's folder"
     )

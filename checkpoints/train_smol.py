@@ -41,7 +41,12 @@ HERE = Path(__file__).resolve().parent
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--warm_start", choices=["words", "permuted", "none"], default="words")
+    parser.add_argument(
+        "--warm_start",
+        choices=["words", "permuted", "none"],
+        default="words",
+        help="what the language model begins with",
+    )
     parser.add_argument(
         "--out",
         default=str(HERE / "smol-llava"),
@@ -52,30 +57,52 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--gguf",
         help="GGUF file of the language model, or a folder of it; by default it is downloaded",
     )
-    parser.add_argument("--warm_steps", type=int, default=400)
-    parser.add_argument("--stage1_steps", type=int, default=300)
-    parser.add_argument("--stage2_steps", type=int, default=1400)
+    parser.add_argument("--warm_steps", type=cli.count, default=400, help="steps of the warm start")
     parser.add_argument(
-        "--pictures", type=int, default=3, help="pictures a step, each with about 12 questions"
+        "--stage1_steps", type=cli.count, default=300, help="steps of the connector alone"
     )
     parser.add_argument(
-        "--row_length", type=int, default=432, help="tokens of a picture with its questions"
+        "--stage2_steps", type=cli.count, default=1400, help="steps of connector and adapters"
     )
     parser.add_argument(
-        "--eval_every", type=int, default=100, help="steps between accuracies on held-out scenes"
+        "--pictures",
+        type=cli.positive,
+        default=3,
+        help="pictures a step, each with about 12 questions",
     )
     parser.add_argument(
-        "--eval_scenes", type=int, default=32, help="held-out scenes, every fourth a corridor"
+        "--row_length",
+        type=cli.positive,
+        default=432,
+        help="tokens of a picture with its questions",
     )
     parser.add_argument(
-        "--save_every", type=float, default=10, help="minutes between two savings of the state"
+        "--eval_every",
+        type=cli.positive,
+        default=100,
+        help="steps between accuracies on held-out scenes",
     )
     parser.add_argument(
-        "--stop_after", type=float, default=math.inf, help="minutes after which to save and end"
+        "--eval_scenes",
+        type=cli.positive,
+        default=32,
+        help="held-out scenes, every fourth a corridor",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--save_every",
+        type=cli.number(0, 10**6),
+        default=10,
+        help="minutes between two savings of the state",
+    )
+    parser.add_argument(
+        "--stop_after",
+        type=cli.number(0, math.inf),
+        default=math.inf,
+        help="minutes after which to save and end",
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the random draws")
+    parser.add_argument("--threads", type=cli.whole(1, 1024), default=1, help="of PyTorch")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1", type=cli.device)
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the language model"
     )

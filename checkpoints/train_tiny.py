@@ -48,26 +48,37 @@ VARIANT_LEARNING_RATE = 1e-3
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
-    parser.add_argument("--scenes", type=int, default=16000, help="pictures to train on")
-    parser.add_argument("--tower_steps", type=int, default=2500)
-    parser.add_argument("--base_steps", type=int, default=3500)
+    parser.add_argument(
+        "--stages", nargs="+", default=STAGES, choices=STAGES, help="only these stages"
+    )
+    parser.add_argument("--scenes", type=cli.positive, default=16000, help="pictures to train on")
+    parser.add_argument("--tower_steps", type=cli.count, default=2500, help="steps of the tower")
+    parser.add_argument(
+        "--base_steps",
+        type=cli.count,
+        default=3500,
+        help="steps of the model that the variants begin from",
+    )
     parser.add_argument(
         "--independent_steps",
-        type=int,
+        type=cli.count,
         default=5000,
         help="relations come later where height does not give depth away",
     )
-    parser.add_argument("--late_steps", type=int, default=1000)
-    parser.add_argument("--variant_steps", type=int, default=700)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--late_steps", type=cli.count, default=1000, help="steps after them")
+    parser.add_argument(
+        "--variant_steps", type=cli.count, default=700, help="steps of each variant"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the random draws")
     parser.add_argument(
         "--stop_after",
-        type=float,
+        type=cli.number(0, 10**6),
         default=110,
         help="minutes after which the state is kept and the run ends",
     )
-    parser.add_argument("--device", default=None, help="None: a GPU where there is one")
+    parser.add_argument(
+        "--device", default=None, help="None: a GPU where there is one", type=cli.device
+    )
     parser.add_argument(
         "--out_dir", default=str(HERE), help="folder of the models; the state is in its .train"
     )

@@ -37,11 +37,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("input", help="the list in another form")
     parser.add_argument("--out", required=True, help="the question list to write")
     parser.add_argument("--annotations", default=None, help="VQA: the file with the answers")
-    parser.add_argument("--max_questions", type=int, default=None, help="only the first so many")
-    args = parser.parse_args(argv)
-    if args.max_questions is not None and args.max_questions < 1:
-        parser.error("--max_questions counts from 1")
-    return args
+    parser.add_argument(
+        "--max_images",
+        "--max_questions",
+        type=cli.positive,
+        default=None,
+        help="only the first so many",
+    )
+    return parser.parse_args(argv)
 
 
 # --- forms ----------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 left_out[entry] += 1
                 continue
             entries.append(entry)
-            if len(entries) == args.max_questions:
+            if len(entries) == args.max_images:
                 break
     except (KeyError, TypeError, AttributeError) as error:
         what = f"has no {error.args[0]}" if isinstance(error, KeyError) else f"is odd: {error}"

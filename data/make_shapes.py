@@ -42,15 +42,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--out_dir", default=str(HERE / "shapes"), help="folder of the set")
     parser.add_argument(
-        "--num_images", type=int, help="floor, corridor: pictures in val2017; None: 200"
+        "--num_images", type=cli.positive, help="floor, corridor: pictures in val2017; None: 200"
     )
     parser.add_argument(
         "--num_train",
-        type=int,
+        type=cli.count,
         help="floor, corridor: pictures in train2017, 0: no train part; None: 400",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="another seed, other scenes and questions"
+        "--seed", type=cli.seed, default=0, help="another seed, other scenes and questions"
     )
     parser.add_argument(
         "--scene",
@@ -60,27 +60,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--instances",
-        type=int,
+        type=cli.positive,
         help="tunnel: pictures of each of the 16 x 16 cells of angles; None: 12",
     )
     parser.add_argument(
-        "--sweep_scenes", type=int, help="tunnel: scenes drawn in 11 sizes each; None: 100"
+        "--sweep_scenes", type=cli.count, help="tunnel: scenes drawn in 11 sizes each; None: 100"
     )
     parser.add_argument(
         "--height_depth_correlation",
-        type=float,
+        type=cli.share,
         help="floor: correlation of height in the picture and depth, 0 to 0.96; None: 0.8",
     )
     parser.add_argument(
-        "--num_workers", type=int, default=0, help="processes that draw; 0: one a core"
+        "--num_workers", type=cli.workers, default=0, help="processes that draw; 0: one a core"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the set in out_dir and make this one"
     )
     args = parser.parse_args(argv)
     check_numbers(args)
-    if args.num_workers < 0:
-        raise UsageError(f"--num_workers {args.num_workers}: 0 (one a core) or more is wanted")
     check_correlation(args)
     return args
 

@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--delta_steps",
-        type=float,
+        type=cli.number(-1_000_000, 1_000_000),
         help="which of the run's shifts D to read, in token positions; None: the run's first",
     )
     parser.add_argument(

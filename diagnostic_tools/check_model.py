@@ -41,7 +41,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model_path", help="folder or hub id of the model")
     parser.add_argument("image", nargs="?", help="picture; None: a drawn one")
-    parser.add_argument("question", nargs="?", default="Describe the image.")
+    parser.add_argument(
+        "question", nargs="?", default="Describe the image.", help="asked about the picture"
+    )
     parser.add_argument("--out", default="grid.png", help="picture with the grid of vision tokens")
     parser.add_argument("--json", default=None, help="file for all that is printed, as JSON")
     parser.add_argument(

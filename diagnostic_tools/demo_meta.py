@@ -49,12 +49,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="127.0.0.1",
         help="address to listen on; any other than this machine's own needs --auth",
     )
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument(
+        "--port", type=cli.whole(1, 65_535), default=7860, help="where the page listens"
+    )
     parser.add_argument("--auth", default=None, help="user:password that the page asks for")
     parser.add_argument("--out_root", default="runs", help="where exports go")
     parser.add_argument(
         "--max-length",
-        type=int,
+        "--max_new_tokens",
+        type=cli.whole(1, TOKEN_LIMIT),
         default=512,
         help=f"most tokens of an answer, at most {TOKEN_LIMIT}",
     )
@@ -62,13 +65,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--do-sample", action="store_true", help="the page starts with sampling switched on"
     )
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="of sampling, where the page starts"
+        "--temperature",
+        type=cli.number(0.1, 2),
+        default=1.0,
+        help="of sampling, where the page starts",
     )
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="of sampling, where the page starts"
+        "--top_p", type=cli.number(0.05, 1), default=1.0, help="of sampling, where the page starts"
     )
     parser.add_argument(
-        "--num-beams", type=int, default=1, help="1: a beam has no single row that produced a token"
+        "--num-beams",
+        type=cli.positive,
+        default=1,
+        help="1: a beam has no single row that produced a token",
     )
     parser.add_argument("--load-8bit", action="store_true", help="as --quantize_type int8")
     parser.add_argument("--load-4bit", action="store_true", help="as --quantize_type 4bit")
@@ -91,13 +100,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--num-beams: beams have no single row that produced a token, so only 1 can be looked"
             " into; try --do-sample for other answers"
-        )
-    if not 1 <= args.max_length <= TOKEN_LIMIT:
-        parser.error(f"--max-length {args.max_length}: 1 to {TOKEN_LIMIT} tokens")
-    if not 0.1 <= args.temperature <= 2 or not 0.05 <= args.top_p <= 1:
-        parser.error(
-            "--temperature lies between 0.1 and 2, --top_p between 0.05 and 1 (no sampling: leave"
-            " --do-sample out)"
         )
     if args.load_8bit + args.load_4bit + (args.quantize_type is not None) > 1:
         parser.error("--load-8bit, --load-4bit and --quantize_type exclude each other")

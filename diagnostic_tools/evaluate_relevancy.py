@@ -2,11 +2,11 @@
 of the token; see whether it lies on the named object.
 
     python diagnostic_tools/evaluate_relevancy.py --model_path checkpoints/tiny-llava \\
-        --image_folder data/shapes/val2017 \\
+        --image_dir data/shapes/val2017 \\
         --ann_file data/shapes/annotations/instances_val2017.json --removal mean drop \\
-        --num_images 20
+        --max_images 20
     python diagnostic_tools/relevancy_evaluation_plot.py \\
-        --run_dirs runs/evaluate_relevancy/tiny-llava
+        --run_dir runs/evaluate_relevancy/tiny-llava
 
 The model answers, or is given an answer; targets are the tokens that name an object which is there
 once. Every method of vlmdiag/relevancy/methods.py scores the vision tokens once, on the full input.
@@ -61,7 +61,7 @@ SHARES = (0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1)  # finer at both ends, where maps 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--image_folder", required=True, help="folder of pictures")
+    parser.add_argument("--image_dir", "--image_folder", required=True, help="folder of pictures")
     parser.add_argument(
         "--ann_file",
         required=True,
@@ -81,7 +81,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="measure the answers of --question_file by teacher forcing instead of generating",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=32, help="most tokens of an answer"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -97,45 +99,56 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="how vision tokens are taken away",
     )
     parser.add_argument(
-        "--shares", type=float, nargs="+", default=list(SHARES), help="shares removed, from 0 to 1"
+        "--shares",
+        type=cli.share,
+        nargs="+",
+        default=list(SHARES),
+        help="shares removed, from 0 to 1",
     )
     parser.add_argument(
         "--targets_per_image",
-        type=int,
+        type=cli.positive,
         default=None,
         help="so many targets, drawn by --seed; None: all",
     )
     parser.add_argument(
         "--blur_radius",
-        type=float,
+        type=cli.number(0, 10, above=True),
         default=0.1,
         help="of the Gaussian, in sides of the picture (the longer one)",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=15.0, help="pixels that the pointing game forgives"
+        "--tolerance",
+        type=cli.number(0, 100_000),
+        default=15.0,
+        help="pixels that the pointing game forgives",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the random map, of ties and of the targets drawn"
+        "--seed",
+        type=cli.seed,
+        default=0,
+        help="of the random map, of ties and of the targets drawn",
     )
-    parser.add_argument("--per_pass", type=int, default=8, help="removals that run together")
-    parser.add_argument("--num_images", type=int, default=None, help="only the first so many")
+    parser.add_argument(
+        "--per_pass", type=cli.positive, default=8, help="removals that run together"
+    )
+    parser.add_argument(
+        "--max_images",
+        "--num_images",
+        type=cli.positive,
+        default=None,
+        help="only the first so many",
+    )
     cli.add_run_arguments(parser, "picture")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(args.methods))
     args.removal = list(dict.fromkeys(args.removal))
-    counts = (args.max_new_tokens, args.per_pass, args.num_images, args.targets_per_image)
-    if any(count is not None and count < 1 for count in counts):
-        parser.error(
-            "--max_new_tokens, --per_pass, --num_images and --targets_per_image count from 1"
-        )
     if args.shares[0] != 0 or args.shares[-1] != 1 or sorted(set(args.shares)) != args.shares:
         parser.error(
             f"--shares {' '.join(f'{share:g}' for share in args.shares)}: ascending shares from 0"
             " to 1 are wanted, such as 0 0.25 0.5 1"
         )
-    if args.blur_radius <= 0 or args.tolerance < 0:
-        parser.error("--blur_radius has to be over 0 and --tolerance at least 0")
     if args.use_answers and not args.question_file:
         parser.error("--use_answers needs --question_file")
     return args
@@ -144,8 +157,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_samples(args: argparse.Namespace) -> list[Sample]:
     """A Sample per question of the list, or per picture of the annotation file."""
     if args.question_file:
-        return read_questions(args.question_file, args.image_folder)[: args.num_images]
-    return read_coco(args.image_folder, args.ann_file, args.num_images, args.prompt_text)
+        return read_questions(args.question_file, args.image_dir)[: args.max_images]
+    return read_coco(args.image_dir, args.ann_file, args.max_images, args.prompt_text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.model.prompts import prompt_for
     from vlmdiag.relevancy.evaluation import Protocol, make_process
     from vlmdiag.runs.experiment import run_experiment
+    from vlmdiag.runs.inputs import file_digest
 
     vlm = load_from_args(args)
     vlm.need("decoder-only", "every-layer")
@@ -166,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["image_aspect"] = args.image_aspect
     settings["annotations"] = Path(args.ann_file).name
     settings["questions"] = Path(args.question_file).name if args.question_file else None
-    free = {"image_folder": args.image_folder, "per_pass": args.per_pass}
+    settings["ann_digest"] = file_digest(Path(args.ann_file))
+    free = {"image_folder": args.image_dir, "per_pass": args.per_pass}
     process = make_process(vlm, Protocol(**flags), annotations)
     outcome = run_experiment(
         args, vlm, EXPERIMENT, samples, with_picture, process, settings, free, progress="pictures"
@@ -174,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = outcome.run.path
     print(
         f"{where}: tables and figures by python diagnostic_tools/relevancy_evaluation_plot.py"
-        f" --run_dirs {where}"
+        f" --run_dir {where}"
     )
     return outcome.code
 

@@ -2,10 +2,10 @@
 probability for each object word of an answer.
 
     python diagnostic_tools/hallucination_warning.py fit --model_path checkpoints/tiny-llava \\
-        --image_folder data/shapes/val2017 \\
+        --image_dir data/shapes/val2017 \\
         --ann_file data/shapes/annotations/instances_val2017.json
     python diagnostic_tools/hallucination_warning.py test --model_path checkpoints/tiny-llava \\
-        --image_folder data/shapes-test/val2017 \\
+        --image_dir data/shapes-test/val2017 \\
         --ann_file data/shapes-test/annotations/instances_val2017.json
     python diagnostic_tools/hallucination_warning.py score --model_path checkpoints/tiny-llava \\
         --image picture.jpg --prompt_text "Describe the image."
@@ -53,18 +53,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["fit", "test", "score"],
         help="calibrate, test a calibration on other pictures, score one answer",
     )
-    parser.add_argument("--image_folder", default=None, help="fit, test: folder of pictures")
+    parser.add_argument(
+        "--image_dir", "--image_folder", default=None, help="fit, test: folder of pictures"
+    )
     parser.add_argument("--ann_file", default=None, help="fit, test: COCO instances file")
     parser.add_argument("--image", default=None, help="score: picture")
     parser.add_argument(
         "--prompt_text", default="Describe the image.", help="prompt of descriptions"
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=["captions", "pope"], default=["captions", "pope"]
+        "--kinds",
+        nargs="+",
+        choices=["captions", "pope"],
+        default=["captions", "pope"],
+        help="what is scored: object words of descriptions, yes/no questions",
     )
     parser.add_argument(
         "--questions_per_image",
-        type=int,
+        type=cli.positive,
         default=4,
         help="pope: half of them about objects that are not there",
     )
@@ -80,19 +86,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=None,
         help="calibration.json of fit; None: that of this model in --out_root",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=48)
-    parser.add_argument("--num_images", type=int, default=None, help="only the first so many")
-    parser.add_argument("--seed", type=int, default=0, help="of corruptions and questions")
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=48, help="most tokens of an answer"
+    )
+    parser.add_argument(
+        "--max_images",
+        "--num_images",
+        type=cli.positive,
+        default=None,
+        help="only the first so many",
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of corruptions and questions")
     cli.add_run_arguments(parser, "item")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if args.command == "score" and not args.image:
         parser.error("score needs --image")
-    if args.command != "score" and not (args.image_folder and args.ann_file):
-        parser.error(f"{args.command} needs --image_folder and --ann_file")
-    counts = (args.max_new_tokens, args.questions_per_image, args.num_images)
-    if any(count is not None and count < 1 for count in counts):
-        parser.error("--max_new_tokens, --questions_per_image and --num_images count from 1")
+    if args.command != "score" and not (args.image_dir and args.ann_file):
+        parser.error(f"{args.command} needs --image_dir and --ann_file")
     return args
 
 
@@ -105,21 +116,22 @@ def read_items(args: argparse.Namespace) -> tuple[list[Item], list[str]]:
         str(image_id): tuple(sorted({instance["category"] for instance in instances}))
         for image_id, instances in read_instances(args.ann_file).items()
     }
-    samples = read_coco(args.image_folder, args.ann_file, args.num_images, args.prompt_text)
+    samples = read_coco(args.image_dir, args.ann_file, args.max_images, args.prompt_text)
     items = items_of(
         samples, objects, names, args.kinds, args.corrupt, args.questions_per_image, args.seed
     )
     return items, names
 
 
-def measured(args: argparse.Namespace, vlm: VLM, purpose: str) -> Outcome:
-    """Measure the items of fit or test."""
+def measured(
+    args: argparse.Namespace, vlm: VLM, items: Sequence[Item], names: list[str], purpose: str
+) -> Outcome:
+    """Measure the items of fit or test; names: of all objects."""
     from vlmdiag.model.prompts import prompt_for
     from vlmdiag.runs.experiment import run_experiment
     from vlmdiag.stethoscope.hallucination import make_process
     from vlmdiag.stethoscope.warning_signals import EXPERIMENT
 
-    items, names = read_items(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["prompt"] = prompt_for(vlm, args.prompt_text)[0]
     settings["ann_file"] = Path(args.ann_file).name
@@ -133,17 +145,25 @@ def measured(args: argparse.Namespace, vlm: VLM, purpose: str) -> Outcome:
         with_picture,
         make_process(vlm, names, args.max_new_tokens, args.seed),
         settings,
-        {"image_folder": args.image_folder},
+        {"image_folder": args.image_dir},
         path=rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, name),
         progress="prompts",
     )
 
 
-def fit(args: argparse.Namespace, vlm: VLM) -> int:
+def load(args: argparse.Namespace) -> VLM:
+    """The model, which has to attend in every layer."""
+    vlm = load_from_args(args)
+    vlm.need("decoder-only", "every-layer")
+    return vlm
+
+
+def fit(args: argparse.Namespace) -> int:
     """Calibrate; returns the exit code."""
     from vlmdiag.stethoscope.hallucination import calibrate, lines_of_fit
 
-    outcome = measured(args, vlm, "fit")
+    items, names = read_items(args)
+    outcome = measured(args, load(args), items, names, "fit")
     fitted = calibrate(outcome.run)
     path = outcome.run.path / "analysis" / "calibration.json"
     rundirs.write_json(path, fitted)
@@ -151,7 +171,7 @@ def fit(args: argparse.Namespace, vlm: VLM) -> int:
     return outcome.code
 
 
-def test(args: argparse.Namespace, vlm: VLM) -> int:
+def test(args: argparse.Namespace) -> int:
     """Test a calibration on other pictures; returns the exit code."""
     from vlmdiag.stethoscope.hallucination import lines_of_report, report
     from vlmdiag.stethoscope.warning_signals import find_calibration
@@ -159,24 +179,29 @@ def test(args: argparse.Namespace, vlm: VLM) -> int:
     fitted = find_calibration(args.model_path, args.out_root, args.calibration)
     if fitted is None:
         raise UsageError(
-            f"{args.model_path} is not calibrated in {args.out_root}; run"
-            " hallucination_warning.py fit first, on other pictures"
+            f"{args.model_path} is not calibrated in {args.out_root}; run first, on other pictures:"
+            " python diagnostic_tools/hallucination_warning.py fit --model_path"
+            f" {args.model_path} --image_dir PICTURES --ann_file INSTANCES --out_root"
+            f" {args.out_root}"
         )
-    outcome = measured(args, vlm, "test")
+    items, names = read_items(args)
+    outcome = measured(args, load(args), items, names, "test")
     reports = report(outcome.run, fitted)
     rundirs.write_json(outcome.run.path / "analysis" / "report.json", reports)
     print("\n".join(lines_of_report(reports)))
     return outcome.code
 
 
-def score(args: argparse.Namespace, vlm: VLM) -> int:
+def score(args: argparse.Namespace) -> int:
     """Print one answer and the probability of each of its object words."""
     from vlmdiag.model.decoding import generate
     from vlmdiag.stethoscope.warning_signals import find_calibration, warnings_for
 
     fitted = find_calibration(args.model_path, args.out_root, args.calibration)
     sample = Sample("0", Path(args.image), args.prompt_text)
-    batch = vlm.encode([sample], [load_image(args.image)])
+    picture = load_image(args.image)
+    vlm = load(args)
+    batch = vlm.encode([sample], [picture])
     ids = generate(vlm, batch, args.max_new_tokens).ids[0]
     print(vlm.text(ids))
     if fitted is None:
@@ -193,9 +218,7 @@ def score(args: argparse.Namespace, vlm: VLM) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    vlm = load_from_args(args)
-    vlm.need("decoder-only", "every-layer")
-    return {"fit": fit, "test": test, "score": score}[args.command](args, vlm)
+    return {"fit": fit, "test": test, "score": score}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -52,23 +52,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder or hub id; may be given several times",
     )
     parser.add_argument(
+        "--question_file",
         "--questions",
         default=str(QUESTIONS),
         help="JSON list of {image_id, image, question, answer, kind}",
     )
     parser.add_argument(
-        "--num_permutations", type=int, default=5, help="shuffles of the vision tokens per question"
+        "--num_permutations",
+        type=cli.whole(1, 10**6),
+        default=5,
+        help="shuffles of the vision tokens per question",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffles")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the shuffles")
     parser.add_argument(
         "--vision_scale",
-        type=float,
+        type=cli.scale,
         default=1.0,
         help="scale the vision embeddings (dose-response)",
     )
-    parser.add_argument("--max_questions", type=int, default=None, help="only the first so many")
-    parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument(
+        "--max_images",
+        "--max_questions",
+        type=cli.positive,
+        default=None,
+        help="only the first so many",
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=16, help="most tokens of an answer"
+    )
+    parser.add_argument("--batch_size", type=cli.positive, default=1, help="prompts in a batch")
     cli.add_run_arguments(parser, "batch", "; then --analyze_only")
     parser.add_argument(
         "--analyze_only",
@@ -77,12 +89,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    for name in ("num_permutations", "max_questions", "max_new_tokens", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} counts from 1")
     if args.overwrite and (args.analyze_only or args.shard != (0, 1)):
         advice = (
-            "with --shard start again with --overwrite --max_questions 1 first, with --analyze_only"
+            "with --shard start again with --overwrite --max_images 1 first, with --analyze_only"
             " leave it out"
         )
         raise UsageError(f"--overwrite removes finished results: {advice}")
@@ -90,17 +99,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_list(args: argparse.Namespace) -> list[Sample]:
-    """Samples of --questions, each with its answer."""
-    if args.questions == str(QUESTIONS) and not QUESTIONS.exists():
+    """Samples of --question_file, each with its answer."""
+    if args.question_file == str(QUESTIONS) and not QUESTIONS.exists():
         raise UsageError(
-            f"{QUESTIONS} is missing: make it with python data/make_shapes.py, or give --questions"
+            f"{QUESTIONS} is missing: make it with python data/make_shapes.py, or give"
+            " --question_file"
         )
-    samples = read_questions(args.questions)[: args.max_questions]
+    samples = read_questions(args.question_file)[: args.max_images]
     without = [sample.id for sample in samples if not sample.answer]
     if without:
         raise UsageError(
-            f"{args.questions}: {len(without)} questions have no answer to compare with, such as"
-            f" {without[0]}"
+            f"{args.question_file}: {len(without)} questions have no answer to compare with, such"
+            f" as {without[0]}"
         )
     return samples
 
@@ -114,11 +124,11 @@ def run_model(args: argparse.Namespace, path: str) -> int:
     samples = read_list(args)
     vlm = load_from_args(args, path)
     vlm.need("decoder-only", "grid")
-    settings = {"questions": "/".join(Path(args.questions).parts[-2:])}
+    settings = {"questions": "/".join(Path(args.question_file).parts[-2:])}
     settings |= {name: getattr(args, name) for name in SETTINGS}
     free = {
-        "questions_file": args.questions,
-        "max_questions": args.max_questions,
+        "questions_file": args.question_file,
+        "max_questions": args.max_images,
         "batch_size": args.batch_size,
     }
     process = make_process(

@@ -2,8 +2,8 @@
 mask energy of every method, with the priors.
 
     python diagnostic_tools/relevancy_evaluation_plot.py \\
-        --run_dirs runs/evaluate_relevancy/tiny-llava
-    python diagnostic_tools/relevancy_evaluation_plot.py --run_dirs runs/evaluate_relevancy/* \\
+        --run_dir runs/evaluate_relevancy/tiny-llava
+    python diagnostic_tools/relevancy_evaluation_plot.py --run_dir runs/evaluate_relevancy/* \\
         --out_dir outputs/relevancy
 
     area       mean over the shares s of p(s) / p(0), p of the fixed token: positive, lower is
@@ -47,13 +47,13 @@ GROUPS = {  # of tokens, and how a title says it
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--run_dirs", nargs="+", required=True, help="runs of evaluate_relevancy.py"
+        "--run_dir", "--run_dirs", nargs="+", required=True, help="runs of evaluate_relevancy.py"
     )
     parser.add_argument("--out_dir", default=None, help="where tables and figures go")
     parser.add_argument("--tokens", choices=GROUPS, default="seeing", help="tokens in the figures")
     parser.add_argument(
         "--dependence",
-        type=float,
+        type=cli.number(0, 1000),
         default=1.0,
         help="nats that a 'seeing' token loses without the picture, at least",
     )
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.relevancy import evaluation_figures as figures
     from vlmdiag.relevancy import evaluation_tables as tables
 
-    runs = [rundirs.read_run(folder, EXPERIMENT) for folder in args.run_dirs]
+    runs = [rundirs.read_run(folder, EXPERIMENT) for folder in args.run_dir]
     labels = selection.run_labels(runs)
     evaluations = [tables.Evaluation(run) for run in runs]
     out = out_folder(args, runs)

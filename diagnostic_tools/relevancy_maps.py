@@ -2,7 +2,7 @@
 every generated token, for many pictures.
 
     python diagnostic_tools/relevancy_maps.py --model_path checkpoints/tiny-llava \\
-        --image_folder data/shapes/val2017 --num_images 4
+        --image_dir data/shapes/val2017 --max_images 4
     python diagnostic_tools/viz_relevancy.py --run_dir runs/relevancy/tiny-llava
 
     Ā_l = E_h[(dy/dA_l * A_l)+]      R <- R + Ā_l R from the first layer up; row of the producing
@@ -36,7 +36,7 @@ SETTINGS = ("image_aspect", "max_new_tokens", "no_tower", "use_answers")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--image_folder", required=True, help="folder of pictures")
+    parser.add_argument("--image_dir", "--image_folder", required=True, help="folder of pictures")
     parser.add_argument(
         "--question_file",
         default=None,
@@ -48,25 +48,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="measure the answers of --question_file by teacher forcing instead of generating",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=32, help="most tokens of an answer"
+    )
     parser.add_argument(
         "--layers",
-        type=int,
+        type=cli.count,
         nargs="+",
         default=None,
         help="decoder layers up to which relevancy is gathered; None: all",
     )
     parser.add_argument("--no_tower", action="store_true", help="stop at the vision tokens")
     parser.add_argument(
-        "--memory", type=int, default=128, help="MiB of one layer's maps that are held at once"
+        "--memory",
+        type=cli.whole(1, 2**20),
+        default=128,
+        help="MiB of one layer's maps that are held at once",
     )
-    parser.add_argument("--num_images", type=int, default=None, help="only the first so many")
+    parser.add_argument(
+        "--max_images",
+        "--num_images",
+        type=cli.positive,
+        default=None,
+        help="only the first so many",
+    )
     cli.add_run_arguments(parser, "picture")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    counts = (args.max_new_tokens, args.memory, args.num_images)
-    if any(count is not None and count < 1 for count in counts):
-        parser.error("--max_new_tokens, --memory and --num_images count from 1")
     if args.use_answers and not args.question_file:
         parser.error("--use_answers needs --question_file")
     return args
@@ -75,10 +83,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_samples(args: argparse.Namespace) -> list[Sample]:
     """A Sample per question of the list, or per picture of the folder."""
     if args.question_file:
-        return read_questions(args.question_file, args.image_folder)[: args.num_images]
+        return read_questions(args.question_file, args.image_dir)[: args.max_images]
     return [
         Sample(file.stem, file, args.prompt_text, extra={"image_id": file.stem})
-        for file in list_pictures(args.image_folder)[: args.num_images]
+        for file in list_pictures(args.image_dir)[: args.max_images]
     ]
 
 
@@ -107,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["prompt"] = prompt_for(vlm, args.prompt_text)[0]
     settings["layers"] = layers
     settings["questions"] = Path(args.question_file).name if args.question_file else None
-    free = {"image_folder": args.image_folder, "memory": args.memory}
+    free = {"image_folder": args.image_dir, "memory": args.memory}
     process = make_process(
         vlm, layers, args.max_new_tokens, args.use_answers, not args.no_tower, args.memory * 2**20
     )
@@ -117,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = outcome.run.path
     print(
         f"{where}: figures by python diagnostic_tools/viz_relevancy.py --run_dir {where}"
-        f" --image_folder {args.image_folder}"
+        f" --image_dir {args.image_dir}"
     )
     return outcome.code
 

@@ -52,20 +52,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help="folder or hub id; may be given several times",
     )
-    parser.add_argument("--image_dir", required=True)
+    parser.add_argument("--image_dir", required=True, help="folder of pictures")
     parser.add_argument(
         "--ann_file", required=True, help="COCO json; gives image ids and file names"
     )
     parser.add_argument(
         "--strip_system_prompt", action="store_true", help="leave the system prompt out"
     )
-    parser.add_argument("--prompt_text", default="Describe the image.")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument(
+        "--prompt_text", default="Describe the image.", help="question asked about every picture"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=64, help="most tokens of an answer"
+    )
     parser.add_argument(
         "--do_sample", action="store_true", help="sample instead of greedy decoding"
     )
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    parser.add_argument(
+        "--temperature", type=cli.temperature, default=1.0, help="of --do_sample, above 0"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the sampling noise")
     parser.add_argument(
         "--answers",
         default=None,
@@ -75,7 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--delta_steps",
-        type=float,
+        type=cli.number(-1_000_000, 1_000_000),
         nargs="+",
         default=[1.0],
         help="shifts of the RoPE probe in positions; the (L, H) arrays are for the first",
@@ -85,11 +91,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--vision_scale",
-        type=float,
+        type=cli.scale,
         default=1.0,
         help="scale the vision embeddings (dose-response)",
     )
-    parser.add_argument("--max_images", type=int, default=None)
+    parser.add_argument(
+        "--max_images", type=cli.positive, default=None, help="only the first so many; None: all"
+    )
     cli.add_run_arguments(parser)
     parser.add_argument("--pos_only", action="store_true", help="only the RoPE probe")
     parser.add_argument(
@@ -97,8 +105,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="all but the RoPE probe, for models without rotary positions",
     )
-    parser.add_argument("--probe_hidden_norms", action="store_true")
-    parser.add_argument("--hidden_norm_kind", choices=["l2", "rms"], default="l2")
+    parser.add_argument(
+        "--probe_hidden_norms",
+        action="store_true",
+        help="also measure the norms of hidden states by group",
+    )
+    parser.add_argument(
+        "--hidden_norm_kind",
+        choices=["l2", "rms"],
+        default="l2",
+        help="l2: length of a vector; rms: length over the root of its width",
+    )
     parser.add_argument(
         "--save_hidden_grid",
         action="store_true",
@@ -114,13 +131,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="the published definitions where they differ, see README",
     )
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--batch_size", type=cli.positive, default=1, help="prompts in a batch")
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
     if (args.save_hidden_grid or args.save_hidden_plots) and not args.probe_hidden_norms:
         parser.error("--save_hidden_grid and --save_hidden_plots need --probe_hidden_norms")
-    if args.max_new_tokens < 1 or args.batch_size < 1:
-        parser.error("--max_new_tokens and --batch_size count from 1")
     if args.overwrite and args.shard != (0, 1):
         parser.error(
             "--overwrite with --shard would remove what other shards wrote: start again with"

@@ -74,22 +74,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--token_position",
-        type=int,
+        type=cli.count,
         help="index of the generated token, from 0, in place of a word",
     )
     parser.add_argument(
-        "--occurrence", type=int, default=1, help="which occurrence of the word, from 1"
+        "--occurrence", type=cli.positive, default=1, help="which occurrence of the word, from 1"
     )
     step = (
         "row that predicted the token, or row where it is the query; None: producing, query with"
         " --paper_compat"
     )
     parser.add_argument("--step", choices=["producing", "query"], help=step)
-    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=512, help="most tokens of an answer"
+    )
     parser.add_argument(
         "--strip_system_prompt", action="store_true", help="leave the system prompt out"
     )
-    parser.add_argument("--alpha", type=float, default=0.55, help="opacity of the overlay")
+    parser.add_argument("--alpha", type=cli.share, default=0.55, help="opacity of the overlay")
     parser.add_argument("--out_dir", default=".", help="where the files go")
     parser.add_argument("--show", action="store_true", help="open the comparison in a window too")
     parser.add_argument(
@@ -99,10 +101,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or args.occurrence < 1:
-        parser.error("--max_new_tokens and --occurrence count from 1")
-    if not 0 <= args.alpha <= 1:
-        parser.error("--alpha is between 0 and 1")
     if args.image is not None and args.target_word is None and args.token_position is None:
         parser.error(
             "--image needs --target_word or --token_position: which word of the answer to look at"

@@ -24,19 +24,21 @@ EXPERIMENT = "hallucination_warning"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--run_dir", required=True, help="run of hallucination_warning.py test")
+    parser.add_argument(
+        "--run_dir", nargs="+", required=True, help="runs of hallucination_warning.py test"
+    )
     parser.add_argument(
         "--kind", default="captions", choices=["captions", "pope"], help="which object words"
     )
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def draw_run(folder: str, args: argparse.Namespace) -> None:
+    """The figure of one run."""
     from vlmdiag.figures import plots
     from vlmdiag.stethoscope.calibration_figure import draw
 
-    run = rundirs.read_run(args.run_dir, EXPERIMENT)
+    run = rundirs.read_run(folder, EXPERIMENT)
     path = run.path / "analysis" / "report.json"
     try:
         numbers = json.loads(path.read_bytes())[args.kind]
@@ -53,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure = draw(numbers, args.kind, run.label)
     name = f"hallucination_{args.kind}"
     plots.save(figure, run.path / "analysis" / name, {"run": run.label, "kind": args.kind})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    for path in args.run_dir:
+        draw_run(path, args)
     return 0
 
 

@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--early_k",
-        type=int,
+        type=cli.count,
         default=6,
         help="shade the first k hidden states and report the mean log10 ratio over them; 0: none",
     )

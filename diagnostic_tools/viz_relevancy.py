@@ -2,9 +2,9 @@
 and of the words of question and answer.
 
     python diagnostic_tools/viz_relevancy.py --run_dir runs/relevancy/tiny-llava \\
-        --image_folder data/shapes/val2017
+        --image_dir data/shapes/val2017
     python diagnostic_tools/viz_relevancy.py --run_dir runs/relevancy/tiny-llava \\
-        --image_folder data/shapes/val2017 --image_key 000000000001 --token 4
+        --image_dir data/shapes/val2017 --image_key 000000000001 --token 4
 
 Reads the run of relevancy_maps.py, loads no model. Writes analysis/<id>_tokens (one overlay a token
 at --layer, one colour scale for all) or, with --token, analysis/<id>_token<i>: the map up to each
@@ -28,25 +28,34 @@ EXPERIMENT = "relevancy"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--run_dir", required=True, help="run of relevancy_maps.py")
-    parser.add_argument("--image_folder", required=True, help="where the pictures are")
+    parser.add_argument("--run_dir", nargs="+", required=True, help="runs of relevancy_maps.py")
     parser.add_argument(
-        "--image_key", default=None, help="part of one item's id; None: the first --num_images"
+        "--image_dir", "--image_folder", required=True, help="where the pictures are"
     )
-    parser.add_argument("--num_images", type=int, default=4, help="how many are drawn")
+    parser.add_argument(
+        "--image_key", default=None, help="part of one item's id; None: the first --max_images"
+    )
+    parser.add_argument(
+        "--max_images", "--num_images", type=cli.positive, default=4, help="how many are drawn"
+    )
     parser.add_argument(
         "--layer",
-        type=int,
+        type=cli.count,
         default=None,
         help="layer up to which relevancy is gathered; None: the last one measured",
     )
     parser.add_argument(
-        "--token", type=int, default=None, help="one token in detail, by its index in the answer"
+        "--token",
+        type=cli.count,
+        default=None,
+        help="one token in detail, by its index in the answer",
     )
-    parser.add_argument("--max_tokens", type=int, default=24, help="overlays in one figure")
+    parser.add_argument(
+        "--max_tokens", type=cli.whole(1, 1000), default=24, help="overlays in one figure"
+    )
     parser.add_argument(
         "--ceiling",
-        type=float,
+        type=cli.number(0, 10**6, above=True),
         default=None,
         help="relevancy at the top of the colours; None: the largest shown",
     )
@@ -59,18 +68,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def draw_run(path: str, args: argparse.Namespace) -> None:
+    """The figures of one run."""
     from vlmdiag.figures import plots
     from vlmdiag.relevancy.map_figures import Maps, token_figure, tokens_figure
 
-    run = rundirs.read_run(args.run_dir, EXPERIMENT)
+    run = rundirs.read_run(path, EXPERIMENT)
     ids = run.ids()
-    ids = [selection.find_id(ids, args.image_key)] if args.image_key else ids[: args.num_images]
+    ids = [selection.find_id(ids, args.image_key)] if args.image_key else ids[: args.max_images]
     if not ids:
         raise UsageError(f"{run.path} has no finished picture yet; run relevancy_maps.py first")
     for id in ids:
-        maps = Maps.read(run, id, args.image_folder, args.sinks == "hide")
+        maps = Maps.read(run, id, args.image_dir, args.sinks == "hide")
         if args.token is None:
             figure = tokens_figure(maps, args.layer, args.max_tokens, args.ceiling)
             name = f"{id}_tokens"
@@ -78,13 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             figure = token_figure(maps, args.token, args.layer, args.ceiling)
             name = f"{id}_token{args.token}"
         settings = {
-            "run": Path(args.run_dir).name,
+            "run": Path(path).name,
             "picture": maps.record["file_name"],
             "layer": maps.record["layers"][maps.layer_index(args.layer)],
             "token": args.token,
             "sinks": args.sinks,
         }
         plots.save(figure, run.path / "analysis" / name, settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    for path in args.run_dir:
+        draw_run(path, args)
     return 0
 
 

@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image_dir", default=None, help="picture folder in place of the one in --coco_root"
     )
-    parser.add_argument("--out_dir", default="outputs/token_norms")
+    parser.add_argument("--out_dir", default="outputs/token_norms", help="where files go")
     parser.add_argument(
         "--output_prefix",
         default="token_norms_comparison",
@@ -81,11 +81,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--vectors_file", default="vectors.npz", help="name of that file in --out_dir"
     )
     parser.add_argument(
-        "--max_images", type=int, default=0, help="only the first so many pictures; 0: all"
+        "--max_images", type=cli.count, default=0, help="only the first so many pictures; 0: all"
     )
     parser.add_argument(
         "--scale",
-        type=float,
+        type=cli.number(0, 100, above=True),
         default=1.0,
         help=(
             "enlarge pictures so many times (Lanczos) before the processor sees them; published: 3"
@@ -103,17 +103,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="check that model-<this>.safetensors, such as 00003-of-00003, holds the connector",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=8, help="pictures at a time in the vision tower"
+        "--batch_size", type=cli.positive, default=8, help="pictures at a time in the vision tower"
     )
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
+    parser.add_argument(
+        "--num_workers", type=cli.whole(1, 256), default=2, help="threads that decode pictures"
+    )
     args = parser.parse_args(argv)
     if args.coco_root is None and not (args.caption_file and args.image_dir):
         raise UsageError("--coco_root is needed, or --caption_file and --image_dir")
-    if args.max_images < 0 or args.batch_size < 1 or args.num_workers < 1 or not args.scale > 0:
-        raise UsageError(
-            "--batch_size and --num_workers count from 1, --max_images from 0, and --scale is"
-            " above 0"
-        )
     args.caption_file = args.caption_file or str(
         Path(args.coco_root) / "annotations" / "captions_val2017.json"
     )

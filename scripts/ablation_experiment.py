@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp import targets
-from vlmdiag.interp.flags import ABLATION, ablation_of, add_ablation_arguments
+from vlmdiag.interp.flags import ABLATION, ablation_of, add_ablation_arguments, check_replacement
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -36,7 +36,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     targets.add_arguments(parser)
     add_model_arguments(parser, path=False)
     add_ablation_arguments(parser)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=200, help="most tokens of an answer"
+    )
     parser.add_argument(
         "--no_noise_filter",
         action="store_true",
@@ -81,6 +83,7 @@ def published_name(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    check_replacement(args)
     items = targets.read_targets(args)
     from vlmdiag.interp.ablation import make_process
     from vlmdiag.runs.experiment import run_experiment

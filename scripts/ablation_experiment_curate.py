@@ -2,10 +2,10 @@
 name?
 
     python scripts/ablation_experiment_curate.py --model_path checkpoints/tiny-llava \\
-        --coco_root data/shapes --clean_questions_file data/shapes/clean_questions.json \\
+        --coco_root data/shapes --question_file data/shapes/clean_questions.json \\
         --mean_tensor runs/mean_vector/tiny-llava/mean_vector.pt
 
-Each item is one question of --clean_questions_file about one object, asked as "<question>" with the
+Each item is one question of --question_file about one object, asked as "<question>" with the
 answer's beginning "It is a" given. Conditions as in ablation_experiment.py; integrated gradients of
 the first token of the right name. A result holds whether the completion names the object (whole
 words), the likeliest next token, and the log-probabilities of the name's first token and of the
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp import targets
-from vlmdiag.interp.flags import ABLATION, ablation_of, add_ablation_arguments
+from vlmdiag.interp.flags import ABLATION, ablation_of, add_ablation_arguments, check_replacement
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -39,7 +39,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser, path=False)
     add_ablation_arguments(parser)
     targets.add_questions_argument(parser)
-    parser.add_argument("--max_new_tokens", type=int, default=8)
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=8, help="most tokens of an answer"
+    )
     return parser.parse_args(argv)
 
 
@@ -79,6 +81,7 @@ def published_name(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    check_replacement(args)
     items = targets.read_curated_targets(args)
     from vlmdiag.interp.ablation import START, make_curated_process
     from vlmdiag.runs.experiment import run_experiment
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = targets.settings_of(args, ABLATION)
     settings["replacement"] = ablation.replacement.kind
     settings["mean_provenance"] = ablation.replacement.provenance
-    settings["questions"] = Path(args.clean_questions_file).name
+    settings["questions"] = Path(args.question_file).name
     settings["start"] = START
     outcome = run_experiment(
         args,

@@ -2,7 +2,7 @@
 tokens is cut in a window of layers.
 
     python scripts/attention_experiment_curate.py --model_path checkpoints/tiny-llava \\
-        --coco_root data/shapes --clean_questions_file data/shapes/clean_questions.json
+        --coco_root data/shapes --question_file data/shapes/clean_questions.json
 
 Questions and criteria are those of ablation_experiment_curate.py. Default are the paper's 36
 knockouts: object, object + 1 and + 2 buffers, and the other image tokens -> last token; object + 1
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = targets.settings_of(args)
     settings["pairs"] = [":".join(pair) for pair in args.pairs]
     settings["windows"] = {name: list(window) for name, window in windows.items()}
-    settings["questions"] = Path(args.clean_questions_file).name
+    settings["questions"] = Path(args.question_file).name
     settings["start"] = START
     outcome = run_experiment(
         args,

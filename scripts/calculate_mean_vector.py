@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPERIMENT = "mean_vector"
+LARGEST = 2**27  # numbers of one picture: 1 GiB in float64
 
 
 class Sums(NamedTuple):
@@ -52,7 +53,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "directory", help="what save_post_adapter_acts.py wrote, or a folder of batch_<n>.pt"
     )
     parser.add_argument(
-        "--device", default="cpu", help="where the tensors of a batch_<n>.pt cache are summed"
+        "--device",
+        default="cpu",
+        help="where the tensors of a batch_<n>.pt cache are summed",
+        type=cli.device,
     )
     return parser.parse_args(argv)
 
@@ -129,7 +133,7 @@ def sums_of_cache(directory: Path, device: str) -> tuple[Sums, dict[str, Any]]:
                         f"{file}: vectors of width {width}, those before have {widths[0]}"
                     )
                 widths.extend([width] * len(tensor))
-                for tokens in tensor.double():
+                for tokens in map(torch.Tensor.double, tensor):
                     mean = tokens.mean(0)
                     if not mean.isfinite().all():
                         raise UsageError(f"{file}: its activations are not finite")
@@ -164,8 +168,13 @@ def read_batch(file: Path, device: str) -> list[Float[Tensor, "pictures P d"]]:
     for tensor in tensors:
         kind = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
         is_wanted = torch.is_tensor(tensor) and tensor.dim() in (2, 3)
-        if not is_wanted or not tensor.is_floating_point():
+        is_wanted = is_wanted and tensor.is_floating_point() and tensor.numel() > 0
+        if not is_wanted:
             raise UsageError(f"{file}: tensors of shape (pictures, P, d) were wanted, found {kind}")
+        if tensor.shape[-2:].numel() > LARGEST:
+            raise UsageError(
+                f"{file}: a tensor of shape {kind} has more numbers for a picture than {LARGEST}"
+            )
     return [tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors]
 
 

@@ -37,7 +37,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--image_dir", required=True, help="folder of pictures")
     parser.add_argument(
-        "--sample_size", type=int, default=1, help="pictures to take the number of tokens from"
+        "--sample_size",
+        type=cli.positive,
+        default=1,
+        help="pictures to take the number of tokens from",
     )
     parser.add_argument(
         "--model_name",
@@ -47,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder, hub id, or name in checkpoints/ or llava-hf/",
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the cache")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the sample")
     parser.add_argument(
         "--vision_tower_path", default=None, help="vision tower for checkpoints that do not hold it"
     )
@@ -55,8 +58,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--trust_remote_code", action="store_true", help="let the checkpoint's own code run"
     )
     args = parser.parse_args(argv)
-    if args.sample_size < 1:
-        raise UsageError("--sample_size counts from 1")
     args.model_path = model_of(args.model_path)
     return args
 

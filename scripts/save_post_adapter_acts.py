@@ -12,7 +12,7 @@ token.
 Only the vision tower and the connector are loaded and run. arXiv 2410.07149 takes the 50,000
 pictures of ImageNet's validation set and float32; the published script writes every activation (472
 GB for LLaVA-1.5) to average them later. The item here is a block of 32 pictures in order of their
-names: count, mean and m2 of each block are per_image/block-<n>.npz in --save_path, a run directory.
+names: count, mean and m2 of each block are per_image/block-<n>.npz in --out_dir, a run directory.
 That is 64 KB a block at d = 4096, 100 MB for ImageNet (a file a picture would be 3.3 GB and 100,000
 files); a killed run loses one block and goes on by the same command; and blocks merge in order, so
 that an interrupted or sharded run gives the same bytes. Pictures that cannot be read are left out,
@@ -26,6 +26,7 @@ is kept, and P may differ between pictures. estimate_acts_size.py says beforehan
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from hashlib import sha256
@@ -56,9 +57,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "folder of pictures, jpg, png, webp and others in any case; folders in it are left out"
         ),
     )
-    parser.add_argument("--save_path", required=True, help="run directory for the sums")
     parser.add_argument(
-        "--batch_size", type=int, default=32, help="pictures at a time in the vision tower"
+        "--out_dir", "--save_path", required=True, help="run directory for the sums"
+    )
+    parser.add_argument(
+        "--max_images", type=cli.positive, default=None, help="only the first so many, by name"
+    )
+    parser.add_argument(
+        "--batch_size", type=cli.positive, default=32, help="pictures at a time in the vision tower"
     )
     parser.add_argument(
         "--model_name",
@@ -70,12 +76,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep_acts", action="store_true", help="also write the activations themselves"
     )
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
+    parser.add_argument(
+        "--num_workers", type=cli.workers, default=2, help="threads that decode pictures"
+    )
     parser.add_argument(
         "--shard",
         type=cli.shard,
         default=(0, 1),
-        help="i/n: only every n-th batch of blocks, from the i-th; all into one --save_path",
+        help="i/n: only every n-th batch of blocks, from the i-th; all into one --out_dir",
     )
     parser.add_argument(
         "--overwrite", "--no_resume", action="store_true", help="start again instead of going on"
@@ -83,8 +91,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser, path=False)
     parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.num_workers < 0:
-        raise UsageError("--batch_size counts from 1 and --num_workers from 0")
     if args.overwrite and args.shard != (0, 1):
         raise UsageError(
             "--overwrite removes what other shards finished: remove the folder by hand, then start"
@@ -117,13 +123,13 @@ def open_picture(path: Path) -> Image | Exception:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     image_dir = Path(args.image_dir)
-    names = [file.name for file in list_pictures(image_dir)]
+    names = [file.name for file in list_pictures(image_dir)][: args.max_images]
     from vlmdiag.interp.mean_vector import Block, make_process, reopen
     from vlmdiag.model.identity import fingerprint, identity_of
     from vlmdiag.runs import engine, rundirs
 
     blocks = [
-        Block(f"block-{n:06d}", tuple(names[start : start + BLOCK]))
+        Block(f"block-{n:06d}", tuple(names[start : start + BLOCK]), image_dir)
         for n, start in enumerate(range(0, len(names), BLOCK))
     ]
     vlm = load_tower(args)
@@ -132,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "image_aspect": args.image_aspect,
         "block": BLOCK,
         "pictures": len(names),
-        "list_digest": sha256("\n".join(names).encode()).hexdigest()[:16],
+        "list_digest": sha256(os.fsencode("\n".join(names))).hexdigest()[:16],
     }
     free = {
         "model_path": args.model_path,
@@ -141,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": str(vlm.device),
         "keep_acts": args.keep_acts,
     }
-    run = rundirs.open_run(args.save_path, EXPERIMENT, identity, free, args.overwrite)
+    run = rundirs.open_run(args.out_dir, EXPERIMENT, identity, free, args.overwrite)
     if args.overwrite:
         shutil.rmtree(run.path / "acts", ignore_errors=True)
     # blocks that pass the tower together, whole in one shard
@@ -174,9 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" {run.path / 'failures'}; the same command tries them again"
         )
     code = engine.exit_code(counts, run)
-    print(
-        f"next, when all shards are done: python scripts/calculate_mean_vector.py {args.save_path}"
-    )
+    print(f"next, when all shards are done: python scripts/calculate_mean_vector.py {args.out_dir}")
     return 3 if unreadable else code
 
 

@@ -49,18 +49,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max_images",
-        type=int,
+        type=cli.positive,
         default=None,
         help="only the first so many pictures, the grid of angles before the sweep; None: all",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=8, help="pictures in a batch, four prompts each"
+        "--batch_size", type=cli.positive, default=8, help="pictures in a batch, four prompts each"
     )
     cli.add_run_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.batch_size < 1 or (args.max_images is not None and args.max_images < 1):
-        parser.error("--batch_size and --max_images count from 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def read_set(

@@ -13,7 +13,7 @@ relation.
     quads about the same two objects
 Why Far Looks Up (arXiv 2605.30161). Stages, each resumed or run alone by --stage: pairs (the
 table), states (the model; memory-mapped, committed pair by pair), metrics and plots. Stages live in
-<out_root>/swap_analysis/<model_type>_<scale>/, results in <output_dir>/<model_type>/ (csv, json,
+<out_root>/swap_analysis/<model_type>_<scale>/, results in <out_dir>/<model_type>/ (csv, json,
 npz, plots). --scales names checkpoints of the table below, or NAME=PATH."""
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import numpy as np
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs.inputs import file_digest
 from vlmdiag.swap import pairs
 from vlmdiag.swap.saved import find_scales, read_curves, read_json
 
@@ -106,6 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="which checkpoints, each a known name or NAME=PATH; None: all known ones",
     )
     parser.add_argument(
+        "--out_dir",
         "--output_dir",
         default="results",
         help="where csv, json, npz and plots go, in a folder of the model type",
@@ -124,8 +126,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--group_name",
         default=None,
         help=(
-            "folder of a merge, below --merge_output_dir or <output_dir>/compare; None: the model"
-            " type"
+            "folder of a merge, below --merge_output_dir or <out_dir>/compare; None: the model type"
         ),
     )
     parser.add_argument(
@@ -146,14 +147,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="no model: print the layer at which the axes are clearest, from saved results",
     )
-    parser.add_argument("--recommend_k", type=int, default=3, help="layers that are recommended")
+    parser.add_argument(
+        "--recommend_k", type=cli.positive, default=3, help="layers that are recommended"
+    )
     parser.add_argument(
         "--recommend_frac",
-        type=float,
+        type=cli.number(0, 0.999),
         default=0.07,
         help="share of the last layers that is never recommended",
     )
-    parser.add_argument("--max_samples_per_category", type=int, default=200, help="0: all")
+    parser.add_argument("--max_samples_per_category", type=cli.count, default=200, help="0: all")
     parser.add_argument(
         "--bbox_file",
         default=None,
@@ -184,37 +187,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ambiguous_band",
-        type=float,
+        type=cli.share,
         default=0.05,
         help="difference of heights, a share of the picture's, up to which a pair is ambiguous",
     )
     parser.add_argument(
         "--layers",
-        type=int,
+        type=cli.count,
         nargs="+",
         default=None,
         help="layers whose states are kept; None: all",
     )
     parser.add_argument(
         "--rep_layers",
-        type=int,
+        type=cli.count,
         nargs="+",
         default=None,
         help="layers of the vectors and their plots; None: five across the depth",
     )
-    parser.add_argument("--state_dtype", choices=["float16", "float32"], default="float16")
-    parser.add_argument("--max_new_tokens", type=int, default=8, help="of an answer")
-    parser.add_argument("--seed", type=int, default=42, help="of the draws of pairs and references")
-    parser.add_argument("--batch_size", type=int, default=8, help="pairs in a batch")
+    parser.add_argument(
+        "--state_dtype",
+        choices=["float16", "float32"],
+        default="float16",
+        help="type in which hidden states are stored",
+    )
+    parser.add_argument("--max_new_tokens", type=cli.positive, default=8, help="of an answer")
+    parser.add_argument(
+        "--seed", type=cli.seed, default=42, help="of the draws of pairs and references"
+    )
+    parser.add_argument("--batch_size", type=cli.positive, default=8, help="pairs in a batch")
     cli.add_run_arguments(parser, "batch of the states")
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.max_new_tokens < 1 or args.max_samples_per_category < 0:
-        parser.error(
-            "--batch_size and --max_new_tokens count from 1, --max_samples_per_category from 0"
-        )
-    if args.recommend_k < 1 or not 0 <= args.recommend_frac < 1:
-        parser.error("--recommend_k counts from 1, --recommend_frac is a share from 0 to below 1")
     if args.run_phase_b and not args.bbox_file:
         parser.error("--run_phase_b needs the objects' boxes: give --bbox_file")
     if args.rebuild_metrics:
@@ -261,7 +265,7 @@ def run_of(args: argparse.Namespace, scale: str) -> Path:
 def folder_of(args: argparse.Namespace) -> Path:
     """The folder of all scales' results."""
     name = f"{args.model_type}__{args.run_name}" if args.run_name else args.model_type
-    return Path(args.output_dir) / name
+    return Path(args.out_dir) / name
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -293,16 +297,21 @@ def read_table(args: argparse.Namespace) -> tuple[list[Pair], list[Quad]]:
 
 def extract(args: argparse.Namespace, scale: str, path: str) -> int:
     """The states of one checkpoint; returns the exit code."""
+    from vlmdiag.runs import engine
     from vlmdiag.runs.experiment import complete, open_experiment
     from vlmdiag.swap.states import Item, load_picture, make_process, open_states
 
+    of_table, quads = read_table(args)
     vlm = load_from_args(args, path)
     vlm.need("decoder-only")
-    of_table, quads = read_table(args)
     total_layers = len(vlm.parts.layers)
     layers = args.layers or list(range(total_layers))
     if not set(layers) <= set(range(total_layers)):
         raise UsageError(f"--layers {layers}: {path} has {total_layers} layers, counted from 0")
+    if not set(args.rep_layers or layers) <= set(layers):
+        raise UsageError(
+            f"--rep_layers {args.rep_layers}: the layers whose states are kept are {layers}"
+        )
     settings: dict[str, Any] = {
         "scale": scale,
         "data": args.data_path.rsplit("/", 1)[-1],
@@ -311,6 +320,7 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
         "pairs": len(of_table),
         "quads": len(quads),
         "boxes": args.bbox_file and args.bbox_file.rsplit("/", 1)[-1],
+        "boxes_digest": args.bbox_file and file_digest(Path(args.bbox_file)),
         "answers": "up to the sentence that decides",
     }
     settings |= {name: getattr(args, name) for name in SETTINGS}
@@ -321,15 +331,19 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
     if args.overwrite:
         states_path.unlink(missing_ok=True)
         quads_path.unlink(missing_ok=True)
+    items = [Item(pair, row) for row, pair in enumerate(of_table)]
+    done = engine.done_before(run, items)
     write_lines(run.path / "pairs.jsonl", of_table)
     write_lines(run.path / "quads.jsonl", quads)
     width = vlm.model.get_input_embeddings().weight.shape[1]
     quad_states = None
     try:
-        states = open_states(states_path, (len(of_table), 2, len(layers), width), args.state_dtype)
+        size = (len(of_table), 2, len(layers), width)
+        states = open_states(states_path, size, args.state_dtype, len(done))
         if quads:
             size = (len(quads), 4, len(layers), width)
-            quad_states = open_states(quads_path, size, args.state_dtype)
+            with_quads = len(done & {quad["id"] for quad in quads})
+            quad_states = open_states(quads_path, size, args.state_dtype, with_quads)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}; --overwrite starts again") from error
     quad_of = {quad["id"]: quad for quad in quads}
@@ -337,7 +351,7 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
         args,
         vlm,
         run,
-        [Item(pair, row) for row, pair in enumerate(of_table)],
+        items,
         load_picture(args.data_path),
         make_process(vlm, layers, states, quad_states, quad_of, args.max_new_tokens),
         args.batch_size,
@@ -355,11 +369,33 @@ def write_lines(path: Path, records: Sequence[Pair] | Sequence[Quad]) -> None:
 def read_lines(path: Path) -> list[Any]:
     """What write_lines() wrote."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if not all(isinstance(line, dict) and "id" in line for line in lines):
+            raise ValueError("its lines are no pairs")
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read ({error}); run --stage pairs states again"
         ) from error
+    return lines
+
+
+def read_states(path: Path, shape: tuple[int, ...], done: np.ndarray) -> np.ndarray:
+    """The states of the finished rows, whose states cannot all be zeros. UsageError for a file
+    that is missing, damaged or of other pairs."""
+    again = "run --stage states again with --overwrite"
+    try:
+        states: np.ndarray = np.load(path, mmap_mode="r")
+    except disk.BROKEN as error:
+        raise UsageError(f"{path} cannot be read ({error}); {again}") from error
+    if states.shape[:3] != shape or states.ndim != 4 or states.dtype.kind != "f":
+        raise UsageError(
+            f"{path} has shape {states.shape} and {states.dtype}, numbers of shape"
+            f" ({', '.join(map(str, shape))}, d) were wanted; {again}"
+        )
+    empty = [row for row in np.flatnonzero(done) if not states[row].any()]
+    if empty:
+        raise UsageError(f"{path} has only zeros for {len(empty)} finished pairs; {again}")
+    return states
 
 
 def measure(args: argparse.Namespace, scale: str) -> None:
@@ -374,17 +410,29 @@ def measure(args: argparse.Namespace, scale: str) -> None:
     from vlmdiag.swap import results
 
     quads_done = np.array([is_done.get(quad["id"], False) for quad in quads], bool)
+    if run.meta["settings"]["pairs"] != len(of_table):
+        raise UsageError(
+            f"{run.path / 'pairs.jsonl'} has {len(of_table)} of {run.meta['settings']['pairs']}"
+            " pairs; run --stage pairs states again"
+        )
+    pairs_done = np.array(list(is_done.values()))
+    size = (len(of_table), 2, len(layers))
+    states = read_states(run.path / "states.npy", size, pairs_done)
+    quad_states = None
+    if quads:
+        size = (len(quads), 4, len(layers))
+        quad_states = read_states(run.path / "quad_states.npy", size, quads_done)
     results.write_results(
         folder_of(args),
         scale,
         of_table,
-        np.load(run.path / "states.npy", mmap_mode="r"),
+        states,
         [run.record(id) if done else None for id, done in is_done.items()],
         layers,
         args.rep_layers or representative(layers),
         quads or None,
-        np.load(run.path / "quad_states.npy", mmap_mode="r") if quads else None,
-        mask=np.array(list(is_done.values())),
+        quad_states,
+        mask=pairs_done,
         quad_mask=quads_done if quads else None,
         total_layers=run.meta["settings"]["total_layers"],
         k=args.recommend_k,
@@ -414,7 +462,7 @@ def merge(args: argparse.Namespace) -> int:
     from vlmdiag.swap import figures_scales, results
 
     if args.merge_output_dir or args.group_name:
-        parent = Path(args.merge_output_dir or Path(args.output_dir) / "compare")
+        parent = Path(args.merge_output_dir or Path(args.out_dir) / "compare")
         target = parent / (args.group_name or args.model_type)
         copy_json(folder, target, scales)
         folder = target

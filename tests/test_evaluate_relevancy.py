@@ -596,7 +596,7 @@ def test_wrong_usage_is_one_line_and_code_2(shapes, command, plot, three, tmp_pa
         (["--methods", "magic"], "invalid choice"),
         (["--removal", "burn"], "invalid choice"),
         (["--use_answers"], "needs --question_file"),
-        (["--targets_per_image", "0"], "count from 1"),
+        (["--targets_per_image", "0"], "--targets_per_image"),
         (["--blur_radius", "0"], "--blur_radius"),
         (["--ann_file", tmp_path / "none.json"], "no such file"),
     ]

@@ -78,12 +78,7 @@ def make_data(call):
     return make
 
 
-KEPT = not_yet("results of other pictures under the same names are kept")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param("coco", marks=KEPT), "swap", pytest.param("mean", marks=KEPT)]
-)
+@pytest.mark.parametrize("kind", ["coco", "swap", "mean"])
 def test_other_pictures_under_the_same_names_are_measured_or_an_error(
     kind, tmp_path, call, make_data
 ):

@@ -136,8 +136,8 @@ def picture_of(shapes, image_id):
     return load_image(shapes / "val2017" / f"{int(image_id):012d}.jpg")
 
 
-def items(tmp_path, experiment, name):
-    found = rundirs.read_run(rundirs.run_path(tmp_path, name, experiment), experiment)
+def items(tmp_path, experiment, name, run_name=None):
+    found = rundirs.read_run(rundirs.run_path(tmp_path, name, experiment, run_name), experiment)
     assert found.ids() and not list((found.path / "failures").glob("*.json"))
     return {id: (found.record(id), found.arrays(id)) for id in found.ids()}
 
@@ -302,7 +302,7 @@ def test_attention_of_an_answer_is_that_of_its_own_steps(run, models, shapes, tm
     more = ("--instance-idx", "0,4", "--batch_size", 2, "--output-visualization-tensors")
     done = run("volcano", name, *flags, *more)
     assert done.returncode == 0, done.stdout + done.stderr
-    vlm, found = models(name)[1], items(tmp_path, "volcano", name)
+    vlm, found = models(name)[1], items(tmp_path, "volcano", name, "tensors")
     for record, arrays in found.values():
         stage = record["stages"]["initial"]
         batch = one(vlm, picture_of(shapes, record["image_id"]), record["question"])

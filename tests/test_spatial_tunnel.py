@@ -330,8 +330,8 @@ def test_what_is_no_set_is_one_line(tmp_path, files, why):
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (("--batch_size", 0), "count from 1"),
-        (("--max_images", 0), "count from 1"),
+        (("--batch_size", 0), "--batch_size"),
+        (("--max_images", 0), "--max_images"),
         (("--model_path", "/no/such"), "no such folder"),
     ],
 )

@@ -248,7 +248,7 @@ def test_one_scale_that_fails_does_not_stop_the_others(shapes, tmp_path):
         (("--stage", "metrics"), "not a run directory"),
         (("--merge",), "run swap_analysis.py"),
         (("--recommend_layer",), "run swap_analysis.py"),
-        (("--recommend_frac", 1), "a share from 0"),
+        (("--recommend_frac", 1), "--recommend_frac"),
     ],
 )
 def test_wrong_usage_is_one_line(shapes, tmp_path, more, why):

@@ -388,7 +388,7 @@ def test_the_command_line_measures_resumes_and_writes_everything(bench, tmp_path
     command += ("--visualize-avg-attention-all", "--output-visualization-tensors", "--full_tensors")
     done = volcano(*command, "--out_root", tmp_path / "a", "--log", tmp_path / "log.json")
     assert done.returncode == 0, done.stderr
-    run = rundirs.read_run(tmp_path / "a/volcano/tiny-llava", "volcano")
+    run = rundirs.read_run(tmp_path / "a/volcano/tiny-llava__tensors-full", "volcano")
     log = json.loads((tmp_path / "log.json").read_text())
     assert len(run.ids()) == len(log) == 6 and set(log[0]) >= {
         "image_id",
@@ -452,7 +452,7 @@ def test_the_command_line_measures_resumes_and_writes_everything(bench, tmp_path
             ).returncode
             == 0
         )
-    assert files(tmp_path / "b/volcano/tiny-llava") == before
+    assert files(tmp_path / "b/volcano/tiny-llava__tensors-full") == before
 
 
 def test_batches_sampling_and_instances(bench, tmp_path):
@@ -478,7 +478,7 @@ def test_batches_sampling_and_instances(bench, tmp_path):
     ):
         done = volcano(*command, *more, "--out_root", tmp_path / name, "--instance-idx", "4,0,2")
         assert done.returncode == 0, done.stderr
-        run = rundirs.read_run(tmp_path / name / "volcano/tiny-llava", "volcano")
+        run = rundirs.read_run(tmp_path / name / "volcano/tiny-llava__sample", "volcano")
         assert [int(id.split("_")[0]) for id in run.ids()] == [0, 2, 4]
         texts[name] = [run.record(id)["outputs"] + run.record(id)["feedback"] for id in run.ids()]
     assert texts["one"] == texts["three"]  # noise depends on seed, item and step only

@@ -1031,7 +1031,7 @@ def test_file_names_keep_the_spans_and_tell_what_else_differs(made):
         (["--occurrence", "1", "2", "--feedback-target-tokens", "red"], "2 numbers for 1 spans"),
         (["--occurrence", "0"], "at 1"),
         (["--quantile", "0"], "--quantile"),
-        (["--instance-idx", "-1"], "starts at 0"),
+        (["--instance-idx", "-1"], "--instance-idx"),
         (["--stage", "decide"], "invalid choice"),
         (
             ["--feedback-target-tokens", "blue"],

@@ -543,7 +543,7 @@ def test_one_instance_and_no_revision_work(run, analyze, tmp_path):
     ("flags", "words"),
     [
         (("--filter", "right"), "--filter"),
-        (("--num_permutations", "0"), "--num_permutations counts from 1"),
+        (("--num_permutations", "0"), "argument --num_permutations"),
         (("--seed", "-1"), "--seed from 0"),
         (("--pool_method", "sum"), "--pool_method"),
         (("--run_dir", "nowhere"), "no such folder"),

@@ -43,7 +43,10 @@ FILTERS = ("enhanced", "corrected", "all")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--run_dir", required=True, help="a run directory of run_volcano_with_image_attention.py"
+        "--run_dir",
+        nargs="+",
+        required=True,
+        help="a run directory of run_volcano_with_image_attention.py",
     )
     parser.add_argument(
         "--filter", choices=FILTERS, default="enhanced", help="which instances count"
@@ -55,18 +58,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pool over layers and heads",
     )
     parser.add_argument(
-        "--num_permutations", type=int, default=200, help="of the tokens of each pair of texts"
+        "--num_permutations",
+        type=cli.whole(1, 10**6),
+        default=200,
+        help="of the tokens of each pair of texts",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the permutations")
-    args = parser.parse_args(argv)
-    if args.num_permutations < 1 or args.seed < 0:
-        parser.error("--num_permutations counts from 1 and --seed from 0")
-    return args
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the permutations")
+    return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    run = rundirs.read_run(args.run_dir, EXPERIMENT)
+def analyse(path: str, args: argparse.Namespace) -> None:
+    """Statistics and figures of one run."""
+    run = rundirs.read_run(path, EXPERIMENT)
     from vlmdiag.figures import plots
     from vlmdiag.volcano import figures, stages
 
@@ -128,11 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # of an earlier call with another --filter
         for ending in (".png", ".pdf"):
             (out / f"stage_maps{ending}").unlink(missing_ok=True)
-        return 0
+        return
     means = stages.mean_maps(maps, records, grid)
     figure = figures.draw_stage_maps(run.label, means, len(maps.ids), args.filter, args.pool_method)
     limits = {"vmin": means.min(), "vmax": means.max()}
     plots.save(figure, out / "stage_maps", settings | limits)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    for path in args.run_dir:
+        analyse(path, args)
     return 0
 
 

@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help="folder with the <index>_<image id> folders of run_volcano_with_image_attention.py",
     )
-    parser.add_argument("--output-dir", required=True, help="where the figure goes")
+    parser.add_argument("--out_dir", "--output-dir", required=True, help="where the figure goes")
     encoder = (
         "cross-check of the stored grid: patches per side = resolution // patch in the encoder's"
         " name, such as openai/clip-vit-large-patch14-336"
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision-encoder-name", help=encoder)
     parser.add_argument(
         "--instance-idx",
-        type=int,
+        type=cli.count,
         required=True,
         help="index of the instance in the list of questions, from 0",
     )
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--occurrence",
         nargs="+",
-        type=int,
+        type=cli.positive,
         default=[1],
         help="which occurrence of a span, from 1; one number for all or one for each",
     )
@@ -70,13 +70,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--hidden-top-k",
-        type=int,
+        type=cli.positive,
         default=3,
         help="k largest over layers and heads; at most what the run stored",
     )
     parser.add_argument(
         "--quantile",
-        type=float,
+        type=cli.number(0, 1, above=True),
         default=0.995,
         help="of the values of all panels: the top of the colour scale",
     )
@@ -89,10 +89,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the published mean of the l largest and its panels, see above",
     )
     args = parser.parse_args(argv)
-    if args.instance_idx < 0 or min(args.hidden_top_k, *args.occurrence) < 1:
-        parser.error("--instance-idx starts at 0, --hidden-top-k and --occurrence at 1")
-    if not 0 < args.quantile <= 1:
-        parser.error("--quantile is above 0 and at most 1")
     if len(args.occurrence) == 1:
         args.occurrence *= len(args.feedback_target_tokens)
     if len(args.occurrence) != len(args.feedback_target_tokens):
@@ -119,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_encoder(instance, args.vision_encoder_name)
     panels = panels_of(instance, args)
     scale = scale_of(panels, instance.grid, args.quantile)
-    path = Path(args.output_dir) / f"image_heatmap_{instance.index}_{tag_of(args)}"
+    path = Path(args.out_dir) / f"image_heatmap_{instance.index}_{tag_of(args)}"
     settings = vars(args) | {
         "vmin": scale[0],
         "vmax": scale[1],

@@ -33,6 +33,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.pictures.entries import read_json
 from vlmdiag.pictures.questions import read_mmhal
 from vlmdiag.pictures.samples import Sample, load_image
+from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
 EXPERIMENT = "volcano"
 POOLS = ("top_k_mean", "mean", "max")
 # flags that the numbers depend on
+# flags whose runs have names of their own
+OWN_RUN = {
+    "sample": "sample",
+    "engineered_prompt": "engineered",
+    "output_visualization_tensors": "tensors",
+    "full_tensors": "full",
+}
 SETTINGS = (
     "sample",
     "temperature",
@@ -68,6 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image_root", default=None, help="folder of local pictures; None: the list's"
     )
     parser.add_argument(
+        "--out_dir",
         "--output_dir",
         required=True,
         help="figures, and the folders of --output-visualization-tensors",
@@ -79,18 +88,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--instance_idx", default=None, help="comma list of positions in the list, from 0"
     )
     parser.add_argument(
+        "--max_images", type=cli.positive, default=None, help="only the first so many instances"
+    )
+    parser.add_argument(
         "--sample",
         action="store_true",
         help="sample initial answer, critique and revision; the decision is always greedy",
     )
-    parser.add_argument("--temperature", type=float, default=0.5, help="of --sample")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and --order random")
+    parser.add_argument("--temperature", type=cli.temperature, default=0.5, help="of --sample")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of sampling and --order random")
     parser.add_argument(
         "--engineered_prompt",
         action="store_true",
         help="critique and revision prompts that forbid the words 'reference answer'",
     )
-    parser.add_argument("--max_iterations", type=int, default=3)
+    parser.add_argument(
+        "--max_iterations",
+        type=cli.whole(1, 1000),
+        default=3,
+        help="most rounds of critique and revision",
+    )
     parser.add_argument(
         "--order",
         choices=["fixed", "random"],
@@ -105,7 +122,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             " forcing"
         ),
     )
-    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument(
+        "--max_new_tokens", type=cli.positive, default=1024, help="most tokens of an answer"
+    )
     parser.add_argument(
         "--visualize_avg_attention_all",
         action="store_true",
@@ -128,7 +147,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="over layers and heads, for the averaged maps",
     )
     parser.add_argument(
-        "--hidden_top_k", type=int, default=3, help="k of the largest over layers, and over heads"
+        "--hidden_top_k",
+        type=cli.positive,
+        default=3,
+        help="k of the largest over layers, and over heads",
     )
     parser.add_argument(
         "--paper_compat",
@@ -143,19 +165,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--download_dir", default="data/mmhal/downloads", help="where downloaded pictures are kept"
     )
-    parser.add_argument("--batch_size", type=int, default=4, help="instances in a batch")
+    parser.add_argument("--batch_size", type=cli.positive, default=4, help="instances in a batch")
     cli.add_run_arguments(parser)
     add_model_arguments(parser, path=False)
-    args = parser.parse_args(argv)
-    for name in ("max_iterations", "max_new_tokens", "hidden_top_k", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} counts from 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def read_instances(args: argparse.Namespace) -> list[Sample]:
     """Samples of the list that --instance-idx names, or all; id '<position>_<image id>', extra
     'index'."""
+    if not Path(args.input).exists():
+        raise UsageError(
+            f"--input {args.input}: no such file; MMHal-Bench: bash data/download_mmhal.sh,"
+            " questions about drawn scenes: python data/make_shapes.py"
+        )
     samples = read_mmhal(args.input, args.image_root)
     positions = list(range(len(samples)))
     if args.instance_idx is not None:
@@ -172,11 +195,30 @@ def read_instances(args: argparse.Namespace) -> list[Sample]:
                 " counted from 0"
             )
     instances = []
-    for position in positions:
+    for position in positions[: args.max_images]:
         sample = samples[position]
         extra = sample.extra | {"index": position}
         instances.append(replace(sample, id=f"{position}_{sample.extra['image_id']}", extra=extra))
     return instances
+
+
+def run_of(args: argparse.Namespace) -> Path:
+    """The run directory. Greedy answers without tensors have the model's name alone; sampled ones,
+    engineered prompts and tensors have runs of their own names, so that figure 4 can be made after
+    figure 5. A run of the plain name that was made with the same flags goes on."""
+    plain = rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name)
+    kinds = [name for flag, name in OWN_RUN.items() if getattr(args, flag)]
+    if not kinds or args.run_name or is_made_with(plain, args):
+        return plain
+    return rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, "-".join(kinds))
+
+
+def is_made_with(path: Path, args: argparse.Namespace) -> bool:
+    """Whether a run is there and has the same flags of OWN_RUN."""
+    if not (path / "meta.json").is_file():
+        return False
+    settings = rundirs.read_run(path, EXPERIMENT).meta["settings"]
+    return all(settings.get(flag) == getattr(args, flag) for flag in OWN_RUN)
 
 
 def read_given(path: str, instances: Sequence[Sample]) -> dict[str, str]:
@@ -236,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.make_process(args, vlm, given),
         settings,
         {"input_file": args.input, "batch_size": args.batch_size},
+        path=run_of(args),
         batch_size=args.batch_size,
         progress="instances",
     )
@@ -244,10 +287,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output_visualization_tensors:
         vision_encoder = records.vision_encoder_of(vlm)
         for sample_id in done:
-            records.write_tensors(Path(args.output_dir), run, sample_id, vision_encoder)
+            records.write_tensors(Path(args.out_dir), run, sample_id, vision_encoder)
         print(
             f"wrote visualization_tensors.npz and tokens.json of {len(done)} instances to"
-            f" {args.output_dir}"
+            f" {args.out_dir}"
         )
     records.print_counts(list(done.values()))
     if args.visualize_avg_attention_all:
@@ -261,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = "sample" if args.sample else "greedy"
             if args.engineered_prompt:
                 name += "_engineered"
-            path = Path(args.output_dir) / f"{name}_image_attention_{args.pool_method}"
+            path = Path(args.out_dir) / f"{name}_image_attention_{args.pool_method}"
             plots.save(figure, path, run.meta["settings"] | {"instances": count})
         else:
             print("so there is no averaged map to draw")

@@ -45,16 +45,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help="folder with the <index>_<image id> folders of run_volcano_with_image_attention.py",
     )
-    parser.add_argument("--output-dir", required=True, help="where pages and figures go")
+    parser.add_argument(
+        "--out_dir", "--output-dir", required=True, help="where pages and figures go"
+    )
     parser.add_argument(
         "--instance-idx",
-        type=int,
+        type=cli.count,
         required=True,
         help="index of the instance in the list of questions, from 0",
     )
     parser.add_argument(
         "--hidden-top-k",
-        type=int,
+        type=cli.positive,
         default=3,
         help="k largest over layers and heads; at most what the run stored",
     )
@@ -64,15 +66,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a colour scale for each text; else one for all, so that colours compare",
     )
     parser.add_argument(
-        "--top_spans", type=int, default=5, help="how many of the strongest spans to print"
+        "--top_spans", type=cli.count, default=5, help="how many of the strongest spans to print"
     )
-    parser.add_argument("--span_length", type=int, default=3, help="tokens of such a span")
-    args = parser.parse_args(argv)
-    if args.instance_idx < 0 or args.top_spans < 0 or min(args.hidden_top_k, args.span_length) < 1:
-        parser.error(
-            "--instance-idx and --top_spans start at 0, --hidden-top-k and --span_length at 1"
-        )
-    return args
+    parser.add_argument("--span_length", type=cli.positive, default=3, help="tokens of such a span")
+    return parser.parse_args(argv)
 
 
 def print_spans(instance: Instance, stage: Stage, spans: Sequence[NamedSpan], mean: float) -> None:
@@ -122,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scale = text_page.scale_of(of_scale)
         spans = text_page.named_spans(stage, weights[name], args.top_spans, args.span_length)
         print_spans(instance, stage, spans, text_page.mean_weight(stage, weights[name]))
-        path = Path(args.output_dir) / f"text_heatmap_{instance.index}_{PAGES[name]}_attention"
+        path = Path(args.out_dir) / f"text_heatmap_{instance.index}_{PAGES[name]}_attention"
         page = text_page.page_of(instance, stage, weights[name], scale, spans, k, args.own_scale)
         plots.write_file(f"{path}.html", page.encode())
         figure = text_figure.draw(instance, stage, weights[name], scale, k, args.own_scale)

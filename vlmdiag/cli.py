@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import math
 import os
+import re
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from vlmdiag import CHECKOUT
 
 
 class UsageError(Exception):
@@ -19,7 +25,11 @@ class UsageError(Exception):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The words of a flag, with its default where it has one that says something."""
+        if action.required or action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _spellings(flag: str) -> list[str]:
@@ -35,8 +45,6 @@ class _Parser(argparse.ArgumentParser):
             both = [spelling for flag in flags for spelling in _spellings(flag)]
             flags = tuple(dict.fromkeys(both))
             options.setdefault("dest", flags[0][2:].replace("-", "_"))
-            # a flag without words still shows its default
-            options.setdefault("help", options["dest"].replace("_", " "))
         return super().add_argument(*flags, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -61,21 +69,96 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
 
+# --- what a flag takes ----------------------------------------------------------------------------
+
+
+def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number from low to high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{_short(text)} is no whole number from {low} to {high}"
+            )
+        return value
+
+    return parse
+
+
+def number(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """The type of a flag that takes a number from low (above: more than low) to high, which NaN and
+    infinities are not."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            wanted = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{_short(text)} is no number {wanted}")
+        return value
+
+    return parse
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
+
+
+positive = whole(1)
+count = whole(0)
+seed = whole(0, 2**32 - 1)  # what NumPy takes
+workers = whole(0, 256)
+share = number(0, 1)
+temperature = number(0, 1000, above=True)
+scale = number(0, 10_000)
+
+
+def device(text: str) -> str:
+    """The type of --device: cpu, cuda, cuda:1 and the like."""
+    if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{_short(text)} is none of cpu, cuda, cuda:N, mps, xpu")
+    return text
+
+
+def device_map(text: str) -> str:
+    """The type of --device_map: one of accelerate's ways to spread a model, or a device."""
+    if text in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return text
+    try:
+        return device(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{_short(text)} is none of auto, balanced, balanced_low_0, sequential, nor a device"
+        ) from None
+
+
 def shard(text: str) -> tuple[int, int]:
     """'i/n' -> (i, n) with 0 <= i < n."""
     try:
-        index, count = (int(part) for part in text.split("/"))
+        index, shards = (int(part) for part in text.split("/"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 0/4") from None
-    if not 0 <= index < count:
-        raise argparse.ArgumentTypeError(f"{text!r}: shards count from 0, so 0 <= i < n is needed")
-    return index, count
+        raise argparse.ArgumentTypeError(
+            f"{_short(text)} is not of the form i/n, such as 0/4"
+        ) from None
+    if not 0 <= index < shards:
+        raise argparse.ArgumentTypeError(
+            f"{_short(text)}: shards count from 0, so 0 <= i < n is needed"
+        )
+    return index, shards
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then: str = "") -> None:
     """Flags of the scripts that fill a run directory. part: what --shard counts; then: what has to
     follow."""
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode pictures")
+    parser.add_argument(
+        "--num_workers", type=workers, default=2, help="threads that decode pictures"
+    )
     parser.add_argument(
         "--shard",
         type=shard,
@@ -91,9 +174,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then
     )
 
 
+def replace_by(command: str, arguments: Sequence[str]) -> NoReturn:
+    """End as another command of the checkout does, run with these arguments in this folder."""
+    words = [sys.executable, str(CHECKOUT / command), *arguments]
+    sys.exit(subprocess.run(words).returncode)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call main() and end the process with its exit code; a UsageError becomes one line and exit
-    code 2."""
+    code 2, and so does an error of any kind where a run that was read turns out to be damaged."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold any bytes
+            stream.reconfigure(errors="backslashreplace")
     code: int | None
     try:
         code = main()
@@ -106,4 +198,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except Exception:
+        # a broken run or our mistake? a run that was read tells whether it is as it was written
+        runs = sys.modules.get("vlmdiag.runs.rundirs")
+        damage = runs and runs.damage()
+        if not damage:
+            raise
+        print(f"error: {damage}", file=sys.stderr)
+        code = 2
     sys.exit(code or 0)

@@ -2,8 +2,8 @@
 pictures, one interactive page each.
 
     python scripts/logit_lens/create_logit_lens.py --model_path checkpoints/tiny-llava \\
-        --image_folder data/shapes/val2017 --save_folder outputs/lens \\
-        --num_images 5
+        --image_dir data/shapes/val2017 --out_dir outputs/lens \\
+        --max_images 5
     python scripts/logit_lens/generate_overview.py outputs/lens outputs/lens
 
 p = softmax(W_U norm(h)) for the hidden state h of every position after every layer (0: embeddings),
@@ -11,7 +11,7 @@ in float32; the final norm exactly once at each, so that the last layer is the m
 next-token distribution. arXiv 2410.07149; docs/studies/llava_interp.md,
 section 2.2. Pages work offline: layer slider and map
 of the likeliest tokens over the picture, hover, lock, search. They are
-<save_folder>/<model>_<picture>_logit_lens.html and are drawn from the run directory
+<out_dir>/<model>_<picture>_logit_lens.html and are drawn from the run directory
 <out_root>/logit_lens/<model>[__<run_name>]/, which holds ids and probabilities (arrays (L + 1, T,
 k)); an interrupted call goes on by the same command."""
 
@@ -38,32 +38,37 @@ EXPERIMENT = "logit_lens"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--image_folder", required=True, help="folder of pictures")
+    parser.add_argument("--image_dir", "--image_folder", required=True, help="folder of pictures")
     parser.add_argument(
-        "--save_folder", required=True, help="where the pages go; made if it is not there"
+        "--out_dir",
+        "--save_folder",
+        required=True,
+        help="where the pages go; made if it is not there",
     )
     parser.add_argument(
-        "--num_images", type=int, default=None, help="only the first so many, by name"
+        "--max_images",
+        "--num_images",
+        type=cli.positive,
+        default=None,
+        help="only the first so many, by name",
     )
     parser.add_argument(
         "--model_path", "--model_name", default="llava-hf/llava-1.5-7b-hf", help="folder or hub id"
     )
     parser.add_argument("--prompt_text", default="Describe the image.", help="question")
-    parser.add_argument("--top_k", type=int, default=5, help="tokens per position and layer")
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument(
+        "--top_k", type=cli.positive, default=5, help="tokens per position and layer"
+    )
+    parser.add_argument("--batch_size", type=cli.positive, default=1, help="prompts in a batch")
     cli.add_run_arguments(parser)
     add_model_arguments(parser, path=False)
-    args = parser.parse_args(argv)
-    counts = (args.top_k, args.batch_size, args.num_images)
-    if any(count is not None and count < 1 for count in counts):
-        parser.error("--top_k, --batch_size and --num_images count from 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def read_folder(args: argparse.Namespace) -> list[Sample]:
     """A Sample per picture of the folder, sorted by name; its id is the name without ending (with
     it where two pictures share one)."""
-    files = list_pictures(args.image_folder)[: args.num_images]
+    files = list_pictures(args.image_dir)[: args.max_images]
     stems = [file.stem for file in files]
     samples = []
     for file in files:
@@ -72,9 +77,18 @@ def read_folder(args: argparse.Namespace) -> list[Sample]:
     return samples
 
 
+def is_whole(page: Path) -> bool:
+    """Whether a page is there to its end, without the zeros that a power cut may leave."""
+    try:
+        content = page.read_bytes()
+    except OSError:
+        return False
+    return content.rstrip().endswith(b"</html>") and b"\0" not in content
+
+
 def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, again: bool) -> int:
-    """A page for every finished picture that has none, or one older than its numbers. Returns how
-    many were written."""
+    """A page for every finished picture that has none, a damaged one, or one older than its
+    numbers. Returns how many were written."""
     settings = {name: run.meta["settings"][name] for name in ("dtype", "top_k", "image_aspect")}
     written = 0
     for sample in samples:
@@ -82,7 +96,7 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
         numbers = run.path / "per_image" / f"{sample.id}.json"
         if not run.is_done(sample.id):
             continue
-        if page.exists() and not again and page.stat().st_mtime >= numbers.stat().st_mtime:
+        if not again and is_whole(page) and page.stat().st_mtime >= numbers.stat().st_mtime:
             continue
         record = run.record(sample.id)
         arrays = run.arrays(sample.id)
@@ -134,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "top_k": args.top_k,
             "image_aspect": args.image_aspect,
         },
-        {"image_folder": args.image_folder, "batch_size": args.batch_size},
+        {"image_folder": args.image_dir, "batch_size": args.batch_size},
         batch_size=args.batch_size,
     )
-    folder = Path(args.save_folder)
+    folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     written = write_pages(
         outcome.run, samples, folder, rundirs.slug(args.model_path), args.overwrite

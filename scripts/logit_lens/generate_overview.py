@@ -29,11 +29,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("input_dir", help="folder of lens pages")
     parser.add_argument("output_dir", help="folder for index.html")
-    parser.add_argument("--per_page", type=int, default=20, help="pages listed at a time")
-    args = parser.parse_args(argv)
-    if args.per_page < 1:
-        parser.error("--per_page counts from 1")
-    return args
+    parser.add_argument("--per_page", type=cli.positive, default=20, help="pages listed at a time")
+    return parser.parse_args(argv)
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     targets.add_arguments(parser)
     add_model_arguments(parser, path=False)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=cli.positive, default=4, help="prompts in a batch")
     parser.add_argument(
         "--analyze_only", action="store_true", help="no model: analyse what the run directory holds"
     )

@@ -5,13 +5,16 @@ own layouts of models that are read in transformers' layout only."""
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import os
 import re
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -19,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
 from vlmdiag.families.files import is_hub_id, reason, weight_files
 from vlmdiag.types import Fields, Record
@@ -95,7 +99,8 @@ LAYOUTS = {
 
 
 def refuse_no_folder(path: str | Path) -> None:
-    """UsageError for a path that is a file, or that is clearly meant as a folder and is none."""
+    """UsageError for a path that is a file, or that is meant as a folder and is none: no hub id, or
+    one whose owner is a folder here and which the hub's cache does not have."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             gguf = file.read(4) == b"GGUF" or str(path).endswith(".gguf")
@@ -104,9 +109,22 @@ def refuse_no_folder(path: str | Path) -> None:
             f"{path}: this is {what}, wanted is the folder of a checkpoint (config.json and"
             " weights in safetensors or .bin) or a hub id"
         )
-    looks_like_folder = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if looks_like_folder and not Path(path).is_dir():
-        raise UsageError(f"{path}: no such folder")
+    if Path(path).is_dir() and str(path):
+        return
+    parent = Path(path).parent
+    if is_hub_id(str(path)) and str(path).count("/") == 1:
+        cached = Path(HF_HUB_CACHE) / f"models--{str(path).replace('/', '--')}"
+        if cached.is_dir() or not parent.is_dir():
+            return
+    siblings = [file for file in (parent, CHECKOUT / "checkpoints") if file.is_dir()]
+    folders = [folder for place in siblings for folder in place.iterdir() if folder.is_dir()]
+    names = {folder.name: os.path.relpath(folder) for folder in folders}
+    nearest = [names[name] for name in difflib.get_close_matches(Path(path).name, names, 2)]
+    advice = f", nearest: {', '.join(nearest)}" if nearest else ""
+    raise UsageError(
+        f"{str(path)!r}: no such folder{advice}; a hub id is owner/name, and has to be downloaded"
+        " first where a folder has the owner's name (hf download owner/name)"
+    )
 
 
 def names_of(path: str | Path) -> list[str]:

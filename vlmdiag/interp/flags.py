@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmdiag import cli
+from vlmdiag.cli import UsageError
 from vlmdiag.interp.conditions import SIZES
 
 if TYPE_CHECKING:
@@ -33,17 +36,35 @@ def add_ablation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sizes",
-        type=int,
+        type=cli.count,
         nargs="*",
         default=list(SIZES),
         help="how many gradient and random tokens",
     )
     parser.add_argument(
-        "--draws", type=int, default=3, help="random and compact sets of each matched size"
+        "--draws", type=cli.count, default=3, help="random and compact sets of each matched size"
     )
     parser.add_argument(
-        "--gradient_steps", type=int, default=50, help="of integrated gradients; 0 leaves them out"
+        "--gradient_steps",
+        type=cli.whole(0, 10**6),
+        default=50,
+        help="of integrated gradients; 0 leaves them out",
     )
+
+
+def check_replacement(args: argparse.Namespace) -> None:
+    """UsageError where the mean vector that is wanted is not there."""
+    if args.zero_ablation or args.replacement != "mean":
+        return
+    path = args.mean_tensor
+    if path is None or not Path(path).is_file():
+        what = "is needed" if path is None else f"{path}: no such file"
+        folder = "DIR" if path is None else str(Path(path).parent)
+        raise UsageError(
+            f"--mean_tensor {what}; make it with python scripts/save_post_adapter_acts.py"
+            f" --model_path {args.model_path} --image_dir PICTURES --out_dir {folder}, then python"
+            f" scripts/calculate_mean_vector.py {folder}, or take --replacement zeros or noise"
+        )
 
 
 def ablation_of(vlm: VLM, args: argparse.Namespace) -> Ablation:

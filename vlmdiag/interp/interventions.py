@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,16 +67,26 @@ def load_mean(path: str | Path, width: int) -> tuple[Float[Tensor, " d"], object
     except Exception as error:  # noqa: BLE001 -- pickle errors of every kind
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--mean_tensor {path} cannot be read ({reason})") from error
+    if torch.is_tensor(mean) and (mean.is_meta or not mean.is_floating_point()):
+        raise UsageError(f"--mean_tensor {path}: real numbers were wanted, found {mean.dtype}")
     if not torch.is_tensor(mean) or mean.shape != (width,):
         kind = tuple(getattr(mean, "shape", ())) or type(mean).__name__
         raise UsageError(
             f"--mean_tensor {path}: a tensor of shape ({width},) was wanted, found {kind}"
         )
+    if not mean.isfinite().all():
+        raise UsageError(f"--mean_tensor {path}: not all of its numbers are finite")
     beside = Path(path).with_suffix(".json")
     try:
         provenance = json.loads(beside.read_text()) if beside.exists() else None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{beside} is not readable JSON ({error})") from error
+    written = provenance.get("sha256") if isinstance(provenance, dict) else None
+    if written and sha256(Path(path).read_bytes()).hexdigest() != written:
+        raise UsageError(
+            f"--mean_tensor {path} is not the vector that {beside} was written for; make both again"
+            f" with python scripts/calculate_mean_vector.py {Path(path).parent}"
+        )
     return mean.float(), provenance
 
 
@@ -84,10 +95,7 @@ def replacement_of(vlm: VLM, kind: str, mean_tensor: str | None) -> Replacement:
     if kind != "mean":
         return Replacement(kind)
     if mean_tensor is None:
-        raise UsageError(
-            "--mean_tensor is needed: make it with save_post_adapter_acts.py and"
-            " calculate_mean_vector.py, or take --replacement zeros or noise"
-        )
+        raise UsageError("a mean vector is needed where the mean replaces a token")
     width = vlm.model.get_input_embeddings().weight.shape[1]
     mean, provenance = load_mean(mean_tensor, width)
     if provenance is None:

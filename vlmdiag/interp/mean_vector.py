@@ -10,14 +10,14 @@ LeVeque 1979. Used by scripts/save_post_adapter_acts.py and calculate_mean_vecto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,6 +46,12 @@ class Block:
 
     id: str
     names: tuple[str, ...]
+    folder: Path = Path()
+
+    @property
+    def inputs(self) -> list[object]:
+        """The pictures, as files."""
+        return [[name, self.folder / name] for name in self.names]
 
 
 class Sums(NamedTuple):
@@ -166,15 +172,24 @@ def write_acts(path: Path, tensors: Mapping[str, Tensor]) -> None:
         ) from error
 
 
+def has_acts(run: Run, block: Block, names: Set[str]) -> bool:
+    """Whether the activations of these pictures of a block are there, in a whole file."""
+    try:
+        with safe_open(run.path / "acts" / f"{block.id}.safetensors", "pt") as file:
+            return set(file.keys()) == names
+    except (OSError, SafetensorError):
+        return False
+
+
 def reopen(run: Run, blocks: Sequence[Block], keep_acts: bool) -> None:
     """Make those blocks unfinished again that lack a picture, which may be readable by now, or
     their activations with --keep_acts."""
     for block in blocks:
-        if not run.is_done(block.id):
+        if not run.is_done(block.id) or not run.is_whole(block.id):
             continue
         unreadable = run.record(block.id)["unreadable"]
-        has_acts = (run.path / "acts" / f"{block.id}.safetensors").exists()
-        if unreadable or (keep_acts and not has_acts):
+        names = set(block.names) - set(unreadable)
+        if unreadable or (keep_acts and not has_acts(run, block, names)):
             (run.path / "per_image" / f"{block.id}.json").unlink()
             for name in unreadable:
                 (run.path / "failures" / f"{failure_id(name)}.json").unlink(missing_ok=True)

@@ -109,29 +109,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min_area",
-        type=float,
+        type=cli.number(0, 10**12),
         default=1000,
         help="object filter: area in pixels of the original picture, more than",
     )
-    parser.add_argument("--max_area", type=float, default=2000, help="object filter: and less than")
+    parser.add_argument(
+        "--max_area", type=cli.number(0, 10**12), default=2000, help="object filter: and less than"
+    )
     parser.add_argument(
         "--max_annotations",
-        type=int,
+        type=cli.positive,
         default=3,
         help="object filter: annotations of a picture, at most",
     )
     parser.add_argument(
         "--threshold",
-        type=float,
+        type=cli.share,
         default=0.0,
         help="a token stands for the object if more than this share of its box is covered; 0: any"
         " overlap",
     )
-    parser.add_argument("--max_images", type=int, default=None, help="only the first so many items")
     parser.add_argument(
-        "--per_pass", type=int, default=8, help="conditions of a picture that run together"
+        "--max_images", type=cli.positive, default=None, help="only the first so many items"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random tokens and noise")
+    parser.add_argument(
+        "--per_pass", type=cli.positive, default=8, help="conditions of a picture that run together"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of random tokens and noise")
     parser.add_argument(
         "--paper_compat",
         action="store_true",
@@ -141,8 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_questions_argument(parser: argparse.ArgumentParser) -> None:
-    """--clean_questions_file of the scripts that ask curated questions."""
+    """--question_file of the scripts that ask curated questions."""
     parser.add_argument(
+        "--question_file",
         "--clean_questions_file",
         required=True,
         help='JSON: {"<image id>": [question or {"question", "answer", "category"}, ...]}',
@@ -179,13 +184,13 @@ def read_targets(args: argparse.Namespace, question: str = "Describe this image.
 
 
 def read_curated_targets(args: argparse.Namespace) -> list[Item]:
-    """Items of --clean_questions_file: one per question; the object is the one its category names,
+    """Items of --question_file: one per question; the object is the one its category names,
     else the one of the object filter. UsageError where no question has an object."""
-    asked = read_curated(args.clean_questions_file)
+    asked = read_curated(args.question_file)
     items = list(_curated(args, asked))
     if not items:
         raise UsageError(
-            f"{args.clean_questions_file}: none of its {len(asked)} pictures with a question has an"
+            f"{args.question_file}: none of its {len(asked)} pictures with a question has an"
             f" object in {instances_file(args)}; the published list is for train2017: --datatype"
             " train2017"
         )
@@ -264,8 +269,6 @@ def free_of(args: argparse.Namespace) -> Record:
 def load_vlm(args: argparse.Namespace, load: Callable[[argparse.Namespace], VLM]) -> VLM:
     """The model that load(args) gives. UsageError where it lacks what interventions on objects
     need."""
-    if args.per_pass < 1:
-        raise UsageError("--per_pass counts from 1")
     vlm = load(args)
     vlm.need("decoder-only", "grid")
     return vlm

@@ -106,6 +106,11 @@ def _template_renderer(template: str, image_token: str) -> Callable[[str, str | 
     """--prompt_template, in which \\n stands for a line break."""
     if "{question}" not in template:
         raise UsageError("--prompt_template has no {question}")
+    if template.count("{image}") != 1:
+        raise UsageError(
+            f"--prompt_template has {template.count('{image}')} places for a picture, {{image}} is"
+            " wanted once"
+        )
     with_breaks = template.replace("\\n", "\n")
 
     def render(question: str, system: str | None) -> str:

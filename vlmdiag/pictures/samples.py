@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
+import stat
 import struct
 import threading
 import zlib
@@ -78,6 +80,11 @@ class Sample:
     answer: str | None = None
     extra: Record = field(default_factory=dict, hash=False)
 
+    @property
+    def inputs(self) -> list[object]:
+        """What its numbers are made of."""
+        return [self.question, self.answer, self.image]
+
 
 class HasImage(Protocol):
     """An item of a run that names its picture."""
@@ -100,7 +107,9 @@ def list_pictures(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such image folder")
     shown = (file for file in folder.iterdir() if not file.name.startswith("."))
-    files = sorted(file for file in shown if file.suffix.lower() in PICTURES)
+    # a link that leads nowhere is a picture that fails; a pipe or a folder is none
+    of_kind = (file for file in shown if file.suffix.lower() in PICTURES)
+    files = sorted(file for file in of_kind if file.is_file() or not file.exists())
     if not files:
         raise UsageError(f"{folder} has no picture ({' '.join(sorted(PICTURES))})")
     return files
@@ -196,6 +205,8 @@ def _opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
     """A picture within the limits; what goes wrong with it as load_image() says."""
     name = path if isinstance(path, (str, Path)) else "picture"
     try:
+        if isinstance(path, (str, Path)) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("no file")  # opening a pipe would wait for ever
         with Image.open(path) as file:
             shorter, longer = sorted(file.size)
             if shorter * longer > PIXEL_LIMIT:

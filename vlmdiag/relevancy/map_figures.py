@@ -77,7 +77,10 @@ class Maps:
                 )
             cells[..., is_sink] = np.nan
             hidden = int(is_sink.sum())
-        picture = load_image(Path(folder) / record["file_name"])
+        try:
+            picture = load_image(Path(folder) / record["file_name"])
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{run.path}: the picture of {id}: {error} (--image_dir)") from error
         picture = overlay.at_smooth_size(picture, SHOWN, how=Image.Resampling.BICUBIC)
         shape, size = record["grid"]["shape"], record["grid"]["size"]
         grid = PatchGrid(arrays["boxes"], shape and tuple(shape), size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -34,6 +35,7 @@ DAY = 86_400.0  # seconds after which a temporary file belongs to nobody
 # a file of a run that is larger was not written by us: its content as JSON, its arrays in memory
 JSON_LIMIT = 2**28
 NPZ_LIMIT = 2**31
+NAME_LIMIT = 150  # bytes of a name that a temporary one holds; file systems take 255
 # what reading a damaged NPZ raises, also one that is encrypted, lies about its sizes or has no
 # header; the last two: an .npy where an NPZ was wanted
 BROKEN = (
@@ -56,14 +58,22 @@ BROKEN = (
 )
 Arrays = Mapping[str, "np.ndarray"]
 _numbers = itertools.count()
+_swept: set[Path] = set()  # folders, once in a process
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
 def temporary_name(path: Path) -> Path:
-    """A name of its own in the folder of path, which sweep() knows: .<name>.<host>.<pid>-<n>.tmp"""
-    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}-{next(_numbers)}.tmp")
+    """A name of its own in the folder of path, which sweep() knows: .<name>.<host>.<pid>-<n>.tmp,
+    of a long name a digest. The first one in a folder sweeps it."""
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        sweep(path.parent)
+    name = path.name
+    if len(name.encode("utf-8", "replace")) > NAME_LIMIT:
+        name = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+    return path.with_name(f".{name}.{HOST}.{os.getpid()}-{next(_numbers)}.tmp")
 
 
 @contextlib.contextmanager
@@ -79,6 +89,7 @@ def in_one_step(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -111,7 +122,9 @@ def write_once(path: Path, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return _link(temporary, path)
+        written = _link(temporary, path)
+        _flush_folder(path.parent)
+        return written
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -133,6 +146,19 @@ def _link(temporary: Path, path: Path) -> bool:
         except FileExistsError:
             return False
     return True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk, where the system knows how: a file that was renamed may
+    else be gone after a power cut."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some network file systems refuse
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
@@ -246,6 +272,28 @@ def check_size(archive: NpzFile, names: Sequence[str]) -> None:
         raise ValueError(
             f"its arrays take {size / 2**30:.1f} GiB, at most {NPZ_LIMIT / 2**30:.0f} GiB are read"
         )
+
+
+def looks_whole(path: Path, begins: bytes, ends: bytes, behind: int = 0) -> bool:
+    """Whether a file begins and ends as its kind does: false for one that is missing, empty, cut
+    short or filled up with zeros. behind: bytes that may follow `ends`."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            first = file.read(len(begins))
+            file.seek(max(0, size - len(ends) - behind))
+            return first == begins and file.read(len(ends)) == ends
+    except OSError:
+        return False
+
+
+def check_npz(path: Path) -> None:
+    """ValueError and the like (BROKEN) for an NPZ of which a member's checksum is wrong."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} is damaged")
 
 
 # --- leftovers ------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
+from vlmdiag.runs.inputs import digest_of
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -97,6 +98,21 @@ def run_items(
     return {"done": len(work.done), "skipped": len(work.done_before), "failed": len(work.failed)}
 
 
+def done_before(run: Run, items: Sequence[Item]) -> set[str]:
+    """The ids of the items that are finished and can be read; damaged ones are computed again.
+    UsageError where one was made of another question or picture than it has now."""
+    done = {item.id: item for item in items if run.is_done(item.id) and run.is_whole(item.id)}
+    then = {id: run.inputs(id) for id in done}
+    changed = [id for id, inputs in then.items() if inputs not in (None, digest_of(done[id]))]
+    if changed:
+        raise UsageError(
+            f"{run.path}: {len(changed)} of its finished items were made of other questions or"
+            f" pictures than they have now, such as {changed[0]}; use --overwrite to start again or"
+            " another --run_name"
+        )
+    return set(done)
+
+
 def exit_code(counts: Mapping[str, int], run: Run | None = None) -> int:
     """0, or 3 with one line that says where the failures are."""
     if not counts["failed"]:
@@ -134,7 +150,7 @@ class _Shard(Generic[AnyItem, Content]):
     ) -> None:
         self.run = run
         self.process = process
-        self.done_before = {item.id for batch in batches for item in batch if run.is_done(item.id)}
+        self.done_before = done_before(run, [item for batch in batches for item in batch])
         self.done: set[str] = set()
         self.failed: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -193,10 +209,13 @@ class _Shard(Generic[AnyItem, Content]):
         for (item, _), (record, arrays) in zip(batch, results):
             if item.id in self.done_before:
                 continue
-            self._pending.append(self._writer.submit(self.run.write, item.id, record, arrays))
+            self._pending.append(self._writer.submit(self._write, item, record, arrays))
             while self._pending and self._is_due():
                 self._pending.popleft().result()  # raises what the writer raised
             self.done.add(item.id)
+
+    def _write(self, item: AnyItem, record: Record, arrays: Arrays) -> bool:
+        return self.run.write(item.id, record, arrays, inputs=digest_of(item))
 
     def _is_due(self) -> bool:
         """Whether the oldest write is over, or too many wait behind it."""

@@ -25,6 +25,7 @@ import subprocess
 import time
 import traceback
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,30 @@ __all__ = [
 ]
 
 SCHEMA = 1
+CHECKS = "checks"  # in an item's JSON: digests of its record, of its NPZ and of its inputs
+# settings that runs of older versions lack: not compared there
+ADDED = ("ann_digest", "boxes_digest")
 COCO = "coco_diagnostics"
 # What a run directory owns. meta.json last: a run half removed is still known for what it is.
 OWNED = ("per_image", "failures", "analysis", "counters", "preds.json", "meta.json")
+# what makes a run of an experiment
+COMMANDS = {
+    COCO: "diagnostic_tools/run_coco_diagnostics.py",
+    "psi": "diagnostic_tools/psi.py",
+    "relevancy": "diagnostic_tools/relevancy_maps.py",
+    "evaluate_relevancy": "diagnostic_tools/evaluate_relevancy.py",
+    "hallucination_warning": "diagnostic_tools/hallucination_warning.py",
+    "swap_analysis": "swap_analysis/swap_analysis.py",
+    "spatial_tunnel": "swap_analysis/spatial_tunnel.py",
+    "volcano": "visualize/run_volcano_with_image_attention.py",
+    "logit_lens": "scripts/logit_lens/create_logit_lens.py",
+    "lens_accuracy": "scripts/logit_lens/lens_accuracy.py",
+    "mean_vector": "scripts/save_post_adapter_acts.py",
+    "ablation": "scripts/ablation_experiment.py",
+    "ablation_vqa": "scripts/ablation_experiment_curate.py",
+    "knockout": "scripts/attention_experiment_curate.py",
+}
+READ: list[Run] = []  # runs that read_run() opened
 OTHER_NAME = "use another --run_name, or remove the folder by hand"
 _UNSET = object()
 
@@ -70,6 +92,10 @@ def slug(name: str | Path) -> str:
     if path.name.startswith("checkpoint-"):
         return _clean(f"{path.parent.name}_{path.name}")
     return _clean(path.name)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _clean(text: str) -> str:
@@ -95,14 +121,25 @@ def run_path(
     return Path(out_root) / experiment / name
 
 
+def _is_text(name: str) -> bool:
+    """Whether a name can be written: a lone surrogate cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _checked(id: object) -> str:
     """An item's id, which becomes a file name."""
     name = str(id)
-    is_safe = name and not name.startswith(".") and not re.search(r"[/\\\0]", name)
+    is_safe = (
+        name and _is_text(name) and not name.startswith(".") and not re.search(r"[/\\\0]", name)
+    )
     if not is_safe or len(name.encode("utf-8", "replace")) > 180:
         raise UsageError(
-            f"{name!r} cannot be an item id: ids become file names, so no /, \\ or leading dot, and"
-            " 1 to 180 bytes"
+            f"{name!r} cannot be an item id: ids become file names, so no /, \\, lone surrogate or"
+            " leading dot, and 1 to 180 bytes"
         )
     return name
 
@@ -209,8 +246,8 @@ def open_run(
         meta = _checked_meta(path, experiment, identity, free or {})
         for name in ("per_image", "failures", "analysis"):
             (path / name).mkdir(exist_ok=True)
-            disk.sweep(path / name)
-        disk.sweep(path)
+        for folder in (path, *(file for file in path.iterdir() if file.is_dir())):
+            disk.sweep(folder)
         probe = disk.temporary_name(path / "per_image" / "writable")
         probe.touch()
         probe.unlink()
@@ -242,6 +279,7 @@ def _make_meta(path: Path, experiment: str, identity: Fields, free: Fields) -> N
         "versions": _versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    meta["digest"] = _meta_digest(meta)
     disk.write_once(path / "meta.json", disk.json_bytes(meta))
 
 
@@ -253,7 +291,11 @@ def _checked_meta(path: Path, experiment: str, identity: Fields, free: Fields) -
             f"{path} belongs to experiment {meta.get('experiment')!r}, not {experiment!r}; use"
             " another --run_name or --out_root"
         )
-    different = _differences(json.loads(disk.json_bytes(dict(identity))), meta["settings"])
+    now = json.loads(disk.json_bytes(dict(identity)))
+    for name in ADDED:
+        if name not in meta["settings"]:
+            now.pop(name, None)
+    different = _differences(now, meta["settings"])
     if different:
         raise UsageError(
             f"{path} was made with other settings ({'; '.join(different)}); use --overwrite to"
@@ -305,23 +347,51 @@ class Run:
         return self.path / "failures" / f"{_checked(id)}.json"
 
     def is_done(self, id: str) -> bool:
-        """True if the item is finished. Its JSON marks it done; an NPZ deleted by hand makes it
-        missing again."""
-        return self._file(id, ".json").exists() and self._file(id, ".npz").exists()
+        """True if the item is finished: its JSON marks it done. One of which a file is missing,
+        empty or cut short is not."""
+        # the end of a ZIP file is 22 bytes long
+        return disk.looks_whole(self._file(id, ".json"), b"{", b"}\n") and disk.looks_whole(
+            self._file(id, ".npz"), b"PK", b"PK\x05\x06", behind=18
+        )
+
+    def is_whole(self, id: str) -> bool:
+        """True if a finished item can be read to the last byte; a damaged one is unfinished from
+        now on."""
+        try:
+            self.record(id)
+            disk.check_npz(self._file(id, ".npz"))
+        except (UsageError, *disk.BROKEN):
+            with contextlib.suppress(OSError):
+                self._file(id, ".json").unlink()
+            return False
+        return True
+
+    def inputs(self, id: str) -> str | None:
+        """The digest of what a finished item was made of, None where an older version wrote it."""
+        checks = disk.read_json(self._file(id, ".json")).get(CHECKS)
+        return checks.get("inputs") if isinstance(checks, dict) else None
 
     def write(
-        self, id: str, record: Record, arrays: disk.Arrays | None = None, keep: bool = True
+        self,
+        id: str,
+        record: Record,
+        arrays: disk.Arrays | None = None,
+        keep: bool = True,
+        inputs: str | None = None,
     ) -> bool:
         """Commit an item: its arrays as NPZ, then its record as JSON; its failure file goes away.
 
-        Returns True if written, False if it was done already (keep=False writes it anyway).
-        UsageError on a full disk.
+        inputs: what the item was made of (runs.inputs). Returns True if written, False if it was
+        done already (keep=False writes it anyway). UsageError on a full disk.
         """
         written = not (keep and self.is_done(id))
         if written:
             # both made before either is written
             npz = disk.npz_bytes(arrays or {})
-            text = disk.json_bytes(record)
+            checks = {"npz": _digest(npz), "record": _digest(disk.json_bytes(record))}
+            if inputs is not None:
+                checks["inputs"] = inputs
+            text = disk.json_bytes(dict(record) | {CHECKS: checks})
             disk.write(self._file(id, ".npz"), npz)
             disk.write(self._file(id, ".json"), text)
         self._failure(id).unlink(missing_ok=True)
@@ -362,7 +432,10 @@ class Run:
         """{key: sum} of everything counted so far."""
         sums = {}
         for file in sorted((self.path / "counters").glob("*.txt")):
-            lines = re.findall(rb"^\d+$", file.read_bytes(), re.MULTILINE)
+            try:
+                lines = re.findall(rb"^\d{1,18}$", file.read_bytes(), re.MULTILINE)
+            except OSError as error:
+                raise UsageError(f"{file} cannot be read ({error.strerror}); delete it") from error
             sums[file.name[:-4]] = sum(map(int, lines))
         return sums
 
@@ -391,7 +464,9 @@ class Run:
 
     def record(self, id: str) -> Record:
         """The JSON record of an item. UsageError names a broken file."""
-        return disk.read_json(self._file(id, ".json"))
+        record = disk.read_json(self._file(id, ".json"))
+        record.pop(CHECKS, None)
+        return record
 
     def records(self) -> list[Record]:
         """The records of all done items, in the order of ids()."""
@@ -488,28 +563,94 @@ def _stems(folder: Path) -> list[str]:
 def read_run(path: str | Path, experiment: str) -> Run:
     """Open a run for reading. UsageError names the folder or file that is missing, broken or of
     another experiment."""
-    path = Path(path)
+    path = _without_system(Path(path))
     if not (path / "meta.json").is_file():
         reason = "it has no meta.json" if path.is_dir() else "no such folder"
-        raise UsageError(f"{path} is not a run directory: {reason}")
+        raise UsageError(f"{path} is not a run directory: {reason}{_where_else(path, experiment)}")
     meta = _read_meta(path)
     if meta.get("experiment") != experiment:
         raise UsageError(
-            f"{path} holds experiment {meta.get('experiment')!r}, and {experiment!r} was wanted"
+            f"{path} holds experiment {meta.get('experiment')!r}, and {experiment!r} was wanted,"
+            f" which python {COMMANDS.get(experiment, 'another command')} makes"
         )
     run = Run(path, meta)
     meta["counters"] = run.counters()
+    READ.append(run)
     return run
 
 
-def find_runs(runs_dir: str | Path, sp: int) -> list[Run]:
-    """The coco runs <runs_dir>/*__sp-<sp>, sorted by folder name. UsageError if there are none."""
-    folders = sorted(Path(runs_dir).glob(f"*__sp-{int(sp)}"))
+def damage() -> str | None:
+    """What is wrong with a file of the runs that this process reads, None where nothing is: a
+    record or an NPZ that is another one now than was written, or of an older version one that lacks
+    what most of them have. For a command that met what it cannot explain (cli.run)."""
+    for run in READ:
+        fields: dict[str, tuple[str, ...]] = {}
+        for id in run.ids():
+            json_file, npz_file = run._file(id, ".json"), run._file(id, ".npz")
+            try:
+                content = disk.read_json(json_file)
+                arrays = disk.read_npz(npz_file) or {}
+            except UsageError as error:
+                return str(error)
+            checks = content.pop(CHECKS, None)
+            fields[id] = (*sorted(content), *sorted(arrays))
+            if not isinstance(checks, dict):
+                continue
+            for file, data, name in (
+                (json_file, disk.json_bytes(content), "record"),
+                (npz_file, npz_file.read_bytes(), "npz"),
+            ):
+                if checks.get(name) != _digest(data):
+                    return f"{file} is not as it was written; {disk.AGAIN}"
+        usual = Counter(fields.values()).most_common(1)
+        for id, names in fields.items():
+            if names != usual[0][0]:
+                odd = sorted({*names} ^ {*usual[0][0]})
+                return (
+                    f"{run.path / 'per_image' / id}.json and .npz differ from the others in"
+                    f" {', '.join(odd[:5])}; {disk.AGAIN}"
+                )
+        if run.meta.get("digest", None) not in (None, _meta_digest(run.meta)):
+            return f"{run.path / 'meta.json'} is not as it was written; {OTHER_NAME}"
+    return None
+
+
+def _meta_digest(meta: Record) -> str:
+    names = ("schema", "experiment", "settings", "free", "versions", "created")
+    return _digest(disk.json_bytes({name: meta.get(name) for name in names}))
+
+
+def _without_system(path: Path) -> Path:
+    """<model>__sp-1 in place of a <model>__sp-0 that is not there: the published tools give both
+    the same name. A line says so."""
+    other = path.with_name(path.name.removesuffix("0") + "1")
+    if not path.name.endswith("__sp-0") or path.exists() or not (other / "meta.json").is_file():
+        return path
+    print(f"{path}: no such run; read is {other}, made with --strip_system_prompt")
+    return other
+
+
+def _where_else(path: Path, experiment: str) -> str:
+    """The runs of an experiment in a folder, or beside it, that were meant perhaps, and the command
+    that makes one."""
+    place = path if path.is_dir() else path.parent
     runs = [
-        read_run(folder, COCO)
-        for folder in folders
-        if (folder / "meta.json").is_file() and _read_meta(folder).get("experiment") == COCO
+        str(file.parent)
+        for file in sorted([*place.glob("*/meta.json"), *place.glob("*/*/meta.json")])[:200]
+        if f'"{experiment}"'.encode() in file.read_bytes()
     ]
+    if runs:
+        return f"; there are {', '.join(runs[:4])}{', ...' * (len(runs) > 4)}"
+    command = COMMANDS.get(experiment)
+    return f"; make one with python {command} --model_path MODEL" if command else ""
+
+
+def find_runs(runs_dir: str | Path, sp: int) -> list[Run]:
+    """The coco runs <runs_dir>/*__sp-<sp>, sorted by folder name; those without a system prompt
+    where there are none with one, and a line says so. UsageError if there are none at all."""
+    runs = _coco_runs(Path(runs_dir), sp)
+    if not runs and not sp and (runs := _coco_runs(Path(runs_dir), 1)):
+        print(f"{runs_dir} has no run with --sp 0; read are those with 1, without a system prompt")
     if not runs:
         command = "python diagnostic_tools/run_coco_diagnostics.py --model_path MODEL"
         if int(sp):
@@ -519,3 +660,11 @@ def find_runs(runs_dir: str | Path, sp: int) -> list[Run]:
             f" {runs_dir}"
         )
     return runs
+
+
+def _coco_runs(runs_dir: Path, sp: int) -> list[Run]:
+    return [
+        read_run(folder, COCO)
+        for folder in sorted(runs_dir.glob(f"*__sp-{int(sp)}"))
+        if (folder / "meta.json").is_file() and _read_meta(folder).get("experiment") == COCO
+    ]

@@ -226,7 +226,7 @@ def calibrate(run: Run) -> Record:
                 models[name] = calibration.fit(words.signals[:, [j]], truth)
         except ValueError as error:
             print(
-                f"{kind}: {error}; more pictures (--num_images) or harder ones (--corrupt) are"
+                f"{kind}: {error}; more pictures (--max_images) or harder ones (--corrupt) are"
                 " needed"
             )
             continue

@@ -211,8 +211,9 @@ def _pairs(
             has_pictures = not set(row).isdisjoint(PICTURE_COLUMNS)
             if not has_pictures or (not is_ready and not set(row) >= EMBSPATIAL):
                 raise UsageError(
-                    f"{path}: columns {', '.join(row)}; wanted those of ready swap pairs or of"
-                    " EmbSpatial-Bench, see data/README.md"
+                    f"{path}: a table of ready swap pairs or of EmbSpatial-Bench was wanted"
+                    f" (data/README.md), its first line is {', '.join(row)[:100]!r}; pairs of"
+                    " generated scenes: python data/make_shapes.py"
                 )
         pair_id = f"{number:06d}"
         try:

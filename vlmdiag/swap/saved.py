@@ -77,7 +77,7 @@ def parse_args(doc: str | None, argv: Sequence[str] | None = None) -> argparse.N
     parser.add_argument(
         "--results_dir",
         default="results",
-        help="the --output_dir of swap_analysis.py: one folder a model",
+        help="the --out_dir of swap_analysis.py: one folder a model",
     )
     parser.add_argument("--model", help="folder name of one model; None: every model")
     parser.add_argument("--scales", nargs="+", help="scales to draw; None: all that were saved")
@@ -93,7 +93,7 @@ def models(results_dir: str | Path, model: str | None = None) -> list[Path]:
             names = sorted(path.name for path in root.glob("*/"))
             there = ", ".join(names) or "nothing" if root.is_dir() else "no such folder"
             raise UsageError(
-                f"--model {model}: {root} has {there}; make it with swap_analysis.py --output_dir"
+                f"--model {model}: {root} has {there}; make it with swap_analysis.py --out_dir"
                 f" {root}"
             )
         return [root / model]
@@ -103,7 +103,7 @@ def models(results_dir: str | Path, model: str | None = None) -> list[Path]:
     if not folders:
         raise UsageError(
             f"{root} holds no model's results (folders with json/ or npz/); make them with"
-            f" swap_analysis.py --output_dir {root}"
+            f" swap_analysis.py --out_dir {root}"
         )
     return folders
 
@@ -125,8 +125,10 @@ def find_scales(
     if missing or not scales:
         asked = f"--scales {' '.join(missing)}: " if missing else ""
         raise UsageError(
-            f"{asked}{folder} has {kind}_* for {', '.join(scales) or 'no scale'}; run"
-            " swap_analysis.py for the scales that are wanted"
+            f"{asked}{folder} has {kind}_* for {', '.join(scales) or 'no scale'}; make"
+            f" them with python swap_analysis/swap_analysis.py --model_type {Path(folder).name}"
+            f" --scales {' '.join(f'{scale}=MODEL' for scale in missing) or 'NAME=MODEL'}"
+            f" --out_dir {Path(folder).parent}"
         )
     return list(dict.fromkeys(wanted)) if wanted else scales
 

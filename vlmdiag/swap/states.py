@@ -52,6 +52,12 @@ class Item:
     def id(self) -> str:
         return str(self.pair["id"])
 
+    @property
+    def inputs(self) -> list[object]:
+        """The questions, what is right, the picture's digest, and the place in the states."""
+        names = ("questions", "category", "letters", "image_id")
+        return [*(self.pair.get(name) for name in names), self.row]
+
 
 class Said(NamedTuple):
     """An answer: its text, log-probabilities of the first step (V,), and the prompt it answers."""
@@ -61,12 +67,15 @@ class Said(NamedTuple):
     prompt: str
 
 
-def open_states(path: Path, shape: Sequence[int], dtype: str) -> States:
-    """A memory-mapped array of a shape (n, prompts, L, d), made on disk where it is not there yet;
-    ValueError for another shape. It appears at once and whole: a process killed meanwhile leaves
-    none, and shards that begin together use the same one.
+def open_states(path: Path, shape: Sequence[int], dtype: str, done: int = 0) -> States:
+    """A memory-mapped array of a shape (n, prompts, L, d), made on disk where it is not there yet
+    and no pair is done; ValueError for another shape, a file that was cut short, or one that is
+    missing although so many pairs are done. It appears at once and whole: a process killed
+    meanwhile leaves none, and shards that begin together use the same one.
     """
     if not path.exists():
+        if done:
+            raise ValueError(f"{path} is missing, which has the states of {done} finished pairs")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(path)
         np.lib.format.open_memmap(temporary, mode="w+", shape=tuple(shape), dtype=dtype).flush()
@@ -79,6 +88,7 @@ def open_states(path: Path, shape: Sequence[int], dtype: str) -> States:
             # a file system without hard links
             os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
+    np.lib.format.open_memmap(path, mode="r")  # refuses a short file, which "r+" fills with zeros
     states = np.lib.format.open_memmap(path, mode="r+")
     if states.shape != tuple(shape) or states.dtype != np.dtype(dtype):
         raise ValueError(

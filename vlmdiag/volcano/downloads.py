@@ -14,11 +14,9 @@ again. Behind one, download by other means and give local paths.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import io
 import ipaddress
-import itertools
 import os
 import re
 import socket
@@ -32,7 +30,9 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from PIL import Image
 
+from vlmdiag.cli import UsageError
 from vlmdiag.pictures.samples import load_image
+from vlmdiag.runs import disk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +51,6 @@ SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
 SAFE_IN_QUERY = "/%:@!$&()*+,;=~-._?"
 HEADERS = {"User-Agent": "vlm-diagnostics", "Accept": "image/*", "Connection": "close"}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_numbers = itertools.count()
 
 
 class DownloadError(OSError):
@@ -135,16 +134,10 @@ def fetch(
 
 def _keep(path: Path, data: bytes) -> None:
     """Write a file in one step, with its folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DownloadError(f"{path} cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        disk.write_bytes(path, data)
+    except UsageError as error:
+        raise DownloadError(f"{path} cannot be written ({error})") from error
 
 
 # ---- URLs and addresses ----

@@ -1,0 +1,245 @@
+"""Runs that cannot lie: items of other inputs are refused, states are never made anew under finished
+pairs, what is damaged is made again, and a reader of a tampered run names the file in one line."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, in_process
+from tests.kills import KINDS
+from vlmdiag.cli import UsageError
+from vlmdiag.pictures.samples import Sample, list_pictures, load_image
+from vlmdiag.runs import disk, engine
+from vlmdiag.runs.inputs import digest_of
+from vlmdiag.runs.rundirs import open_run
+from vlmdiag.swap.states import open_states
+
+COCO = in_process(ROOT / "diagnostic_tools/run_coco_diagnostics.py")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode() * 10)
+    return tmp_path
+
+
+@pytest.fixture
+def measure(folder):
+    """measure(questions) -> counts of a run over three pictures, whose numbers are their length."""
+
+    def run(*questions, **settings):
+        samples = [
+            Sample(name, folder / f"{name}.jpg", question)
+            for name, question in zip("abc", questions, strict=True)
+        ]
+        run = open_run(folder / "run", "demo", settings)
+
+        def process(items):
+            return [({"n": len(item.question)}, {"x": np.ones(3)}) for item in items]
+
+        return engine.run_items(run, samples, lambda item: item, process)
+
+    return run
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("what", ["picture", "question"])
+def test_items_of_another_picture_or_question_are_refused_by_name(measure, folder, what):
+    assert measure("A?", "B?", "C?")["done"] == 3
+    assert measure("A?", "B?", "C?")["skipped"] == 3
+    if what == "picture":
+        (folder / "b.jpg").write_bytes(b"another")
+    with pytest.raises(UsageError, match="1 of its finished items .* such as b"):
+        measure("A?", "B?" if what == "picture" else "B or not?", "C?")
+
+
+@pytest.mark.fast
+def test_a_picture_at_another_place_is_the_same(folder):
+    moved = shutil.copytree(folder, folder / "moved")
+    here, there = (Sample("a", place / "a.jpg", "A?") for place in (folder, moved))
+    assert digest_of(here) == digest_of(there)
+    assert digest_of(here) != digest_of(Sample("a", folder / "b.jpg", "A?"))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 2**17, 2**17 + 5])
+def test_large_pictures_differ_by_their_size_and_both_ends(tmp_path, size):
+    digests = set()
+    for name, at in (("same", None), ("first", 0), ("last", size - 1), ("longer", size)):
+        data = bytearray(size + (name == "longer"))
+        if at is not None:
+            data[at] = 1
+        (tmp_path / name).write_bytes(data)
+        digests.add(digest_of(Sample("a", tmp_path / name, "")))
+    assert len(digests) == 4
+
+
+@pytest.mark.fast
+def test_a_run_of_an_older_version_goes_on(measure, folder):
+    assert measure("A?", "B?", "C?")["done"] == 3
+    for file in (folder / "run" / "per_image").glob("*.json"):
+        record = json.loads(file.read_text())
+        record.pop("checks")
+        file.write_bytes(disk.json_bytes(record))
+    assert measure("A?", "another?", "C?")["skipped"] == 3
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("ending", ["npz", "json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "zeros within", "garbage"])
+def test_a_damaged_item_is_computed_again_to_the_same_bytes(measure, folder, ending, damage):
+    measure("A?", "B?", "C?")
+    file = folder / "run" / "per_image" / f"b.{ending}"
+    whole = file.read_bytes()
+    data = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "zeros": bytes(len(whole)),
+        "zeros within": whole[:40] + bytes(30) + whole[70:],
+        "garbage": b"{]" + whole[2:],
+    }[damage]
+    file.write_bytes(data)
+    counts = measure("A?", "B?", "C?")
+    assert counts == {"done": 1, "skipped": 2, "failed": 0}
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.fast
+def test_states_are_made_only_while_no_pair_is_done(tmp_path):
+    path, shape = tmp_path / "states.npy", (4, 2, 3, 5)
+    with pytest.raises(ValueError, match="missing, which has the states of 2 finished pairs"):
+        open_states(path, shape, "float16", done=2)
+    assert not path.exists()
+    open_states(path, shape, "float16")[:] = 1
+    data = path.read_bytes()
+    path.write_bytes(data[:-64])
+    with pytest.raises(ValueError):
+        open_states(path, shape, "float16", done=2)
+    assert len(path.read_bytes()) == len(data) - 64
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(os.name != "posix", reason="process ids")
+def test_leftovers_of_killed_writers_are_swept_wherever_a_file_is_written(tmp_path):
+    left = [
+        tmp_path / place / f".old.json.{disk.HOST}.4190001-3.tmp" for place in ("", "acts", "pages")
+    ]
+    for file in left:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        disk.write_json(file.parent / "new.json", {})
+        assert not file.exists()
+
+
+@pytest.mark.fast
+def test_folders_are_flushed_after_a_file_was_renamed_into_them(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda at: flushed.append(os.readlink(f"/proc/self/fd/{at}")))
+    disk.write(tmp_path / "a.json", b"{}")
+    assert flushed[-1] == str(tmp_path)
+
+
+# --- readers of tampered runs ---------------------------------------------------------------------
+
+
+def swapped(array):
+    return array.T if array.ndim > 1 else array[:-1]
+
+
+RECORDS = {
+    "empty": lambda record: {},
+    "foreign": lambda record: {"hello": 1},
+    "lists cut": lambda record: {k: v[:1] if isinstance(v, list) else v for k, v in record.items()},
+    "text": lambda record: {k: "x" if not isinstance(v, str) else v for k, v in record.items()},
+}
+ARRAYS = {
+    "none": lambda arrays: {},
+    "turned": lambda arrays: {name: swapped(array) for name, array in arrays.items()},
+    "scalars": lambda arrays: {name: np.zeros(()) for name in arrays},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, warm_python):
+    """A folder with the runs that readers read, and the pictures."""
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("honest")
+    flags = ["--out_dir", str(folder / "shapes"), "--num_images", "10", "--num_train", "12"]
+    subprocess.run([warm_python, ROOT / "data/make_shapes.py", *flags], check=True)
+    for kind in ("coco", "relevancy"):
+        for command in KINDS[kind].commands(str(folder / "runs"), folder / "shapes"):
+            subprocess.run([warm_python, ROOT / command[0], *command[1:]], check=True)
+    return folder
+
+
+READERS = {
+    "analyze_coco_diagnostics": "--run_dir {coco}",
+    "system_prompt_plot": "--run_dir {coco}",
+    "viz_cmb_panel": "--runs_dir {runs} --sp 0 --out {out}/a.png",
+    "viz_hidden_norms": "--runs_dir {runs} --sp 0 --out {out}/b.png",
+    "viz_relevancy": "--run_dir {relevancy} --image_dir {pictures} --max_images 6",
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers_of_tampered_runs_name_the_file_in_one_line(name, runs, tmp_path):
+    command = in_process(ROOT / f"diagnostic_tools/{name}.py")
+    cases = [("json", how, change) for how, change in RECORDS.items()]
+    cases += [("npz", how, change) for how, change in ARRAYS.items()]
+    for ending, how, change in cases:
+        work = tmp_path / f"{ending}-{how.replace(' ', '-')}"
+        shutil.copytree(runs / "runs", work)
+        of_kind = "tiny-llava__sp-0" if "relevancy" not in name else "relevancy/tiny-llava"
+        file = sorted((work / of_kind / "per_image").glob(f"*.{ending}"))[1]
+        if ending == "json":
+            record = json.loads(file.read_text())
+            checks = {"checks": record.pop("checks")} if how != "empty" else {}
+            file.write_bytes(disk.json_bytes(change(record) | checks))
+        else:
+            file.write_bytes(disk.npz_bytes(change(disk.read_npz(file))))
+        places = {"runs": work, "coco": work / "tiny-llava__sp-0", "out": tmp_path}
+        places |= {"relevancy": work / "relevancy/tiny-llava"}
+        places |= {"pictures": runs / "shapes/val2017"}
+        done = command(*READERS[name].format(**places).split())
+        line = done.stderr
+        assert "Traceback" not in line, (ending, how, line)
+        if done.returncode:
+            assert done.returncode == 2 and line.count("\n") == 1, (ending, how, line)
+            assert str(work) in line, (ending, how, line)
+        else:  # what this reader does not read of the file
+            assert how in ("empty", "foreign", "lists cut", "text", "none"), (ending, how)
+
+
+def test_a_mean_vector_that_is_not_the_one_it_was_written_as_is_refused(tmp_path):
+    from vlmdiag.interp.interventions import load_mean
+
+    path = tmp_path / "mean_vector.pt"
+    for mean, why in (
+        (torch.full((4,), torch.nan), "finite"),
+        (torch.zeros(4, dtype=torch.complex64), "real numbers"),
+        (torch.zeros(4, device="meta"), "real numbers|cannot be read"),
+        (torch.zeros(5), "shape"),
+    ):
+        torch.save(mean, path)
+        with pytest.raises(UsageError, match=why):
+            load_mean(path, 4)
+    torch.save(torch.ones(4), path)
+    path.with_suffix(".json").write_text('{"sha256": "0"}')
+    with pytest.raises(UsageError, match="calculate_mean_vector.py"):
+        load_mean(path, 4)
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_pictures_is_none_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert [file.name for file in list_pictures(tmp_path)] == ["b.jpg"]
+    with pytest.raises(ValueError, match="no file"):
+        load_image(tmp_path / "a.jpg")
