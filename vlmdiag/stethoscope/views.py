@@ -348,6 +348,12 @@ def _bars_of(
     return bars(labels, rows[positions], ceiling, fill)
 
 
+def export_link(name: str, archive: Path, where: str) -> str:
+    """A link to an exported file by its secret name. where: its run directory, '' for none."""
+    size = f"{archive.stat().st_size / 2**20:.1f} MiB"
+    return page(templates.export(name, archive.name, size, where))
+
+
 # ---- panels ----
 
 
