@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
@@ -24,6 +24,7 @@ import gradio as gr
 import torch
 from fastapi import FastAPI
 from PIL import Image
+from starlette.routing import Mount
 from starlette.types import ASGIApp
 
 from vlmdiag.cli import UsageError
@@ -184,7 +185,7 @@ def gone(session: Session) -> str:
 # ---- controls ----
 
 
-def layer_slider(depth: int, elem_id: str, label: str = "LLM Layer") -> Component:
+def layer_slider(depth: int, elem_id: str, label: str = "LLM Layer (from 0)") -> Component:
     return gr.Slider(0, depth - 1, depth - 1, step=1, label=label, elem_id=elem_id)
 
 
@@ -369,9 +370,9 @@ class Compare(Panel):
 
     def layout(self) -> None:
         with gr.Row():
-            self.layer = layer_slider(self.depth, "cmp_layer", "Layer of the selected token")
+            self.layer = layer_slider(self.depth, "cmp_layer", "Layer (from 0) of the token")
             self.token = gr.Dropdown([], label="Other token", elem_id="cmp_token")
-            self.other = layer_slider(self.depth, "cmp_other", "Layer of the other token")
+            self.other = layer_slider(self.depth, "cmp_other", "Layer (from 0) of the other")
             self.ceiling = ceiling_slider("cmp_ceiling")
         self.controls = [self.layer, self.token, self.other, self.ceiling]
         super().layout()
@@ -449,7 +450,7 @@ class Page:
             run_history=False,
         )
         public = {path for block in self.blocks.blocks.values() for path in block.keep_in_cache}
-        return outer, outer.routes[-1].app, public
+        return outer, cast(Mount, outer.routes[-1]).app, public
 
     # ---- layout ----
 

@@ -50,8 +50,9 @@ INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DO
 # Gradio's gr.HTML makes functions of text: 'unsafe-eval'. No text of the page becomes a script.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-eval'{scripts};"
-    " style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self';"
-    " object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:;"
+    " connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self';"
+    " frame-ancestors 'none'"
 )
 HEADERS = {
     "x-frame-options": "DENY",
@@ -253,7 +254,7 @@ class Guard:
             elif message["type"] == "http.response.body":
                 body += message.get("body", b"")
 
-        await self.app(scope | {"headers": plain}, receive, keep)
+        await self.app({**scope, "headers": plain}, receive, keep)
         MutableHeaders(scope=start)["content-security-policy"] = POLICY.format(
             scripts="".join(map(hash_of, INLINE_SCRIPT.findall(body)))
         )

@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -201,11 +201,10 @@ def private_folder() -> Iterator[Path]:
     Those of servers that were killed are removed first: nobody holds their lock any more."""
     base = Path(tempfile.gettempdir())
     for old in base.glob(f"{ROOT}*"):
-        with contextlib.suppress(OSError), open(old / "lock", "r+b") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), open(old / "lock", "r+b") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
     root = Path(tempfile.mkdtemp(prefix=ROOT, dir=base))  # mode 700
-    lock: IO[bytes]
     try:
         with open(root / "lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
