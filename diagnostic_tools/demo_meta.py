@@ -3,7 +3,7 @@ token of the answer, look at what it came from.
 
     python diagnostic_tools/demo_meta.py
     python diagnostic_tools/demo_meta.py --model-name checkpoints/llava-v1.5-7b --part-on-cpu
-    python diagnostic_tools/demo_meta.py --host 0.0.0.0 --auth me:a-long-password
+    python diagnostic_tools/demo_meta.py --host 0.0.0.0 --password_file ~/.stethoscope
 
 Probability of every token with its alternatives, visual contribution, prediction evolution (logit
 lens), relevancy over the picture and over words, raw attention by layer and head, which words
@@ -20,15 +20,19 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
+import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.stethoscope.limits import FILE_LIMIT, TOKEN_LIMIT
+from vlmdiag.stethoscope.limits import SESSION_MEMORY, SESSION_MINUTES, TOKEN_LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
+PASSWORD = "STETHOSCOPE_AUTH"  # the environment's user:password
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,13 +51,43 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; any other than this machine's own needs --auth",
+        help="address to listen on; any other than this machine's own needs a password",
     )
     parser.add_argument(
         "--port", type=cli.whole(1, 65_535), default=7860, help="where the page listens"
     )
-    parser.add_argument("--auth", default=None, help="user:password that the page asks for")
-    parser.add_argument("--out_root", default="runs", help="where exports go")
+    parser.add_argument(
+        "--allowed_host",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names under which browsers reach the page, beside this machine's and --host",
+    )
+    parser.add_argument(
+        "--password_file",
+        default=None,
+        help=f"file with user:password, which the page asks for; or the environment's {PASSWORD}",
+    )
+    parser.add_argument(
+        "--auth",
+        default=None,
+        help="user:password; other users of this machine can read it in the list of processes",
+    )
+    parser.add_argument(
+        "--session_minutes",
+        type=cli.number(0, 10**6, above=True),
+        default=SESSION_MINUTES,
+        help="for which a visitor's answers are kept after their last use",
+    )
+    parser.add_argument(
+        "--session_memory",
+        type=cli.number(0, 10**9, above=True),
+        default=SESSION_MEMORY,
+        help="MiB that the answers of all visitors may take",
+    )
+    parser.add_argument(
+        "--out_root", default="runs", help="where exports go; with a password they are not kept"
+    )
     parser.add_argument(
         "--max-length",
         "--max_new_tokens",
@@ -107,13 +141,49 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.quantize_type = "int8"
     elif args.load_4bit:
         args.quantize_type = "4bit"
-    if args.auth is not None and not all(args.auth.partition(":")[::2]):
-        parser.error("--auth: user:password is wanted")
+    for name in ("session_minutes", "session_memory"):
+        if not 0 < getattr(args, name) < 1e9:  # nan is neither
+            parser.error(f"--{name} {getattr(args, name)}: a positive number is wanted")
+    if args.auth is not None and args.password_file is not None:
+        parser.error("--auth and --password_file exclude each other")
+    source, text = password_text(args)
+    if text is not None and not all(text.partition(":")[::2]):
+        parser.error(f"{source}: user:password is wanted")
+    args.auth = text
     if not loopback(args.host) and args.auth is None:
         parser.error(
-            f"--host {args.host} lets other machines in: give --auth user:password as well"
+            f"--host {args.host} lets other machines in: give a password as well"
+            f" (--password_file FILE, or {PASSWORD} in the environment)"
         )
     return args
+
+
+def password_text(args: argparse.Namespace) -> tuple[str, str | None]:
+    """(where it comes from, user:password or None). No child process inherits the environment's."""
+    of_environment = os.environ.pop(PASSWORD, None)
+    if args.password_file is not None:
+        try:
+            path = Path(args.password_file).expanduser()
+            with open(path, encoding="utf-8") as file:
+                text = file.readline(4096).rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = f"cannot be read ({error})"
+            raise UsageError(f"--password_file {args.password_file} {reason}") from error
+        if path.stat().st_mode & 0o077:
+            warn(f"{path} can be read by other users of this machine (chmod 600)")
+        return "--password_file", text
+    if args.auth is not None:
+        warn(
+            "other users of this machine can read --auth in the list of processes; use"
+            f" --password_file FILE or {PASSWORD} in the environment"
+        )
+        return "--auth", args.auth
+    return PASSWORD, of_environment
+
+
+def warn(text: str) -> None:
+    """A line to whoever started the page."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def loopback(host: str) -> bool:
@@ -126,10 +196,12 @@ def loopback(host: str) -> bool:
 
 def serve(args: argparse.Namespace) -> None:
     """Load the model, start the page, and wait until it is ended."""
+    from vlmdiag.stethoscope import server
     from vlmdiag.stethoscope.analysis import Model, part_on_cpu
-    from vlmdiag.stethoscope.page import CSS, THEME, Page
+    from vlmdiag.stethoscope.sessions import Sessions, private_folder, sweeping
     from vlmdiag.stethoscope.warning_signals import find_calibration
 
+    where = server.listening(args.host, args.port)
     vlm = load_from_args(args, args.model_name)
     try:
         calibration = find_calibration(args.model_name, args.out_root)
@@ -139,36 +211,20 @@ def serve(args: argparse.Namespace) -> None:
     model = Model(vlm, calibration)
     if args.part_on_cpu and not part_on_cpu(vlm):
         print("--part-on-cpu: the whole model is on the CPU already")
-    blocks = Page(model, args).blocks.queue(max_size=64)
-    user, _, password = (args.auth or "").partition(":")
-    try:
-        blocks.launch(
-            server_name=args.host,
-            server_port=args.port,
-            auth=[(user, password)] if args.auth else None,
-            share=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=True,
-            max_file_size=FILE_LIMIT,
-            footer_links=[],
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            inbrowser=False,
-            state_session_capacity=16,
-            css=CSS,
-            theme=THEME,
-            run_history=False,
-        )
-    except OSError as error:
-        raise UsageError(
-            f"--port {args.port} of {args.host} is taken or cannot be listened on; choose"
-            " another one"
-        ) from error
-    print(f"{args.model_name}: open {blocks.local_url}", flush=True)
-    blocks.block_thread()
+    hosts = [args.host, *args.allowed_host]
+    if not loopback(args.host):
+        hosts += [socket.gethostname(), socket.getfqdn()]
+    with private_folder() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")  # read when a page is made
+        from vlmdiag.stethoscope.page import Page
+
+        memory = int(args.session_memory * 2**20)
+        sessions = Sessions(args.session_minutes, memory, folder)
+        sweeping(sessions, min(10, 30 * args.session_minutes))
+        app = server.Guard(*Page(model, args, sessions).app(args.auth), hosts, sessions)
+        name = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"{args.model_name}: open http://{name}:{args.port}/", flush=True)
+        server.run(app, where)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

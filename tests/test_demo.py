@@ -39,9 +39,10 @@ from vlmdiag.relevancy import methods as attribution
 from vlmdiag.runs import rundirs
 from vlmdiag.scenes.scene import floor_scene, render
 from vlmdiag.stethoscope import analysis as stethoscope
-from vlmdiag.stethoscope import views
-from vlmdiag.stethoscope.analysis import Analysis, Decoding, Model, Session
+from vlmdiag.stethoscope import sessions, views
+from vlmdiag.stethoscope.analysis import Analysis, Decoding, Model
 from vlmdiag.stethoscope.export import Shown, export
+from vlmdiag.stethoscope.sessions import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "checkpoints" / "tiny-llava"
@@ -433,7 +434,7 @@ def test_a_session_keeps_a_few_analyses_and_finds_the_same_question_again(model,
     session, other = Session(), Session()
     some = [
         session.analysis(model, analysis.picture, f"Question {i}?", Decoding())
-        for i in range(stethoscope.KEPT)
+        for i in range(sessions.KEPT)
     ]
     assert session.analysis(model, analysis.picture.copy(), "Question 0?", Decoding()) is some[0]
     assert other.analysis(model, analysis.picture, "Question 0?", Decoding()) is not some[0]
@@ -442,7 +443,7 @@ def test_a_session_keeps_a_few_analyses_and_finds_the_same_question_again(model,
         is not some[0]
     )
     assert (
-        len(session.kept) == stethoscope.KEPT
+        len(session.kept) == sessions.KEPT
         and session.analysis(model, analysis.picture, "Question 1?", Decoding()) is not some[1]
     )  # the oldest went
 
@@ -520,7 +521,7 @@ def test_the_top_candidates_of_every_layer_stand_in_its_title(analysis):
 def test_an_export_is_a_run_that_viz_relevancy_reads(analysis, tmp_path):
     analysis.patches = {40, 41}
     found, archive = export(
-        analysis, Shown(token=4, cmp_token=8, att_head=1), str(TINY), tmp_path / "runs"
+        analysis, Shown(token=4, cmp_token=8, att_head=1), str(TINY), tmp_path / "runs", tmp_path
     )
     run = rundirs.read_run(found, "relevancy")
     assert run.ids() == ["picture"] and run.record("picture")["caption"] == analysis.text.strip()
@@ -560,7 +561,7 @@ def test_an_export_is_a_run_that_viz_relevancy_reads(analysis, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (found / "analysis" / "picture_token4.png").exists()
     assert (
-        export(analysis, Shown(), str(TINY), tmp_path / "runs")[0] != found
+        export(analysis, Shown(), str(TINY), tmp_path / "runs", tmp_path)[0] != found
     )  # never somebody else's folder
 
 
@@ -573,9 +574,12 @@ def test_an_export_is_a_run_that_viz_relevancy_reads(analysis, tmp_path):
         ("--num-beams 2", "only 1"),
         ("--cfg-path a.yaml", "--model-name"),
         ("--options a=b", "--model-name"),
-        ("--host 0.0.0.0", "--auth"),
-        ("--host 192.168.1.2", "--auth"),
-        ("--auth me", "user:password"),
+        ("--host 0.0.0.0", "--password_file"),
+        ("--host 192.168.1.2", "--password_file"),
+        ("--password_file nowhere", "cannot be read"),
+        ("--password_file README.md --auth a:b", "exclude"),
+        ("--session_minutes nan", "positive"),
+        ("--session_memory 0", "positive"),
         ("--max-length 0", "1 to"),
         ("--temperature 0", "between"),
         ("--load-8bit --load_4bit", "exclude"),
@@ -619,7 +623,7 @@ def serving(root, *flags):
         "--out_root",
         str(root / "runs"),
     ]
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(root / "uploads"), "TMPDIR": str(root)}
+    environment = os.environ | {"TMPDIR": str(root)}
     with open(root / "log", "w+") as log:
         process = subprocess.Popen(
             [*command, *map(str, flags)], stdout=log, stderr=log, env=environment, cwd=root
@@ -818,8 +822,8 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
     one.tab("Export")
     one.until(lambda: one.all("#export_all"))
     one.click("#export_all")
-    one.until(lambda: one.value("where"), 200)
-    found = Path(one.value("where"))
+    one.until(lambda: one.all("#exported code"), 200)
+    found = Path(one.all("#exported code")[0].text)
     found = found if found.is_absolute() else log.parent / found
     shown = json.loads((found / "analysis" / "picture_shown.json").read_text())
     assert (
@@ -828,7 +832,11 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
         and rundirs.read_run(found, "relevancy").ids() == ["picture"]
     )
     link = one.until(lambda: one.all("#exported a[download]"))[0].get_attribute("href")
-    with urllib.request.urlopen(link) as archive:
+    with pytest.raises(urllib.error.HTTPError, match="404"):  # another browser
+        urllib.request.urlopen(link)
+    cookie = one.driver.get_cookie("stethoscope")["value"]
+    asking = urllib.request.Request(link, headers={"Cookie": f"stethoscope={cookie}"})
+    with urllib.request.urlopen(asking) as archive:
         assert f"{found.name}/meta.json" in zipfile.ZipFile(io.BytesIO(archive.read())).namelist()
 
     two.click("#tokens input[type=radio]", 4)
@@ -847,6 +855,9 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
             " !n.startsWith(arguments[0]) && !n.startsWith('data:') && !n.startsWith('blob:'))"
         )
         assert visitor.driver.execute_script(outside, address) == []  # works without a network
+        # nothing that the page does offends its own policy
+        said = [entry["message"] for entry in visitor.driver.get_log("browser")]
+        assert not [line for line in said if "Content Security Policy" in line]
     assert "Traceback" not in log.read_text()
 
 

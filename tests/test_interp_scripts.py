@@ -366,7 +366,9 @@ def test_the_lens_reads_names_on_the_trained_models_object_patches(coco, tmp_pat
     assert "best layer cross fitted" in done.stdout
     folder = tmp_path / "lens_accuracy/tiny-llava/analysis"
     content = json.loads((folder / "lens_accuracy.json").read_text())
-    own, shuffled = (np.array(content["by_layer"][name]["mean"]) for name in ("own", "shuffled"))
+    own, shuffled = (
+        np.array(content["by_hidden_state"][name]["mean"]) for name in ("own", "shuffled")
+    )
     assert own[-2] > 0.8 and own[-2] > shuffled[-2] + 0.3
     best = {name: part["mean"] for name, part in content["best_layer"].items()}
     assert best["per_picture"] >= best["overall"] >= best["cross_fitted"] - 1e-9 and best[

@@ -29,6 +29,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.conftest import in_process
 from vlmdiag.cli import UsageError
+from vlmdiag.figures.layers import state_name, state_tick
 from vlmdiag.interp import lens_page as page
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.scenes.scene import floor_scene, render
@@ -512,7 +513,7 @@ def test_hovering_a_cell_shows_its_layer_and_outlines_its_patch(show, small):
     driver = show(path)
     hover(driver, "tr[data-position='9'] td[data-layer='2']")
     assert (
-        bars(driver, "#tooltip") == top(given, 2, 9) and "layer 2" in one(driver, "#tooltip").text
+        bars(driver, "#tooltip") == top(given, 2, 9) and "layer 1" in one(driver, "#tooltip").text
     )
     assert (
         one(driver, "#current-outline").get_attribute("data-position") == "9"
@@ -568,9 +569,9 @@ def test_the_slider_changes_the_map_and_says_which_layer_it_is(show, small):
         )
 
     for layer, words in (
-        (4, "Layer 4 of 4: after block 4"),
-        (0, "Layer 0 of 4: embeddings"),
-        (2, "Layer 2 of 4: after block 2"),
+        (4, "Output of layer 3 (hidden state 4 of 4)"),
+        (0, "Embeddings (hidden state 0)"),
+        (2, "Output of layer 1 (hidden state 2 of 4)"),
     ):
         driver.execute_script(
             "let s = document.getElementById('layer'); s.value = arguments[0]; s.dispatchEvent(new"
@@ -655,11 +656,12 @@ def test_search_marks_and_counts_the_cells(show, small, mode, depth):
         int(button.get_attribute("data-count")) for button in many(driver, "#search-bars button")
     ] == image.sum(1).tolist()
     summary = one(driver, "#search-summary").text
+    most = int(image.sum(1).argmax())
     assert (
         summary.startswith(f"In {image.any(0).sum()} of 13 image positions")
-        and f"most in layer {image.sum(1).argmax()} ({image.sum(1).max()})" in summary
+        and f"most in {state_name(most)} ({image.sum(1).max()})" in summary
     )
-    assert str(layers[0]) in summary
+    assert state_tick(layers[0]) in summary
 
     def found():
         return {

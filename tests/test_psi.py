@@ -150,8 +150,10 @@ def test_psi_of_planted_accuracies():
         and index(0.5, 0.6) == pytest.approx(-0.2)
         and np.isnan(index(0.0, 0.0))
     )
-    assert psi_interval([1, 0, 1], [1, 0, 1])[:3] == (0, 0, 0)
-    assert psi_interval([1, 1, 1], [0, 0, 0])[:3] == (1, 1, 1)
+    same = psi_interval([1, 0, 1], [1, 0, 1])
+    assert same.mean == 0 and -0.6 < same.low < 0 < same.high < 1  # three images prove little
+    lost = psi_interval([1, 1, 1], [0, 0, 0])
+    assert lost.mean == lost.high == 1 and 0 < lost.low < 0.5
     assert np.isnan(psi_interval([0, 0], [0, 0])[:3]).all()
     one = psi_interval([1.0], [0.5])
     assert one.mean == 0.5 and np.isnan(one.low) and one.n == 1
@@ -169,7 +171,7 @@ def test_the_interval_of_psi_is_paired_and_covers_the_truth():
     original = rng.random(200) < 0.6
     paired = psi_interval(original, original * 0.5)
     mixed = psi_interval(original, rng.permutation(original) * 0.5)
-    assert paired.high - paired.low < 1e-9 < mixed.high - mixed.low
+    assert paired.high - paired.low < 0.5 * (mixed.high - mixed.low)
 
 
 # --- analysis of planted runs ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 
 from tests.conftest import ROOT
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures import samples
+from vlmdiag.pictures import deferred, samples
 from vlmdiag.pictures.coco import read_coco
 from vlmdiag.pictures.questions import read_mmhal, read_questions
 from vlmdiag.pictures.samples import Sample, annotated_as, load_image, picture_header, turn_of
@@ -339,6 +340,64 @@ def test_the_largest_pictures_take_less_than_one_and_a_half_gigabytes(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-500:]
     assert int(done.stdout.split()[-1]) < 1.5 * 2**20
+
+
+BATCH = """
+import resource, sys
+from pathlib import Path
+import common
+from vlmdiag.pictures.samples import Sample, with_picture
+from vlmdiag.runs.engine import run_items
+from vlmdiag.runs.rundirs import open_run
+files = sorted(Path(sys.argv[1]).iterdir())
+vlm = common.load_model(sys.argv[3], self_check=False)
+items = [Sample(str(n), file, "What is it?") for n, file in enumerate(files)]
+def process(batch):
+    samples, images = zip(*batch)
+    vlm.encode(samples, images)
+    return [({}, {})] * len(batch)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run = open_run(sys.argv[2], "worst", {})
+counts = run_items(run, items, with_picture, process, batch_size=24, num_workers=4)
+assert counts["done"] == len(items), counts
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory in KiB")
+def test_a_batch_of_many_large_pictures_takes_no_more_than_a_few(tmp_path):
+    """24 pictures of 64 MB each as they are kept, 1.5 GB, and a second batch of as many."""
+    (tmp_path / "pictures").mkdir()
+    first = saved(tmp_path / "pictures" / "00.png", Image.new("1", (6000, 5000)))
+    for n in range(1, 48):
+        os.link(first, tmp_path / "pictures" / f"{n:02d}.png")
+    folders = [str(tmp_path / name) for name in ("pictures", "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", BATCH, *folders, str(ROOT / "checkpoints/tiny-llava")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert int(done.stdout.split()[-1]) < 1.0 * 2**20
+
+
+def test_pixels_that_were_let_go_are_decoded_again(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.png", gradient(size=(1600, 1200)), exif=None)
+    plain = load_image(path)
+    monkeypatch.setattr(deferred, "HELD", 0)
+    for source in (path, io.BytesIO(path.read_bytes())):
+        later = load_image(source)
+        assert isinstance(later, deferred.Deferred) and not isinstance(plain, deferred.Deferred)
+        for _ in range(2):
+            assert later._im is None and later.size == plain.size
+            assert np.array_equal(np.asarray(later), np.asarray(plain))
+            assert np.array_equal(later.resize((9, 9)), plain.resize((9, 9)))
+            assert later._im is not None
+            deferred.let_go(later)
+    assert np.array_equal(later.convert("L"), plain.convert("L"))
+    with pytest.raises(ValueError, match="not a readable picture"):
+        load_image(io.BytesIO(path.read_bytes()[:3000]))  # known at once, not when it is used
 
 
 def test_unreadable_pictures_are_named_in_one_line(tmp_path):

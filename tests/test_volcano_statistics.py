@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, in_process
 from vlmdiag.figures import plots
-from vlmdiag.figures.stats import permutation_p
+from vlmdiag.figures.stats import permutation_p, ratio_interval
 from vlmdiag.runs import rundirs
 from vlmdiag.volcano.maps import top_l_mean
 from vlmdiag.volcano.stage_statistics import (
@@ -23,7 +23,6 @@ from vlmdiag.volcano.stage_statistics import (
     compare,
     profile,
     ratio,
-    ratio_interval,
     statistics_over_images,
     subsample_weights,
     weights,

@@ -6,12 +6,11 @@ pictures, one interactive page each.
         --max_images 5
     python scripts/logit_lens/generate_overview.py outputs/lens outputs/lens
 
-p = softmax(W_U norm(h)) for the hidden state h of every position after every layer (0: embeddings),
-in float32; the final norm exactly once at each, so that the last layer is the model's own
-next-token distribution. arXiv 2410.07149; docs/studies/llava_interp.md,
-section 2.2. Pages work offline: layer slider and map
-of the likeliest tokens over the picture, hover, lock, search. They are
-<out_dir>/<model>_<picture>_logit_lens.html and are drawn from the run directory
+p = softmax(W_U norm(h)) for every hidden state h of every position (0: embeddings, l + 1: output of
+layer l), in float32; the final norm exactly once at each, so that the last layer's is the model's
+own next-token distribution. arXiv 2410.07149; docs/studies/llava_interp.md, section 2.2. Pages work
+offline: layer slider and map of the likeliest tokens over the picture, hover, lock, search. They
+are <out_dir>/<model>_<picture>_logit_lens.html and are drawn from the run directory
 <out_root>/logit_lens/<model>[__<run_name>]/, which holds ids and probabilities (arrays (L + 1, T,
 k)); an interrupted call goes on by the same command."""
 
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
-from vlmdiag.interp.lens_page import write_page
+from vlmdiag.interp.lens_page import SCHEMA, read_facts, write_page
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.pictures.samples import Sample, list_pictures, load_image, with_picture
 from vlmdiag.runs import rundirs
@@ -87,8 +86,8 @@ def is_whole(page: Path) -> bool:
 
 
 def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, again: bool) -> int:
-    """A page for every finished picture that has none, a damaged one, or one older than its
-    numbers. Returns how many were written."""
+    """A page for every finished picture that has none of this form, a damaged one, or one older
+    than its numbers. Returns how many were written."""
     settings = {name: run.meta["settings"][name] for name in ("dtype", "top_k", "image_aspect")}
     written = 0
     for sample in samples:
@@ -96,7 +95,8 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
         numbers = run.path / "per_image" / f"{sample.id}.json"
         if not run.is_done(sample.id):
             continue
-        if not again and is_whole(page) and page.stat().st_mtime >= numbers.stat().st_mtime:
+        is_ours = is_whole(page) and read_facts(page).get("schema") == SCHEMA
+        if is_ours and not again and page.stat().st_mtime >= numbers.stat().st_mtime:
             continue
         record = run.record(sample.id)
         arrays = run.arrays(sample.id)

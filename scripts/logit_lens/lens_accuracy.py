@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
 
 EXPERIMENT = "lens_accuracy"
+SCHEMA = 2  # of the JSON: 1 called the embeddings layer 0, and the output of layer l layer l + 1
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,6 +55,7 @@ def _plain(interval: Interval) -> dict[str, Any]:
 def analyse(run: Run, seed: int) -> None:
     """Print the table; write analysis/lens_accuracy.json, .csv, .png, .pdf."""
     from vlmdiag.figures import plots, stats
+    from vlmdiag.figures.layers import mean_state_name, state_tick
     from vlmdiag.interp.figures import draw_lens_accuracy
     from vlmdiag.interp.lens_measures import best_layers, name_shares
 
@@ -63,7 +65,7 @@ def analyse(run: Run, seed: int) -> None:
         for name, of_pictures in shares.items()
     }
     chosen = {
-        name: (stats.mean_interval(choice.shares, bounds=stats.SHARES, discrete=True), choice.layer)
+        name: (stats.mean_interval(choice.shares, bounds=stats.SHARES, discrete=True), choice.state)
         for name, choice in best_layers(shares["own"], seed).items()
     }
     objects, states = shares["own"].shape
@@ -71,26 +73,31 @@ def analyse(run: Run, seed: int) -> None:
         f"{run.label}: {objects} objects; share of object patches whose top-1 token names the"
         " object, mean [95 % interval over pictures]"
     )
-    for name, (interval, layer) in chosen.items():
+    for name, (interval, state) in chosen.items():
         label = f"best layer {name.replace('_', ' ')}"
         print(
-            f"{label:28s}{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]  layer"
-            f" {layer:.3g}"
+            f"{label:28s}{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}] "
+            f" {mean_state_name(state)}"
         )
     first = curves["own"]
-    label = "layer 0 (embeddings)"
+    label = "embeddings"
     print(f"{label:28s}{first.mean[0]:.3f} [{first.low[0]:.3f}, {first.high[0]:.3f}]")
     content = {
+        "schema": SCHEMA,
         "settings": run.meta["settings"],
         "objects": objects,
-        "by_layer": {name: _plain(interval) for name, interval in curves.items()},
+        "by_hidden_state": {name: _plain(interval) for name, interval in curves.items()},
         "best_layer": {
-            name: {"layer": layer} | _plain(interval) for name, (interval, layer) in chosen.items()
+            name: {"hidden_state": state, "layer": state - 1} | _plain(interval)
+            for name, (interval, state) in chosen.items()
         },
     }
     folder = run.path / "analysis"
     rundirs.write_json(folder / "lens_accuracy.json", content)
-    columns: dict[str, Any] = {"layer": range(states)}
+    columns: dict[str, Any] = {
+        "hidden_state": range(states),
+        "layer": [state_tick(state) for state in range(states)],
+    }
     for name, interval in curves.items():
         for ending, numbers in zip(("", "_low", "_high", "_n"), interval):
             columns[f"{name}{ending}"] = numbers

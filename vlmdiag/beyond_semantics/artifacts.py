@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from vlmdiag.figures import plots
+from vlmdiag.figures.layers import LAYER_AXIS, STATE_AXIS
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
@@ -64,14 +65,14 @@ def draw_artifacts(
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"hidden_state_norms_{kind}"
     plots.write_file(Path(f"{stem}.npz"), _npz({"grid": grid} | norms), quiet=True)
-    plots.save_csv(Path(f"{stem}.csv"), {"layer": states} | norms, quiet=True)
+    plots.save_csv(Path(f"{stem}.csv"), {"hidden_state": states} | norms, quiet=True)
 
     def save(figure: Figure, name: str) -> None:
         plots.save(figure, folder / name, settings, quiet=True)
 
     figure = curves_figure(
         f"Mean {kind} norm of hidden states, one image",
-        "hidden state (0 = embeddings)",
+        STATE_AXIS,
         f"{kind} norm",
         states,
         curves_of(norms, NORMS),
@@ -104,7 +105,7 @@ def draw_artifacts(
     mean_share = Curve("vision share", of_layers, plots.color_of("vision"))
     figure = curves_figure(
         "Vision share V / (V + U), mean over heads and steps",
-        "layer",
+        LAYER_AXIS,
         "share",
         np.arange(len(head_share)),
         [mean_share],
@@ -162,7 +163,7 @@ def norm_grid_figure(grid: Float[np.ndarray, "states T"], kind: str, record: Fie
     axis.set(
         title=f"{kind} norm of hidden states, vision tokens between the dashed lines",
         xlabel="prompt position",
-        ylabel="hidden state (0 = embeddings)",
+        ylabel=STATE_AXIS,
     )
     figure.colorbar(image, label="log10 norm")
     return figure

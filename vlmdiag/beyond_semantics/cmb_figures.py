@@ -18,6 +18,7 @@ import pandas as pd
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.figures.layers import LAYER_AXIS
 from vlmdiag.pictures.samples import load_image
 from vlmdiag.runs import selection
 
@@ -162,7 +163,7 @@ def draw_layers(axis: Axes, balances: Sequence[Balance]) -> None:
     )
     axis.set(
         title="Mean over heads, 95 % band over images",
-        xlabel="decoder layer",
+        xlabel=LAYER_AXIS,
         ylabel="CMB",
         ylim=(-0.02, 1.02),
     )

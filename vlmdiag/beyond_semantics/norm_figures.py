@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from vlmdiag.figures import plots, stats
+from vlmdiag.figures.layers import STATE_AXIS
 from vlmdiag.runs import selection
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from vlmdiag.figures.stats import Interval
     from vlmdiag.runs.rundirs import Run
 
-STATE_AXIS = "hidden state\n(0: embeddings, l + 1: output of layer l before the final norm)"
 UNITS = {"l2": "L2", "rms": "root mean square"}  # by the run's hidden_norm_kind
 
 
@@ -129,7 +129,7 @@ def average_figure(
         ylabel="mean ratio" if linear_ratio else "log10 of the mean ratio",
     )
     for axis in axes:
-        axis.set_xlabel(STATE_AXIS, fontsize=9)
+        axis.set_xlabel(f"{STATE_AXIS}\nbefore the final norm", fontsize=9)
     early = f"mean log10 ratio over the first {early_k}" if early_k else None
     plots.legends(axes, [None, None, early])
     return figure
@@ -169,7 +169,7 @@ def image_figure(
             title = f"{title}\nmean log10 ratio over the first {early_k}: {early:+.2f}"
         axis.set(title=title, ylabel=f"mean norm of a token ({unit})")
         axis.set_yscale("log" if logy else "linear")
-        axis.set_xlabel(STATE_AXIS, fontsize=9)
+        axis.set_xlabel(f"{STATE_AXIS}\nbefore the final norm", fontsize=9)
         plots.layer_ticks(axis)
     figure.legend(handles=lines, loc="outside lower center", ncols=4)
     figure.suptitle(f"Hidden-state norms, image {id}")

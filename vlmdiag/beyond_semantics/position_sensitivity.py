@@ -58,24 +58,28 @@ def psi_interval(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """PSI of the mean accuracies with a paired percentile-bootstrap interval. original, permuted
-    (n,): accuracy of each image, in the same order.
+    """PSI of the mean accuracies with its interval. original, permuted (n,): the accuracy of each
+    image, in the same order.
 
-    Whole images are drawn, and the ratio is formed anew in each resample; a resample without a
-    right answer has no PSI and is left out.
+    1 - stats.ratio_interval(), whole images drawn; where all images lost the same share, what their
+    difference allows for others (stats.paired_difference()). Within what accuracies allow.
     """
     original = np.asarray(original, float)
     permuted = np.asarray(permuted, float)
     images = len(original)
     value = float(psi(original.mean(), permuted.mean()))
 
-    def resampled(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
-        return psi(weights @ original, weights @ permuted)
-
     if images < 2 or np.isnan(value):
         return stats.interval_of(value, np.nan, np.nan, images)
-    low, high = stats.bootstrap(resampled, images, level, num_resamples, seed)
-    return stats.interval_of(value, float(low), float(high), images)
+    kept = stats.ratio_interval(permuted, original, level, num_resamples, seed)
+    low, high = 1 - float(kept.high), 1 - float(kept.low)
+    if not low < high:
+        lost = stats.paired_difference(
+            original, permuted, level, num_resamples, seed, stats.DIFFERENCES, discrete=True
+        )
+        low, high = (float(end / original.mean()) for end in (lost.low, lost.high))
+    least = 1 - 1 / float(original.mean())
+    return stats.interval_of(value, min(value, max(low, least)), max(value, min(high, 1.0)), images)
 
 
 def summarise(records: Sequence[Record]) -> Record:

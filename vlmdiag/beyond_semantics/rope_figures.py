@@ -17,6 +17,7 @@ import numpy as np
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.figures.layers import LAYER_AXIS
 from vlmdiag.runs import selection
 from vlmdiag.types import Record
 
@@ -124,7 +125,7 @@ def draw_layers(
         axis.axhline(0, color=plots.EVEN_COLOR, linewidth=0.8, zorder=1)
     else:
         axis.set_ylim(bottom=0)
-    axis.set(title=title, xlabel="decoder layer", ylabel=ylabel)
+    axis.set(title=title, xlabel=LAYER_AXIS, ylabel=ylabel)
 
 
 def layers_figure(curves: Mapping[str, Curves], names: Sequence[str], step: float) -> Figure:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.figures.layers import LAYER_AXIS
 from vlmdiag.runs import selection
 from vlmdiag.types import Fields, Record
 
@@ -161,7 +162,7 @@ def layers_figure(
     for label, interval in curves.items():
         layers = np.arange(len(interval.mean))
         plots.line_with_band(axis, layers, interval, label, colors[label])
-    axis.set(title=title, xlabel="decoder layer", ylabel=ylabel, ylim=(-0.02, 1.02))
+    axis.set(title=title, xlabel=LAYER_AXIS, ylabel=ylabel, ylim=(-0.02, 1.02))
     plots.legends([axis])
     return figure
 

@@ -27,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from vlmdiag.cli import UsageError
+from vlmdiag.figures.layers import LAYER_AXIS
 from vlmdiag.runs import disk
 from vlmdiag.types import Fields, Record
 
@@ -236,7 +237,7 @@ def heatmap(
     vmin: float | None = None,
     vmax: float | None = None,
     xlabel: str = "head",
-    ylabel: str = "layer",
+    ylabel: str = LAYER_AXIS,
     cmap: str | None = None,
 ) -> AxesImage:
     """A matrix as coloured cells, row 0 at the top, NaN in grey. Returns the image, to hang a

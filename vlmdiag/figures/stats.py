@@ -3,8 +3,8 @@ on every call.
 
 What an interval promises, and how often it keeps it, is in docs/intervals.md, measured by
 benchmarks/coverage.py: 95 % intervals of means are bootstrap-t (Efron and Tibshirani 1993, chapter
-12.5), those of proportions are exact (Clopper and Pearson 1934), other statistics have percentiles
-of the bootstrap.
+12.5), as are those of ratios of means and of mean cosines of pairs; those of proportions are exact
+(Clopper and Pearson 1934), other statistics have percentiles of the bootstrap.
 
 A resample draws whole images with replacement. It is a vector w of weights: w_k says how often
 image k was drawn. What is measured is written in sums over images, so that many resamples are one
@@ -101,6 +101,73 @@ def bootstrap(
     starts = range(0, num_resamples, at_once)
     blocks = [statistic(weights[start : start + at_once]) for start in starts]
     return limits(np.concatenate(blocks), level)
+
+
+def studentized_limits(
+    value: float,
+    error: float,
+    resampled: Float[np.ndarray, " B"],
+    errors: Float[np.ndarray, " B"],
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Bootstrap-t limits of any statistic: (resampled - value) / its error in that resample has the
+    percentiles that (value - truth) / error has (Efron and Tibshirani 1993, 12.5). Infinite where
+    too many resamples have no error; NaN without one of the value."""
+    if not error > 0:
+        return np.nan, np.nan
+    distance = resampled - value
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(errors > 1e-6 * error, distance / errors, np.sign(distance) * FAR)
+    low, high = limits(ratio, level)
+    far = FAR**0.5
+    return (
+        -np.inf if high > far else float(value - high * error),
+        np.inf if low < -far else float(value - low * error),
+    )
+
+
+def ratio_interval(
+    numerators: Float[np.ndarray, " n"],
+    denominators: Float[np.ndarray, " n"],
+    level: float = 0.95,
+    num_resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Ratio of two means over the same images, with its bootstrap-t interval: whole images are
+    drawn, and the error is the delta method's, sqrt(sum (y - r x)^2 / (n (n - 1))) / mean x. On the
+    logarithm's scale where all values are positive, so that the interval of 1 / r is that of r
+    turned over. NaN limits of fewer than two images; images that all have the same ratio have it as
+    both limits."""
+    over = np.asarray(numerators, dtype=np.float64)
+    under = np.asarray(denominators, dtype=np.float64)
+    n = len(over)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(over.sum() / under.sum()) if n else np.nan
+    if n < 2 or not np.isfinite(value):
+        return interval_of(value, np.nan, np.nan, n)
+    is_log = bool((over > 0).all() and (under > 0).all())
+
+    def measured(weights: Float[np.ndarray, "b n"]) -> tuple[Array, Array]:
+        """(ratio, its error) in resamples, of the logarithm where that is asked for."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            total = weights @ under
+            ratio = (weights @ over) / total
+            squares = weights @ over**2 - 2 * ratio * (weights @ (over * under))
+            squares = np.maximum(squares + ratio**2 * (weights @ under**2), 0.0)
+            error = np.sqrt(squares * n / (n - 1)) / total
+            return (np.log(ratio), error / ratio) if is_log else (ratio, error)
+
+    (middle,), (error,) = measured(np.ones((1, n)))
+    if error <= 1e-7 * abs(middle if middle else 1.0):  # equal ratios, but for rounding
+        return interval_of(value, value, value, n)
+    if n < FEW:
+        half = stdtrit(n - 1, (1 + level) / 2) * error
+        low, high = middle - half, middle + half
+    else:
+        resampled, errors = measured(draws(n, num_resamples, seed))
+        low, high = studentized_limits(middle, error, resampled, errors, level)
+    ends = (np.exp(low), np.exp(high)) if is_log else (low, high)
+    return interval_of(value, float(ends[0]), float(ends[1]), n)
 
 
 # --- means and differences ------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlmdiag.figures import plots
+from vlmdiag.figures.layers import OUTPUT_AXIS, mean_state_name, state_tick
 from vlmdiag.figures.stats import Interval
 from vlmdiag.interp.summary import is_count
 
@@ -26,10 +28,10 @@ MOST_WINDOWS = 12  # whose cells have room for their numbers
 def draw_lens_accuracy(
     label: str, curves: Mapping[str, Interval], chosen: Mapping[str, tuple[Interval, float]]
 ) -> Figure:
-    """Share of object patches whose top-1 token names the object, by hidden state.
+    """Share of object patches whose top-1 token names the object, by the layer that was read.
 
     curves: own, shuffled, elsewhere, intervals of shape (L + 1,); chosen: what the ways to choose a
-    layer give, with that layer (lens_measures.best_layers()).
+    layer give, with its hidden state (lens_measures.best_layers()).
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
     lines = {
@@ -38,15 +40,15 @@ def draw_lens_accuracy(
         "elsewhere": ("own name, other patches", plots.EVEN_COLOR),
     }
     for name, (words, color) in lines.items():
-        layers = np.arange(len(curves[name].mean))
-        plots.line_with_band(axis, layers, curves[name], words, color)
-    interval, layer = chosen["cross_fitted"]
+        states = np.arange(len(curves[name].mean))
+        plots.line_with_band(axis, states, curves[name], words, color)
+    interval, state = chosen["cross_fitted"]
     axis.axhline(
         interval.mean,
         color=plots.GREEN,
         linestyle="--",
         linewidth=1.2,
-        label=f"best layer, cross-fitted: {interval.mean:.2f} (layer {layer:.3g})",
+        label=f"best layer, cross-fitted: {interval.mean:.2f} ({mean_state_name(state)})",
     )
     interval, _ = chosen["per_picture"]
     axis.axhline(
@@ -56,11 +58,9 @@ def draw_lens_accuracy(
         linewidth=1.2,
         label=f"best layer of each picture, as published: {interval.mean:.2f}",
     )
-    axis.set(
-        title=f"Logit lens on object patches: {label}",
-        xlabel="hidden state (0 = embeddings, l = after layer l)",
-        ylim=(-0.02, 1.02),
-    )
+    axis.set(title=f"Logit lens on object patches: {label}", xlabel=OUTPUT_AXIS, ylim=(-0.02, 1.02))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda state, _: state_tick(round(state))))
     axis.set_ylabel("share of object patches whose\ntop-1 token names the object")
     plots.legends([axis])
     return figure
@@ -197,6 +197,6 @@ def draw_knockout(
         axis.set_facecolor(plots.MISSING)
         axis.set(
             title=f"Accuracy under attention knockout: {n}",
-            xlabel="layers in which attention is cut",
+            xlabel="layers in which attention is cut, from 0",
         )
     return figure

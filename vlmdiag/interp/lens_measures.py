@@ -211,16 +211,17 @@ def name_shares(run: Run, seed: int) -> dict[str, Float[np.ndarray, "n L+1"]]:
 
 
 class Choice(NamedTuple):
-    """What choosing a layer gives: the share of each picture, and the (mean) layer."""
+    """What choosing a layer gives: the share of each picture, and the (mean) hidden state: 0 the
+    embeddings, l + 1 the output of layer l."""
 
     shares: Float[np.ndarray, " n"]
-    layer: float
+    state: float
 
 
 def best_layers(own: Float[np.ndarray, "n L+1"], seed: int) -> dict[str, Choice]:
     """What choosing a layer does to the figure.
 
-    per_picture: the paper's, a picture without a hit has its first layer; overall: one for all
+    per_picture: the paper's, a picture without a hit has its embeddings; overall: one for all
     pictures; cross_fitted: for each half of the pictures the layer chosen on the other.
     """
     pictures = np.arange(len(own))

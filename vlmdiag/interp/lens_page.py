@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from vlmdiag.figures.layers import state_name, state_tick
 from vlmdiag.runs import disk
 from vlmdiag.types import Record
 
@@ -41,6 +42,7 @@ THUMBNAIL_BYTES = 6000  # of the overview's picture, as data URI
 THUMBNAILS = ((160, 80), (160, 60), (160, 35), (96, 50), (64, 35), (32, 30))
 HEAD_TEXT = 2000  # characters of each fact in the head
 HEAD_BYTES = 1 << 18  # the facts end within these
+SCHEMA = 2  # of pages: 1 called the embeddings layer 0
 HEAD_FACTS = ("title", "model", "picture", "prompt", "question")
 FACTS = re.compile(rb'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
 
@@ -60,7 +62,7 @@ def write_page(
 
     image: RGB; grid: None if the places of the vision tokens are unknown. labels: the prompt's
     token at each position; groups: group names, 'vision' in the order of the grid's boxes. ids,
-    probs: entry 0 = embeddings, l = after block l. vocabulary: {id: string} with every id that
+    probs: entry 0 = embeddings, l + 1 = after layer l. vocabulary: {id: string} with every id that
     occurs; facts: {name: string or number}, shown as a table; title, model, picture, prompt and
     question also go to the overview. ValueError where these do not fit.
     """
@@ -75,6 +77,8 @@ def write_page(
     is_wide = len(used) > 1 << 16
     data = {
         "shape": ids.shape,
+        "states": [state_name(state) for state in range(len(ids))],
+        "ticks": [state_tick(state) for state in range(len(ids))],
         "labels": [str(label) for label in labels],
         "groups": names,
         "group": [names.index(group) for group in groups],
@@ -91,6 +95,7 @@ def write_page(
     }
     head: Record = {name: str(shown.get(name, ""))[:HEAD_TEXT] for name in HEAD_FACTS}
     known = " · ".join(head[name] for name in ("picture", "model") if head[name])
+    head["schema"] = SCHEMA
     head["title"] = head["title"] or known or Path(path).stem
     head["top_words"] = top_words(ids, groups, vocabulary)
     head["thumbnail"] = thumbnail_uri(image)

@@ -21,6 +21,7 @@ from vlmdiag.families.generic import seeing
 from vlmdiag.groups import GROUPS, PAD, VISION
 from vlmdiag.model.limits import check_lengths, check_scaled
 from vlmdiag.model.prompts import Rendered, Span, prompt_for
+from vlmdiag.pictures.deferred import let_go
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -332,10 +333,10 @@ def encode(
     """Samples and their pictures as a batch. The processor sees each sample alone; padding goes to
     the left. ValueError where the prompt and the grid disagree on the number of vision tokens, and
     where a prompt is longer than the model reads."""
-    encoded = [
-        encode_sample(vlm, image, sample.question, strip_system)
-        for sample, image in zip(samples, images, strict=True)
-    ]
+    encoded = []
+    for asked, image in zip(samples, images, strict=True):
+        encoded.append(encode_sample(vlm, image, asked.question, strip_system))
+        let_go(image)
     lengths = [len(sample.ids) for sample in encoded]
     check_lengths(vlm, lengths)
     longest = max(lengths)

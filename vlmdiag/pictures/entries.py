@@ -12,6 +12,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.types import Record
 
 Entry = Record  # an object of a JSON list
+JSON_LIMIT = 2**30  # bytes; COCO's largest file, instances_train2017.json, has 448 MiB
 
 
 def read_json(path: str | Path) -> object:
@@ -31,6 +32,12 @@ def read_list(path: str | Path) -> object:
 
 def _bytes(path: str | Path) -> bytes:
     try:
+        size = Path(path).stat().st_size
+        if size > JSON_LIMIT:
+            raise UsageError(
+                f"{path} has {size / 2**20:.0f} MiB, at most {JSON_LIMIT // 2**20} MiB are read"
+                " (parsed, it would take ten times that in memory); give a part of it"
+            )
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error

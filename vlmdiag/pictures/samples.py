@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures.deferred import held_or_deferred
 from vlmdiag.types import Record
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -122,7 +123,9 @@ def with_picture(item: WithImage) -> tuple[WithImage, Image.Image]:
 
 def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     """A picture as an upright PIL image in mode RGB, of several frames the first; a large one
-    resized to KEPT_PIXELS and KEPT_SIDE at most, its shape kept.
+    resized to KEPT_PIXELS and KEPT_SIDE at most, its shape kept. Where many large ones are held
+    already, its pixels are decoded again when they are asked for (deferred.py); the file has to
+    stay as it is until then.
 
     16-bit grey is scaled by 1/257. Transparency is dropped and CMYK converted as PIL's
     convert("RGB") does, which is what the models' processors see. turn_of() tells how the stored
@@ -130,6 +133,21 @@ def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     than PIXEL_LIMIT pixels or a longer side of more than RATIO_LIMIT times the shorter one, or no
     known range of values (float and 32-bit pictures).
     """
+    source: str | Path | bytes
+    if isinstance(path, (str, Path)):
+        source = path
+    else:
+        path.seek(0)
+        source = path.read()
+
+    def decode() -> Image.Image:
+        return _decoded(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+    return held_or_deferred(decode(), decode)
+
+
+def _decoded(path: str | Path | IO[bytes]) -> Image.Image:
+    """See load_image()."""
     with _opened(path) as file:
         kept = _kept_size(file.size)
         is_large = kept != file.size

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from vlmdiag.figures import plots, stats
+from vlmdiag.figures.layers import LAYER_AXIS, STATE_AXIS, mean_state_name, state_name
 from vlmdiag.figures.stats import Interval, interval_of
 from vlmdiag.interp import summary
 from vlmdiag.interp.lens_measures import best_layers, name_shares
@@ -205,7 +206,7 @@ def draw_attention(studies: Sequence[Study]) -> Figure:
         colors = [plots.color_of(group) for group in GROUPS]
         ax.stackplot(layers, heights, labels=GROUPS, colors=colors, alpha=0.75, linewidth=0)
         ax.plot(layers, balance(run).mean, color="black", label="CMB = vision / (vision + text)")
-        ax.set(title=f"{study.name} (n = {len(run.ids())})", xlabel="layer", ylim=(0, 1))
+        ax.set(title=f"{study.name} (n = {len(run.ids())})", xlabel=LAYER_AXIS, ylim=(0, 1))
         plots.layer_ticks(ax)
     first = np.atleast_1d(axes)[0]
     first.set_ylabel("attention of the answer's rows")
@@ -224,7 +225,7 @@ def draw_streams(ax: Axes, study: Study) -> None:
         if np.isfinite(norms.mean).any():
             states = np.arange(len(norms.mean))
             plots.line_with_band(ax, states, norms, group, plots.color_of(group))
-    ax.set(title=study.name, xlabel="hidden state (0: input; l + 1: after layer l)", yscale="log")
+    ax.set(title=study.name, xlabel=STATE_AXIS, yscale="log")
 
 
 def draw_rope(ax: Axes, study: Study) -> None:
@@ -235,7 +236,7 @@ def draw_rope(ax: Axes, study: Study) -> None:
     interval = stats.mean_interval(change)
     color = plots.color_of(study.name)
     plots.line_with_band(ax, np.arange(len(interval.mean)), interval, study.name, color)
-    ax.set(title=study.name, xlabel="layer")
+    ax.set(title=study.name, xlabel=LAYER_AXIS)
 
 
 def draw_row(studies: Sequence[Study], draw: Callable[[Axes, Study], None], ylabel: str) -> Figure:
@@ -283,7 +284,7 @@ def lens_cells(study: Study) -> Measured:
     best = best_layers(own, seed=0)["cross_fitted"]
     # the rule of the claim: the last third of the decoder, chosen without looking
     late = own.shape[1] * 2 // 3
-    layer = late + int(own[:, late:].mean(0).argmax())
+    state = late + int(own[:, late:].mean(0).argmax())
     difference = own[:, late:].mean(1) - shuffled[:, late:].mean(1)
 
     def of(values: Float[np.ndarray, " n"]) -> str:
@@ -292,10 +293,10 @@ def lens_cells(study: Study) -> Measured:
     cells = {
         "at the input (hidden state 0)": of(own[:, 0]),
         "middle hidden state": of(own[:, own.shape[1] // 2]),
-        "best of the last third": f"{of(own[:, layer])}, state {layer}",
+        "best of the last third": f"{of(own[:, state])}, {state_name(state)}",
         "last hidden state": of(own[:, -1]),
         "last hidden state, names of another picture": of(shuffled[:, -1]),
-        "best layer, cross-fitted": f"{of(best.shares)}, {best.layer:.3g}",
+        "best layer, cross-fitted": f"{of(best.shares)}, {mean_state_name(best.state)}",
     }
     claim = "late layers decode an object's patches to its name (last third, minus shuffled names)"
     return cells, {claim: Claim(stats.mean_interval(difference), 0.0)}

@@ -10,8 +10,8 @@ when it is first asked for, once, and kept.
 
 One lock per model surrounds every pass and is given free between the tokens' chunks, so several
 people wait for each other but never see each other's state: what belongs to a person is in a
-Session. LVLM-Stethoscope (docs/studies/stethoscope.md, section 1), with its defects of section 5.3
-left out.
+Session (sessions.py). LVLM-Stethoscope (docs/studies/stethoscope.md, section 1), with its defects
+of section 5.3 left out.
 
 Shapes: T tokens of the answer, L layers, H heads, P vision tokens, N positions of prompt and
 answer, S cells of a map over the picture.
@@ -19,7 +19,6 @@ answer, S cells of a map over the picture.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import queue
 import threading
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
     from vlmdiag.types import VLM
 
 CHUNK = 8  # tokens between two signs of progress
-KEPT = 3  # analyses of a session
 TOP = 10  # alternatives that are kept
 ATTENTION_BUDGET = 64 * 2**20  # bytes of raw attention that an analysis keeps
 ROWS_BUDGET = 512 * 2**20  # bytes of relevancy that an analysis keeps
@@ -558,27 +556,6 @@ def joined(chunks: Sequence[Relevancy]) -> Relevancy:
     names = ("rows", "image", "cells", "instruction", "last", "input")
     arrays: Record = {name: whole(name) for name in names}
     return methods.Relevancy(chunks[0].layers, **arrays)
-
-
-class Session:
-    """What one visitor has asked."""
-
-    def __init__(self) -> None:
-        self.kept: OrderedDict[str, Analysis] = OrderedDict()  # the last KEPT ones, by content
-        self.current: Analysis | None = None  # the one that is shown
-        self.turn = 0  # how many pictures were chosen so far
-
-    def analysis(self, model: Model, picture: Image, question: str, decoding: Decoding) -> Analysis:
-        """A kept one of the same picture, question and decoding, or a new one; the oldest goes."""
-        facts = f"{picture.size}|{question.strip()}|{decoding}".encode()
-        digest = hashlib.blake2b(facts + picture.tobytes()).hexdigest()
-        analysis = self.kept.pop(digest, None)
-        if analysis is None:
-            analysis = Analysis(model, picture, question, decoding)
-        self.kept[digest] = analysis
-        while len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
-        return analysis
 
 
 def hallucination_warning(analysis: Analysis) -> str:

@@ -107,7 +107,7 @@ def draws(images: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Float
     return stats.draws(len(ids), resamples, seed)[:, image_of]
 
 
-def interval(value: float, resampled: Sequence[float]) -> Score:
+def interval(value: float, resampled: Sequence[float] | np.ndarray) -> Score:
     """{value, low, high}; no interval where fewer than half of the resamples have a value."""
     low, high = stats.limits(np.asarray(resampled))
     return {"value": float(value), "low": float(low), "high": float(high)}
@@ -121,12 +121,17 @@ def auroc_interval(scores: ArrayLike, labels: ArrayLike, drawn: Float[np.ndarray
 def auroc_difference(
     scores: ArrayLike, others: ArrayLike, labels: ArrayLike, drawn: Float[np.ndarray, "R n"]
 ) -> Score:
-    """AUROC of scores minus that of others on the same words, with its interval."""
+    """AUROC of scores minus that of others on the same words, with its interval, and p: the level
+    at which an interval would just reach 0 (from the resamples, so never below 2 / (R + 1))."""
 
     def difference(weights: ArrayLike | None) -> float:
         return auroc(scores, labels, weights) - auroc(others, labels, weights)
 
-    return _interval_of(difference, drawn)
+    resampled = np.array([difference(weights) for weights in drawn])
+    known = resampled[np.isfinite(resampled)]
+    tail = min(np.count_nonzero(known <= 0), np.count_nonzero(known >= 0))
+    p = min(1.0, 2 * (1 + tail) / (1 + len(known))) if len(known) else float("nan")
+    return interval(difference(None), resampled) | {"p": p}
 
 
 def _interval_of(

@@ -47,7 +47,7 @@ def draw_signals(axis: Axes, signals: Fields) -> None:
     for row, name in enumerate(names):
         score = signals[name]["auroc"]
         gain = signals[name]["over_baseline"]
-        better = signals[name]["beats_baseline"]
+        better = signals[name].get("beats_baseline", False)
         difference = f"{gain['value']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})"
         color = plots.SKY
         if name == BASELINE:
@@ -71,7 +71,7 @@ def draw_signals(axis: Axes, signals: Fields) -> None:
     axis.set(
         xlim=(0, 1),
         xlabel="AUROC (0.5: chance)",
-        title="hallucinated or not; right: over token probability",
+        title="hallucinated or not; right: over token probability (* after Holm)",
     )
     axis.grid(axis="y", visible=False)
 

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import secrets
-import tempfile
 import threading
 import time
 import zipfile
@@ -47,10 +46,9 @@ _drawing = threading.Lock()  # pyplot keeps its figures in one place
 
 
 def export(
-    analysis: Analysis, shown: Shown, model_name: str, out_root: str | Path
+    analysis: Analysis, shown: Shown, model_name: str, out_root: str | Path, folder: Path
 ) -> tuple[Path, Path]:
-    """Write a new run directory. Returns (its path, the ZIP of it in a folder for temporary
-    files)."""
+    """Write a new run directory. Returns (its path, the ZIP of it in the folder)."""
     vlm = analysis.model.vlm
     identity = identity_of(vlm) | {
         "prompt": analysis.batch.prompts[0],
@@ -66,20 +64,20 @@ def export(
     analysis.picture.save(run.path / "pictures" / f"{ID}.png")
     run.write(ID, *item(analysis))
     run.finish()
-    folder = run.path / "analysis"
-    plots.write_file(folder / f"{ID}_shown.json", as_json(summary(analysis, shown)), quiet=True)
+    figures = run.path / "analysis"
+    plots.write_file(figures / f"{ID}_shown.json", as_json(summary(analysis, shown)), quiet=True)
     with _drawing:
         for panel, draw in FIGURES.items():
             figure = draw(analysis, shown)
             if figure is not None:
                 settings = {"panel": panel, "question": analysis.question} | vars(shown)
-                save(figure, folder / f"{ID}_{panel}.png", settings)
-    return run.path, zipped(run.path)
+                save(figure, figures / f"{ID}_{panel}.png", settings)
+    return run.path, zipped(run.path, folder)
 
 
-def zipped(path: Path) -> Path:
-    """A ZIP of a folder, in a new folder for temporary files."""
-    archive = Path(tempfile.mkdtemp(prefix="stethoscope-")) / f"{path.name}.zip"
+def zipped(path: Path, where: Path) -> Path:
+    """A ZIP of a folder in another one."""
+    archive = where / f"{path.name}.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bundle:
         for folder, _, names in sorted(os.walk(path)):
             for name in sorted(names):

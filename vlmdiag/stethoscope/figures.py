@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.colors import Normalize
 
 from vlmdiag.figures import plots
+from vlmdiag.figures.layers import OUTPUT_AXIS, state_tick
 from vlmdiag.pictures import overlay
 from vlmdiag.stethoscope import views
 from vlmdiag.stethoscope.views import Canvas, ceiling_of, cells_of, named, selected
@@ -123,8 +124,10 @@ def draw_evolution(analysis: Analysis, shown: Shown) -> Figure:
         ax=axis,
     )
     axis.grid(False)
-    axis.set(title="likeliest token after each layer (final norm and LM head)", ylabel="layer")
-    axis.set_yticks(np.arange(len(tops)) + 0.5, ["emb", *range(len(tops) - 1)], rotation=0)
+    axis.set(title="likeliest token after each layer (final norm and LM head)", ylabel=OUTPUT_AXIS)
+    axis.set_yticks(
+        np.arange(len(tops)) + 0.5, [state_tick(state) for state in range(len(tops))], rotation=0
+    )
     axis.set_xticks(np.arange(len(labels)) + 0.5, labels, rotation=60, ha="right", fontsize=8)
     return figure
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from vlmdiag.cli import UsageError
+from vlmdiag.figures.stats import holm
 from vlmdiag.model.decoding import generate
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.scenes.questions import article
@@ -263,7 +264,22 @@ def report(run: Run, fitted: Fields) -> dict[str, Record]:
         reports[str(kind)] = words.counts() | {"too_few": too_few}
         if not too_few:
             reports[str(kind)] |= _report_of(words, fitted["kinds"][kind]["models"])
+    correct(reports)
     return reports
+
+
+def correct(reports: Mapping[str, Record]) -> None:
+    """Give every signal of all kinds its p_holm and beats_baseline: they are read together."""
+    of_all = [
+        scores
+        for numbers in reports.values()
+        for name, scores in numbers.get("signals", {}).items()
+        if name != BASELINE
+    ]
+    ps = holm([scores["over_baseline"]["p"] for scores in of_all])
+    for scores, p in zip(of_all, ps, strict=True):
+        scores["p_holm"] = p
+        scores["beats_baseline"] = bool(p <= 0.05 and scores["over_baseline"]["value"] > 0)
 
 
 def _report_of(words: Words, models: Mapping[str, calibration.Model]) -> Record:
@@ -282,7 +298,6 @@ def _report_of(words: Words, models: Mapping[str, calibration.Model]) -> Record:
             "auroc": calibration.auroc_interval(scores, truth, drawn),
             "ece": calibration.expected_calibration_error(scores, truth),
             "over_baseline": gain,
-            "beats_baseline": bool(gain["low"] > 0),
             "brier": float(((scores - truth) ** 2).mean()),
         }
     return {"signals": signals, "reliability": calibration.reliability(predicted["all"], truth)}
@@ -312,6 +327,8 @@ def lines_of_report(reports: Mapping[str, Record]) -> list[str]:
                 verdict = "baseline"
             elif scores["beats_baseline"]:
                 verdict = "beats token probability"
+            if name != BASELINE:
+                verdict += f" (p {scores['p_holm']:.2g}, Holm's over all signals)"
             lines.append(
                 f"  {name}: AUROC {_span(scores['auroc'])}, difference"
                 f" {_span(scores['over_baseline'], '+')}: {verdict}; ECE {scores['ece']:.3f}"

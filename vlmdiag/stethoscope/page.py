@@ -9,18 +9,23 @@ from __future__ import annotations
 import argparse
 import functools
 import html
+import math
 import os
-import shutil
+import secrets
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from random import Random
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
 import torch
+from fastapi import FastAPI
 from PIL import Image
+from starlette.routing import Mount
+from starlette.types import ASGIApp
 
 from vlmdiag.cli import UsageError
 from vlmdiag.runs import rundirs
@@ -30,12 +35,13 @@ from vlmdiag.stethoscope.analysis import (
     Analysis,
     Decoding,
     Model,
-    Session,
     hallucination_warning,
     read_picture,
 )
 from vlmdiag.stethoscope.export import Shown, export
-from vlmdiag.stethoscope.limits import QUESTION_LIMIT
+from vlmdiag.stethoscope.limits import FILE_LIMIT, QUESTION_LIMIT
+from vlmdiag.stethoscope.server import COOKIE
+from vlmdiag.stethoscope.sessions import Session, Sessions
 
 EXAMPLES = (54, 7, 21)  # seeds of the drawn pictures
 QUESTION = "Describe the image."
@@ -96,6 +102,7 @@ FAST = {
     "concurrency_limit": 8,
     "trigger_mode": "always_last",
     "api_visibility": "private",
+    "preprocess": False,  # checked() does it: Gradio knows no choices of a session that it dropped
 }
 SLOW = {"concurrency_limit": 8, "api_visibility": "private"}
 
@@ -131,15 +138,54 @@ def told(function: Callable[Arguments, Iterator[Values]]) -> Callable[Arguments,
     return event
 
 
+def checked(now: Values) -> Values:
+    """Where controls stand, as the browser says. UsageError for what they cannot show."""
+    return {control: _checked(control, value) for control, value in now.items()}
+
+
+def _checked(control: Component, value: Any) -> Any:
+    if isinstance(control, gr.Slider | gr.Number):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and control.minimum <= value <= control.maximum):
+            raise UsageError(
+                f"{control.label}: {control.minimum} to {control.maximum} is wanted, not {value!r}"
+            )
+        if control.step != 1:
+            return float(value)
+        if value != int(value):
+            raise UsageError(f"{control.label}: a whole number is wanted, not {value!r}")
+        return int(value)
+    if isinstance(control, gr.Checkbox):
+        return bool(value)
+    choices = [choice for _, choice in control.choices]
+    if choices:
+        fits = value in choices
+    else:  # a token of the answer, none before there is one
+        fits = value is None or (type(value) is int and value >= 0)
+    if not fits:
+        raise UsageError(f"{control.label}: {value!r} is none of the choices")
+    return value
+
+
+def visitor_of(request: gr.Request) -> tuple[str, str]:
+    """Who has sent an event: (the browser's cookie, this opening of the page in it)."""
+    return request.cookies.get(COOKIE, ""), str(request.session_hash)
+
+
 def examples() -> list[Image.Image]:
     """The drawn pictures to start with."""
     return [render(floor_scene(Random(seed), 3, square=True)) for seed in EXAMPLES]
 
 
+def gone(session: Session) -> str:
+    """What is said where an answer is no longer kept."""
+    return f"This answer is no longer kept: {session.ended}. Press Ask to get it again."
+
+
 # ---- controls ----
 
 
-def layer_slider(depth: int, elem_id: str, label: str = "LLM Layer") -> Component:
+def layer_slider(depth: int, elem_id: str, label: str = "LLM Layer (from 0)") -> Component:
     return gr.Slider(0, depth - 1, depth - 1, step=1, label=label, elem_id=elem_id)
 
 
@@ -324,9 +370,9 @@ class Compare(Panel):
 
     def layout(self) -> None:
         with gr.Row():
-            self.layer = layer_slider(self.depth, "cmp_layer", "Layer of the selected token")
+            self.layer = layer_slider(self.depth, "cmp_layer", "Layer (from 0) of the token")
             self.token = gr.Dropdown([], label="Other token", elem_id="cmp_token")
-            self.other = layer_slider(self.depth, "cmp_other", "Layer of the other token")
+            self.other = layer_slider(self.depth, "cmp_other", "Layer (from 0) of the other")
             self.ceiling = ceiling_slider("cmp_ceiling")
         self.controls = [self.layer, self.token, self.other, self.ceiling]
         super().layout()
@@ -348,10 +394,7 @@ class Export(Panel):
 
     def layout(self) -> None:
         self.button = gr.Button("Export everything", variant="primary", elem_id="export_all")
-        self.files = gr.File(label="Files", interactive=False, elem_id="exported")
-        self.where = gr.Textbox(
-            label="Run directory on this machine", interactive=False, elem_id="where"
-        )
+        self.files = gr.HTML(elem_id="exported")
 
 
 # ---- the page ----
@@ -360,9 +403,10 @@ class Export(Panel):
 class Page:
     """The page of one model. blocks: what Gradio serves."""
 
-    def __init__(self, model: Model, args: argparse.Namespace) -> None:
+    def __init__(self, model: Model, args: argparse.Namespace, sessions: Sessions) -> None:
         self.model = model
         self.args = args
+        self.sessions = sessions
         self.name = rundirs.slug(args.model_name)
         self.pictures = examples()
         self.blocks = gr.Blocks(
@@ -373,10 +417,6 @@ class Page:
         )
         with self.blocks:
             gr.HTML(str(views.templates.title(self.name)))
-            # of one visitor: the session, the chosen picture, the id of the open panel
-            self.session = gr.State(None)
-            self.picture = gr.State(None)
-            self.open_panel = gr.State("probability")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     self._lay_out_picture()
@@ -385,6 +425,32 @@ class Page:
             self.tokens = gr.Radio([], label="Answer Tokens for Selection", elem_id="tokens")
             self._lay_out_panels()
             self._connect()
+
+    def app(self, auth: str | None) -> tuple[ASGIApp, Any, set[str]]:
+        """(what a server runs, Gradio's part of it, its files that everybody may read). auth:
+        user:password that the page asks for."""
+        user, _, password = (auth or "").partition(":")
+        self.blocks.queue(max_size=64)
+        # of a session it keeps which choices its menus have; what was asked is in sessions.py
+        self.blocks.state_session_capacity = 64
+        outer = FastAPI(openapi_url=None)
+        gr.mount_gradio_app(
+            outer,
+            self.blocks,
+            "/",
+            auth=[(user, password)] if auth else None,
+            max_file_size=FILE_LIMIT,
+            footer_links=[],
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            css=CSS,
+            theme=THEME,
+            run_history=False,
+        )
+        public = {path for block in self.blocks.blocks.values() for path in block.keep_in_cache}
+        return outer, cast(Mount, outer.routes[-1]).app, public
 
     # ---- layout ----
 
@@ -429,7 +495,7 @@ class Page:
         args = self.args
         with gr.Row():
             do_sample = gr.Checkbox(args.do_sample, label="Sample (off: the likeliest token)")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+            seed = gr.Number(0, label="Seed", step=1, precision=0, minimum=0, maximum=2**31)
         with gr.Row():
             temperature = gr.Slider(0.1, 2, args.temperature, step=0.05, label="Temperature")
             top_p = gr.Slider(0.05, 1, args.top_p, step=0.05, label="Top P")
@@ -461,32 +527,23 @@ class Page:
         controls = [control for panel in self.panels.values() for control in panel.controls]
         self.outputs = [output for panel in self.panels.values() for output in panel.outputs]
         # a set: Gradio then hands in {component: value}
-        everything = {self.session, self.tokens, self.open_panel, *controls}
+        everything = {self.tokens, *controls}
         of_an_answer = [
-            self.session,
             self.answer,
             self.tokens,
             self.compare.token,
             self.warning,
             self.export.files,
-            self.export.where,
         ]
-        of_a_picture = [self.picture, self.preview, *of_an_answer, *self.outputs]
-        files = [self.export.files, self.export.where]
+        of_a_picture = [self.preview, *of_an_answer, *self.outputs]
         self.upload.upload(
-            self.take_upload,
-            [self.session, self.upload],
-            of_a_picture,
-            show_progress="hidden",
-            **SLOW,
+            self.take_upload, [self.upload], of_a_picture, show_progress="hidden", **SLOW
         )
-        self.gallery.select(
-            self.pick_example, [self.session], of_a_picture, show_progress="hidden", **SLOW
-        )
+        self.gallery.select(self.pick_example, None, of_a_picture, show_progress="hidden", **SLOW)
         asked = gr.on(
             [self.ask.click, self.question.submit],
             self.answer_question,
-            [self.session, self.picture, self.question, *self.decoding],
+            [self.question, *self.decoding],
             of_an_answer,
             show_progress="minimal",
             trigger_mode="once",
@@ -497,35 +554,26 @@ class Page:
         changed = [self.tokens.input, *(control.input for control in controls)]
         gr.on(changed, self.show, everything, self.outputs, **FAST)
         for tab in self.tabs.children:
-            opened = tab.select(
-                functools.partial(str, tab.id),
-                None,
-                self.open_panel,
-                show_progress="hidden",
-                api_visibility="private",
-            )
-            opened.then(self.show, everything, self.outputs, **FAST)
+            tab.select(self._opening(tab.id), everything, self.outputs, **FAST)
         every_click = FAST | {"trigger_mode": "multiple"}
         self.patches.picture.click(self.click_patch, everything, self.outputs, **every_click)
         self.patches.clear.click(self.clear_patches, everything, self.outputs, **FAST)
-        self.export.button.click(self.export_files, everything, files, **SLOW)
+        exporting = SLOW | {"preprocess": False}
+        self.export.button.click(self.export_files, everything, self.export.files, **exporting)
         self.blocks.load(self.show, everything, self.outputs, **FAST)
+        self.blocks.unload(self.leave)
 
     # ---- events ----
 
-    def _current(self, now: Values) -> Analysis | None:
-        """The analysis that a visitor looks at."""
-        session: Session | None = now[self.session]
-        return None if session is None else session.current
-
-    def _drawn(self, now: Values) -> Iterator[Values]:
+    def _drawn(self, session: Session, now: Values) -> Iterator[Values]:
         """Draw the open panel, computing first what it needs."""
-        panel = self.panels[now[self.open_panel]]
+        panel = self.panels[session.panel]
         if not panel.outputs:
             return
-        analysis = self._current(now)
+        analysis = session.current
         if analysis is None or now[self.tokens] is None:
-            yield dict.fromkeys(panel.outputs, views.page(views.note(FIRST)))
+            text = gone(session) if session.ended else FIRST
+            yield dict.fromkeys(panel.outputs, views.page(views.note(text)))
             return
         if panel.needs_relevancy(now):
             for share in analysis.relevancy_steps():
@@ -535,110 +583,157 @@ class Page:
         yield dict(zip(panel.outputs, panel.draw(analysis, token, now), strict=True))
 
     @told
-    def show(self, now: Values) -> Iterator[Values]:
-        """A token, a control or a tab was chosen."""
-        yield from self._drawn(now)
+    def show(self, now: Values, request: gr.Request) -> Iterator[Values]:
+        """A token or a control was chosen."""
+        with self.sessions.at(visitor_of(request)) as session:
+            yield from self._drawn(session, checked(now))
 
-    def _with_picture(self, session: Session | None, picture: Image.Image) -> Iterator[Values]:
+    def _opening(self, panel: str) -> Callable[[Values, gr.Request], Iterator[Values]]:
+        """The event of choosing a tab."""
+
+        @told
+        def open_panel(now: Values, request: gr.Request) -> Iterator[Values]:
+            with self.sessions.at(visitor_of(request)) as session:
+                session.panel = panel
+                yield from self._drawn(session, checked(now))
+
+        return open_panel
+
+    def _with_picture(self, session: Session, picture: Image.Image) -> Iterator[Values]:
         """A new picture: what stood there of another one goes."""
-        session = session or Session()
         session.current = None
+        session.picture = picture
         session.turn += 1
+        session.ended = ""
         small = views.Canvas(picture, None, 420).picture
         yield dict.fromkeys(self.outputs, views.page(views.note(FIRST))) | {
-            self.session: session,
-            self.picture: picture,
             self.preview: views.page(views.figure(small, "The chosen picture")),
             self.answer: "",
             self.warning: "",
             self.tokens: gr.update(choices=[], value=None),
             self.compare.token: gr.update(choices=[], value=None),
-            self.export.files: None,
-            self.export.where: "",
+            self.export.files: "",
         }
 
     @told
-    def take_upload(self, session: Session | None, path: str | None) -> Iterator[Values]:
+    def take_upload(self, path: str | None, request: gr.Request) -> Iterator[Values]:
         """A file was uploaded, or taken away."""
-        if path is not None:
-            yield from self._with_picture(session, read_picture(path))
+        if path is None:
+            return
+        with self.sessions.at(visitor_of(request)) as session:
+            picture = read_picture(path)
+            session.origin = Path(path)
+            yield from self._with_picture(session, picture)
 
     @told
-    def pick_example(self, session: Session | None, chosen: gr.SelectData) -> Iterator[Values]:
+    def pick_example(self, chosen: gr.SelectData, request: gr.Request) -> Iterator[Values]:
         """An example was clicked."""
-        yield from self._with_picture(session, self.pictures[chosen.index])
+        index = chosen.index
+        if type(index) is not int or not 0 <= index < len(self.pictures):
+            raise UsageError("there is no such example")
+        with self.sessions.at(visitor_of(request)) as session:
+            session.origin = index
+            yield from self._with_picture(session, self.pictures[index])
+
+    def _picture(self, session: Session) -> Image.Image:
+        """The chosen picture, read again where it is no longer kept."""
+        if session.picture is not None:
+            return session.picture
+        if session.origin is None:
+            raise UsageError("choose a picture first")
+        if isinstance(session.origin, int):
+            session.picture = self.pictures[session.origin]
+        elif session.origin.exists():
+            session.picture = read_picture(session.origin)
+        else:
+            raise UsageError("the picture is no longer kept: choose it again")
+        return session.picture
 
     @told
     def answer_question(
         self,
-        session: Session | None,
-        picture: Image.Image | None,
         question: str,
         do_sample: bool,
         temperature: float,
         top_p: float,
         length: float,
         seed: float,
+        request: gr.Request,
     ) -> Iterator[Values]:
         """Stream the answer; then the tokens to choose from."""
-        if picture is None:
-            raise UsageError("choose a picture first")
-        session = session or Session()
-        turn = session.turn
-        decoding = Decoding(do_sample, temperature, top_p, int(length), int(seed))
-        analysis = session.analysis(self.model, picture, question, decoding)
-        session.current = None
-        for text in analysis.answer():
-            yield {self.answer: text}
-        analysis.evolution()
-        if session.turn != turn:
-            raise UsageError("another picture was chosen meanwhile; ask again")
-        session.current = analysis
-        choices = [(f"{i}:{views.shown(token)}", i) for i, token in enumerate(analysis.tokens)]
-        yield {
-            self.session: session,
-            self.answer: analysis.text,
-            self.tokens: gr.update(choices=choices, value=0),
-            self.compare.token: gr.update(choices=choices, value=min(1, len(choices) - 1)),
-            self.warning: " ".join([hallucination_warning(analysis), *analysis.missing()]),
-            self.export.files: None,
-            self.export.where: "",
-        }
+        with self.sessions.at(visitor_of(request)) as session:
+            picture = self._picture(session)
+            turn = session.turn
+            values = (do_sample, temperature, top_p, length, seed)
+            decoding = Decoding(*checked(dict(zip(self.decoding, values, strict=True))).values())
+            analysis = session.analysis(self.model, picture, question, decoding)
+            session.current = None
+            for text in analysis.answer():
+                yield {self.answer: text}
+            analysis.evolution()
+            if session.turn != turn:
+                raise UsageError("another picture was chosen meanwhile; ask again")
+            session.current = analysis
+            session.ended = ""
+            choices = [(f"{i}:{views.shown(token)}", i) for i, token in enumerate(analysis.tokens)]
+            yield {
+                self.answer: analysis.text,
+                self.tokens: gr.update(choices=choices, value=0),
+                self.compare.token: gr.update(choices=choices, value=min(1, len(choices) - 1)),
+                self.warning: " ".join([hallucination_warning(analysis), *analysis.missing()]),
+                self.export.files: "",
+            }
 
     @told
-    def click_patch(self, now: Values, event: gr.EventData) -> Iterator[Values]:
+    def click_patch(
+        self, now: Values, event: gr.EventData, request: gr.Request
+    ) -> Iterator[Values]:
         """The picture of the patch selector was clicked."""
-        analysis = self._current(now)
-        if analysis is not None:
-            x, y = float(event.x), float(event.y)
-            self.patches.toggle(analysis, now[self.patches.source], x, y)
-        yield from self._drawn(now)
+        now = checked(now)
+        with self.sessions.at(visitor_of(request)) as session:
+            if session.current is not None:
+                x, y = float(event.x), float(event.y)
+                self.patches.toggle(session.current, now[self.patches.source], x, y)
+            yield from self._drawn(session, now)
 
     @told
-    def clear_patches(self, now: Values) -> Iterator[Values]:
+    def clear_patches(self, now: Values, request: gr.Request) -> Iterator[Values]:
         """No patch is selected any more."""
-        analysis = self._current(now)
-        if analysis is not None:
-            analysis.patches = set()
-        yield from self._drawn(now)
+        with self.sessions.at(visitor_of(request)) as session:
+            if session.current is not None:
+                session.current.patches = set()
+            yield from self._drawn(session, checked(now))
 
     @told
     def export_files(
         self,
         now: Values,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio finds it there)
     ) -> Iterator[Values]:
-        """Everything that the panels show, as files."""
-        analysis = self._current(now)
-        if analysis is None:
-            raise UsageError("ask a question first, then export")
-        for share in analysis.relevancy_steps():
-            progress(share / 2, "Computing relevancy")
-        progress(0.6, "Drawing")
-        args = self.args
-        run_path, archive = export(analysis, self._shown(now), args.model_name, args.out_root)
-        yield {self.export.files: str(archive), self.export.where: str(run_path)}
-        shutil.rmtree(archive.parent)  # Gradio has a copy of its own by now
+        """Everything that the panels show, as files. A page with a password serves people who are
+        not at this machine: nothing of theirs stays on it."""
+        shown = self._shown(checked(now))
+        with self.sessions.at(visitor_of(request)) as session:
+            analysis = session.current
+            if analysis is None:
+                first = "ask a question first, then export"
+                raise UsageError(gone(session) if session.ended else first)
+            for share in analysis.relevancy_steps():
+                progress(share / 2, "Computing relevancy")
+            progress(0.6, "Drawing")
+            folder = self.sessions.new_folder(session)
+            stays = self.args.auth is None
+            root = self.args.out_root if stays else folder
+            run_path, archive = export(analysis, shown, self.args.model_name, root, folder)
+            name = secrets.token_urlsafe(32)
+            session.exports[name] = archive
+            where = str(run_path) if stays else ""
+            yield {self.export.files: views.export_link(name, archive, where)}
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.sessions.close(visitor_of(request))
 
     def _shown(self, now: Values) -> Shown:
         """Where the controls stand."""

@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlmdiag.figures.layers import state_name
 from vlmdiag.pictures import overlay
 
 if TYPE_CHECKING:
@@ -193,8 +194,7 @@ def evolution_strip(analysis: Analysis, token: int) -> Markup:
     on hover, and the produced token's probability."""
     evolution = analysis.evolution()
     words, ids, probs = evolution.words, evolution.ids[token], evolution.probs[token]
-    layers = [f"layer {layer}" for layer in range(len(ids) - 1)]
-    names = ["embeddings", *layers]
+    names = [state_name(state) for state in range(len(ids))]
     colors = color(probs[:, 0], 1.0, "Blues")
     cells = []
     for i, name in enumerate(names):
@@ -346,6 +346,12 @@ def _bars_of(
         return note("None yet: this is the first token.")
     labels = [f"{i - positions[0]}: {shown(analysis.labels[i])}" for i in positions]
     return bars(labels, rows[positions], ceiling, fill)
+
+
+def export_link(name: str, archive: Path, where: str) -> str:
+    """A link to an exported file by its secret name. where: its run directory, '' for none."""
+    size = f"{archive.stat().st_size / 2**20:.1f} MiB"
+    return page(templates.export(name, archive.name, size, where))
 
 
 # ---- panels ----

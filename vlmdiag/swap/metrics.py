@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vlmdiag.figures import stats
 from vlmdiag.figures.stats import DIFFERENCES, FEW, permutation_p
 from vlmdiag.swap.relations import CATEGORIES, GROUPS, SIGNS
 from vlmdiag.swap.resampling import (
@@ -98,16 +99,6 @@ def energy(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"] | None = Non
     return float(sum(np.square(block).sum() for block in blocks))
 
 
-def squared_norms(
-    weights: Float[np.ndarray, "B K"], vectors: Float[np.ndarray, "K d"]
-) -> Float[np.ndarray, " B"]:
-    """|sum_k weights[b, k] vectors[k]|^2."""
-    if len(vectors) < vectors.shape[1]:
-        return np.einsum("bk,bk->b", weights @ (vectors @ vectors.T), weights)
-    blocks = [weights[start : start + ROWS] @ vectors for start in range(0, len(weights), ROWS)]
-    return np.concatenate([np.square(block).sum(1) for block in blocks])
-
-
 def cosine(a: Float[np.ndarray, " d"], b: Float[np.ndarray, " d"]) -> float:
     """Cosine of two vectors, NaN where one is 0."""
     size = math.sqrt(a @ a) * math.sqrt(b @ b)
@@ -127,8 +118,9 @@ def _over_layers(per_layer: Sequence[Numbers]) -> Numbers:
 def pairwise_cosine(
     units: Rows, codes: Codes | None = None, num_resamples: int = RESAMPLES, seed: int = 0
 ) -> Numbers:
-    """Mean and population std of the cosines of all pairs of unit vectors, and the mean's interval
-    over images, NaN with fewer than FEW of them: resamples that share an image say nothing.
+    """Mean and population std of the cosines of all pairs of unit vectors, and the mean's
+    bootstrap-t interval over images, NaN with fewer than FEW of them: resamples that share an image
+    say nothing.
 
     mean = (|sum u|^2 - n) / (n (n-1)); second moment = (|U^T U|_F^2 - n) / (n (n-1)):
     docs/studies/swap_analysis.md, section 2.
@@ -154,15 +146,46 @@ def pairwise_cosine(
     numbers["mean"] = float(mean)
     numbers["std"] = math.sqrt(max(variance, 0.0))
     if len(images) >= FEW and num_resamples:
+        once = np.ones((1, len(images)))
+        ((mean_again,), (error,)) = _mean_of_pairs(sums, counts, once)
         weights = draws(len(images), num_resamples, seed)
-        squares = weights**2
-        within = np.square(sums).sum(1)
-        # pairs of different images count w_k w_l times, pairs of one image w_k times
-        cosines = squared_norms(weights, sums) - squares @ within + weights @ (within - counts)
-        number = (weights @ counts) ** 2 - squares @ counts**2 + weights @ (counts**2 - counts)
-        means = np.divide(cosines, number, out=np.full(len(number), np.nan), where=number > 0.5)
-        numbers["low"], numbers["high"] = limits(means)
+        means, errors = _mean_of_pairs(sums, counts, weights)
+        low, high = stats.studentized_limits(mean_again, error, means, errors)
+        numbers["low"] = min(max(low, -1.0), float(mean))
+        numbers["high"] = max(min(high, 1.0), float(mean))
     return numbers
+
+
+def _mean_of_pairs(
+    sums: Float[np.ndarray, "K d"],
+    counts: Float[np.ndarray, " K"],
+    weights: Float[np.ndarray, "B K"],
+) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+    """(mean cosine of the pairs of rows, its error) in resamples; sums, counts: of each image's
+    unit vectors. Pairs of different images k, l count w_k w_l times, pairs of one image w_k times.
+
+    The error's square is the infinitesimal jackknife's (Efron 1982, 6.1): K / (K - 1) sum_k w_k (dm
+    / dw_k)^2.
+    """
+    images = len(sums)
+    of_image = np.square(sums).sum(1) - counts  # over the pairs of one image
+    number_of_image = counts**2 - counts
+    # sum over l of w_l S_l . S_k, and the same of other images only
+    if images < sums.shape[1]:
+        others = weights @ (sums @ sums.T)
+    else:
+        blocks = (weights[start : start + ROWS] @ sums for start in range(0, len(weights), ROWS))
+        others = np.concatenate([block @ sums.T for block in blocks])
+    others -= weights * (of_image + counts)
+    number_of_others = (weights @ counts)[:, None] * counts - weights * counts**2
+    total = (weights * (others + of_image)).sum(1)
+    number = (weights * (number_of_others + number_of_image)).sum(1)
+    undefined = np.full(len(weights), np.nan)
+    mean = np.divide(total, number, out=undefined, where=number > 0.5)
+    slopes = 2 * others + of_image - mean[:, None] * (2 * number_of_others + number_of_image)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = (weights * slopes**2).sum(1) * images / (images - 1)
+        return mean, np.sqrt(squares) / number
 
 
 def shuffled_label_moments(units: Rows, signs: Float[np.ndarray, " n"]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 
 from vlmdiag.figures import plots
+from vlmdiag.figures.layers import LAYER_AXIS
 from vlmdiag.swap.relations import GROUPS
 from vlmdiag.swap.saved import CONDITIONS
 from vlmdiag.types import Record
@@ -179,5 +180,5 @@ def null_handle(ax: Axes, text: str) -> None:
 def layer_axes(ax: Axes, title: str, ylabel: str) -> None:
     """Axes of a figure over layers, with a line at 0."""
     ax.axhline(0, color=plots.EVEN_COLOR, linewidth=0.8, zorder=1)
-    ax.set(title=title, xlabel="decoder layer", ylabel=ylabel)
+    ax.set(title=title, xlabel=LAYER_AXIS, ylabel=ylabel)
     plots.layer_ticks(ax)

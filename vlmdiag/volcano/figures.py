@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from vlmdiag.figures import plots
+from vlmdiag.figures.stats import p_text
 from vlmdiag.types import Record
 from vlmdiag.volcano.maps import counted, top_l_mean
 from vlmdiag.volcano.stage_statistics import STATISTICS
@@ -124,6 +125,14 @@ def draw_ratios(label: str, comparisons: Mapping[str, Record], chosen: str, pool
     return fig
 
 
+def p_of(statistic: Record) -> str:
+    """'p = 0.03 (Holm)', or '<=' where no permutation was as far. Old files have no corrected p."""
+    corrected: float = statistic["p_holm"] if "p_holm" in statistic else statistic["p"]
+    at_floor = p_text(statistic["p"], statistic["permutations"]).startswith("<=")
+    name = " (Holm)" if "p_holm" in statistic else ""
+    return f"p {'<=' if at_floor and corrected < 1 else '='} {corrected:.2g}{name}"
+
+
 def _ratio_panel(
     ax: Axes, stage: str, comparison: Record, places: Int[np.ndarray, " s"], color: str
 ) -> None:
@@ -161,7 +170,7 @@ def _ratio_panel(
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
     for y, x, statistic in zip(places, ratio, of_statistics):
         if np.isfinite(x):
-            text = f"{x:.2f}, p = {statistic['p']:.3f}"
+            text = f"{x:.2f}, {p_of(statistic)}"
             ax.text(x, y + 0.31, text, ha="center", va="bottom", fontsize=8, bbox=box)
 
     tokens = comparison["mean_tokens"]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmdiag.figures import stats
-from vlmdiag.figures.stats import Interval, paired_difference, permutation_p
+from vlmdiag.figures.stats import paired_difference, permutation_p
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -148,29 +148,6 @@ def ratio(
     return np.divide(other, initial, out=np.full(other.shape, np.nan), where=initial != 0)
 
 
-def ratio_interval(
-    other: Float[np.ndarray, " n"],
-    initial: Float[np.ndarray, " n"],
-    level: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Ratio of the means over images with its percentile-bootstrap interval; whole images are
-    drawn, n of them.
-
-    Of the means, not the mean of ratios, which is above 1 already where a short text's value
-    scatters; it is the ratio of Fig. 5's panels.
-    """
-    n = len(other)
-    value = float(ratio(other.mean(), initial.mean()))
-    if n < 2 or not np.isfinite(value):
-        return stats.interval_of(value, np.nan, np.nan, n)
-    low, high = stats.bootstrap(
-        lambda weights: ratio(weights @ other, weights @ initial), n, level, num_resamples, seed
-    )
-    return stats.interval_of(value, float(low), float(high), n)
-
-
 def _spread(values: Float[np.ndarray, " B"]) -> Record:
     """Mean and central 95 %."""
     low, high = np.quantile(values, [0.025, 0.975])
@@ -181,9 +158,11 @@ def statistics_over_images(
     observed: Float[np.ndarray, "n 2 4"], null: Float[np.ndarray, "n B 2 4"], images: Sequence[str]
 ) -> dict[str, Record]:
     """{statistic: {initial, other, ratio, difference, null_ratio, null_difference, p,
-    permutations}} over n
-    instances, each image counting once: means over images, Intervals as dicts, mean and central 95
-    % of the null. observed, null: of compare(); images: n ids.
+    permutations}} over n instances, each image counting once: means over images, Intervals as
+    dicts, mean and central 95 % of the null. observed, null: of compare(); images: n ids.
+
+    ratio: of the means, not the mean of ratios, which is above 1 already where a short text's value
+    scatters; it is the ratio of Fig. 5's panels.
     """
     observed = by_image(observed, images)
     null = by_image(null, images).mean(0)
@@ -195,7 +174,7 @@ def statistics_over_images(
         statistics[name] = {
             "initial": initial.mean(),
             "other": other.mean(),
-            "ratio": ratio_interval(other, initial)._asdict(),
+            "ratio": stats.ratio_interval(other, initial)._asdict(),
             "difference": paired_difference(other, initial)._asdict(),
             "null_ratio": _spread(ratio(null_other, null_initial)),
             "null_difference": _spread(null_difference),
