@@ -141,21 +141,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.quantize_type = "int8"
     elif args.load_4bit:
         args.quantize_type = "4bit"
-    for name in ("session_minutes", "session_memory"):
-        if not 0 < getattr(args, name) < 1e9:  # nan is neither
-            parser.error(f"--{name} {getattr(args, name)}: a positive number is wanted")
     if args.auth is not None and args.password_file is not None:
         parser.error("--auth and --password_file exclude each other")
+    return args
+
+
+def password_of(args: argparse.Namespace) -> str | None:
+    """user:password that the page asks for, or None. UsageError where it is no such pair, and where
+    a page that other machines reach has none."""
     source, text = password_text(args)
     if text is not None and not all(text.partition(":")[::2]):
-        parser.error(f"{source}: user:password is wanted")
-    args.auth = text
-    if not loopback(args.host) and args.auth is None:
-        parser.error(
+        raise UsageError(f"{source}: user:password is wanted")
+    if text is None and not loopback(args.host):
+        raise UsageError(
             f"--host {args.host} lets other machines in: give a password as well"
             f" (--password_file FILE, or {PASSWORD} in the environment)"
         )
-    return args
+    return text
 
 
 def password_text(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -228,7 +230,9 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    serve(parse_args(argv))
+    args = parse_args(argv)
+    args.auth = password_of(args)
+    serve(args)
     return 0
 
 

@@ -3,8 +3,9 @@ over COCO, one NPZ + JSON per image.
 
     python diagnostic_tools/run_coco_diagnostics.py --model_path checkpoints/tiny-llava \\
         --image_dir data/shapes/val2017 \\
-        --ann_file data/shapes/annotations/captions_val2017.json --out_root runs --restrict_to_past
-        --max_new_tokens 32 \\ --probe_hidden_norms --hidden_norm_kind l2 --max_images 20
+        --ann_file data/shapes/annotations/captions_val2017.json --out_root runs \\
+        --restrict_to_past --max_new_tokens 32 --probe_hidden_norms --hidden_norm_kind l2 \\
+        --max_images 20
 
 From one prefill and one cached generation per batch:
     CMB            head_vision_share (L, H): mean over steps of V / (V + U), attention of the

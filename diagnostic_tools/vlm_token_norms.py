@@ -9,8 +9,8 @@ to 1000, text tokens at 0.3 to 1.3 (mean 0.83).
 
     python vlm_token_norms.py --model_path ../checkpoints/llava-v1.5-7b \\
         --vision_tower_path ../checkpoints/clip-vit-large-patch14-336 \\
-        --coco_root ../data/COCO --device cuda --weights_type bin --max_images 20 --save_vectors
-        --out_dir outputs/token_norms
+        --coco_root ../data/COCO --device cuda --weights_type bin --max_images 20 \\
+        --save_vectors --out_dir outputs/token_norms
     python vlm_token_norms.py --model_path ../checkpoints/tiny-llava --coco_root ../data/shapes \\
         --max_images 20
 

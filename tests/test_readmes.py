@@ -19,6 +19,7 @@ notebook.
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -38,6 +39,7 @@ from PIL import Image
 
 from tests import test_benchmark
 from tests.conftest import command_module
+from tests.test_house import FOLDERS
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import spread
 from vlmdiag.runs import rundirs
@@ -218,6 +220,33 @@ def test_blocks_are_fenced_in_a_known_way(path):
 @pytest.mark.parametrize(("path", "folder", "words"), commands("bash", "bash real", "bash setup"))
 def test_a_script_takes_the_arguments_that_a_readme_gives_it(path, folder, words):
     accept(folder, words)
+
+
+def commands_of_docstring(script):
+    """[words, ...] of the indented commands in a script's docstring, and the lines of flags that
+    follow a line without a backslash."""
+    lines = (ast.get_docstring(ast.parse(script.read_text())) or "").splitlines()
+    indented = [line if line.startswith("    ") else "" for line in lines]
+    loose = [
+        line
+        for before, line in zip(["", *indented], indented)
+        if re.match(r" {6,}--?\w", line) and not before.endswith("\\") or re.search(r"\\ +\S", line)
+    ]
+    joined = "\n".join(indented).replace("\\\n", " ")
+    block = "\n".join(line for line in joined.splitlines() if line.startswith("    python "))
+    return [words for _, words in steps(block)], loose
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "benchmarks"])
+def test_the_commands_of_docstrings_are_whole_and_parse(folder):
+    for script in sorted((ROOT / folder).rglob("*.py")):
+        found, loose = commands_of_docstring(script)
+        assert loose == [], f"{script}: no command takes these in: {loose}"
+        for words in found:
+            if words[1] == "-m":
+                continue
+            at_root = (ROOT / words[1]).is_file()
+            accept(Path() if at_root else script.parent.relative_to(ROOT), words)
 
 
 @pytest.mark.parametrize(
