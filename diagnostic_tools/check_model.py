@@ -67,15 +67,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def picture_of(path: str | None) -> Image:
     """The picture of a path, or a drawn one. UsageError where it cannot be read."""
-    from vlmdiag.pictures.samples import load_image
+    from vlmdiag.pictures.samples import given_image
     from vlmdiag.scenes.scene import floor_scene, render
 
     if path is None:
         return render(floor_scene(Random(0), 3))
-    try:
-        return load_image(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
+    return given_image(path)
 
 
 def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:

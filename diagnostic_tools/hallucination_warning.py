@@ -33,7 +33,7 @@ from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.coco import read_categories, read_coco, read_instances
-from vlmdiag.pictures.samples import Sample, load_image, with_picture
+from vlmdiag.pictures.samples import Sample, given_image, with_picture
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def score(args: argparse.Namespace) -> int:
 
     fitted = find_calibration(args.model_path, args.out_root, args.calibration)
     sample = Sample("0", Path(args.image), args.prompt_text)
-    picture = load_image(args.image)
+    picture = given_image(args.image)
     vlm = load(args)
     batch = vlm.encode([sample], [picture])
     ids = generate(vlm, batch, args.max_new_tokens).ids[0]

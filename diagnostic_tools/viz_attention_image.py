@@ -44,7 +44,7 @@ from PIL import Image
 from common import add_model_arguments, load_from_args, load_model
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import load_image
+from vlmdiag.pictures.samples import given_image
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def extract_attention_for_token(
         vlm = load_model(model_path, device=device, conv_mode=conv_mode, **load_options)
     else:
         vlm = model_path
-    image = image_path if isinstance(image_path, Image.Image) else _picture(image_path)
+    image = image_path if isinstance(image_path, Image.Image) else given_image(image_path)
     result = token_attention(
         vlm,
         image,
@@ -161,18 +161,11 @@ def extract_attention_for_token(
     return result
 
 
-def _picture(path: str | Path) -> Image.Image:
-    try:
-        return load_image(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
-
-
 def picture_and_word(args: argparse.Namespace) -> tuple[Image.Image, str | None]:
     """--image and --target_word; without --image the drawn picture, whose first shape is the
     word."""
     if args.image is not None:
-        return _picture(args.image), args.target_word
+        return given_image(args.image), args.target_word
     from vlmdiag.scenes.scene import render
 
     scene = demo_scene()

@@ -153,12 +153,10 @@ def swapped(array):
 
 RECORDS = {
     "empty": lambda record: {},
-    "foreign": lambda record: {"hello": 1},
     "lists cut": lambda record: {k: v[:1] if isinstance(v, list) else v for k, v in record.items()},
     "text": lambda record: {k: "x" if not isinstance(v, str) else v for k, v in record.items()},
 }
 ARRAYS = {
-    "none": lambda arrays: {},
     "turned": lambda arrays: {name: swapped(array) for name, array in arrays.items()},
     "scalars": lambda arrays: {name: np.zeros(()) for name in arrays},
 }
@@ -213,7 +211,7 @@ def test_readers_of_tampered_runs_name_the_file_in_one_line(name, runs, tmp_path
             assert done.returncode == 2 and line.count("\n") == 1, (ending, how, line)
             assert str(work) in line, (ending, how, line)
         else:  # what this reader does not read of the file
-            assert how in ("empty", "foreign", "lists cut", "text", "none"), (ending, how)
+            assert ending == "json", (ending, how)
 
 
 def test_a_mean_vector_that_is_not_the_one_it_was_written_as_is_refused(tmp_path):

@@ -186,6 +186,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may hold any bytes
             stream.reconfigure(errors="backslashreplace")
+    if "vlmdiag.runs.rundirs" in sys.modules:  # another command ran in this process before
+        sys.modules["vlmdiag.runs.rundirs"].READ.clear()
     code: int | None
     try:
         code = main()

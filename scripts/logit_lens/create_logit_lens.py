@@ -26,7 +26,7 @@ from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp.lens_page import SCHEMA, read_facts, write_page
 from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.pictures.samples import Sample, list_pictures, load_image, with_picture
+from vlmdiag.pictures.samples import Sample, given_image, list_pictures, with_picture
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
         }
         write_page(
             page,
-            load_image(sample.image),
+            given_image(sample.image),
             grid,
             record["labels"],
             record["groups"],

@@ -121,6 +121,14 @@ def with_picture(item: WithImage) -> tuple[WithImage, Image.Image]:
     return item, load_image(item.image)
 
 
+def given_image(path: str | Path) -> Image.Image:
+    """load_image() of a picture that a command cannot do without; UsageError where it fails."""
+    try:
+        return load_image(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
 def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     """A picture as an upright PIL image in mode RGB, of several frames the first; a large one
     resized to KEPT_PIXELS and KEPT_SIDE at most, its shape kept. Where many large ones are held
