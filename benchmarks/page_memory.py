@@ -2,8 +2,8 @@
 
     python benchmarks/page_memory.py --questions 200 --visitors 20
 
-starts the page on the tiny model, lets visitors after one another choose a picture, ask, and open
-the panel that keeps most (relevancy), and prints the resident memory of the server as it goes.
+starts the page on the tiny model, lets visitors after one another choose a picture, ask, and at
+times open the panel that keeps most (relevancy), and prints the resident memory of the server as it goes.
 "Flat" is the mean of the last quarter of the questions against the second quarter: the first one
 fills what is kept.
 """
@@ -31,7 +31,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-name", default=str(ROOT / "checkpoints" / "tiny-llava"))
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--visitors", type=int, default=20, help="who share the questions")
-    parser.add_argument("--session_memory", type=float, default=64, help="as of demo_meta.py")
+    parser.add_argument(
+        "--relevancy_every", type=int, default=5, help="questions, of which one looks at relevancy"
+    )
+    parser.add_argument("--session_memory", type=float, default=16, help="as of demo_meta.py")
     args = parser.parse_args(argv)
     if not 1 <= args.visitors <= args.questions or args.questions < 8:
         parser.error("--questions counts from 8, --visitors from 1 up to --questions")
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             visitor = visitors[number * args.visitors // args.questions]
             visitor.pick(number % 3)
             visitor.ask(f"Describe the image. ({number})")
-            visitor.send("open_panel_3")  # relevancy
+            if number % args.relevancy_every == 0:
+                visitor.send("open_panel_3")
             memory.append(resident(server.pid))
             if (number + 1) % max(1, args.questions // 10) == 0:
                 seconds = time.monotonic() - started
