@@ -3,9 +3,9 @@
     python benchmarks/page_memory.py --questions 200 --visitors 20
 
 starts the page on the tiny model, lets visitors after one another choose a picture, ask, and at
-times open the panel that keeps most (relevancy), and prints the resident memory of the server as it goes.
-"Flat" is the mean of the last quarter of the questions against the second quarter: the first one
-fills what is kept.
+times open the panel that keeps most (relevancy), and prints the resident memory of the server as
+it goes. "Flat" is the mean of the last quarter of the questions against the second quarter: the
+first one fills what is kept.
 """
 
 from __future__ import annotations
