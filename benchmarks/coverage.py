@@ -21,8 +21,11 @@ import numpy as np
 
 from vlmdiag import cli
 from vlmdiag.figures import stats
+from vlmdiag.swap.metrics import pairwise_cosine
 
 SIZES = (5, 10, 30, 200)
+DIRECTIONS = 32  # dimensions of the vectors whose pairs' cosines are averaged
+LEANS = {0.0: "truth 0", 2.0: "truth 0.11", 5.0: "truth 0.44"}
 AXES = 8  # dimensions of the vectors whose cosines are averaged
 MARK = "<!-- coverage: written by benchmarks/coverage.py -->"
 Draw = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
@@ -87,6 +90,37 @@ def coverage_of_pairs(n: int, samples: int, seed: int) -> float:
     return float(((found.low <= 0.1) & (found.high >= 0.1)).mean())
 
 
+def coverage_of_ratios(n: int, samples: int, seed: int) -> float:
+    """The same of a ratio of two means over the same images, 0.8, of lognormals with a part in
+    common."""
+    rng = np.random.default_rng([seed, n])
+    held = 0
+    for index in range(samples):
+        common = np.exp(rng.normal(size=n) * 0.5)
+        under, over = (common * np.exp(rng.normal(size=n) * 0.4) for _ in range(2))
+        found = stats.ratio_interval(0.8 * over, under, seed=index // 10)
+        held += bool(found.low <= 0.8 <= found.high)
+    return held / samples
+
+
+def coverage_of_coherence(lean: float, n: int, samples: int, seed: int) -> float:
+    """The same of the mean cosine of pairs, of vectors that lean towards a direction by `lean`
+    standard deviations; the truth is the squared length of the mean unit vector."""
+    rng = np.random.default_rng([seed, n])
+
+    def units(count: int) -> np.ndarray:
+        vectors = rng.normal(size=(count, DIRECTIONS))
+        vectors[:, 0] += lean
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    truth = float(np.square(units(1_000_000).mean(0)).sum()) if lean else 0.0
+    held = 0
+    for index in range(samples):
+        found = pairwise_cosine(units(n), seed=index // 10)
+        held += bool(found["low"] <= truth <= found["high"])
+    return held / samples
+
+
 def least_of_proportions(n: int) -> float:
     """The least coverage of a proportion's interval over all true proportions, by enumeration."""
     counts = np.arange(n + 1)
@@ -110,6 +144,11 @@ def table(samples: int, seed: int) -> str:
         rows.append([f"mean: {name}", *(f"{share:.3f}" for share in shares)])
     pairs = (coverage_of_pairs(n, samples, seed) for n in SIZES)
     rows.append(["paired difference: 0 or 1, p = 0.9 and 0.8", *(f"{s:.3f}" for s in pairs)])
+    ratios = (coverage_of_ratios(n, samples, seed) for n in SIZES)
+    rows.append(["ratio of two means: lognormals", *(f"{share:.3f}" for share in ratios)])
+    for lean, name in LEANS.items():
+        shares = (coverage_of_coherence(lean, n, samples // 4, seed) for n in SIZES)
+        rows.append([f"mean cosine of pairs: {name}", *(f"{share:.3f}" for share in shares)])
     least = (least_of_proportions(n) for n in SIZES)
     rows.append(["proportion, the least over all p", *(f"{share:.3f}" for share in least)])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)

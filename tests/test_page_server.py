@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 
-from tests.page_client import Client
+from benchmarks.page_client import Client
 from tests.test_demo import serving
 
 LOGIN = ("me", "a-long-password")

@@ -394,14 +394,14 @@ def test_a_ratio_of_means_has_the_interval_of_its_inverse_turned_over_and_covers
     rng = np.random.default_rng(0)
     held = old = 0
     for seed in range(150):
-        both = np.exp(rng.normal(size=10) * 0.5)
-        under, over = (both * np.exp(rng.normal(size=10) * 0.4) for _ in range(2))
+        both = np.exp(rng.normal(size=5) * 0.5)
+        under, over = (both * np.exp(rng.normal(size=5) * 0.4) for _ in range(2))
         found = stats.ratio_interval(over, under, seed=seed)
         held += found.low <= 1 <= found.high
-        weights = stats.draws(10, 400, seed)
+        weights = stats.draws(5, 400, seed)
         low, high = stats.limits((weights @ over) / (weights @ under))
         old += low <= 1 <= high
-    assert held >= 135 > old  # percentiles hold it 0.88 of the time
+    assert held >= 132 and held > old + 8  # percentiles hold it 0.83 of the time
     back = stats.ratio_interval(under, over, seed=149)
     np.testing.assert_allclose([1 / back.high, 1 / back.low], [found.low, found.high], rtol=1e-9)
     few = stats.ratio_interval([1.0, 0.0, 2.0, 0.0, 1.0], np.ones(5))  # no logarithm of 0

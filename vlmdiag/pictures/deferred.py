@@ -6,9 +6,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL._imaging import ImagingCore, PixelAccess
 
 HELD = 2**28  # bytes of decoded pictures that are held at once, apart from small ones
 SMALL = 2**22  # bytes of a picture that is not counted
@@ -28,19 +31,20 @@ class Deferred(Image.Image):
         self._decode = decode
 
     @property
-    def im(self) -> Any:
+    def im(self) -> ImagingCore:
         """The pixels, as Pillow's own methods ask for them."""
-        if self._im is None:
-            self._im = self._decode().im
-        return self._im
+        self.load()
+        return super().im
 
     @im.setter
-    def im(self, pixels: Any) -> None:
+    def im(self, pixels: ImagingCore | None) -> None:
         self._im = pixels
 
-    def load(self) -> Any:
+    def load(self) -> PixelAccess | None:
         """Decode where that was not done yet, as Pillow's own methods ask for it."""
-        return self.im and super().load()
+        if self._im is None:
+            self._im = self._decode().im
+        return super().load()
 
 
 def let_go(image: Image.Image) -> None:

@@ -23,6 +23,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr
 import torch
 from fastapi import FastAPI
+from gradio.routes import App
 from PIL import Image
 from starlette.routing import Mount
 from starlette.types import ASGIApp
@@ -143,18 +144,18 @@ def checked(now: Values) -> Values:
     return {control: _checked(control, value) for control, value in now.items()}
 
 
-def _checked(control: Component, value: Any) -> Any:
+def _checked(control: Component, value: object) -> object:
     if isinstance(control, gr.Slider | gr.Number):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and control.minimum <= value <= control.maximum):
+        number = value if isinstance(value, int | float) else math.nan
+        if isinstance(value, bool) or not control.minimum <= number <= control.maximum:
             raise UsageError(
                 f"{control.label}: {control.minimum} to {control.maximum} is wanted, not {value!r}"
             )
         if control.step != 1:
-            return float(value)
-        if value != int(value):
+            return float(number)
+        if number != int(number):
             raise UsageError(f"{control.label}: a whole number is wanted, not {value!r}")
-        return int(value)
+        return int(number)
     if isinstance(control, gr.Checkbox):
         return bool(value)
     choices = [choice for _, choice in control.choices]
@@ -426,7 +427,7 @@ class Page:
             self._lay_out_panels()
             self._connect()
 
-    def app(self, auth: str | None) -> tuple[ASGIApp, Any, set[str]]:
+    def app(self, auth: str | None) -> tuple[ASGIApp, App, set[str]]:
         """(what a server runs, Gradio's part of it, its files that everybody may read). auth:
         user:password that the page asks for."""
         user, _, password = (auth or "").partition(":")
@@ -450,7 +451,7 @@ class Page:
             run_history=False,
         )
         public = {path for block in self.blocks.blocks.values() for path in block.keep_in_cache}
-        return outer, cast(Mount, outer.routes[-1]).app, public
+        return outer, cast(App, cast(Mount, outer.routes[-1]).app), public
 
     # ---- layout ----
 

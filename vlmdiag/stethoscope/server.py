@@ -19,7 +19,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -31,6 +31,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vlmdiag.cli import UsageError
 from vlmdiag.stethoscope.limits import LOGIN_DELAY, LOGIN_MINUTES
 from vlmdiag.stethoscope.sessions import Sessions
+
+if TYPE_CHECKING:
+    from gradio.routes import App
 
 COOKIE = "stethoscope"  # tells browsers apart
 HERE = {"localhost", "127.0.0.1", "::1"}
@@ -139,7 +142,7 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        gradio: Any,
+        gradio: App,
         public: Collection[str],
         hosts: Collection[str],
         sessions: Sessions,
