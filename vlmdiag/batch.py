@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, VISION
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Int
 
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.pictures.samples import Sample
@@ -27,16 +29,38 @@ class Batch:
     position_ids: Int[Tensor, "... B T"]  # as the model takes them: (B, T) or (axes, B, T)
     next_position: Int[Tensor, " B"]  # position of the first generated token
     groups: Int[Tensor, "B T"]  # index into GROUPS, PAD for padding
-    # per sample: pixel_values and what else get_image_features takes
+    # per picture, those of a sample one after the other (of_sample()); one picture each but where a
+    # sample has a talk: pixel_values and what else get_image_features takes
     image_rows: list[dict[str, Tensor]]
-    pictures: list[bytes]  # per sample: digest of its image inputs; the tower runs once for each
+    pictures: list[bytes]  # per picture: digest of its image inputs; the tower runs once for each
     prompts: list[str]  # text as given to the processor
     lengths: list[int]  # prompt length without padding
-    grids: list[PatchGrid | None]
+    grids: list[PatchGrid | None]  # per picture
     samples: list[Sample]
     # what else the processor says of each token and the model's forward takes, such as its type; 0
     # for padding and for what is generated
     token_inputs: dict[str, Int[Tensor, "B T"]] = field(default_factory=dict)
+    # where a sample has a talk, else None: the number of the picture in its sample that a vision
+    # token or a mark around it belongs to, -1 for other tokens; the turn of each token, from 0, the
+    # answer's marks of its role in the one behind the last, -1 for what is before them (BOS, system
+    # prompt) and for padding
+    numbers: Int[Tensor, "B T"] | None = None
+    turns: Int[Tensor, "B T"] | None = None
+
+    def of_sample(self, row: int) -> slice:
+        """Where the pictures of a sample are among those of the batch."""
+        counts = [1 if sample.talk is None else len(sample.talk.images) for sample in self.samples]
+        return slice(sum(counts[:row]), sum(counts[: row + 1]))
+
+    def in_pictures(self) -> Iterator[Bool[Tensor, " T"]]:
+        """Where the vision tokens of each picture of the batch are in its row."""
+        for row, of_row in enumerate(self.groups == VISION):
+            pictures = self.of_sample(row)
+            for number in range(pictures.stop - pictures.start):
+                of_picture = of_row
+                if self.numbers is not None:
+                    of_picture = of_row & (self.numbers[row] == number)
+                yield of_picture
 
     @property
     def image_inputs(self) -> dict[str, Tensor]:
@@ -61,6 +85,8 @@ class Batch:
             token_inputs={
                 name: value.expand(count, -1) for name, value in self.token_inputs.items()
             },
+            numbers=None if self.numbers is None else self.numbers.expand(count, -1),
+            turns=None if self.turns is None else self.turns.expand(count, -1),
         )
 
     def spans(self, row: int) -> dict[str, list[list[int]]]:
@@ -77,6 +103,12 @@ class Batch:
     def vision_positions(self, row: int) -> Int[Tensor, " P"]:
         """Positions of the vision tokens in the padded row."""
         return (self.groups[row] == VISION).nonzero()[:, 0]
+
+    def one_picture(self) -> None:
+        """UsageError where a sample has several pictures or turns, for measures of one question
+        about one picture."""
+        if self.numbers is not None:
+            raise UsageError("this measure is of one question about one picture each")
 
 
 def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
