@@ -29,7 +29,10 @@ EXPERIMENT = "relevancy"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--run_dir", required=True, help="run of relevancy_maps.py")
-    parser.add_argument("--image_folder", required=True, help="where the pictures are")
+    parser.add_argument(
+        "--image_folder",
+        help="where the pictures are; None: those of --images and --messages where they were",
+    )
     parser.add_argument(
         "--image_key", default=None, help="part of one item's id; None: the first --num_images"
     )

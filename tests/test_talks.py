@@ -78,7 +78,9 @@ def messages_of(vlm, talk):
         text = importlib.import_module("vlmdiag.families.llava").SYSTEM
         messages.append({"role": "system", "content": [{"type": "text", "text": text}]})
     for turn in talk.turns:
-        content = [{"type": "text", "text": part} if part else {"type": "image"} for part in turn.parts]
+        content = [
+            {"type": "text", "text": part} if part else {"type": "image"} for part in turn.parts
+        ]
         messages.append({"role": turn.role, "content": content})
     return messages
 
@@ -145,7 +147,13 @@ def test_a_turns_tokens_are_its_words_and_marks(vlm, pictures):
         real = batch.attention_mask[row] == 1
         assert (turns[~real] == -1).all() and (batch.numbers[row][~real] == -1).all()
         in_order = turns[real].tolist()
-        assert in_order == sorted(in_order) and in_order[-1] == len(talk.turns)
+        texts = [
+            vlm.processor.apply_chat_template(messages_of(vlm, talk), add_generation_prompt=opens)
+            for opens in (False, True)
+        ]
+        opens_the_answer = texts[0] != texts[1]  # Mistral's does not
+        assert in_order == sorted(in_order)
+        assert in_order[-1] == len(talk.turns) - (not opens_the_answer)
         for number, turn in enumerate(talk.turns):
             group = GROUPS.index("user" if turn.role == "user" else "generated")
             words = vlm.tokenizer.decode(ids[(turns == number) & (groups == group)])
@@ -201,7 +209,9 @@ def test_the_same_picture_twice_runs_the_tower_once(tiny, pictures):
     talk = Talk((FILES[0], FILES[0]), (Turn("user", (None, None, "Alike?")),))
     batch = tiny.encode([Sample("0", FILES[0], "", talk=talk)], [(pictures[0], pictures[0])])
     seen = []
-    hook = tiny.parts.tower.register_forward_hook(lambda m, a, kw, o: seen.append(kw), with_kwargs=True)
+    hook = tiny.parts.tower.register_forward_hook(
+        lambda m, a, kw, o: seen.append(kw), with_kwargs=True
+    )
     first, second = tiny.vision(batch).pooler_output[0].chunk(2)
     hook.remove()
     assert len(set(batch.pictures)) == 1 and len(seen) == 1

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, VISION
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -91,14 +93,59 @@ class Batch:
 
     def spans(self, row: int) -> dict[str, list[list[int]]]:
         """{group: [[start, end), ...]} over the prompt of one sample without its padding."""
-        codes = self.groups[row, self.groups.shape[1] - self.lengths[row] :].tolist()
-        spans: dict[str, list[list[int]]] = {}
+        return {GROUPS[code]: spans for code, spans in self._runs(row, self.groups).items()}
+
+    def _runs(self, row: int, of_tokens: Int[Tensor, "B T"]) -> dict[int, list[list[int]]]:
+        """{code: [[start, end), ...]} of equal codes over a prompt without its padding."""
+        codes = of_tokens[row, of_tokens.shape[1] - self.lengths[row] :].tolist()
+        runs: dict[int, list[list[int]]] = {}
         start = 0
         for end in range(1, len(codes) + 1):
             if end == len(codes) or codes[end] != codes[start]:
-                spans.setdefault(GROUPS[codes[start]], []).append([start, end])
+                runs.setdefault(codes[start], []).append([start, end])
                 start = end
-        return spans
+        return runs
+
+    def parts(self, row: int) -> Record:
+        """Where the pictures and turns of a talk are in its prompt without the padding, {} without
+        a talk. pictures: [{"turn", "spans" of its vision tokens}]; turns: [{"role", "spans"}], the
+        first of them what is before the first turn, with the role "", the last the answer's."""
+        talk = self.samples[row].talk
+        if talk is None or self.numbers is None or self.turns is None:
+            return {}
+        numbers = self.numbers.where(self.groups == VISION, -1)
+        of_pictures, of_turns = self._runs(row, numbers), self._runs(row, self.turns)
+        places = [n for n, turn in enumerate(talk.turns) for part in turn.parts if part is None]
+        roles = ["", *(turn.role for turn in talk.turns), "assistant"]
+        return {
+            "pictures": [
+                {"turn": turn, "spans": of_pictures.get(number, [])}
+                for number, turn in enumerate(places)
+            ],
+            "turns": [
+                {"role": role, "spans": of_turns.get(number - 1, [])}
+                for number, role in enumerate(roles)
+            ],
+        }
+
+    def places(self, row: int) -> tuple[Record, dict[str, np.ndarray]]:
+        """Where the vision tokens of a sample lie, for a run: ({"grid": {"shape", "size"}},
+        {"boxes": (P, 4)}); of a talk {"grids": one for each picture} and beside the boxes, in
+        pixels of their own picture, "picture": (P,) its number. None and no array where it is
+        unknown."""
+        grids = self.grids[self.of_sample(row)]
+        known = [grid for grid in grids if grid is not None]
+        of_grids = [{"shape": grid.shape, "size": grid.size} for grid in known]
+        if self.samples[row].talk is None:
+            arrays = {"boxes": known[0].boxes} if known else {}
+            return {"grid": of_grids[0] if known else None}, arrays
+        if len(known) < len(grids):
+            return {"grid": None, "grids": None}, {}
+        counts = [len(grid.boxes) for grid in known]
+        return {"grid": None, "grids": of_grids}, {
+            "boxes": np.concatenate([grid.boxes for grid in known]),
+            "picture": np.repeat(np.arange(len(known), dtype=np.int32), counts),
+        }
 
     def vision_positions(self, row: int) -> Int[Tensor, " P"]:
         """Positions of the vision tokens in the padded row."""

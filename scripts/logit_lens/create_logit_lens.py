@@ -26,19 +26,22 @@ from typing import TYPE_CHECKING
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp.lens_page import write_page
-from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.pictures.samples import Sample, list_pictures, load_image, with_picture
+from vlmdiag.pictures import talks
+from vlmdiag.pictures.mosaic import recorded
+from vlmdiag.pictures.samples import Sample, list_pictures, with_pictures
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
+    from vlmdiag.types import Record
 
 EXPERIMENT = "logit_lens"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--image_folder", required=True, help="folder of pictures")
+    parser.add_argument("--image_folder", help="folder of pictures, or of those of --messages")
+    cli.add_talk_arguments(parser)
     parser.add_argument(
         "--save_folder", required=True, help="where the pages go; made if it is not there"
     )
@@ -54,6 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_run_arguments(parser)
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
+    cli.check_talk(parser, args, ["image_folder"])
     counts = (args.top_k, args.batch_size, args.num_images)
     if any(count is not None and count < 1 for count in counts):
         parser.error("--top_k, --batch_size and --num_images count from 1")
@@ -61,8 +65,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_folder(args: argparse.Namespace) -> list[Sample]:
-    """A Sample per picture of the folder, sorted by name; its id is the name without ending (with
-    it where two pictures share one)."""
+    """The talks that are given, else a Sample per picture of the folder, sorted by name; its id is
+    the name without ending (with it where two pictures share one)."""
+    if of_talks := talks.given_samples(args, args.image_folder):
+        return of_talks[: args.num_images]
     files = list_pictures(args.image_folder)[: args.num_images]
     stems = [file.stem for file in files]
     samples = []
@@ -86,21 +92,18 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
             continue
         record = run.record(sample.id)
         arrays = run.arrays(sample.id)
-        grid = None
-        if record["grid"]:
-            shape = record["grid"]["shape"]
-            grid = PatchGrid(arrays["boxes"], shape and tuple(shape), tuple(record["grid"]["size"]))
+        picture, grid = recorded(record, arrays, sample.image.parent)
         facts = {
             "title": f"{sample.image.name} - {model}",
             "model": model,
-            "picture": sample.image.name,
+            "picture": " ".join(Path(name).name for name in record.get("images", [sample.image])),
             "prompt": record["prompt"],
             "question": sample.question,
             "settings": json.dumps(settings),
         }
         write_page(
             page,
-            load_image(sample.image),
+            picture,
             grid,
             record["labels"],
             record["groups"],
@@ -108,31 +111,47 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
             arrays["probs"],
             {int(id): word for id, word in record["vocabulary"].items()},
             facts,
+            turns_of(record),
         )
         written += 1
     return written
+
+
+def turns_of(record: Record) -> list[int] | None:
+    """The turn of each position, -1 before the first; None for a question about a picture."""
+    if "turns" not in record:
+        return None
+    turns = [-1] * len(record["labels"])
+    for number, turn in enumerate(record["turns"]):
+        for start, end in turn["spans"]:
+            turns[start:end] = [number - 1] * (end - start)
+    return turns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     samples = read_folder(args)
     from vlmdiag.interp.lens_measures import make_page_process
-    from vlmdiag.model.prompts import prompt_for
+    from vlmdiag.model.prompts import prompt_for, talk_for
     from vlmdiag.runs.experiment import run_experiment
 
     vlm = load_from_args(args)
     vlm.need("decoder-only")
+    prompt = prompt_for(vlm, args.prompt_text).text
+    if samples[0].talk is not None:
+        prompt = talk_for(vlm, samples[0].talk).text
     outcome = run_experiment(
         args,
         vlm,
         EXPERIMENT,
         samples,
-        with_picture,
+        with_pictures,
         make_page_process(vlm, args.top_k),
         {
-            "prompt": prompt_for(vlm, args.prompt_text).text,
+            "prompt": prompt,
             "top_k": args.top_k,
             "image_aspect": args.image_aspect,
+            **talks.settings_of(args),
         },
         {"image_folder": args.image_folder, "batch_size": args.batch_size},
         batch_size=args.batch_size,

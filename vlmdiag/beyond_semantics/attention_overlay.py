@@ -66,7 +66,7 @@ def visualize_attention_overlay(
         axis = plt.figure(figsize=_figsize(result.image_array, 5.4)).subplots()
     figure = cast("Figure", axis.figure)
     picture = overlay.at_pixel_size(Image.fromarray(result.image_array))
-    grid = overlay.rescaled(result.grid, picture.size)
+    grid = result.grid.rescaled(picture.size)
     overlay.show_picture(axis, np.asarray(picture))
     heat = overlay.show_map(axis, grid.paint(result.attention_map.ravel()), "RdYlBu_r", alpha)
     beside = axis.inset_axes((1.02, 0, 0.04, 1))  # as high as the picture

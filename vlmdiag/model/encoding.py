@@ -108,8 +108,8 @@ def _hide_typed_specials(
 
     def moved(place: int) -> int:
         """A place outside of what is said."""
-        before = [k for k, ((_, end), _) in enumerate(said) if end <= place]
-        return place if not before else place + said_after[before[-1]][0][1] - said[before[-1]][0][1]
+        count = sum(end <= place for (_, end), _ in said)
+        return place + (said_after[count - 1][0][1] - said[count - 1][0][1] if count else 0)
 
     return _Hidden(
         hidden,

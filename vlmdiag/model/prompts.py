@@ -397,7 +397,7 @@ def _say_once(line: str) -> None:
     print(line)
 
 
-# --- a conversation's prompt -----------------------------------------------------------------------
+# --- a conversation's prompt ----------------------------------------------------------------------
 
 
 def talk_for(vlm: VLM, talk: Talk, strip_system: bool = False) -> RenderedTalk:

@@ -20,8 +20,7 @@ from PIL import Image
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.pictures import overlay
-from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.pictures.samples import load_image
+from vlmdiag.pictures.mosaic import IN_A_ROW, Mosaic, recorded
 from vlmdiag.relevancy import rules
 from vlmdiag.types import Record
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
+    from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.runs.rundirs import Run
 
 SHOWN = 480  # pixels of the longer side of a picture
@@ -56,11 +56,15 @@ class Maps:
     grid: PatchGrid
 
     @classmethod
-    def read(cls, run: Run, id: str, folder: str | Path, hide_sinks: bool) -> Maps:
-        """The maps of one item. UsageError where the places of its cells are unknown."""
+    def read(cls, run: Run, id: str, folder: str | Path | None, hide_sinks: bool) -> Maps:
+        """The maps of one item, over several pictures side by side. UsageError where the places of
+        its cells are unknown. folder: where its picture is; those of a talk know it themselves."""
         record = run.record(id)
         arrays = run.arrays(id)
-        if record["grid"] is None:
+        if folder is None and "images" not in record:
+            raise UsageError(f"--image_folder is needed: where the picture of {id} is")
+        picture, grid = recorded(record, arrays, folder)
+        if grid is None:
             raise UsageError(
                 f"{run.path}: where the vision tokens lie in the picture (grid) is unknown for this"
                 " model, so nothing can be drawn on it"
@@ -77,11 +81,11 @@ class Maps:
                 )
             cells[..., is_sink] = np.nan
             hidden = int(is_sink.sum())
-        picture = load_image(Path(folder) / record["file_name"])
-        picture = overlay.at_smooth_size(picture, SHOWN, how=Image.Resampling.BICUBIC)
-        shape, size = record["grid"]["shape"], record["grid"]["size"]
-        grid = PatchGrid(arrays["boxes"], shape and tuple(shape), size)
-        grid = overlay.rescaled(grid, picture.size)
+        side = SHOWN
+        if isinstance(grid, Mosaic):
+            side = SHOWN * min(IN_A_ROW, len(grid.parts))
+        picture = overlay.at_smooth_size(picture, side, how=Image.Resampling.BICUBIC)
+        grid = grid.rescaled(picture.size)
         return cls(record, arrays["rows"], cells, hidden, picture, grid)
 
     def draw(self, axis: Axes, values: Float[np.ndarray, " S"], ceiling: float, title: str) -> None:
