@@ -44,11 +44,13 @@ from PIL import Image
 from common import add_model_arguments, load_from_args, load_model
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import load_image
+from vlmdiag.pictures import talks
+from vlmdiag.pictures.samples import load_image, load_pictures
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.beyond_semantics.attention_overlay import AttentionVisualizationResult
+    from vlmdiag.pictures.samples import Pictures, Sample, Talk
     from vlmdiag.scenes.scene import Scene
     from vlmdiag.types import VLM
 
@@ -68,6 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image", help="picture; None: a drawn one, whose first shape is the default --target_word"
     )
+    cli.add_talk_arguments(parser)
     parser.add_argument("--prompt_text", default=PROMPT, help="question")
     parser.add_argument(
         "--target_word", help="word of the answer, whole word, case ignored; its first token counts"
@@ -103,9 +106,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--max_new_tokens and --occurrence count from 1")
     if not 0 <= args.alpha <= 1:
         parser.error("--alpha is between 0 and 1")
-    if args.image is not None and args.target_word is None and args.token_position is None:
+    cli.check_talk(parser, args, not_with=["image"])
+    given = next((name for name in ("image", *cli.TALKS) if getattr(args, name)), None)
+    if given and args.target_word is None and args.token_position is None:
         parser.error(
-            "--image needs --target_word or --token_position: which word of the answer to look at"
+            f"--{given} needs --target_word or --token_position: which word of the answer to look"
+            " at"
         )
     return args
 
@@ -119,7 +125,7 @@ def demo_scene() -> Scene:
 
 def extract_attention_for_token(
     model_path: str | Path | VLM,
-    image_path: str | Path | Image.Image,
+    image_path: str | Path | Pictures,
     prompt_text: str = PROMPT,
     target_word: str | None = None,
     token_position: int | None = None,
@@ -131,12 +137,13 @@ def extract_attention_for_token(
     step: str | None = None,
     strip_system_prompt: bool = False,
     paper_compat: bool = False,
+    talk: Talk | None = None,
     **load_options: Any,
 ) -> AttentionVisualizationResult:
     """token_attention() of a model and a picture by their paths, for notebooks.
 
-    model_path: folder, hub id, or a loaded VLM; image_path: a path or a PIL picture. verbose: print
-    the answer. load_options go to common.load_model. UsageError: see token_attention().
+    model_path: folder, hub id, or a loaded VLM; image_path: a path or a PIL picture, of a talk the
+    tuple of its pictures. verbose: print the answer. load_options go to common.load_model. UsageError: see token_attention().
     """
     from vlmdiag.beyond_semantics.token_attention import check_token, token_attention
 
@@ -145,7 +152,7 @@ def extract_attention_for_token(
         vlm = load_model(model_path, device=device, conv_mode=conv_mode, **load_options)
     else:
         vlm = model_path
-    image = image_path if isinstance(image_path, Image.Image) else _picture(image_path)
+    image = _picture(image_path) if isinstance(image_path, (str, Path)) else image_path
     result = token_attention(
         vlm,
         image,
@@ -157,6 +164,7 @@ def extract_attention_for_token(
         step,
         strip_system_prompt,
         paper_compat,
+        talk,
     )
     if verbose:
         print(f"{rundirs.slug(vlm.path)}: {result.generated_text.strip()}")
@@ -170,9 +178,24 @@ def _picture(path: str | Path) -> Image.Image:
         raise UsageError(str(error)) from error
 
 
-def picture_and_word(args: argparse.Namespace) -> tuple[Image.Image, str | None]:
-    """--image and --target_word; without --image the drawn picture, whose first shape is the
-    word."""
+def given_talk(args: argparse.Namespace) -> Sample | None:
+    """The prompt of --images, --messages or --video; UsageError for a list of several."""
+    samples = talks.given_samples(args)
+    if len(samples) > 1:
+        raise UsageError(f"--messages {args.messages}: one prompt was wanted, not {len(samples)}")
+    return samples[0] if samples else None
+
+
+def picture_and_word(
+    args: argparse.Namespace, sample: Sample | None
+) -> tuple[Pictures, str | None]:
+    """The pictures of the talk, else --image, and --target_word; without them the drawn picture,
+    whose first shape is the word."""
+    if sample is not None and sample.talk is not None:
+        try:
+            return load_pictures(sample.talk.images), args.target_word
+        except (OSError, ValueError) as error:
+            raise UsageError(str(error)) from error
     if args.image is not None:
         return _picture(args.image), args.target_word
     from vlmdiag.scenes.scene import render
@@ -210,8 +233,9 @@ def measured(
     args: argparse.Namespace,
     paths: Sequence[str],
     names: Sequence[str],
-    image: Image.Image,
+    image: Pictures,
     word: str | None,
+    talk: Talk | None,
 ) -> Iterator[AttentionVisualizationResult]:
     """A result a model. The answer of one model may lack the word that another's has: its error is
     printed and the others go on; UsageError for the only one."""
@@ -229,6 +253,7 @@ def measured(
                 step=args.step,
                 strip_system_prompt=args.strip_system_prompt,
                 paper_compat=args.paper_compat,
+                talk=talk,
                 verbose=True,
             )
         except UsageError as error:
@@ -246,9 +271,12 @@ def measured(
 
 
 def write_numbers(
-    result: AttentionVisualizationResult, out_dir: Path, args: argparse.Namespace
+    result: AttentionVisualizationResult,
+    out_dir: Path,
+    args: argparse.Namespace,
+    sample: Sample | None,
 ) -> None:
-    """attention_<model>.json and .npz."""
+    """attention_<model>.json and .npz, of a talk with the sum and the boxes of each picture."""
     from vlmdiag.figures import plots
 
     weights = result.attention_map.ravel()
@@ -272,11 +300,17 @@ def write_numbers(
         "sum": weights.sum(),
         "share_on_padding": result.outside_share,
     }
+    arrays = {"map": weights, "boxes": result.grid.boxes}
+    if sample is not None:
+        counts = [len(grid.boxes) for grid in result.grids]
+        record |= talks.record_of(sample) | {"sum_by_picture": result.picture_sums}
+        arrays["boxes"] = np.concatenate([grid.boxes for grid in result.grids])
+        arrays["picture"] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     stem = f"attention_{result.model_name}"
     plots.write_file(out_dir / f"{stem}.json", text.encode("utf-8", "backslashreplace"))
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, map=weights, boxes=result.grid.boxes)
+    np.savez_compressed(buffer, **arrays)
     plots.write_file(out_dir / f"{stem}.npz", buffer.getvalue())
 
 
@@ -288,18 +322,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths, names = model_paths(args)
     if args.show:
         plots.use_windows()
-    image, word = picture_and_word(args)
+    sample = given_talk(args)
+    image, word = picture_and_word(args, sample)
     settings = vars(args) | {"target_word": word, "models": names}
     out_dir = Path(args.out_dir)
     results = []
-    for result in measured(args, paths, names, image, word):
+    for result in measured(args, paths, names, image, word, sample and sample.talk):
         results.append(result)
-        write_numbers(result, out_dir, args)
+        write_numbers(result, out_dir, args, sample)
         path = out_dir / f"attention_overlay_{result.model_name}"
         attention_overlay.save_attention_overlay(result, path, args.alpha, settings)
     if not results:
         raise UsageError("none of the models could be drawn, see above")
-    figure = attention_overlay.plot_attention_comparison(results, args.prompt_text, args.alpha)
+    question = args.prompt_text if sample is None else sample.question
+    figure = attention_overlay.plot_attention_comparison(results, question, args.alpha)
     plots.save(figure, out_dir / "attention_comparison", settings, args.show)
     return 3 if len(results) < len(paths) else 0
 

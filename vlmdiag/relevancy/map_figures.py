@@ -108,6 +108,15 @@ class Maps:
             Words("earlier answer", [labels[i] for i in earlier], earlier),
         ]
 
+    @property
+    def panel(self) -> tuple[float, float]:
+        """Inches of a map with its title, (width, height): wider for pictures side by side."""
+        width, height = self.picture.size
+        if not isinstance(self.grid, Mosaic) or width <= height:
+            return 2.3, 2.6
+        wide = min(2.3 * width / height, 2.3 * IN_A_ROW)
+        return wide, wide * height / width + 0.6
+
     def layer_index(self, layer: int | None) -> int:
         """Where a layer stands among those of the run; None: the last."""
         layers = self.record["layers"]
@@ -132,10 +141,11 @@ def tokens_figure(
     k = maps.layer_index(layer)
     total = len(record["tokens"])
     count = min(max_tokens, total)
-    columns = min(6, count)
+    width, height = maps.panel
+    columns = min(round(13.8 / width), count)
     rows = -(-count // columns)
     ceiling = ceiling or float(np.nanmax(maps.cells[:count, k])) or 1.0
-    size = (2.3 * columns + 0.8, 2.6 * rows + 0.6)
+    size = (width * columns + 0.8, height * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -170,12 +180,19 @@ def token_figure(maps: Maps, token: int, layer: int | None, ceiling: float | Non
     spread = np.linspace(0, len(layers) - 1, min(6, len(layers)))
     chosen = sorted({round(i) for i in spread} | {k})[-6:]
     ceiling = ceiling or float(np.nanmax(maps.cells[token, chosen])) or 1.0
-    figure = plt.figure(figsize=(2.3 * len(chosen) + 0.8, 6.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
-    axes = top.subplots(1, len(chosen), squeeze=False)[0]
+    width, height = maps.panel
+    columns = min(round(13.8 / width), len(chosen))
+    rows = -(-len(chosen) // columns)
+    heights = (3.1 + height * rows - 2.6, 3.1)
+    figure = plt.figure(figsize=(width * columns + 0.8, sum(heights)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    grid = top.subplots(rows, columns, squeeze=False)
+    axes = grid.ravel()
+    for axis in axes[len(chosen) :]:
+        axis.set_axis_off()
     for axis, index in zip(axes, chosen):
         maps.draw(axis, maps.cells[token, index], ceiling, f"up to layer {layers[index]}")
-    _bar(top, ceiling, axes)
+    _bar(top, ceiling, grid)
     word_lists = maps.words_before(token)
     widths = [max(3, len(words.labels)) for words in word_lists]
     bars = bottom.subplots(1, 2, width_ratios=widths, sharey=True)
