@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vlmdiag.model.decoding import generate
     from vlmdiag.model.lens import End
     from vlmdiag.model.probes import GroupMass, HiddenNorms, HiddenStates, Probe, VisionRows
-    from vlmdiag.pictures.samples import Pictures, Sample, load_image
+    from vlmdiag.pictures.samples import Pictures, Sample, Talk, Turn, load_image
     from vlmdiag.types import ImageFeatures
 
 # Named here, written in vlmdiag/ and imported at first use, so that a command parses its arguments
@@ -51,6 +51,8 @@ NAMED = {
     "Probe": "vlmdiag.model.probes",
     "VisionRows": "vlmdiag.model.probes",
     "Sample": "vlmdiag.pictures.samples",
+    "Talk": "vlmdiag.pictures.samples",
+    "Turn": "vlmdiag.pictures.samples",
     "load_image": "vlmdiag.pictures.samples",
     "GROUPS": "vlmdiag.groups",
     "VISION": "vlmdiag.groups",
@@ -67,6 +69,8 @@ __all__ = [
     "HiddenStates",
     "Probe",
     "Sample",
+    "Talk",
+    "Turn",
     "VisionRows",
     "capture",
     "edit",

@@ -143,7 +143,8 @@ def extract_attention_for_token(
     """token_attention() of a model and a picture by their paths, for notebooks.
 
     model_path: folder, hub id, or a loaded VLM; image_path: a path or a PIL picture, of a talk the
-    tuple of its pictures. verbose: print the answer. load_options go to common.load_model. UsageError: see token_attention().
+    tuple of its pictures. verbose: print the answer. load_options go to common.load_model.
+    UsageError: see token_attention().
     """
     from vlmdiag.beyond_semantics.token_attention import check_token, token_attention
 

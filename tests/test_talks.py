@@ -5,6 +5,7 @@ import importlib
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import ImageOps
@@ -19,6 +20,8 @@ from vlmdiag.model.probes import Probe
 from vlmdiag.model.selfcheck import own_inputs
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample, Talk, Turn
+from vlmdiag.relevancy.gradients import trace
+from vlmdiag.relevancy.methods import relevancy
 from vlmdiag.scenes.scene import floor_scene, render
 
 BUILDERS = llava.MODELS | qwen_vl.MODELS | llava_next.MODELS | idefics3.MODELS
@@ -164,6 +167,38 @@ def test_a_turns_tokens_are_its_words_and_marks(vlm, pictures):
             assert found == wanted
         said = (groups == GROUPS.index("user")) | (groups == GROUPS.index("generated"))
         assert not said[turns == len(talk.turns)].any()
+
+
+@pytest.mark.types
+def test_relevancy_goes_on_to_each_pictures_own_patches(vlm, pictures):
+    """A vision token depends on the tower's output at its sources and nowhere else."""
+    if not vlm.parts.vision_blocks:
+        pytest.skip("relevancy stops at the vision tokens")
+    twice = Talk((FILES[1], FILES[0], FILES[0]), TALK.turns)
+    sample = Sample("0", FILES[0], "", talk=twice)
+    batch = vlm.encode([sample], [(pictures[1], pictures[0], pictures[0])])
+    run = trace(vlm, batch, [20, 21])
+    numbers = batch.numbers[0, run.vision]
+    sources = run.tower.sources
+    for number in range(3):
+        places = (numbers == number).nonzero()[:, 0]
+        for token in places[:: max(1, len(places) // 4)].tolist():
+            outputs = [block.output for block in run.tower.blocks]
+            gradients = torch.autograd.grad(
+                run.tower.pooled[token].square().sum(),
+                outputs,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            last = [gradient for gradient in gradients if gradient is not None]
+            known = set(sources[token].tolist()) - {-1}
+            if not last:  # a newline
+                assert not known
+                continue
+            reached = last[-1].abs().amax(-1).flatten().nonzero()[:, 0].tolist()
+            assert set(reached) <= known and len(known) <= max(1, 2 * len(reached))
+    maps = relevancy(run, [0, 1])
+    assert np.isfinite(maps.picture).all() and maps.picture.shape[-1] == len(numbers)
 
 
 def test_an_answer_is_the_turn_behind_the_last(tiny, pictures):

@@ -101,10 +101,11 @@ def token_attention(
             f"{vlm.path}: the attention of token {position} is not finite; load the model with"
             " --dtype float32"
         )
+    grid = grids[0]
     if isinstance(image, tuple):
         shown, grid = side_by_side(image, grids)
     else:
-        shown, grid = image, grids[0]
+        shown = image
     ends = np.cumsum([len(of_picture.boxes) for of_picture in grids])[:-1]
     by_picture = np.split(weights, ends)
     values = weights
