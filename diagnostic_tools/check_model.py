@@ -45,7 +45,9 @@ OPTIONS = ("system_prompt", "prompt_template", "image_aspect", "conv_mode", "qua
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model_path", help="folder or hub id of the model")
-    parser.add_argument("image", nargs="?", help="picture; None: a drawn one")
+    parser.add_argument(
+        "image", nargs="?", help="picture, None: a drawn one; with --images or --video the question"
+    )
     parser.add_argument("question", nargs="?", default="Describe the image.")
     cli.add_talk_arguments(parser)
     parser.add_argument("--out", default="grid.png", help="picture with the grid of vision tokens")
@@ -64,6 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
+    if (args.images or args.video) and args.image:
+        args.question, args.image = args.image, None
     cli.check_talk(parser, args, not_with=["image"])
     if args.propose_grid and args.no_weights:
         parser.error("--propose_grid measures the model, so it needs its weights")
