@@ -27,7 +27,6 @@ from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from vlmdiag.batch import Batch
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from vlmdiag.model.decoding import generate
     from vlmdiag.model.lens import End
     from vlmdiag.model.probes import GroupMass, HiddenNorms, HiddenStates, Probe, VisionRows
-    from vlmdiag.pictures.samples import Sample, load_image
+    from vlmdiag.pictures.samples import Pictures, Sample, Talk, Turn, load_image
     from vlmdiag.types import ImageFeatures
 
 # Named here, written in vlmdiag/ and imported at first use, so that a command parses its arguments
@@ -53,6 +52,8 @@ NAMED = {
     "Probe": "vlmdiag.model.probes",
     "VisionRows": "vlmdiag.model.probes",
     "Sample": "vlmdiag.pictures.samples",
+    "Talk": "vlmdiag.pictures.samples",
+    "Turn": "vlmdiag.pictures.samples",
     "load_image": "vlmdiag.pictures.samples",
     "GROUPS": "vlmdiag.groups",
     "VISION": "vlmdiag.groups",
@@ -69,6 +70,8 @@ __all__ = [
     "HiddenStates",
     "Probe",
     "Sample",
+    "Talk",
+    "Turn",
     "VisionRows",
     "capture",
     "edit",
@@ -215,9 +218,10 @@ class VLM:
             )
 
     def encode(
-        self, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
+        self, samples: Sequence[Sample], images: Sequence[Pictures], strip_system: bool = False
     ) -> Batch:
-        """The prompts of samples about their pictures as a batch, padded on the left."""
+        """The prompts of samples about their pictures as a batch, padded on the left. images: a
+        picture each, of a sample with a talk the tuple of its pictures."""
         from vlmdiag.model.encoding import encode
 
         return encode(self, samples, images, strip_system)

@@ -2,8 +2,12 @@
 
     python diagnostic_tools/check_model.py checkpoints/tiny-llava
     python diagnostic_tools/check_model.py checkpoints/tiny-llava PICTURE "Is there a red circle?"
+    python diagnostic_tools/check_model.py checkpoints/tiny-llava --images PICTURE PICTURE
     python diagnostic_tools/check_model.py llava-hf/llava-1.5-7b-hf --no_weights
     python diagnostic_tools/check_model.py FOLDER --propose_grid family.py
+
+With --images, --messages or --video every token has the number of its picture and its turn too, and
+the prompt is compared with what the model's own processor and generate() make of it.
 
 Prints which family describes the model and why, which commands it can run, its prompt with every
 token and its group, the ids that end an answer, how a picture is prepared, and what the self-check
@@ -31,6 +35,7 @@ from vlmdiag.cli import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vlmdiag.pictures.samples import Pictures, Sample
     from vlmdiag.types import Record
 
 # of VLM.options
@@ -40,10 +45,13 @@ OPTIONS = ("system_prompt", "prompt_template", "image_aspect", "conv_mode", "qua
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model_path", help="folder or hub id of the model")
-    parser.add_argument("image", nargs="?", help="picture; None: a drawn one")
+    parser.add_argument(
+        "image", nargs="?", help="picture, None: a drawn one; with --images or --video the question"
+    )
     parser.add_argument(
         "question", nargs="?", default="Describe the image.", help="asked about the picture"
     )
+    cli.add_talk_arguments(parser)
     parser.add_argument("--out", default="grid.png", help="picture with the grid of vision tokens")
     parser.add_argument("--json", default=None, help="file for all that is printed, as JSON")
     parser.add_argument(
@@ -60,22 +68,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
+    if (args.images or args.video) and args.image:
+        args.question, args.image = args.image, None
+    cli.check_talk(parser, args, not_with=["image"])
     if args.propose_grid and args.no_weights:
         parser.error("--propose_grid measures the model, so it needs its weights")
     return args
 
 
-def picture_of(path: str | None) -> Image:
-    """The picture of a path, or a drawn one. UsageError where it cannot be read."""
-    from vlmdiag.pictures.samples import given_image
+def asked(args: argparse.Namespace) -> tuple[Sample, Pictures]:
+    """The first prompt of --images, --messages or --video with its pictures, else the question
+    about the picture of a path, or a drawn one. UsageError where one cannot be read."""
+    from vlmdiag.pictures.samples import AT_HAND, Sample, given_image, given_pictures
+    from vlmdiag.pictures.talks import given_samples
     from vlmdiag.scenes.scene import floor_scene, render
 
-    if path is None:
-        return render(floor_scene(Random(0), 3))
-    return given_image(path)
+    for sample in given_samples(argparse.Namespace(**vars(args), prompt_text=args.question)):
+        return sample, given_pictures(sample)
+    sample = Sample("0", AT_HAND, args.question)
+    if args.image is None:
+        return sample, render(floor_scene(Random(0), 3))
+    return sample, given_image(args.image)
 
 
-def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
+def loaded(args: argparse.Namespace, sample: Sample, pictures: Pictures, report: Record) -> None:
     """Put into the report what the self-check finds and what the loaded model shows."""
     from vlmdiag.model import check, selfcheck
     from vlmdiag.model.errors import as_usage_error
@@ -86,6 +102,8 @@ def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
         try:
             with as_usage_error(args.model_path, "the self-check failed"):
                 note = selfcheck.check(vlm)
+                if sample.talk is not None:
+                    selfcheck.check_talk(vlm, sample, pictures)
             found = f"passed: {note}" if note else "passed"
             report["self_check"] = {"passed": True, "found": found}
         except UsageError as error:
@@ -97,9 +115,10 @@ def loaded(args: argparse.Namespace, image: Image, report: Record) -> None:
     report["family"] |= {"dtype": str(vlm.dtype).removeprefix("torch."), "device": str(vlm.device)}
     report["family"]["left_out"] = check.end_left_out(vlm)
     report["capabilities"] = check.capabilities_of(vlm.family, vlm.model)
-    describe(args, vlm, image, report)
+    describe(args, vlm, sample, pictures, report)
     if args.propose_grid:
-        propose(args, vlm, image, report)
+        first = pictures[0] if isinstance(pictures, tuple) else pictures
+        propose(args, vlm, first, report)
 
 
 def propose(args: argparse.Namespace, vlm: VLM, image: Image, report: Record) -> None:
@@ -120,7 +139,7 @@ def propose(args: argparse.Namespace, vlm: VLM, image: Image, report: Record) ->
         report["proposed_grid"]["picture"] = args.out
 
 
-def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
+def outlined(args: argparse.Namespace, sample: Sample, pictures: Pictures, report: Record) -> None:
     """Put into the report what can be said without weights."""
     from vlmdiag.model import check, encoding, loading, outline
 
@@ -145,7 +164,7 @@ def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
         encoding.never_cut(vlm.tokenizer)
         if args.image_aspect == "pad":
             loading.pad_to_square(vlm)
-        describe(args, vlm, image, report, found.has_tokenizer)
+        describe(args, vlm, sample, pictures, report, found.has_tokenizer)
     try:
         report["memory"] = check.memory_of(found, report.get("prompt"))
     except UsageError as error:
@@ -153,22 +172,27 @@ def outlined(args: argparse.Namespace, image: Image, report: Record) -> None:
 
 
 def describe(
-    args: argparse.Namespace, vlm: VLM, image: Image, report: Record, has_tokenizer: bool = True
+    args: argparse.Namespace,
+    vlm: VLM,
+    sample: Sample,
+    pictures: Pictures,
+    report: Record,
+    has_tokenizer: bool = True,
 ) -> None:
     """Put into the report what the prompt of a model and its pictures show, and draw its grid."""
     from vlmdiag.model import check
-    from vlmdiag.pictures.samples import AT_HAND, Sample
 
+    images = pictures if isinstance(pictures, tuple) else (pictures,)
     try:
         if has_tokenizer:
-            batch = check.encoded(vlm, Sample("0", AT_HAND, args.question), image)
+            batch = check.encoded(vlm, sample, pictures)
             report["prompt"] = check.prompt_of(vlm, batch)
             report["answer_ends"] = check.endings_of(vlm)
-            inputs = batch.image_rows[0]
+            inputs = batch.image_rows
         else:
-            inputs = check.picture_alone(vlm, image)
-        report["pictures"] = check.pictures_of(vlm, inputs)
-        report["grid"] = check.grid_of(vlm, inputs, image, args.out)
+            inputs = [check.picture_alone(vlm, image) for image in images]
+        report["pictures"] = check.pictures_of(vlm, inputs[0])
+        report["grid"] = check.grid_of(vlm, inputs, images, args.out)
     except UsageError as error:
         # without a tokenizer there is a problem already, which may be the reason
         report["problems" if has_tokenizer else "unknown"].append(str(error))
@@ -179,12 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.model.check_text import lines_of
     from vlmdiag.runs.disk import write_json
 
-    image = picture_of(args.image)
+    sample, pictures = asked(args)
     report: Record = {"model": args.model_path, "unknown": [], "problems": []}
     if args.no_weights:
-        outlined(args, image, report)
+        outlined(args, sample, pictures, report)
     else:
-        loaded(args, image, report)
+        loaded(args, sample, pictures, report)
     for line in lines_of(report):
         print(line)
     if args.json is not None:

@@ -26,8 +26,9 @@ from pathlib import Path
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
+from vlmdiag.pictures import talks
 from vlmdiag.pictures.questions import read_questions
-from vlmdiag.pictures.samples import Sample, list_pictures, with_picture
+from vlmdiag.pictures.samples import Sample, list_pictures, with_pictures
 
 EXPERIMENT = "relevancy"
 # flags that the numbers depend on, besides --layers and --question_file
@@ -36,7 +37,10 @@ SETTINGS = ("image_aspect", "max_new_tokens", "no_tower", "use_answers")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--image_dir", "--image_folder", required=True, help="folder of pictures")
+    parser.add_argument(
+        "--image_dir", "--image_folder", help="folder of pictures, or of those of --messages"
+    )
+    cli.add_talk_arguments(parser)
     parser.add_argument(
         "--question_file",
         default=None,
@@ -46,7 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--use_answers",
         action="store_true",
-        help="measure the answers of --question_file by teacher forcing instead of generating",
+        help="measure the answers of --question_file or --messages by teacher forcing instead of"
+        " generating",
     )
     parser.add_argument(
         "--max_new_tokens", type=cli.positive, default=32, help="most tokens of an answer"
@@ -75,13 +80,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_run_arguments(parser, "picture")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    if args.use_answers and not args.question_file:
-        parser.error("--use_answers needs --question_file")
+    cli.check_talk(parser, args, ["image_dir"], ["question_file"])
+    if args.use_answers and not (args.question_file or args.messages):
+        parser.error("--use_answers needs --question_file or --messages")
     return args
 
 
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """A Sample per question of the list, or per picture of the folder."""
+    """The talks that are given, else a Sample per question of the list, or per picture of the
+    folder."""
+    if of_talks := talks.given_samples(args, args.image_dir):
+        return of_talks[: args.max_images]
     if args.question_file:
         return read_questions(args.question_file, args.image_dir)[: args.max_images]
     return [
@@ -104,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     samples = read_samples(args)
 
-    from vlmdiag.model.prompts import prompt_for
+    from vlmdiag.model.prompts import prompt_for, talk_for
     from vlmdiag.relevancy.maps import make_process
     from vlmdiag.runs.experiment import run_experiment
 
@@ -113,20 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = chosen_layers(args, len(vlm.parts.layers))
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["prompt"] = prompt_for(vlm, args.prompt_text)[0]
+    if samples[0].talk is not None:
+        settings["prompt"] = talk_for(vlm, samples[0].talk).text
     settings["layers"] = layers
     settings["questions"] = Path(args.question_file).name if args.question_file else None
+    settings |= talks.settings_of(args)
     free = {"image_folder": args.image_dir, "memory": args.memory}
     process = make_process(
         vlm, layers, args.max_new_tokens, args.use_answers, not args.no_tower, args.memory * 2**20
     )
     outcome = run_experiment(
-        args, vlm, EXPERIMENT, samples, with_picture, process, settings, free, progress="pictures"
+        args, vlm, EXPERIMENT, samples, with_pictures, process, settings, free, progress="pictures"
     )
     where = outcome.run.path
-    print(
-        f"{where}: figures by python diagnostic_tools/viz_relevancy.py --run_dir {where}"
-        f" --image_dir {args.image_dir}"
-    )
+    folder = f" --image_dir {args.image_dir}" if args.image_dir else ""
+    print(f"{where}: figures by python diagnostic_tools/viz_relevancy.py --run_dir {where}{folder}")
     return outcome.code
 
 

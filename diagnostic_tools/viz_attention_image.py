@@ -39,16 +39,17 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from common import add_model_arguments, load_from_args, load_model
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import given_image
+from vlmdiag.pictures import talks
+from vlmdiag.pictures.samples import given_image, given_pictures
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.beyond_semantics.attention_overlay import AttentionVisualizationResult
+    from vlmdiag.pictures.samples import Pictures, Sample, Talk
     from vlmdiag.scenes.scene import Scene
     from vlmdiag.types import VLM
 
@@ -68,6 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image", help="picture; None: a drawn one, whose first shape is the default --target_word"
     )
+    cli.add_talk_arguments(parser)
     parser.add_argument("--prompt_text", default=PROMPT, help="question")
     parser.add_argument(
         "--target_word", help="word of the answer, whole word, case ignored; its first token counts"
@@ -101,9 +103,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    if args.image is not None and args.target_word is None and args.token_position is None:
+    cli.check_talk(parser, args, not_with=["image"])
+    given = next((name for name in ("image", *cli.TALKS) if getattr(args, name)), None)
+    if given and args.target_word is None and args.token_position is None:
         parser.error(
-            "--image needs --target_word or --token_position: which word of the answer to look at"
+            f"--{given} needs --target_word or --token_position: which word of the answer to look"
+            " at"
         )
     return args
 
@@ -117,7 +122,7 @@ def demo_scene() -> Scene:
 
 def extract_attention_for_token(
     model_path: str | Path | VLM,
-    image_path: str | Path | Image.Image,
+    image_path: str | Path | Pictures,
     prompt_text: str = PROMPT,
     target_word: str | None = None,
     token_position: int | None = None,
@@ -129,12 +134,14 @@ def extract_attention_for_token(
     step: str | None = None,
     strip_system_prompt: bool = False,
     paper_compat: bool = False,
+    talk: Talk | None = None,
     **load_options: Any,
 ) -> AttentionVisualizationResult:
     """token_attention() of a model and a picture by their paths, for notebooks.
 
-    model_path: folder, hub id, or a loaded VLM; image_path: a path or a PIL picture. verbose: print
-    the answer. load_options go to common.load_model. UsageError: see token_attention().
+    model_path: folder, hub id, or a loaded VLM; image_path: a path or a PIL picture, of a talk the
+    tuple of its pictures. verbose: print the answer. load_options go to common.load_model.
+    UsageError: see token_attention().
     """
     from vlmdiag.beyond_semantics.token_attention import check_token, token_attention
 
@@ -143,7 +150,7 @@ def extract_attention_for_token(
         vlm = load_model(model_path, device=device, conv_mode=conv_mode, **load_options)
     else:
         vlm = model_path
-    image = image_path if isinstance(image_path, Image.Image) else given_image(image_path)
+    image = given_image(image_path) if isinstance(image_path, (str, Path)) else image_path
     result = token_attention(
         vlm,
         image,
@@ -155,15 +162,28 @@ def extract_attention_for_token(
         step,
         strip_system_prompt,
         paper_compat,
+        talk,
     )
     if verbose:
         print(f"{rundirs.slug(vlm.path)}: {result.generated_text.strip()}")
     return result
 
 
-def picture_and_word(args: argparse.Namespace) -> tuple[Image.Image, str | None]:
-    """--image and --target_word; without --image the drawn picture, whose first shape is the
-    word."""
+def given_talk(args: argparse.Namespace) -> Sample | None:
+    """The prompt of --images, --messages or --video; UsageError for a list of several."""
+    samples = talks.given_samples(args)
+    if len(samples) > 1:
+        raise UsageError(f"--messages {args.messages}: one prompt was wanted, not {len(samples)}")
+    return samples[0] if samples else None
+
+
+def picture_and_word(
+    args: argparse.Namespace, sample: Sample | None
+) -> tuple[Pictures, str | None]:
+    """The pictures of the talk, else --image, and --target_word; without them the drawn picture,
+    whose first shape is the word."""
+    if sample is not None:
+        return given_pictures(sample), args.target_word
     if args.image is not None:
         return given_image(args.image), args.target_word
     from vlmdiag.scenes.scene import render
@@ -201,8 +221,9 @@ def measured(
     args: argparse.Namespace,
     paths: Sequence[str],
     names: Sequence[str],
-    image: Image.Image,
+    image: Pictures,
     word: str | None,
+    talk: Talk | None,
 ) -> Iterator[AttentionVisualizationResult]:
     """A result a model. The answer of one model may lack the word that another's has: its error is
     printed and the others go on; UsageError for the only one."""
@@ -220,6 +241,7 @@ def measured(
                 step=args.step,
                 strip_system_prompt=args.strip_system_prompt,
                 paper_compat=args.paper_compat,
+                talk=talk,
                 verbose=True,
             )
         except UsageError as error:
@@ -237,9 +259,12 @@ def measured(
 
 
 def write_numbers(
-    result: AttentionVisualizationResult, out_dir: Path, args: argparse.Namespace
+    result: AttentionVisualizationResult,
+    out_dir: Path,
+    args: argparse.Namespace,
+    sample: Sample | None,
 ) -> None:
-    """attention_<model>.json and .npz."""
+    """attention_<model>.json and .npz, of a talk with the sum and the boxes of each picture."""
     from vlmdiag.figures import plots
 
     weights = result.attention_map.ravel()
@@ -263,11 +288,17 @@ def write_numbers(
         "sum": weights.sum(),
         "share_on_padding": result.outside_share,
     }
+    arrays = {"map": weights, "boxes": result.grid.boxes}
+    if sample is not None:
+        counts = [len(grid.boxes) for grid in result.grids]
+        record |= talks.record_of(sample) | {"sum_by_picture": result.picture_sums}
+        arrays["boxes"] = np.concatenate([grid.boxes for grid in result.grids])
+        arrays["picture"] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     stem = f"attention_{result.model_name}"
     plots.write_file(out_dir / f"{stem}.json", text.encode("utf-8", "backslashreplace"))
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, map=weights, boxes=result.grid.boxes)
+    np.savez_compressed(buffer, **arrays)
     plots.write_file(out_dir / f"{stem}.npz", buffer.getvalue())
 
 
@@ -279,18 +310,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths, names = model_paths(args)
     if args.show:
         plots.use_windows()
-    image, word = picture_and_word(args)
+    sample = given_talk(args)
+    image, word = picture_and_word(args, sample)
     settings = vars(args) | {"target_word": word, "models": names}
     out_dir = Path(args.out_dir)
     results = []
-    for result in measured(args, paths, names, image, word):
+    for result in measured(args, paths, names, image, word, sample and sample.talk):
         results.append(result)
-        write_numbers(result, out_dir, args)
+        write_numbers(result, out_dir, args, sample)
         path = out_dir / f"attention_overlay_{result.model_name}"
         attention_overlay.save_attention_overlay(result, path, args.alpha, settings)
     if not results:
         raise UsageError("none of the models could be drawn, see above")
-    figure = attention_overlay.plot_attention_comparison(results, args.prompt_text, args.alpha)
+    question = args.prompt_text if sample is None else sample.question
+    figure = attention_overlay.plot_attention_comparison(results, question, args.alpha)
     plots.save(figure, out_dir / "attention_comparison", settings, args.show)
     return 3 if len(results) < len(paths) else 0
 

@@ -30,7 +30,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--run_dir", nargs="+", required=True, help="runs of relevancy_maps.py")
     parser.add_argument(
-        "--image_dir", "--image_folder", required=True, help="where the pictures are"
+        "--image_dir",
+        "--image_folder",
+        help="where the pictures are; None: those of --images and --messages where they were",
     )
     parser.add_argument(
         "--image_key", default=None, help="part of one item's id; None: the first --max_images"

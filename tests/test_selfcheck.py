@@ -87,14 +87,14 @@ def test_token_types_that_are_left_out_are_found(tmp_path):
 
 
 def test_a_prompt_without_its_bos_is_found(load, monkeypatch):
-    tokenize = encoding._tokenize_with_picture
+    tokenize = encoding._tokenize_with_pictures
 
     def without_bos(vlm, image, text):
         tokens = tokenize(vlm, image, text)
         of_tokens = {name: row[1:] for name, row in tokens.token_inputs.items()}
         return encoding._Tokens(tokens.ids[1:], tokens.offsets[1:], tokens.image_inputs, of_tokens)
 
-    monkeypatch.setattr(encoding, "_tokenize_with_picture", without_bos)
+    monkeypatch.setattr(encoding, "_tokenize_with_pictures", without_bos)
     with pytest.raises(UsageError, match="own ids of the prompt differ from ours at token 0"):
         check(load("llava"))
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, VISION
+from vlmdiag.types import Record
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Int
 
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.pictures.samples import Sample
@@ -27,16 +31,38 @@ class Batch:
     position_ids: Int[Tensor, "... B T"]  # as the model takes them: (B, T) or (axes, B, T)
     next_position: Int[Tensor, " B"]  # position of the first generated token
     groups: Int[Tensor, "B T"]  # index into GROUPS, PAD for padding
-    # per sample: pixel_values and what else get_image_features takes
+    # per picture, those of a sample one after the other (of_sample()); one picture each but where a
+    # sample has a talk: pixel_values and what else get_image_features takes
     image_rows: list[dict[str, Tensor]]
-    pictures: list[bytes]  # per sample: digest of its image inputs; the tower runs once for each
+    pictures: list[bytes]  # per picture: digest of its image inputs; the tower runs once for each
     prompts: list[str]  # text as given to the processor
     lengths: list[int]  # prompt length without padding
-    grids: list[PatchGrid | None]
+    grids: list[PatchGrid | None]  # per picture
     samples: list[Sample]
     # what else the processor says of each token and the model's forward takes, such as its type; 0
     # for padding and for what is generated
     token_inputs: dict[str, Int[Tensor, "B T"]] = field(default_factory=dict)
+    # where a sample has a talk, else None: the number of the picture in its sample that a vision
+    # token or a mark around it belongs to, -1 for other tokens; the turn of each token, from 0, the
+    # answer's marks of its role in the one behind the last, -1 for what is before them (BOS, system
+    # prompt) and for padding
+    numbers: Int[Tensor, "B T"] | None = None
+    turns: Int[Tensor, "B T"] | None = None
+
+    def of_sample(self, row: int) -> slice:
+        """Where the pictures of a sample are among those of the batch."""
+        counts = [1 if sample.talk is None else len(sample.talk.images) for sample in self.samples]
+        return slice(sum(counts[:row]), sum(counts[: row + 1]))
+
+    def in_pictures(self) -> Iterator[Bool[Tensor, " T"]]:
+        """Where the vision tokens of each picture of the batch are in its row."""
+        for row, of_row in enumerate(self.groups == VISION):
+            pictures = self.of_sample(row)
+            for number in range(pictures.stop - pictures.start):
+                of_picture = of_row
+                if self.numbers is not None:
+                    of_picture = of_row & (self.numbers[row] == number)
+                yield of_picture
 
     @property
     def image_inputs(self) -> dict[str, Tensor]:
@@ -61,22 +87,75 @@ class Batch:
             token_inputs={
                 name: value.expand(count, -1) for name, value in self.token_inputs.items()
             },
+            numbers=None if self.numbers is None else self.numbers.expand(count, -1),
+            turns=None if self.turns is None else self.turns.expand(count, -1),
         )
 
     def spans(self, row: int) -> dict[str, list[list[int]]]:
         """{group: [[start, end), ...]} over the prompt of one sample without its padding."""
-        codes = self.groups[row, self.groups.shape[1] - self.lengths[row] :].tolist()
-        spans: dict[str, list[list[int]]] = {}
+        return {GROUPS[code]: spans for code, spans in self._runs(row, self.groups).items()}
+
+    def _runs(self, row: int, of_tokens: Int[Tensor, "B T"]) -> dict[int, list[list[int]]]:
+        """{code: [[start, end), ...]} of equal codes over a prompt without its padding."""
+        codes = of_tokens[row, of_tokens.shape[1] - self.lengths[row] :].tolist()
+        runs: dict[int, list[list[int]]] = {}
         start = 0
         for end in range(1, len(codes) + 1):
             if end == len(codes) or codes[end] != codes[start]:
-                spans.setdefault(GROUPS[codes[start]], []).append([start, end])
+                runs.setdefault(codes[start], []).append([start, end])
                 start = end
-        return spans
+        return runs
+
+    def parts(self, row: int) -> Record:
+        """Where the pictures and turns of a talk are in its prompt without the padding, {} without
+        a talk. pictures: [{"turn", "spans" of its vision tokens}]; turns: [{"role", "spans"}], the
+        first of them what is before the first turn, with the role "", the last the answer's."""
+        talk = self.samples[row].talk
+        if talk is None or self.numbers is None or self.turns is None:
+            return {}
+        numbers = self.numbers.where(self.groups == VISION, -1)
+        of_pictures, of_turns = self._runs(row, numbers), self._runs(row, self.turns)
+        places = [n for n, turn in enumerate(talk.turns) for part in turn.parts if part is None]
+        roles = ["", *(turn.role for turn in talk.turns), "assistant"]
+        return {
+            "pictures": [
+                {"turn": turn, "spans": of_pictures.get(number, [])}
+                for number, turn in enumerate(places)
+            ],
+            "turns": [
+                {"role": role, "spans": of_turns.get(number - 1, [])}
+                for number, role in enumerate(roles)
+            ],
+        }
+
+    def places(self, row: int) -> tuple[Record, dict[str, np.ndarray]]:
+        """Where the vision tokens of a sample lie, for a run: ({"grid": {"shape", "size"}},
+        {"boxes": (P, 4)}); of a talk {"grids": one for each picture} and beside the boxes, in
+        pixels of their own picture, "picture": (P,) its number. None and no array where it is
+        unknown."""
+        grids = self.grids[self.of_sample(row)]
+        known = [grid for grid in grids if grid is not None]
+        of_grids = [{"shape": grid.shape, "size": grid.size} for grid in known]
+        if self.samples[row].talk is None:
+            arrays = {"boxes": known[0].boxes} if known else {}
+            return {"grid": of_grids[0] if known else None}, arrays
+        if len(known) < len(grids):
+            return {"grid": None, "grids": None}, {}
+        counts = [len(grid.boxes) for grid in known]
+        return {"grid": None, "grids": of_grids}, {
+            "boxes": np.concatenate([grid.boxes for grid in known]),
+            "picture": np.repeat(np.arange(len(known), dtype=np.int32), counts),
+        }
 
     def vision_positions(self, row: int) -> Int[Tensor, " P"]:
         """Positions of the vision tokens in the padded row."""
         return (self.groups[row] == VISION).nonzero()[:, 0]
+
+    def one_picture(self) -> None:
+        """UsageError where a sample has several pictures or turns, for measures of one question
+        about one picture."""
+        if self.numbers is not None:
+            raise UsageError("this measure is of one question about one picture each")
 
 
 def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -180,6 +180,47 @@ def replace_by(command: str, arguments: Sequence[str]) -> NoReturn:
     sys.exit(subprocess.run(words).returncode)
 
 
+TALKS = ("images", "messages", "video")
+TALK_COMMANDS = (
+    "check_model.py",
+    "create_logit_lens.py",
+    "relevancy_maps.py",
+    "run_coco_diagnostics.py",
+    "viz_attention_image.py",
+)
+
+
+def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the scripts that take prompts of several pictures or turns (TALK_COMMANDS)."""
+    parser.add_argument("--images", nargs="+", help="several pictures, for one prompt about all")
+    parser.add_argument(
+        "--messages",
+        help="JSON list of {messages, images}: transformers' chat messages, of several turns too",
+    )
+    parser.add_argument("--video", help="video, for one prompt about its frames (pip install av)")
+    parser.add_argument(
+        "--frames", type=positive, default=8, help="frames of a video, evenly spaced"
+    )
+
+
+def check_talk(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    instead: Sequence[str] = (),
+    not_with: Sequence[str] = (),
+) -> None:
+    """One way to name the pictures: usage errors where two of TALKS are given, one of them with a
+    flag of not_with, or none and a flag of `instead` is missing."""
+    given = [name for name in TALKS if getattr(args, name)]
+    if not given:
+        missing = [f"--{name}" for name in instead if getattr(args, name) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
+    others = [name for name in not_with if getattr(args, name)]
+    if len(given) > 1 or given and others:
+        parser.error(f"--{given[0]} and --{[*given[1:], *others][0]} name different pictures")
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call main() and end the process with its exit code; a UsageError becomes one line and exit
     code 2, and so does an error of any kind where a run that was read turns out to be damaged."""

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from vlmdiag.batch import Batch
     from vlmdiag.families import Family, Parts, Rotary
     from vlmdiag.model.lens import End
-    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.pictures.samples import Pictures, Sample
 
 # An object of a JSON file: a measurement, settings, an annotation, a row of a table. Its values are
 # of many types, and whoever reads one knows which: the one Any that signatures have.
@@ -89,7 +88,7 @@ class VLM(Protocol):
         """UsageError that names a capability which the family lacks."""
 
     def encode(
-        self, samples: Sequence[Sample], images: Sequence[Image], strip_system: bool = False
+        self, samples: Sequence[Sample], images: Sequence[Pictures], strip_system: bool = False
     ) -> Batch:
         """The prompts of samples about their pictures, padded on the left."""
 

@@ -25,19 +25,24 @@ from typing import TYPE_CHECKING
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp.lens_page import SCHEMA, read_facts, write_page
-from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.pictures.samples import Sample, given_image, list_pictures, with_picture
+from vlmdiag.pictures import talks
+from vlmdiag.pictures.mosaic import recorded
+from vlmdiag.pictures.samples import Sample, list_pictures, needed, with_pictures
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
+    from vlmdiag.types import Record
 
 EXPERIMENT = "logit_lens"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--image_dir", "--image_folder", required=True, help="folder of pictures")
+    parser.add_argument(
+        "--image_dir", "--image_folder", help="folder of pictures, or of those of --messages"
+    )
+    cli.add_talk_arguments(parser)
     parser.add_argument(
         "--out_dir",
         "--save_folder",
@@ -61,12 +66,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=cli.positive, default=1, help="prompts in a batch")
     cli.add_run_arguments(parser)
     add_model_arguments(parser, path=False)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cli.check_talk(parser, args, ["image_dir"])
+    return args
 
 
 def read_folder(args: argparse.Namespace) -> list[Sample]:
-    """A Sample per picture of the folder, sorted by name; its id is the name without ending (with
-    it where two pictures share one)."""
+    """The talks that are given, else a Sample per picture of the folder, sorted by name; its id is
+    the name without ending (with it where two pictures share one)."""
+    if of_talks := talks.given_samples(args, args.image_dir):
+        return of_talks[: args.max_images]
     files = list_pictures(args.image_dir)[: args.max_images]
     stems = [file.stem for file in files]
     samples = []
@@ -100,21 +109,19 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
             continue
         record = run.record(sample.id)
         arrays = run.arrays(sample.id)
-        grid = None
-        if record["grid"]:
-            shape = record["grid"]["shape"]
-            grid = PatchGrid(arrays["boxes"], shape and tuple(shape), tuple(record["grid"]["size"]))
+        with needed():
+            picture, grid = recorded(record, arrays, sample.image.parent)
         facts = {
             "title": f"{sample.image.name} - {model}",
             "model": model,
-            "picture": sample.image.name,
+            "picture": " ".join(Path(name).name for name in record.get("images", [sample.image])),
             "prompt": record["prompt"],
             "question": sample.question,
             "settings": json.dumps(settings),
         }
         write_page(
             page,
-            given_image(sample.image),
+            picture,
             grid,
             record["labels"],
             record["groups"],
@@ -122,31 +129,47 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
             arrays["probs"],
             {int(id): word for id, word in record["vocabulary"].items()},
             facts,
+            turns_of(record),
         )
         written += 1
     return written
+
+
+def turns_of(record: Record) -> list[int] | None:
+    """The turn of each position, -1 before the first; None for a question about a picture."""
+    if "turns" not in record:
+        return None
+    turns = [-1] * len(record["labels"])
+    for number, turn in enumerate(record["turns"]):
+        for start, end in turn["spans"]:
+            turns[start:end] = [number - 1] * (end - start)
+    return turns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     samples = read_folder(args)
     from vlmdiag.interp.lens_measures import make_page_process
-    from vlmdiag.model.prompts import prompt_for
+    from vlmdiag.model.prompts import prompt_for, talk_for
     from vlmdiag.runs.experiment import run_experiment
 
     vlm = load_from_args(args)
     vlm.need("decoder-only")
+    prompt = prompt_for(vlm, args.prompt_text).text
+    if samples[0].talk is not None:
+        prompt = talk_for(vlm, samples[0].talk).text
     outcome = run_experiment(
         args,
         vlm,
         EXPERIMENT,
         samples,
-        with_picture,
+        with_pictures,
         make_page_process(vlm, args.top_k),
         {
-            "prompt": prompt_for(vlm, args.prompt_text).text,
+            "prompt": prompt,
             "top_k": args.top_k,
             "image_aspect": args.image_aspect,
+            **talks.settings_of(args),
         },
         {"image_folder": args.image_dir, "batch_size": args.batch_size},
         batch_size=args.batch_size,

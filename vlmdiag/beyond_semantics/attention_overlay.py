@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -40,7 +40,8 @@ class AttentionVisualizationResult:
     # (rows, columns) where the vision tokens are one grid, else (P,); share of the attention that
     # is not on BOS
     attention_map: Float[np.ndarray, "*shape"]
-    image_array: UInt8[np.ndarray, "height width 3"]  # the original picture
+    # the original picture; several side by side
+    image_array: UInt8[np.ndarray, "height width 3"]
     normalized_entropy: float
     token_position: int  # of the generated tokens, from 0
     target_word: str | None
@@ -53,6 +54,8 @@ class AttentionVisualizationResult:
     model_name: str
     prompt: str
     paper_compat: bool = False
+    grids: list[PatchGrid] = field(default_factory=list)  # one per picture, in its own pixels
+    picture_sums: list[float] = field(default_factory=list)  # attention to each picture
 
 
 def visualize_attention_overlay(
@@ -63,10 +66,11 @@ def visualize_attention_overlay(
     alpha: opacity of the map. axis: where to draw; None: a figure of its own.
     """
     if axis is None:
-        axis = plt.figure(figsize=_figsize(result.image_array, 5.4)).subplots()
+        width = 5.4 if len(result.grids) < 2 else 2 * PANEL
+        axis = plt.figure(figsize=_figsize(result.image_array, width)).subplots()
     figure = cast("Figure", axis.figure)
     picture = overlay.at_pixel_size(Image.fromarray(result.image_array))
-    grid = overlay.rescaled(result.grid, picture.size)
+    grid = result.grid.rescaled(picture.size)
     overlay.show_picture(axis, np.asarray(picture))
     heat = overlay.show_map(axis, grid.paint(result.attention_map.ravel()), "RdYlBu_r", alpha)
     beside = axis.inset_axes((1.02, 0, 0.04, 1))  # as high as the picture
@@ -93,6 +97,10 @@ def _title(result: AttentionVisualizationResult) -> str:
     if result.outside_share >= 0.005:
         padding = f", {result.outside_share:.0%} on padding"
     entropy = f"normalised entropy {result.normalized_entropy:.2f}{padding}"
+    sums = result.picture_sums
+    if len(sums) > 1:
+        shares = [f"{number}: {part / sum(sums):.0%}" for number, part in enumerate(sums)]
+        entropy += f"\nof it on picture {_wrapped(', '.join(shares))}"
     return f"{result.model_name}\n{token}\n{entropy}"
 
 
@@ -122,9 +130,11 @@ def plot_attention_comparison(
 ) -> Figure:
     """The picture and one overlay per result, up to four panels in a row."""
     panels = len(results) + 1
-    columns = min(4, panels)
+    is_wide = len(results[0].grids) > 1  # pictures side by side
+    columns = 1 if is_wide else min(4, panels)
     rows = -(-panels // columns)
-    figure = plt.figure(figsize=_figsize(results[0].image_array, PANEL, columns, rows))
+    width = 2 * PANEL if is_wide else PANEL
+    figure = plt.figure(figsize=_figsize(results[0].image_array, width, columns, rows))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     picture = overlay.at_pixel_size(Image.fromarray(results[0].image_array))
     overlay.show_picture(axes[0], np.asarray(picture))

@@ -49,6 +49,11 @@ def step_mean(
     return total.where(count > 0, float("nan")) / count
 
 
+def user_text(mass: Float[Tensor, "... G"]) -> Float[Tensor, ...]:
+    """The mass of the papers' user text."""
+    return mass[..., USER] + mass[..., TEMPLATE]
+
+
 def head_vision_share(
     mass: Float[Tensor, "N L B H G"], counted: Bool[Tensor, "N B"], paper_compat: bool = False
 ) -> Float[Tensor, "L B H"]:
@@ -58,7 +63,7 @@ def head_vision_share(
     denominator is at least 1e-8. docs/studies/beyond_semantics.md, section 2.4.
     """
     vision = mass[..., VISION]
-    user = mass[..., USER] + mass[..., TEMPLATE]
+    user = user_text(mass)
     total = vision + user
     if paper_compat:
         share = vision / total.clamp_min(1e-8)
@@ -81,7 +86,7 @@ def layer_shares(
     markup and generated tokens are left out."""
     attends = ~mass[0].isnan().flatten(1).any(1)  # (L,)
     head_mean = mass[:, attends].mean(3)
-    user = head_mean[..., USER] + head_mean[..., TEMPLATE]
+    user = user_text(head_mean)
     three = torch.stack([head_mean[..., SYSTEM], head_mean[..., VISION], user])
     total = three.sum(0)
     shares = (three / total).where(total > 1e-8, float("nan"))  # (3, N, L, B)
@@ -98,14 +103,10 @@ def step_shares(
     denominator is 0; paper_compat: such a denominator is replaced by 1, so the share is 0.
     docs/studies/beyond_semantics.md, section 2.5.
     """
-    attends = ~mass[0].isnan().flatten(1).any(1)  # (L,)
-    head_mean = mass[:, attends].mean(3)
-    # BOS is the first group. Summing the others keeps the digits that 1 - BOS would lose.
-    without_bos = head_mean[..., BOS + 1 :].sum(-1)
-    mean = (head_mean / without_bos.clamp_min(1e-12)[..., None]).mean(1)
+    mean = _without_bos(mass, mass)
     system = mean[..., SYSTEM]
     vision = mean[..., VISION]
-    user = mean[..., USER] + mean[..., TEMPLATE]
+    user = user_text(mean)
     undefined = 0.0 if paper_compat else float("nan")
 
     def share(group: Tensor, whole: Tensor) -> Tensor:
@@ -120,6 +121,30 @@ def step_shares(
         "vision_withsys": share(vision, three),
         "text_withsys": share(user, three),
     }
+
+
+def _without_bos(
+    mass: Float[Tensor, "N L B H G"], parts: Float[Tensor, "N L B H K"]
+) -> Float[Tensor, "N B K"]:
+    """Mass of some parts of the keys with BOS left out and the rest renormalised per layer, mean
+    over heads and the layers that attend."""
+    attends = ~mass[0].isnan().flatten(1).any(1)  # (L,)
+    head_mean = mass[:, attends].mean(3)
+    # BOS is the first group. Summing the others keeps the digits that 1 - BOS would lose.
+    without_bos = head_mean[..., BOS + 1 :].sum(-1)
+    return (parts[:, attends].mean(3) / without_bos.clamp_min(1e-12)[..., None]).mean(1)
+
+
+def part_shares(
+    mass: Float[Tensor, "N L B H G"], parts: Float[Tensor, "N L B H K"], paper_compat: bool = False
+) -> Float[Tensor, "N B K"]:
+    """The share that each part of the keys has of vision + user text in each step, by the
+    definition of step_shares(): over the pictures they sum to its `vision`, over the turns' user
+    text to its `text`."""
+    groups = _without_bos(mass, mass)
+    whole = groups[..., VISION] + user_text(groups)
+    undefined = 0.0 if paper_compat else float("nan")
+    return (_without_bos(mass, parts) / whole[..., None]).where(whole[..., None] > 0, undefined)
 
 
 def chance_vision_share(counts: Mapping[str, int]) -> float:

@@ -21,30 +21,41 @@ from vlmdiag.beyond_semantics.balance import (
     head_vision_share,
     layer_shares,
     mean_mass,
+    part_shares,
+    step_mean,
     step_shares,
+    user_text,
 )
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import Generation, answer_ids, extended, generate
 from vlmdiag.model.limits import steps_that_fit
-from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
+from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift, TalkMass
 from vlmdiag.model.vision import entries
+from vlmdiag.pictures.talks import record_of
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     import numpy as np
+    from jaxtyping import Bool
     from numpy.typing import NDArray
-    from PIL.Image import Image
     from torch import Tensor
 
     from vlmdiag.batch import Batch
-    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.pictures.samples import Pictures, Sample
     from vlmdiag.types import VLM
 
 Arrays = dict[str, "NDArray[np.float32]"]
 # name in the record's hidden_norms -> token group
 NORM_GROUPS = {"sys": "system", "user_text": "user", "vision": "vision"}
+# arrays with an entry for each picture or turn -> the list of the record that says which
+OF_PARTS = {
+    "picture_mass": "pictures",
+    "vision_by_picture": "pictures",
+    "turn_mass": "turns",
+    "text_by_turn": "turns",
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ def make_process(
     strip_system: bool = False,
     answers: Mapping[str, str | list[int]] | None = None,
     artifacts: Path | None = None,
-) -> Callable[[Sequence[tuple[Sample, Image]]], list[tuple[Record, Arrays]]]:
+) -> Callable[[Sequence[tuple[Sample, Pictures]]], list[tuple[Record, Arrays]]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...]: one transfer from the device
     per batch.
 
@@ -99,7 +110,7 @@ def make_process(
     """
 
     @torch.inference_mode()
-    def process(loaded: Sequence[tuple[Sample, Image]]) -> list[tuple[Record, Arrays]]:
+    def process(loaded: Sequence[tuple[Sample, Pictures]]) -> list[tuple[Record, Arrays]]:
         samples, images = zip(*loaded, strict=True)
         batch = vlm.encode(samples, images, strip_system=strip_system)
         forced = None
@@ -149,13 +160,16 @@ def _measure(
 
     rope = None if measures.no_rope else rope_probe(batch)
     balance = None if measures.pos_only else GroupMass(batch, steps)
+    parts = None
+    if balance is not None and batch.numbers is not None:
+        parts = TalkMass(batch, steps)
     norms = None
     if measures.probe_hidden_norms and not measures.pos_only:
         # Hugging Face normalises the last hidden state, so the published code does
         final = vlm.parts.norm if measures.paper_compat else None
         norms = HiddenNorms(measures.hidden_norm_kind, final)
     # the published RoPE probe looks from an EOS token after the prompt, in a pass of its own
-    probes = [None if measures.paper_compat else rope, norms, balance]
+    probes = [None if measures.paper_compat else rope, norms, balance, parts]
     with capture(vlm, [probe for probe in probes if probe is not None]):
         generation = generate(
             vlm,
@@ -192,10 +206,27 @@ def _measure(
         arrays["layer_shares"] = layer_shares(mass, counted).movedim(2, 0)
         for name, values in step_shares(mass, measures.paper_compat).items():
             shares[name] = values.T.tolist()
+        if parts is not None:
+            arrays |= _by_part(mass, parts, counted, measures.paper_compat)
     if norms is not None:
         for name, values in group_norms(norms.norms, batch.groups).items():
             arrays[f"hidden_norms_{name}"] = values
     return generation, arrays, shares, norms
+
+
+def _by_part(
+    mass: Tensor, probe: TalkMass, counted: Bool[Tensor, "N B"], paper_compat: bool
+) -> dict[str, Tensor]:
+    """{array: (B, ...)} of talks: mass of each picture and of each group in each turn, means over
+    steps; the shares of pictures and of the turns' user text in each step."""
+    pictures, turns = probe.split()
+    return {
+        "picture_mass": step_mean(pictures, counted).permute(1, 3, 0, 2),  # (B, K, L, H)
+        "turn_mass": step_mean(turns, counted).permute(1, 3, 4, 0, 2),  # (B, S, G, L, H)
+        # (B, K or S, N)
+        "vision_by_picture": part_shares(mass, pictures, paper_compat).permute(1, 2, 0),
+        "text_by_turn": part_shares(mass, user_text(turns), paper_compat).permute(1, 2, 0),
+    }
 
 
 def _result(
@@ -225,10 +256,15 @@ def _result(
     }
     if vlm.parts.without_attention:
         record["layers_without_attention"] = vlm.parts.without_attention
+    parts = batch.parts(row)
+    record |= record_of(sample) | parts
     row_arrays = {name: values[row] for name, values in arrays.items()}
     if measures.pos_only:
         return record | {"pos_only": True}, row_arrays
     ids = generation.ids[row]
+    for name, of_what in OF_PARTS.items():
+        if name in row_arrays:
+            row_arrays[name] = row_arrays[name][: len(parts.get(of_what, ()))]
     record |= {
         "caption": vlm.text(ids),
         "generated_ids": ids,
@@ -238,6 +274,11 @@ def _result(
     }
     for name, values in record["shares"].items():
         record[f"mean_{name}_share"] = sum(values) / len(ids)
+    for name in ("vision_by_picture", "text_by_turn"):
+        if name in row_arrays:
+            by_step = row_arrays.pop(name)[:, : len(ids)]
+            record.setdefault("shares_by_part", {})[name] = by_step.tolist()
+            record[f"mean_{name}"] = by_step.mean(1).tolist()
     if measures.probe_hidden_norms:
         artifacts = f"{sample.id}_artifacts" if measures.save_hidden_plots else None
         record["hidden_norms"] = {

@@ -20,15 +20,16 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import VisionRows
 from vlmdiag.model.prompts import prompt_for
+from vlmdiag.pictures.mosaic import side_by_side
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.pictures.spread import normalized_entropy
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from PIL.Image import Image
 
     from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.pictures.samples import Pictures, Talk
     from vlmdiag.types import VLM
 
 Span = tuple[int, int]  # [start, end) in the characters of the answer
@@ -36,7 +37,7 @@ Span = tuple[int, int]  # [start, end) in the characters of the answer
 
 def token_attention(
     vlm: VLM,
-    image: Image,
+    image: Pictures,
     prompt_text: str,
     target_word: str | None = None,
     token_position: int | None = None,
@@ -45,21 +46,23 @@ def token_attention(
     step: str | None = None,
     strip_system_prompt: bool = False,
     paper_compat: bool = False,
+    talk: Talk | None = None,
 ) -> AttentionVisualizationResult:
     """Let a model answer and take the attention of one generated token to the picture.
 
     The token: the first one of the occurrence-th target_word (whole word, case ignored), or
     token_position. step: 'producing' (default), the row that predicted the token, or 'query', the
     row in which the token itself asks. paper_compat: as published, the query row of the first token
-    in the answer that equals the word's first one, map and entropy with 1e-10. UsageError: word not
-    in the answer, no such row, no grid.
+    in the answer that equals the word's first one, map and entropy with 1e-10. talk: the prompt of
+    several pictures or turns, about the tuple of its pictures; the map is over all of them side by
+    side. UsageError: word not in the answer, no such row, no grid.
     """
     step = check_token(target_word, token_position, step, paper_compat)
     vlm.need("decoder-only", "grid")
-    sample = Sample("0", Path("picture.png"), prompt_text)
+    sample = Sample("0", Path("picture.png"), prompt_text, talk=talk)
     batch = vlm.encode([sample], [image], strip_system=strip_system_prompt)
-    grid = batch.grids[0]
-    if grid is None:
+    grids = [grid for grid in batch.grids if grid is not None]
+    if len(grids) < len(batch.grids):
         raise UsageError(
             f"{vlm.path}: where the vision tokens of {vlm.family.name} lie in the picture (grid) is"
             " unknown, so their attention cannot be drawn"
@@ -98,6 +101,13 @@ def token_attention(
             f"{vlm.path}: the attention of token {position} is not finite; load the model with"
             " --dtype float32"
         )
+    grid = grids[0]
+    if isinstance(image, tuple):
+        shown, grid = side_by_side(image, grids)
+    else:
+        shown = image
+    ends = np.cumsum([len(of_picture.boxes) for of_picture in grids])[:-1]
+    by_picture = np.split(weights, ends)
     values = weights
     if paper_compat:
         values = (weights - weights.min()) / (weights.max() - weights.min() + 1e-10)
@@ -106,7 +116,7 @@ def token_attention(
     return AttentionVisualizationResult(
         generated_text=text,
         attention_map=values,
-        image_array=np.asarray(image),
+        image_array=np.asarray(shown),
         normalized_entropy=normalized_entropy(weights, 1e-10 if paper_compat else 0.0),
         token_position=position,
         target_word=target_word,
@@ -114,10 +124,12 @@ def token_attention(
         tokens=tokens,
         answer_span=span,
         grid=grid,
-        outside_share=share_on_padding(grid, weights),
+        outside_share=share_on_padding(grids, weights),
         model_name=rundirs.slug(vlm.path),
         prompt=batch.prompts[0],
         paper_compat=paper_compat,
+        grids=grids,
+        picture_sums=[float(part.sum()) for part in by_picture],
     )
 
 
@@ -138,13 +150,20 @@ def check_token(
     return step
 
 
-def share_on_padding(grid: PatchGrid, weights: Float[np.ndarray, " P"]) -> float:
-    """Part of the weights that lies on padding around the picture, in [0, 1]."""
-    if not weights.sum() > 0:
+def share_on_padding(grids: Sequence[PatchGrid], weights: Float[np.ndarray, " P"]) -> float:
+    """Part of the weights that lies on padding around the pictures, in [0, 1]."""
+    total = weights.sum()
+    if not total > 0:
         return 0.0
-    width, height = grid.size
-    inside = grid.coverage(np.ones((height, width), bool))
-    return float((weights * (1 - inside))[grid.has_box].sum() / weights.sum())
+    outside = 0.0
+    start = 0
+    for grid in grids:
+        width, height = grid.size
+        inside = grid.coverage(np.ones((height, width), bool))
+        of_picture = weights[start : start + len(inside)]
+        outside += (of_picture * (1 - inside))[grid.has_box].sum()
+        start += len(inside)
+    return float(outside / total)
 
 
 def _by_position(

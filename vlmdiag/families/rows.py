@@ -146,7 +146,7 @@ def positions(
             vlm,
             input_ids[row : row + 1],
             attention_mask[row : row + 1],
-            {"image_grid_thw": grids[row : row + 1]},
+            {"image_grid_thw": grids if len(input_ids) == 1 else grids[row : row + 1]},
         )
         for row in range(len(input_ids))
     ]

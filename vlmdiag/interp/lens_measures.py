@@ -24,15 +24,15 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.lens import Lens, vocabulary
 from vlmdiag.model.probes import HiddenStates
 from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.talks import record_of
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
     from vlmdiag.batch import Batch
-    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.pictures.samples import Pictures, Sample
     from vlmdiag.runs.rundirs import Run
     from vlmdiag.types import VLM
 
@@ -56,13 +56,13 @@ def _hidden_states(vlm: VLM, lens: Lens, batch: Batch) -> dict[int, Float[Tensor
 
 def make_page_process(
     vlm: VLM, top_k: int
-) -> Callable[[Sequence[tuple[Sample, Image]]], list[Result]]:
+) -> Callable[[Sequence[tuple[Sample, Pictures]]], list[Result]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...]: the k likeliest tokens of every
     position and layer, ids and probs (L + 1, T, k)."""
     lens = Lens(vlm)
 
     @torch.inference_mode()
-    def process(loaded: Sequence[tuple[Sample, Image]]) -> list[Result]:
+    def process(loaded: Sequence[tuple[Sample, Pictures]]) -> list[Result]:
         samples, images = zip(*loaded, strict=True)
         batch = vlm.encode(samples, images)
         states = _hidden_states(vlm, lens, batch)
@@ -84,7 +84,8 @@ def make_page_process(
 def _page_result(
     vlm: VLM, batch: Batch, row: int, ids: Int[Tensor, "L+1 T k"], probs: Float[Tensor, "L+1 T k"]
 ) -> Result:
-    sample, grid = batch.samples[row], batch.grids[row]
+    sample = batch.samples[row]
+    places, arrays = batch.places(row)
     in_prompt = slice(batch.groups.shape[1] - batch.lengths[row], None)  # without its padding
     ids, probs = ids[:, in_prompt], probs[:, in_prompt]
     prompt = batch.input_ids[row, in_prompt].tolist()
@@ -97,12 +98,11 @@ def _page_result(
         "labels": [words[id] for id in prompt],
         "groups": [GROUPS[code] for code in batch.groups[row, in_prompt].tolist()],
         "vocabulary": words,
-        "grid": None if grid is None else {"shape": grid.shape, "size": grid.size},
+        **places,
+        **record_of(sample),
+        **batch.parts(row),
     }
-    arrays: Arrays = {"ids": ids.int().numpy(), "probs": probs.numpy()}
-    if grid is not None:
-        arrays["boxes"] = grid.boxes
-    return record, arrays
+    return record, {"ids": ids.int().numpy(), "probs": probs.numpy(), **arrays}
 
 
 # --- accuracy on objects --------------------------------------------------------------------------

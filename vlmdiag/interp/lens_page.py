@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from vlmdiag.figures.layers import state_name, state_tick
+from vlmdiag.pictures.mosaic import Mosaic
 from vlmdiag.runs import disk
 from vlmdiag.types import Record
 
@@ -57,6 +58,7 @@ def write_page(
     probs: Float[np.ndarray, "L+1 T k"],
     vocabulary: Mapping[int, str],
     facts: Mapping[str, object],
+    turns: Sequence[int] | None = None,
 ) -> Path:
     """Write the page of one picture and prompt to path, in one step; equal input gives equal bytes.
 
@@ -64,7 +66,8 @@ def write_page(
     token at each position; groups: group names, 'vision' in the order of the grid's boxes. ids,
     probs: entry 0 = embeddings, l + 1 = after layer l. vocabulary: {id: string} with every id that
     occurs; facts: {name: string or number}, shown as a table; title, model, picture, prompt and
-    question also go to the overview. ValueError where these do not fit.
+    question also go to the overview. turns: of a conversation the turn of each position, -1 before
+    the first. A grid of several pictures is a Mosaic. ValueError where these do not fit.
     """
     ids, probs = np.asarray(ids), np.asarray(probs)
     _check(ids, probs, labels, groups, grid, image)
@@ -75,7 +78,7 @@ def write_page(
     names = sorted(set(groups))
     shown = {str(name): _shown(value) for name, value in facts.items()}
     is_wide = len(used) > 1 << 16
-    data = {
+    data: Record = {
         "shape": ids.shape,
         "states": [state_name(state) for state in range(len(ids))],
         "ticks": [state_tick(state) for state in range(len(ids))],
@@ -93,6 +96,10 @@ def write_page(
         "facts": list(shown.items()),
         "picture": picture_uri(image),
     }
+    if isinstance(grid, Mosaic):
+        data["pictures"] = [[len(part.boxes), part.shape] for part, _ in grid.parts]
+    if turns is not None:
+        data["turns"] = list(turns)
     head: Record = {name: str(shown.get(name, ""))[:HEAD_TEXT] for name in HEAD_FACTS}
     known = " · ".join(head[name] for name in ("picture", "model") if head[name])
     head["schema"] = SCHEMA

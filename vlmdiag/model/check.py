@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,9 @@ from vlmdiag.families.files import reason
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import memory
 from vlmdiag.model.lens import named_end
-from vlmdiag.model.prompts import guessed_prompt, prompt_for, prompt_source
+from vlmdiag.model.prompts import guessed_prompt, prompt_for, prompt_source, talk_for
+from vlmdiag.pictures.mosaic import side_by_side
+from vlmdiag.pictures.talks import record_of
 from vlmdiag.runs.disk import write_bytes
 from vlmdiag.types import Fields, Record
 
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from vlmdiag.families.contract import Inputs
     from vlmdiag.model.outline import Outline
     from vlmdiag.pictures.grid import PatchGrid
-    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.pictures.samples import Pictures, Sample
     from vlmdiag.types import VLM
 
 # What a family can have, and what that opens beside the scripts below.
@@ -178,16 +181,18 @@ def capabilities_of(family: Family, model: PreTrainedModel | None) -> Record:
 
 def prompt_of(vlm: VLM, batch: Batch) -> Record:
     """The prompt of a batch of one: {source, guess, text, length, image_tokens, system,
-    system_from, template_system, ids, tokens, groups, spans}; length and spans in tokens, guess: of
-    guessed_prompt()."""
+    system_from, template_system, ids, tokens, groups, spans}, of a talk {numbers, turns, talk} too;
+    length and spans in tokens, guess: of guessed_prompt()."""
     ids = batch.input_ids[0].tolist()
     groups = [GROUPS[code] for code in batch.groups[0].tolist()]
-    question = batch.samples[0].question
-    rendered = prompt_for(vlm, question)
+    question, talk = batch.samples[0].question, batch.samples[0].talk
+    rendered = prompt_for(vlm, question) if talk is None else talk_for(vlm, talk)
     own = template_system(vlm, question)
     system = rendered.text[slice(*rendered.system)] if rendered.system else ""
     system_from = ""
-    if vlm.options.get("system_prompt") is not None:
+    if talk is not None and talk.system is not None:
+        system_from = "the messages"
+    elif vlm.options.get("system_prompt") is not None:
         system_from = "--system_prompt"
     elif system and system != own:
         system_from = "the family's default"
@@ -206,7 +211,17 @@ def prompt_of(vlm: VLM, batch: Batch) -> Record:
         "tokens": vlm.tokenizer.convert_ids_to_tokens(ids),
         "groups": groups,
         "spans": batch.spans(0),
+        **_of_talk(batch),
     }
+
+
+def _of_talk(batch: Batch) -> Record:
+    """{numbers, turns, pictures, talk}: of each token its picture and its turn, and where they are,
+    see Batch; {} where the prompt is one question about one picture."""
+    if batch.numbers is None or batch.turns is None:
+        return {}
+    of_tokens = {"numbers": batch.numbers[0].tolist(), "turns": batch.turns[0].tolist()}
+    return of_tokens | {"talk": record_of(batch.samples[0]) | batch.parts(0)}
 
 
 def template_system(vlm: VLM, question: str) -> str:
@@ -265,24 +280,31 @@ def sizes_of(value: object) -> object:
     return value
 
 
-def grid_of(vlm: VLM, inputs: Inputs, image: Image, out: str) -> Record | None:
+def grid_of(vlm: VLM, inputs: Sequence[Inputs], images: Sequence[Image], out: str) -> Record | None:
     """{tokens, boxed, shape, size, file} of the grid, which is drawn to `out`: vision tokens, those
-    with a box, (rows, columns) or None, width and height of the picture. None where it is unknown.
-    UsageError where it cannot be made."""
+    with a box, (rows, columns) or None, width and height of the picture; of several pictures shape
+    and size are lists, and they are drawn side by side. None where it is unknown. UsageError where
+    it cannot be made."""
     if vlm.family.grid is None:
         return None
     try:
-        grid = vlm.family.grid(vlm, image.size, inputs)
+        grids = [
+            vlm.family.grid(vlm, image.size, of_image)
+            for image, of_image in zip(images, inputs, strict=True)
+        ]
     except _MISFITS as error:
         raise UsageError(f"{vlm.path}: its grid cannot be made ({reason(error)})") from error
-    if grid is None:
+    known = [grid for grid in grids if grid is not None]
+    if len(known) < len(grids):
         return None
-    write_grid(out, grid, image)
+    one = len(known) == 1
+    shown, grid = (images[0], known[0]) if one else side_by_side(images, known)
+    write_grid(out, grid, shown)
     return {
         "tokens": len(grid.boxes),
-        "boxed": int(grid.has_box.sum()),
-        "shape": grid.shape,
-        "size": grid.size,
+        "boxed": sum(int(grid.has_box.sum()) for grid in known),
+        "shape": known[0].shape if one else [grid.shape for grid in known],
+        "size": known[0].size if one else [grid.size for grid in known],
         "file": out,
     }
 
@@ -337,7 +359,7 @@ def memory_of(outline: Outline, prompt: Fields | None) -> Record:
     return record
 
 
-def encoded(vlm: VLM, sample: Sample, image: Image) -> Batch:
+def encoded(vlm: VLM, sample: Sample, image: Pictures) -> Batch:
     """The prompt of one sample; UsageError where prompt, processor and grid do not fit together."""
     try:
         return vlm.encode([sample], [image])

@@ -144,8 +144,20 @@ def lines_of_prompt(prompt: Fields) -> Iterator[str]:
     for group, spans in prompt["spans"].items():
         count = sum(end - start for start, end in spans)
         yield f"    {group:13s} {count:6d}  {shown_spans(spans)}"
-    yield "  position  group              id  token"
-    yield from lines_of_tokens(prompt["ids"], prompt["tokens"], prompt["groups"])
+    talk = prompt.get("talk")
+    groups = list(prompt["groups"])
+    for number, picture in enumerate(talk["pictures"] if talk else ()):
+        yield f"    picture {number}     {shown_spans(picture['spans'])}, in turn {picture['turn']}"
+    for number, turn in enumerate(talk["turns"] if talk else ()):
+        who = f"turn {number - 1}, {turn['role']}" if number else "before them"
+        yield f"    {who:17s} {shown_spans(turn['spans'])}"
+    if talk:
+        groups = [
+            f"{group:13s} {'-' if number < 0 else number:>3} {'-' if turn < 0 else turn:>4}"
+            for group, number, turn in zip(groups, prompt["numbers"], prompt["turns"], strict=True)
+        ]
+    yield f"  position  group        {' picture turn' if talk else ''}      id  token"
+    yield from lines_of_tokens(prompt["ids"], prompt["tokens"], groups)
 
 
 def shown_spans(spans: Sequence[Sequence[int]], most: int = 4) -> str:
@@ -194,7 +206,9 @@ def lines_of_grid(grid: Fields | None) -> Iterator[str]:
     if grid is None:
         yield "  unknown, so no picture is drawn"
         return
-    shape = f", {grid['shape'][0]} rows of {grid['shape'][1]}" if grid["shape"] else ""
+    shape = ""
+    if grid["shape"] and isinstance(grid["shape"][0], int):
+        shape = f", {grid['shape'][0]} rows of {grid['shape'][1]}"
     yield f"  {grid['tokens']} vision tokens{shape}, {grid['boxed']} with a box"
     yield f"  wrote {grid['file']}"
 

@@ -207,7 +207,7 @@ def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batc
     new_ids = batch.input_ids.new_tensor(ids).expand(size, -1)
     new_groups = batch.groups.new_full((size, count), GROUPS.index(group))
     new_mask = batch.attention_mask.new_ones(size, count)
-    return replace(
+    longer = replace(
         batch,
         input_ids=torch.cat([batch.input_ids, new_ids], 1),
         attention_mask=torch.cat([batch.attention_mask, new_mask], 1),
@@ -220,3 +220,9 @@ def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batc
             for name, value in batch.token_inputs.items()
         },
     )
+    if batch.numbers is not None and batch.turns is not None:
+        answers = [1 if sample.talk is None else len(sample.talk.turns) for sample in batch.samples]
+        turn = batch.turns.new_tensor(answers)[:, None].expand(-1, count)
+        longer.turns = torch.cat([batch.turns, turn], 1)
+        longer.numbers = torch.cat([batch.numbers, torch.full_like(turn, -1)], 1)
+    return longer

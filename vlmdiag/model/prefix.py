@@ -129,6 +129,7 @@ class SharedPicture:
     def __init__(self, vlm: VLM, batch: Batch, rows: Sequence[int] | None = None) -> None:
         """batch: prompts, at least one about each picture; rows (B): the picture of each prompt,
         counted from 0, by default one prompt a picture."""
+        batch.one_picture()
         rows = range(len(batch.prompts)) if rows is None else rows
         count = max(rows) + 1
         self.vlm = vlm

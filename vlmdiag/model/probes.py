@@ -106,6 +106,41 @@ class GroupMass(Probe):
         self.mass.append(every_layer(self._of_layer, self.num_layers))
 
 
+class TalkMass(GroupMass):
+    """The same of each picture's vision tokens, and of each group in each turn, for batches of
+    talks.
+
+    pictures: K, most pictures of a row; turns: S, most turns of a row and 2, what is before the
+    first turn and the answer, as in Batch.parts(). mass: a list over steps of (L, B, H, K + S G).
+    """
+
+    def __init__(self, batch: Batch, max_new_tokens: int = 0) -> None:
+        super().__init__(batch, max_new_tokens)
+        talks = [sample.talk for sample in batch.samples]
+        answers = [1 if talk is None else len(talk.turns) for talk in talks]
+        assert batch.numbers is not None and batch.turns is not None
+        device = batch.groups.device
+        in_picture = batch.numbers.where(batch.groups == VISION, -1)
+        turns = nn.functional.pad(batch.turns, (0, max_new_tokens))
+        turns[:, batch.groups.shape[1] :] = torch.tensor(answers, device=device)[:, None]
+        self.pictures = int(in_picture.max()) + 1
+        self.turns = max(answers) + 2
+        by_turn = nn.functional.one_hot(turns + 1, self.turns).float()
+        numbers = nn.functional.pad(in_picture, (0, max_new_tokens), value=-1)
+        by_picture = nn.functional.one_hot(numbers + 1, self.pictures + 1)[..., 1:].float()
+        # (B, length, S, G); padding is in no group
+        by_both = by_turn[..., None] * self.columns[..., None, :]
+        self.columns = torch.cat([by_picture, by_both.flatten(2)], -1)
+
+    def split(self) -> tuple[Float[Tensor, "N L B H K"], Float[Tensor, "N L B H S G"]]:
+        """Mass of the pictures, and of the groups in the turns, of all steps."""
+        mass = torch.stack(self.mass)
+        return (
+            mass[..., : self.pictures],
+            mass[..., self.pictures :].unflatten(-1, (self.turns, len(GROUPS))),
+        )
+
+
 class HiddenNorms(Probe):
     """L2 norms of the residual stream at every prompt position, prefill only; rms = l2 / sqrt(d).
 

@@ -1,12 +1,14 @@
-"""The prompt of a question as text: where it comes from, its system prompt, where a turn ends."""
+"""The prompt of a question, or of several turns, as text: where it comes from, its system prompt,
+where a turn begins and ends."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
@@ -16,6 +18,7 @@ from vlmdiag.cli import UsageError
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+    from vlmdiag.pictures.samples import Talk, Turn
     from vlmdiag.types import VLM, Record
 
 Span = tuple[int, int]  # characters [start, end)
@@ -39,6 +42,17 @@ class Rendered(NamedTuple):
     question: Span
 
 
+class RenderedTalk(NamedTuple):
+    """A prompt of several turns as text: where its system prompt is (None: it has none), where the
+    words of its turns are and whose they are, and the characters at which the turns begin, the last
+    of them the answer's."""
+
+    text: str
+    system: Span | None
+    said: list[tuple[Span, str]]  # role: user, assistant
+    starts: list[int]
+
+
 # --- where a prompt comes from --------------------------------------------------------------------
 
 
@@ -51,6 +65,8 @@ class _Source:
     render: Callable[[str, str | None], str]  # (question, system prompt) -> text
     # (user turns behind the answer) -> a conversation with _ANSWER in it; None: none can be made
     answered: Callable[[int], str] | None = None
+    # (turns, system prompt, ends) -> text, see Rendering; None: one question about one picture only
+    talk: Callable[[Sequence[Turn], str | None, bool], str] | None = None
 
 
 def prompt_source(vlm: VLM) -> str:
@@ -157,7 +173,17 @@ def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
         answer = _message("assistant", _ANSWER, takes_parts("assistant", _ANSWER))
         return rendered([user, answer, *[user] * turns], ends=True)
 
-    return _Source(name, bool(placeholder), render, answered)
+    def talk(turns: Sequence[Turn], system: str | None, ends: bool) -> str:
+        messages = []
+        if system is not None:
+            messages.append(_message("system", system, takes_parts("system", _SYSTEM)))
+        for turn in turns:
+            as_text = turn.role == "assistant" and not takes_parts("assistant", _ANSWER)
+            messages.append(_turn(turn, (placeholder or "") if as_text else placeholder))
+        return rendered(messages, ends)
+
+    writes_one = placeholder == ""  # picture, by itself
+    return _Source(name, bool(placeholder), render, answered, None if writes_one else talk)
 
 
 def _placeholder(vlm: VLM, rendered: Rendering, name: str) -> str | None:
@@ -203,6 +229,17 @@ def _message(role: str, text: str, as_parts: bool) -> Record:
     return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
 
 
+def _turn(turn: Turn, placeholder: str | None) -> Record:
+    """A turn as parts, or as text with a placeholder for each picture."""
+    if placeholder is not None:
+        parts = [f"{placeholder}\n" if part is None else part for part in turn.parts]
+        return _message(turn.role, "".join(parts), False)
+    content = [
+        {"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts
+    ]
+    return {"role": turn.role, "content": content}
+
+
 def _user(question: str, placeholder: str | None) -> Record:
     """The user's turn as parts, or as text with a placeholder in front."""
     if placeholder is not None:
@@ -222,12 +259,27 @@ def prompt_for(vlm: VLM, question: str, strip_system: bool = False) -> Rendered:
     it changes the question."""
     source = _source(vlm)
     question = _without_placeholder(vlm, question)
+    text, system, message = _with_system(vlm, source, strip_system)
+    # Templates may write both without blanks at an end.
+    whole = source.render(question, message)
+    for asked, said in itertools.product(_trimmed(question), _trimmed(system)):
+        filled = _filled(text, said, asked)
+        if filled.text == whole:
+            return filled
+    raise ValueError(
+        f"the chat template changes the question {question!r} or the system prompt; give"
+        " --prompt_template"
+    )
+
+
+def _with_system(vlm: VLM, source: _Source, strip_system: bool) -> tuple[str, str, str | None]:
+    """(prompt of _QUESTION, in which _SYSTEM stands for the system prompt, the system prompt, what
+    the system message says, None where there is none). UsageError: see prompt_for()."""
 
     def render(system: str | None) -> str:
         return source.render(_QUESTION, system)
 
     given: str | None = vlm.options.get("system_prompt")
-    # message: what the system message says, None where there is none
     if strip_system or given == "":
         text, system, message = _with_own_system(render, strip=True)
     elif given is not None:
@@ -249,16 +301,7 @@ def prompt_for(vlm: VLM, question: str, strip_system: bool = False) -> Rendered:
             f"{vlm.path}: the chat template does not keep the question as it is; give"
             " --prompt_template"
         )
-    # Templates may write both without blanks at an end.
-    whole = source.render(question, message)
-    for asked, said in itertools.product(_trimmed(question), _trimmed(system)):
-        filled = _filled(text, said, asked)
-        if filled.text == whole:
-            return filled
-    raise ValueError(
-        f"the chat template changes the question {question!r} or the system prompt; give"
-        " --prompt_template"
-    )
+    return text, system, message
 
 
 def _trimmed(text: str) -> tuple[str, ...]:
@@ -320,15 +363,20 @@ def _with_own_system(
 
 def _filled(text: str, system: str, question: str) -> Rendered:
     """The prompt with question and system prompt in place of what stands for them."""
+    filled, spans = _replaced(text, {_SYSTEM: system, _QUESTION: question})
+    return Rendered(filled, spans.get(_SYSTEM) if system else None, spans[_QUESTION])
+
+
+def _replaced(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
+    """The text with values in place of what stands for them, and where they are."""
     spans: dict[str, Span] = {}
-    values = {_SYSTEM: system, _QUESTION: question}
     for stand_in in sorted(values, key=text.find):  # from left to right, so that spans stay
         start = text.find(stand_in)
         if start >= 0:
             value = values[stand_in]
             text = text[:start] + value + text[start + len(stand_in) :]
             spans[stand_in] = (start, start + len(value))
-    return Rendered(text, spans.get(_SYSTEM) if system else None, spans[_QUESTION])
+    return text, spans
 
 
 def _without_placeholder(vlm: VLM, question: str) -> str:
@@ -352,6 +400,104 @@ def _without_placeholder(vlm: VLM, question: str) -> str:
 @functools.cache
 def _say_once(line: str) -> None:
     print(line)
+
+
+# --- a conversation's prompt ----------------------------------------------------------------------
+
+
+def talk_for(vlm: VLM, talk: Talk, strip_system: bool = False) -> RenderedTalk:
+    """The prompt of several turns, about several pictures. A system message of the talk's own takes
+    the place of every other one; strip_system leaves it out too. UsageError where the model is
+    asked by no chat template of pictures, or it changes what is said."""
+    source = _source(vlm)
+    if source.talk is None:
+        raise UsageError(
+            f"{vlm.path}: {vlm.family.name} takes one question about one picture here: several"
+            f" pictures or turns need a chat template, and its prompt is from {source.name}"
+        )
+    write = source.talk
+    system, message = talk.system or "", talk.system
+    if message is None or strip_system:
+        _, system, message = _with_system(vlm, source, strip_system)
+    words: dict[str, str] = {}  # what stands for a part -> the part
+    of_turns: list[list[str]] = []  # what stands for the parts of each turn
+    marked: list[Turn] = []
+    turns = [
+        replace(turn, parts=tuple(part and _without_placeholder(vlm, part) for part in turn.parts))
+        for turn in talk.turns
+    ]
+    for turn in turns:
+        parts: list[str | None] = []
+        for part in turn.parts:
+            parts.append(part if part is None else f"\ue016{chr(0xE100 + len(words))}")
+            if part is not None:
+                words[parts[-1] or ""] = part
+        of_turns.append([part for part in parts if part is not None])
+        marked.append(replace(turn, parts=tuple(parts)))
+    asked = _SYSTEM if message else message
+    try:
+        text = write(marked, asked, False)
+        whole = write(turns, message, False)
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"{vlm.path}: {source.name} refuses the turns of this prompt ({reason})"
+        ) from error
+    places = [text.find(stand_in) for stand_in in words]
+    if -1 in places or places != sorted(places):
+        raise UsageError(f"{vlm.path}: {source.name} does not keep what the turns say")
+    starts = _turn_starts(write, text, marked, of_turns, asked if message else system or None)
+    for trim in (str, str.rstrip, str.lstrip, str.strip):
+        values = {stand_in: trim(part) for stand_in, part in words.items()}
+        for said in _trimmed(system):
+            filled, spans = _replaced(text, values | ({_SYSTEM: said} if message else {}))
+            if filled == whole:
+                own = filled.find(said) if said and not message else -1
+                return RenderedTalk(
+                    filled,
+                    spans.get(_SYSTEM) or ((own, own + len(said)) if own >= 0 else None),
+                    [
+                        (spans[stand_in], turn.role)
+                        for turn, of_turn in zip(turns, of_turns, strict=True)
+                        for stand_in in of_turn
+                    ],
+                    [_moved(start, text, spans) for start in starts],
+                )
+    raise UsageError(f"{vlm.path}: {source.name} changes what the turns or the system prompt say")
+
+
+def _turn_starts(
+    write: Callable[[Sequence[Turn], str | None, bool], str],
+    text: str,
+    turns: Sequence[Turn],
+    of_turns: Sequence[Sequence[str]],
+    system: str | None,
+) -> list[int]:
+    """The characters at which the turns of a prompt begin, and that at which the answer's does: as
+    far as the prompt of the turns before is the same, which holds their marks of roles and ends,
+    but never within what a turn says."""
+    starts = []
+    for count in range(len(turns) + 1):
+        before = [stand_in for of_turn in of_turns[:count] for stand_in in of_turn]
+        behind = [stand_in for of_turn in of_turns[count:] for stand_in in of_turn]
+        low = max((text.find(stand_in) + len(stand_in) for stand_in in before), default=0)
+        high = min((text.find(stand_in) for stand_in in behind), default=len(text))
+        common = 0
+        if count or system:
+            try:
+                common = len(os.path.commonprefix([write(turns[:count], system, True), text]))
+            except _REFUSALS:
+                common = 0
+        if count == 0 and system and system in text[:high]:
+            low = text.find(system) + len(system)
+        starts.append(min(max(common, low), high))
+    return starts
+
+
+def _moved(place: int, text: str, spans: Mapping[str, Span]) -> int:
+    """A place of a text that has stand-ins in the text that has what they stand for."""
+    before = [name for name in spans if 0 <= text.find(name) < place]
+    return place + sum(spans[name][1] - spans[name][0] - len(name) for name in before)
 
 
 # --- where a turn ends ----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.pictures.grid import PatchGrid
+    from vlmdiag.pictures.samples import Pictures
     from vlmdiag.types import VLM
 
 SIZE = (168, 126)
@@ -115,15 +116,30 @@ def check(vlm: VLM) -> str | None:
     return None if grid is None else _check_grid(vlm, batch, grid, picture)
 
 
+@torch.inference_mode()
+def check_talk(vlm: VLM, sample: Sample, pictures: Pictures) -> None:
+    """UsageError where a sample, such as one of several pictures and turns, is not what the model's
+    own processor and generate() make of it."""
+    assert sample.talk is not None
+    # special strings that were typed stay text here, and would be special to the processor
+    bare = str.maketrans("", "", "<>[]|")
+    turns = [
+        replace(turn, parts=tuple(part and part.translate(bare) for part in turn.parts))
+        for turn in sample.talk.turns
+    ]
+    sample = replace(sample, talk=replace(sample.talk, turns=tuple(turns)))
+    _check_own_word(vlm, sample, pictures, 1e-3 if exact(vlm) else 0.3)
+
+
 def _check_own_word(
-    vlm: VLM, sample: Sample, picture: Image.Image, tolerance: float, steps: int = 3
+    vlm: VLM, sample: Sample, picture: Pictures, tolerance: float, steps: int = 3
 ) -> None:
     """Our encoding, features, positions and token types give what the processor's complete output
     gives in the model's own generate(), with eager attention: ids of the prompt, logits, the last
     row of each layer's attention, and greedy ids."""
     batch = vlm.encode([sample], [picture])
     prompt = batch.prompts[0]
-    inputs = own_inputs(vlm, picture, prompt)
+    inputs = own_inputs(vlm, [*picture] if isinstance(picture, tuple) else picture, prompt)
     ours = batch.input_ids[0].tolist()
     theirs = inputs["input_ids"][0].tolist()
     if ours != theirs:
@@ -186,8 +202,11 @@ def _compare_answers(
             )
 
 
-def own_inputs(vlm: VLM, picture: Image.Image, prompt: str) -> dict[str, Tensor]:
-    """All that the model's processor makes of a picture and a prompt, as its forward takes it."""
+def own_inputs(
+    vlm: VLM, picture: Image.Image | list[Image.Image], prompt: str
+) -> dict[str, Tensor]:
+    """All that the model's processor makes of a picture, or of several, and a prompt, as its
+    forward takes it."""
     bos = vlm.tokenizer.bos_token
     inputs = vlm.processor(
         images=picture,

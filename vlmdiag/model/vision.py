@@ -45,7 +45,8 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     shapes = {part.shape[1:] for part in pooled_parts if isinstance(part, Tensor)}
     features.of_picture = shapes.pop() if len(shapes) == 1 else ()
     pooled = torch.cat([_tokens(part) for part in pooled_parts])
-    counts = [int((batch.groups[row] == VISION).sum()) for row in first_rows]
+    in_pictures = list(batch.in_pictures())
+    counts = [int(in_pictures[row].sum()) for row in first_rows]
     if sum(counts) != len(pooled):
         raise ValueError(
             f"the prompts have {sum(counts)} vision tokens, get_image_features of"
@@ -55,7 +56,11 @@ def image_features(vlm: VLM, batch: Batch) -> ImageFeatures:
     def per_sample(tokens: Tensor) -> list[Tensor]:
         """(N, d) of the distinct pictures -> (P, d) for each sample."""
         of_picture = dict(zip(pictures, tokens.split(counts), strict=True))
-        return [of_picture[picture] for picture in batch.pictures]
+        of_pictures = [of_picture[picture] for picture in batch.pictures]
+        if batch.numbers is None:
+            return of_pictures
+        rows = range(len(batch.samples))
+        return [torch.cat(of_pictures[batch.of_sample(row)]) for row in rows]
 
     features.pooler_output = per_sample(pooled)
     if vlm.family.deepstack:

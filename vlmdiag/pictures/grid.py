@@ -96,6 +96,11 @@ class PatchGrid:
         painted[(xs < x0) | (xs > x1) | (ys < y0) | (ys > y1)] = np.nan
         return painted
 
+    def rescaled(self, size: tuple[int, int]) -> PatchGrid:
+        """The grid in pixels of its picture at another size (width, height)."""
+        factors = np.array([size[0] / self.size[0], size[1] / self.size[1]] * 2)
+        return PatchGrid(self.boxes * factors, self.shape, size)
+
     def coverage(self, mask: Bool[np.ndarray, "height width"]) -> Float[np.ndarray, " P"]:
         """Share of each token's box that a picture mask covers, in [0, 1]; 0 for tokens without a
         box or off the picture. ValueError for a mask of another size."""

@@ -1,7 +1,8 @@
 """A map over a picture: bring picture and grid to the size at which they are shown, make the
 picture pale and grey so that colours stay apart, paint the map on it, add the colour bar.
 
-    shown, grid = at_pixel_size(picture, batch.grids[0])
+    shown = at_pixel_size(picture)
+    grid = batch.grids[0].rescaled(shown.size)
     show_picture(axis, pale(shown))
     heat = show_map(axis, grid.paint(values), "viridis", opacity=0.75)
     color_bar(figure, heat, label="attention", ax=axis)
@@ -15,8 +16,6 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from PIL import Image
 
-from vlmdiag.pictures.grid import PatchGrid
-
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from matplotlib.axes import Axes
@@ -25,17 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
 
+    from vlmdiag.pictures.grid import PatchGrid
+
 ColorbarOption = Any  # what Figure.colorbar takes: ax, cax, label, shrink, ...
 SHOWN = 1024  # pixels of the longer side of a picture in a figure
 
 
 # ---- size ----
-
-
-def rescaled(grid: PatchGrid, size: tuple[int, int]) -> PatchGrid:
-    """The grid in pixels of its picture at another size (width, height)."""
-    factors = np.array([size[0] / grid.size[0], size[1] / grid.size[1]] * 2)
-    return PatchGrid(grid.boxes * factors, grid.shape, size)
 
 
 def at_pixel_size(picture: Image.Image, longer_side: int = SHOWN) -> Image.Image:

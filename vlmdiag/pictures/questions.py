@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeGuard
 from urllib.parse import unquote, urlsplit
 
-from vlmdiag.cli import UsageError
+from vlmdiag.cli import TALK_COMMANDS, UsageError
 from vlmdiag.pictures.entries import Entry, checked_id, entries_of, read_list, text_id
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.types import Fields, Record
@@ -119,8 +119,14 @@ def read_mmhal(path: str | Path, image_root: str | Path | None = None) -> list[S
 def _asked(path: str | Path) -> list[Entry]:
     """The entries of a question list, each with a picture and a question."""
     content = read_list(path)
-    if isinstance(content, dict) and any(name in content for name in _QUESTION):
+    if isinstance(content, dict) and any(name in content for name in (*_QUESTION, "messages")):
         content = [content]  # JSON lines of one line
+    talks = [e for e in content if isinstance(e, dict)] if isinstance(content, list) else []
+    if any("messages" in entry or isinstance(entry.get("images"), list) for entry in talks):
+        raise UsageError(
+            f"{path} has prompts of several pictures or turns, which this command does not take:"
+            f" --messages of {', '.join(TALK_COMMANDS)} does"
+        )
     form = None
     if isinstance(content, dict) and isinstance(content.get("questions"), list):
         form = "VQA's"
@@ -145,7 +151,10 @@ def _picture_name(path: str | Path, n: int, entry: Fields) -> str | None:
     if isinstance(name, list) and len(name) == 1:
         name = name[0]
     if isinstance(name, list):
-        raise UsageError(f"{path}: entry {n} has {len(name)} pictures, a question is about one")
+        raise UsageError(
+            f"{path}: entry {n} has {len(name)} pictures, a question is about one; several in one"
+            f" prompt: --messages of {', '.join(TALK_COMMANDS)}"
+        )
     if name is not None and not isinstance(name, str):
         raise UsageError(f"{path}: the image of entry {n} is a {type(name).__name__}, not a path")
     if name and name.startswith(("http://", "https://")):

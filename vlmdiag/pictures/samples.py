@@ -1,5 +1,5 @@
-"""A sample, one image and one prompt, and the one reader of pictures. Lists of samples: coco.py,
-questions.py. Kept free of torch."""
+"""A sample, one prompt about one picture or several, and the one reader of pictures. Lists of
+samples: coco.py, questions.py, talks.py. Kept free of torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import stat
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
@@ -21,6 +21,7 @@ from PIL import Image
 
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.deferred import held_or_deferred
+from vlmdiag.pictures.video import Frame, read_frames
 from vlmdiag.types import Record
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -71,15 +72,40 @@ AT_HAND = Path()  # the image of a sample whose picture is given beside it
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message of a conversation: parts in order, each a text, or None for a picture."""
+
+    role: str  # user or assistant
+    parts: tuple[str | None, ...]
+
+    @property
+    def text(self) -> str:
+        """Its words."""
+        return " ".join(part for part in self.parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A prompt of several pictures or several turns: its pictures in the order in which the turns
+    have them. The last turn is the user's."""
+
+    images: tuple[Path | Frame, ...]
+    turns: tuple[Turn, ...]
+    system: str | None = None  # a system message of its own
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image and one prompt. id: text, unique within a list, names the item's files; extra: what
-    else the list says, 'image_id' as it stands there."""
+    else the list says, 'image_id' as it stands there. talk: the whole prompt where it has several
+    pictures or turns, of which image is the first picture and question the last turn's words."""
 
     id: str
     image: Path
     question: str
     answer: str | None = None
     extra: Record = field(default_factory=dict, hash=False)
+    talk: Talk | None = None
 
     @property
     def inputs(self) -> list[object]:
@@ -121,12 +147,49 @@ def with_picture(item: WithImage) -> tuple[WithImage, Image.Image]:
     return item, load_image(item.image)
 
 
-def given_image(path: str | Path) -> Image.Image:
-    """load_image() of a picture that a command cannot do without; UsageError where it fails."""
+Pictures = Image.Image | tuple[Image.Image, ...]  # of a sample: a tuple where it has a talk
+
+
+@contextlib.contextmanager
+def needed() -> Iterator[None]:
+    """Pictures that a command cannot do without: UsageError where one cannot be read."""
     try:
-        return load_image(path)
+        yield
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+def given_image(path: str | Path) -> Image.Image:
+    """load_image() of a picture that a command cannot do without."""
+    with needed():
+        return load_image(path)
+
+
+def given_pictures(sample: Sample) -> Pictures:
+    """The pictures of a sample that a command cannot do without."""
+    with needed():
+        return with_pictures(sample)[1]
+
+
+def with_pictures(sample: Sample) -> tuple[Sample, Pictures]:
+    """(sample, its picture, of a talk the tuple of its pictures), for engine.run_items."""
+    if sample.talk is None:
+        return with_picture(sample)
+    return sample, load_pictures(sample.talk.images)
+
+
+def load_pictures(sources: Sequence[Path | Frame]) -> tuple[Image.Image, ...]:
+    """The pictures of several files and frames of videos; a video is decoded once. Errors of
+    load_image() and video.read_frames()."""
+    wanted: dict[Path, list[int]] = {}
+    for source in sources:
+        if isinstance(source, Frame):
+            wanted.setdefault(source.video, []).append(source.index)
+    frames = {video: read_frames(video, indices) for video, indices in wanted.items()}
+    return tuple(
+        frames[source.video][source.index] if isinstance(source, Frame) else load_image(source)
+        for source in sources
+    )
 
 
 def load_image(path: str | Path | IO[bytes]) -> Image.Image:

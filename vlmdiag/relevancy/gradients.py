@@ -21,8 +21,9 @@ Q-Former, q of them queries.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -311,8 +312,10 @@ def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | Q
     former = vlm.parts.qformer
     no_layers: list[dict[str, Tensor]] = []
     keeping = _query_attention(former) if former else contextlib.nullcontext(no_layers)
+    # each picture by itself, though it may be there twice: its relevancy is its own
+    apart = replace(batch, pictures=[bytes([number]) for number in range(len(batch.pictures))])
     with recording(vlm.parts.tower, vlm.parts.vision_blocks) as blocks, keeping as layers:
-        features = entered(vlm, vlm.vision(batch))
+        features = entered(vlm, vlm.vision(apart))
     if not blocks:
         return features, None
     pooled = features[:, : vlm.model.get_input_embeddings().weight.shape[1]]
@@ -320,16 +323,31 @@ def _see(vlm: VLM, batch: Batch) -> tuple[Float[Tensor, "P d_in"], TowerPass | Q
         none = torch.empty(len(pooled), 0, dtype=torch.long, device=vlm.device)
         maps = [QueryMaps(maps["own"], maps.get("cross")) for maps in layers]
         return features, QFormerPass(blocks, pooled, none, vlm.device, maps, former)
-    if vlm.family.sources:
-        grid = batch.grids[0]
-        assert grid is not None  # a family that names sources has a grid
-        named = vlm.family.sources(vlm, grid.size, batch.image_rows[0])
-        sources = torch.from_numpy(named).to(vlm.device)
-    else:
-        # one position each, behind CLS where there is one
-        count = blocks[0].input.shape[1]
-        sources = torch.arange(count - len(pooled), count, device=vlm.device)[:, None]
+    sources = _sources(vlm, batch, blocks[0].input.shape[1])
     return features, TowerPass(blocks, pooled, sources, vlm.device)
+
+
+def _sources(vlm: VLM, batch: Batch, positions: int) -> Int[Tensor, "P k"]:
+    """TowerPass.sources of a batch's pictures, whose tiles have so many positions each."""
+    of_pictures = []
+    tiles = 0
+    pictures = zip(batch.grids, batch.image_rows, batch.in_pictures(), strict=True)
+    for grid, inputs, in_picture in pictures:
+        count = int(in_picture.sum())
+        # one position each, behind CLS where there is one
+        sources = torch.arange(positions - count, positions)[:, None]
+        if vlm.family.sources:
+            assert grid is not None  # a family that names sources has a grid
+            sources = torch.from_numpy(vlm.family.sources(vlm, grid.size, inputs))
+        of_pictures.append(torch.where(sources < 0, sources, sources + tiles * positions))
+        if len(batch.grids) > 1:
+            tiles += math.prod(inputs["pixel_values"].shape[:-3])
+    widest = max(sources.shape[1] for sources in of_pictures)
+    padded = [
+        nn.functional.pad(sources, (0, widest - sources.shape[1]), value=-1)
+        for sources in of_pictures
+    ]
+    return torch.cat(padded).to(vlm.device)
 
 
 @contextlib.contextmanager

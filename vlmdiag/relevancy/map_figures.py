@@ -20,8 +20,7 @@ from PIL import Image
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.pictures import overlay
-from vlmdiag.pictures.grid import PatchGrid
-from vlmdiag.pictures.samples import load_image
+from vlmdiag.pictures.mosaic import IN_A_ROW, Mosaic, recorded
 from vlmdiag.relevancy import rules
 from vlmdiag.types import Record
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
+    from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.runs.rundirs import Run
 
 SHOWN = 480  # pixels of the longer side of a picture
@@ -56,11 +56,18 @@ class Maps:
     grid: PatchGrid
 
     @classmethod
-    def read(cls, run: Run, id: str, folder: str | Path, hide_sinks: bool) -> Maps:
-        """The maps of one item. UsageError where the places of its cells are unknown."""
+    def read(cls, run: Run, id: str, folder: str | Path | None, hide_sinks: bool) -> Maps:
+        """The maps of one item, over several pictures side by side. UsageError where the places of
+        its cells are unknown. folder: where its picture is; those of a talk know it themselves."""
         record = run.record(id)
         arrays = run.arrays(id)
-        if record["grid"] is None:
+        if folder is None and "images" not in record:
+            raise UsageError(f"--image_dir is needed: where the picture of {id} is")
+        try:
+            picture, grid = recorded(record, arrays, folder)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{run.path}: the picture of {id}: {error} (--image_dir)") from error
+        if grid is None:
             raise UsageError(
                 f"{run.path}: where the vision tokens lie in the picture (grid) is unknown for this"
                 " model, so nothing can be drawn on it"
@@ -77,14 +84,11 @@ class Maps:
                 )
             cells[..., is_sink] = np.nan
             hidden = int(is_sink.sum())
-        try:
-            picture = load_image(Path(folder) / record["file_name"])
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{run.path}: the picture of {id}: {error} (--image_dir)") from error
-        picture = overlay.at_smooth_size(picture, SHOWN, how=Image.Resampling.BICUBIC)
-        shape, size = record["grid"]["shape"], record["grid"]["size"]
-        grid = PatchGrid(arrays["boxes"], shape and tuple(shape), size)
-        grid = overlay.rescaled(grid, picture.size)
+        side = SHOWN
+        if isinstance(grid, Mosaic):
+            side = SHOWN * min(IN_A_ROW, len(grid.parts))
+        picture = overlay.at_smooth_size(picture, side, how=Image.Resampling.BICUBIC)
+        grid = grid.rescaled(picture.size)
         return cls(record, arrays["rows"], cells, hidden, picture, grid)
 
     def draw(self, axis: Axes, values: Float[np.ndarray, " S"], ceiling: float, title: str) -> None:
@@ -106,6 +110,15 @@ class Maps:
             Words("question", [labels[i] for i in question], question),
             Words("earlier answer", [labels[i] for i in earlier], earlier),
         ]
+
+    @property
+    def panel(self) -> tuple[float, float]:
+        """Inches of a map with its title, (width, height): wider for pictures side by side."""
+        width, height = self.picture.size
+        if not isinstance(self.grid, Mosaic) or width <= height:
+            return 2.3, 2.6
+        wide = min(2.3 * width / height, 2.3 * IN_A_ROW)
+        return wide, wide * height / width + 0.6
 
     def layer_index(self, layer: int | None) -> int:
         """Where a layer stands among those of the run; None: the last."""
@@ -131,10 +144,11 @@ def tokens_figure(
     k = maps.layer_index(layer)
     total = len(record["tokens"])
     count = min(max_tokens, total)
-    columns = min(6, count)
+    width, height = maps.panel
+    columns = min(round(13.8 / width), count)
     rows = -(-count // columns)
     ceiling = ceiling or float(np.nanmax(maps.cells[:count, k])) or 1.0
-    size = (2.3 * columns + 0.8, 2.6 * rows + 0.6)
+    size = (width * columns + 0.8, height * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -169,12 +183,19 @@ def token_figure(maps: Maps, token: int, layer: int | None, ceiling: float | Non
     spread = np.linspace(0, len(layers) - 1, min(6, len(layers)))
     chosen = sorted({round(i) for i in spread} | {k})[-6:]
     ceiling = ceiling or float(np.nanmax(maps.cells[token, chosen])) or 1.0
-    figure = plt.figure(figsize=(2.3 * len(chosen) + 0.8, 6.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
-    axes = top.subplots(1, len(chosen), squeeze=False)[0]
+    width, height = maps.panel
+    columns = min(round(13.8 / width), len(chosen))
+    rows = -(-len(chosen) // columns)
+    heights = (3.1 + height * rows - 2.6, 3.1)
+    figure = plt.figure(figsize=(width * columns + 0.8, sum(heights)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    grid = top.subplots(rows, columns, squeeze=False)
+    axes = grid.ravel()
+    for axis in axes[len(chosen) :]:
+        axis.set_axis_off()
     for axis, index in zip(axes, chosen):
         maps.draw(axis, maps.cells[token, index], ceiling, f"up to layer {layers[index]}")
-    _bar(top, ceiling, axes)
+    _bar(top, ceiling, grid)
     word_lists = maps.words_before(token)
     widths = [max(3, len(words.labels)) for words in word_lists]
     bars = bottom.subplots(1, 2, width_ratios=widths, sharey=True)

@@ -15,6 +15,7 @@ import torch
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.lens import vocabulary
+from vlmdiag.pictures.talks import record_of
 from vlmdiag.relevancy import methods, rules
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.types import Record
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from vlmdiag.batch import Batch
     from vlmdiag.pictures.grid import PatchGrid
-    from vlmdiag.pictures.samples import Sample
+    from vlmdiag.pictures.samples import Pictures, Sample
     from vlmdiag.relevancy.gradients import Trace
     from vlmdiag.relevancy.methods import Relevancy
     from vlmdiag.types import VLM
@@ -57,14 +58,14 @@ def make_process(
     use_answers: bool = False,
     tower: bool = True,
     budget: int = methods.BUDGET,
-) -> Callable[[Sequence[tuple[Sample, Image]]], list[tuple[Record, Arrays]]]:
+) -> Callable[[Sequence[tuple[Sample, Pictures]]], list[tuple[Record, Arrays]]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...].
 
     layers: up to which relevancy is gathered. use_answers: measure each sample's answer by teacher
     forcing. tower: go on through connector and tower. budget: bytes of one layer's maps.
     """
 
-    def measure(sample: Sample, picture: Image) -> tuple[Record, Arrays]:
+    def measure(sample: Sample, picture: Pictures) -> tuple[Record, Arrays]:
         batch = vlm.encode([sample], [picture])
         given = sample.answer if use_answers else None
         ids = answer_of(vlm, batch, given, max_new_tokens)
@@ -78,14 +79,19 @@ def make_process(
         arrays["raw_attention"] = attention[..., run.vision.cpu().numpy()]
         arrays["vision_norms"] = run.tokens.float().norm(dim=-1).cpu().numpy()
         arrays = {name: np.asarray(values, np.float32) for name, values in arrays.items()}
+        record = _record(run, sample, relevancy)
+        if isinstance(picture, tuple):
+            places, of_places = batch.places(0)
+            shares = picture_shares(run, relevancy)
+            record |= places | record_of(sample) | batch.parts(0) | {"picture_share": shares}
+            return record, arrays | of_places
         grid = places_of(vlm, batch, picture)
         if grid is not None:
             arrays["boxes"] = grid.boxes
-        record = _record(run, sample, relevancy)
         record["grid"] = None if grid is None else {"shape": grid.shape, "size": grid.size}
         return record, arrays
 
-    def process(loaded: Sequence[tuple[Sample, Image]]) -> list[tuple[Record, Arrays]]:
+    def process(loaded: Sequence[tuple[Sample, Pictures]]) -> list[tuple[Record, Arrays]]:
         return [measure(sample, picture) for sample, picture in loaded]
 
     return process
@@ -120,3 +126,16 @@ def visual_share(run: Trace, relevancy: Relevancy) -> list[list[float]]:
     is_text = torch.isin(run.batch.groups[0].cpu(), torch.tensor(TEXT))
     of_text = torch.from_numpy(relevancy.rows)[..., is_text]
     return rules.share(torch.from_numpy(relevancy.image), of_text).tolist()
+
+
+def picture_shares(run: Trace, relevancy: Relevancy) -> list[list[list[float]]]:
+    """The same of each picture of a talk, [token][layer][picture]: max R of its own vision tokens /
+    (max R_img + max R_text), of which the largest is the visual share."""
+    is_text = torch.isin(run.batch.groups[0].cpu(), torch.tensor(TEXT))
+    of_text = torch.from_numpy(relevancy.rows)[..., is_text].amax(-1)
+    image = torch.from_numpy(relevancy.image)
+    assert run.batch.numbers is not None
+    numbers = run.batch.numbers[0, run.vision].cpu()
+    of_pictures = [image[..., numbers == number].amax(-1) for number in numbers.unique().tolist()]
+    whole = (image.amax(-1) + of_text)[..., None]
+    return (torch.stack(of_pictures, -1) / whole).where(whole > 0, float("nan")).tolist()

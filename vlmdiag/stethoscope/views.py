@@ -257,7 +257,7 @@ class Canvas:
         self, picture: Image.Image, grid: PatchGrid | None, longer_side: int = SHOWN
     ) -> None:
         self.picture = overlay.at_smooth_size(picture, longer_side, most_enlarged=4.0)
-        self.grid = None if grid is None else overlay.rescaled(grid, self.picture.size)
+        self.grid = None if grid is None else grid.rescaled(self.picture.size)
         self._grey = overlay.pale(self.picture)
 
     @property

@@ -63,7 +63,7 @@ def draw(
     grey = None
     if picture is not None:
         picture = overlay.at_pixel_size(picture)
-        grid = overlay.rescaled(grid, picture.size)
+        grid = grid.rescaled(picture.size)
         grey = overlay.pale(picture, darkest=0.35)
         overlay.show_picture(axes[0], np.asarray(picture))
         axes[0].set_title("Picture", fontsize=10)
