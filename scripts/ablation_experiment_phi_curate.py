@@ -1,10 +1,19 @@
 """ablation_experiment_curate.py on LLaVA-Phi, unless --model_path is given."""
 
-import sys
+from __future__ import annotations
 
-from vlmdiag.cli import replace_by
+import sys
+from collections.abc import Sequence
+
+from vlmdiag import cli
 
 PHI = "xtuner/llava-phi-3-mini-hf"
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    return cli.call("scripts/ablation_experiment_curate.py", ["--model_path", PHI, *arguments])
+
+
 if __name__ == "__main__":
-    replace_by("scripts/ablation_experiment_curate.py", ["--model_path", PHI, *sys.argv[1:]])
+    cli.run(main)

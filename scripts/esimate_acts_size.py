@@ -1,8 +1,17 @@
 """estimate_acts_size.py under the name that the document gives it."""
 
-import sys
+from __future__ import annotations
 
-from vlmdiag.cli import replace_by
+import sys
+from collections.abc import Sequence
+
+from vlmdiag import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    return cli.call("scripts/estimate_acts_size.py", [*arguments])
+
 
 if __name__ == "__main__":
-    replace_by("scripts/estimate_acts_size.py", sys.argv[1:])
+    cli.run(main)

@@ -263,7 +263,7 @@ def problem_of(case: Case, work: Path, data: Path) -> str | None:
         return f"{len(errors)} lines of error: {said[-300:]}"
     if code == 2 and "--help lists the flags" in errors[0]:
         return f"the command of the case is wrong: {errors[0]}"
-    if code == 2 and len(errors[0]) > 900:
+    if code == 2 and len(errors[0]) > 1500:
         return f"a line of {len(errors[0])} characters: {errors[0][:200]}"
     return None
 

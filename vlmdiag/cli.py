@@ -174,10 +174,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then
     )
 
 
-def replace_by(command: str, arguments: Sequence[str]) -> NoReturn:
-    """End as another command of the checkout does, run with these arguments in this folder."""
-    words = [sys.executable, str(CHECKOUT / command), *arguments]
-    sys.exit(subprocess.run(words).returncode)
+def call(command: str, arguments: Sequence[str]) -> int:
+    """Exit code of another command of the checkout, run with these arguments in this folder."""
+    return subprocess.run([sys.executable, str(CHECKOUT / command), *arguments]).returncode
 
 
 TALKS = ("images", "messages", "video")
