@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for title, of_run in curves.items():
             early = norm_figures.early_mean(of_run.ratio, args.early_k)
             print(
-                f"{title}: mean log10(vision / user text) over the first {args.early_k} hidden"
-                f" states {early:+.3f} (n = {len(shown)})"
+                f"{title}: log10 of the mean ratio vision / user text, mean over the first"
+                f" {args.early_k} hidden states: {early:+.3f} (n = {len(shown)})"
             )
 
     if image_id:
@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = args.out or f"hidden_norms_avg_sp-{args.sp}.png"
     png = plots.save(figure, out, vars(args) | {"labels": labels, "images": len(shown)})[0]
     if args.save_csv:
-        columns = {"layer": range(max(len(of_run.ratio.mean) for of_run in curves.values()))}
+        states = max(len(of_run.ratio.mean) for of_run in curves.values())
+        columns = {"hidden_state": range(states)}
         for title, of_run in curves.items():
             for name, interval in of_run._asdict().items():
                 columns[f"{title}_{name}"] = interval.mean

@@ -496,7 +496,7 @@ def test_hidden_norms_average_each_images_own_ratio(runs, folder, tmp_path, monk
     out = cli_run("viz_hidden_norms", *arguments, cwd=folder)
     rows = table(tmp_path / "norms.csv")
     assert len(rows) == 10 and list(rows[0])[:4] == [
-        "layer",
+        "hidden_state",
         "tiny-llava_user_text",
         "tiny-llava_vision",
         "tiny-llava_ratio",
@@ -509,8 +509,8 @@ def test_hidden_norms_average_each_images_own_ratio(runs, folder, tmp_path, monk
         )
     early = np.log10((vision / user).mean(axis=0))[:3].mean()
     assert (
-        f"tiny-llava: mean log10(vision / user text) over the first 3 hidden states {early:+.3f} (n"
-        " = 7)" in out
+        "tiny-llava: log10 of the mean ratio vision / user text, mean over the first 3 hidden states:"
+        f" {early:+.3f} (n = 7)" in out
     )
 
     drawn = []
