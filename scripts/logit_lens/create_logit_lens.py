@@ -28,7 +28,7 @@ from vlmdiag import cli
 from vlmdiag.interp.lens_page import write_page
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.pictures.samples import Sample, given_image, list_pictures, with_picture
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -130,6 +130,7 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     samples = read_folder(args)
+    folder = disk.out_folder(args.out_dir)
     from vlmdiag.interp.lens_measures import make_page_process
     from vlmdiag.model.prompts import prompt_for
     from vlmdiag.runs.experiment import run_experiment
@@ -151,8 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"image_folder": args.image_dir, "batch_size": args.batch_size},
         batch_size=args.batch_size,
     )
-    folder = Path(args.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     written = write_pages(
         outcome.run, samples, folder, rundirs.slug(args.model_path), args.overwrite
     )
