@@ -81,8 +81,8 @@ def published_name(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    check_replacement(args)
     items = targets.read_curated_targets(args)
+    check_replacement(args)
     from vlmdiag.interp.ablation import START, make_curated_process
     from vlmdiag.runs.experiment import run_experiment
 

@@ -241,3 +241,12 @@ def test_a_pipe_among_pictures_is_none_and_is_not_waited_for(tmp_path):
     assert [file.name for file in list_pictures(tmp_path)] == ["b.jpg"]
     with pytest.raises(ValueError, match="no file"):
         load_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.fast
+def test_a_place_for_results_that_is_none_is_said_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").touch()
+    assert disk.out_folder(tmp_path / "a" / "b").is_dir()
+    for place in ("file", "file/below"):
+        with pytest.raises(UsageError, match="cannot write"):
+            disk.out_folder(tmp_path / place)

@@ -28,7 +28,7 @@ from vlmdiag.interp.lens_page import SCHEMA, read_facts, write_page
 from vlmdiag.pictures import talks
 from vlmdiag.pictures.mosaic import recorded
 from vlmdiag.pictures.samples import Sample, list_pictures, needed, with_pictures
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import disk, rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -149,6 +149,7 @@ def turns_of(record: Record) -> list[int] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     samples = read_folder(args)
+    folder = disk.out_folder(args.out_dir)
     from vlmdiag.interp.lens_measures import make_page_process
     from vlmdiag.model.prompts import prompt_for, talk_for
     from vlmdiag.runs.experiment import run_experiment
@@ -174,8 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"image_folder": args.image_dir, "batch_size": args.batch_size},
         batch_size=args.batch_size,
     )
-    folder = Path(args.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     written = write_pages(
         outcome.run, samples, folder, rundirs.slug(args.model_path), args.overwrite
     )

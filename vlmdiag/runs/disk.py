@@ -169,6 +169,16 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def out_folder(path: str | Path) -> Path:
+    """A folder for results, made where it is not there. UsageError where it cannot be, before
+    anything is computed for it."""
+    folder = Path(path)
+    make_folder(folder / "file")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to {folder}: permission denied")
+    return folder
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write bytes, with the folder. UsageError where that cannot be."""
     make_folder(Path(path))
