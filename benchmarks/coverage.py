@@ -113,7 +113,7 @@ def coverage_of_coherence(lean: float, n: int, samples: int, seed: int) -> float
         vectors[:, 0] += lean
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    truth = float(np.square(units(1_000_000).mean(0)).sum()) if lean else 0.0
+    truth = float(np.square(units(300_000).mean(0)).sum()) if lean else 0.0
     held = 0
     for index in range(samples):
         found = pairwise_cosine(units(n), seed=index // 10)

@@ -272,3 +272,24 @@ def test_fit_test_and_score(sets):
 def test_wrong_usage_is_one_line(arguments, why):
     done = script(*arguments)
     assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_signals_are_read_together_so_one_small_p_of_ten_proves_nothing():
+    def report(ps):
+        scores = {f"signal{n}": {"over_baseline": {"value": 0.2, "p": p}} for n, p in enumerate(ps)}
+        return {"signals": scores | {"log_probability": {"over_baseline": {"value": 0, "p": 1}}}}
+
+    reports = {"captions": report([0.04, 0.5, 0.6, 0.7, 0.8]), "questions": report([0.001, 0.9])}
+    warning.correct(reports)
+    first, second = (reports[kind]["signals"]["signal0"] for kind in ("captions", "questions"))
+    assert first["p_holm"] == pytest.approx(0.24) and not first["beats_baseline"]
+    assert second["p_holm"] == pytest.approx(0.007) and second["beats_baseline"]
+    assert "p_holm" not in reports["captions"]["signals"]["log_probability"]
+    rng = np.random.default_rng(0)
+    labels = np.tile([True, False], 40)
+    good, bad = labels + rng.normal(size=80) * 0.3, rng.normal(size=80)
+    drawn = calibration.draws(np.arange(80), resamples=199)
+    found = calibration.auroc_difference(good, bad, labels, drawn)
+    assert found["low"] > 0 and found["p"] == pytest.approx(2 / 200)
+    same = calibration.auroc_difference(good, good, labels, drawn)
+    assert same["value"] == 0 and same["p"] == 1
