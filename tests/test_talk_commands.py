@@ -12,6 +12,7 @@ from PIL import Image
 import common
 from tests.conftest import ROOT, in_process
 from vlmdiag.cli import UsageError
+from vlmdiag.interp.lens_page import write_page
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.pictures.mosaic import side_by_side
 from vlmdiag.pictures.samples import load_pictures
@@ -207,6 +208,36 @@ def test_check_model_says_picture_and_turn_of_every_token(folder):
         assert grid.width > grid.height
 
 
+def test_the_page_names_picture_and_turn_of_a_chosen_position(tmp_path, open_browser):
+    size = (80, 60)
+    regular = PatchGrid.regular(2, 2, (0, 0, *size), size)
+    grids = [regular, PatchGrid(np.array([[0, 0, 40, 60], [np.nan] * 4]), None, size)]
+    canvas, mosaic = side_by_side([Image.new("RGB", size)] * 2, grids)
+    groups = ["bos", *["vision"] * 4, "user", "generated", *["vision"] * 2, "template"]
+    turns = [-1, 0, 0, 0, 0, 0, 1, 2, 2, 3]
+    ids = np.zeros((2, len(groups), 1), int)
+    labels = [str(position) for position in range(len(groups))]
+    facts = {"title": "t", "model": "m", "picture": "p", "prompt": "", "question": ""}
+    page = tmp_path / "page.html"
+    write_page(page, canvas, mosaic, labels, groups, ids, ids / 1.0, {0: "x"}, facts, turns)
+    browser = open_browser("1300,700", {"browser": "ALL"})
+    browser.get(page.as_uri())
+    browser.execute_script("document.querySelector('[data-filter=all]').click()")
+    for position, said in (
+        (0, "position 0 · bos"),
+        (3, "position 3 · picture 0, row 2, column 1 · turn 0"),
+        (6, "position 6 · generated · turn 1"),
+        (7, "position 7 · picture 1 · turn 2"),
+        (8, "position 8 · picture 1 · turn 2 · no place in the picture"),
+        (9, "position 9 · template · turn 3"),
+    ):
+        row = f'tbody tr[data-position="{position}"] th'
+        browser.execute_script(f"document.querySelector('{row}').click()")
+        place = "return document.getElementById('panel-place').textContent"
+        assert browser.execute_script(place) == said
+    assert not browser.get_log("browser")
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -305,9 +336,10 @@ def test_a_video_is_a_list_of_frames(folder):
 
 
 def test_what_is_wrong_with_a_video_is_one_line(folder, monkeypatch):
+    (folder / "broken.mp4").write_bytes(b"no video" * 20)
     for path, count, why in (
         (folder / "none.mp4", 2, "no such file"),
-        (folder / "talks.json", 2, "not a readable video"),
+        (folder / "broken.mp4", 2, "not a readable video"),
         (folder / "clip.mp4", 11, "has 10 frames"),
     ):
         with pytest.raises(UsageError, match=why):
