@@ -577,7 +577,7 @@ def test_an_export_is_a_run_that_viz_relevancy_reads(analysis, tmp_path):
         ("--host 192.168.1.2", "--auth"),
         ("--auth me", "user:password"),
         ("--max-length 0", "1 to"),
-        ("--temperature 0", "between"),
+        ("--temperature 0", "from 0.1 to 2"),
         ("--load-8bit --load_4bit", "exclude"),
         ("--model-name nowhere/at/all", "no such folder"),
     ],
