@@ -33,18 +33,17 @@ class Deferred(Image.Image):
     @property
     def im(self) -> ImagingCore:
         """The pixels, as Pillow's own methods ask for them."""
-        self.load()
+        if self._im is None:
+            self._im = self._decode().im
         return super().im
 
     @im.setter
     def im(self, pixels: ImagingCore | None) -> None:
         self._im = pixels
 
-    def load(self) -> PixelAccess | None:
+    def load(self) -> PixelAccess:
         """Decode where that was not done yet, as Pillow's own methods ask for it."""
-        if self._im is None:
-            self._im = self._decode().im
-        return super().load()
+        return self.im.pixel_access(self.readonly)
 
 
 def let_go(image: Image.Image) -> None:

@@ -65,6 +65,11 @@ class Session:
             self.kept.popitem(last=False)
         return analysis
 
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing that could be let go?"""
+        return self.picture is None and self.current is None and not self.kept
+
     def keep_current(self) -> None:
         """Let the analyses go that are not shown."""
         for digest in [digest for digest, kept in self.kept.items() if kept is not self.current]:
@@ -72,7 +77,7 @@ class Session:
 
     def end(self, why: str) -> None:
         """Let everything go but where the picture came from."""
-        had = self.current is not None or self.picture is not None
+        had = not self.is_empty
         self.kept.clear()
         self.current = self.picture = None
         self.exports.clear()
@@ -109,7 +114,7 @@ class Sessions:
         finally:
             if size_of(session) > self.memory:
                 session.keep_current()
-            size = size_of(session)
+            size = 0 if session.is_empty else size_of(session)
             with self._lock:
                 session.size = size
                 self._touch(visitor)
