@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vlmdiag.model.decoding import generate
     from vlmdiag.model.lens import End
     from vlmdiag.model.probes import GroupMass, HiddenNorms, HiddenStates, Probe, VisionRows
-    from vlmdiag.pictures.samples import Pictures, Sample, Talk, Turn, load_image
+    from vlmdiag.pictures.samples import Chat, Pictures, Sample, Turn, load_image
     from vlmdiag.types import ImageFeatures
 
 # Named here, written in vlmdiag/ and imported at first use, so that a command parses its arguments
@@ -52,7 +52,7 @@ NAMED = {
     "Probe": "vlmdiag.model.probes",
     "VisionRows": "vlmdiag.model.probes",
     "Sample": "vlmdiag.pictures.samples",
-    "Talk": "vlmdiag.pictures.samples",
+    "Chat": "vlmdiag.pictures.samples",
     "Turn": "vlmdiag.pictures.samples",
     "load_image": "vlmdiag.pictures.samples",
     "GROUPS": "vlmdiag.groups",
@@ -70,7 +70,7 @@ __all__ = [
     "HiddenStates",
     "Probe",
     "Sample",
-    "Talk",
+    "Chat",
     "Turn",
     "VisionRows",
     "capture",
@@ -221,7 +221,7 @@ class VLM:
         self, samples: Sequence[Sample], images: Sequence[Pictures], strip_system: bool = False
     ) -> Batch:
         """The prompts of samples about their pictures as a batch, padded on the left. images: a
-        picture each, of a sample with a talk the tuple of its pictures."""
+        picture each, of a sample with a chat the tuple of its pictures."""
         from vlmdiag.model.encoding import encode
 
         return encode(self, samples, images, strip_system)

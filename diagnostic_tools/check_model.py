@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "question", nargs="?", default="Describe the image.", help="asked about the picture"
     )
-    cli.add_talk_arguments(parser)
+    cli.add_chat_arguments(parser)
     parser.add_argument("--out", default="grid.png", help="picture with the grid of vision tokens")
     parser.add_argument("--json", default=None, help="file for all that is printed, as JSON")
     parser.add_argument(
@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.images or args.video) and args.image:
         args.question, args.image = args.image, None
-    cli.check_talk(parser, args, not_with=["image"])
+    cli.check_chat(parser, args, not_with=["image"])
     if args.propose_grid and args.no_weights:
         parser.error("--propose_grid measures the model, so it needs its weights")
     return args
@@ -79,8 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def asked(args: argparse.Namespace) -> tuple[Sample, Pictures]:
     """The first prompt of --images, --messages or --video with its pictures, else the question
     about the picture of a path, or a drawn one. UsageError where one cannot be read."""
+    from vlmdiag.pictures.chats import given_samples
     from vlmdiag.pictures.samples import AT_HAND, Sample, given_image, given_pictures
-    from vlmdiag.pictures.talks import given_samples
     from vlmdiag.scenes.scene import floor_scene, render
 
     for sample in given_samples(argparse.Namespace(**vars(args), prompt_text=args.question)):
@@ -102,8 +102,8 @@ def loaded(args: argparse.Namespace, sample: Sample, pictures: Pictures, report:
         try:
             with as_usage_error(args.model_path, "the self-check failed"):
                 note = selfcheck.check(vlm)
-                if sample.talk is not None:
-                    selfcheck.check_talk(vlm, sample, pictures)
+                if sample.chat is not None:
+                    selfcheck.check_chat(vlm, sample, pictures)
             found = f"passed: {note}" if note else "passed"
             report["self_check"] = {"passed": True, "found": found}
         except UsageError as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
-from vlmdiag.pictures import talks
+from vlmdiag.pictures import chats
 from vlmdiag.pictures.questions import read_questions
 from vlmdiag.pictures.samples import Sample, list_pictures, with_pictures
 
@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image_dir", "--image_folder", help="folder of pictures, or of those of --messages"
     )
-    cli.add_talk_arguments(parser)
+    cli.add_chat_arguments(parser)
     parser.add_argument(
         "--question_file",
         default=None,
@@ -80,17 +80,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_run_arguments(parser, "picture")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    cli.check_talk(parser, args, ["image_dir"], ["question_file"])
+    cli.check_chat(parser, args, ["image_dir"], ["question_file"])
     if args.use_answers and not (args.question_file or args.messages):
         parser.error("--use_answers needs --question_file or --messages")
     return args
 
 
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """The talks that are given, else a Sample per question of the list, or per picture of the
+    """The chats that are given, else a Sample per question of the list, or per picture of the
     folder."""
-    if of_talks := talks.given_samples(args, args.image_dir):
-        return of_talks[: args.max_images]
+    if of_chats := chats.given_samples(args, args.image_dir):
+        return of_chats[: args.max_images]
     if args.question_file:
         return read_questions(args.question_file, args.image_dir)[: args.max_images]
     return [
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     samples = read_samples(args)
 
-    from vlmdiag.model.prompts import prompt_for, talk_for
+    from vlmdiag.model.prompts import chat_for, prompt_for
     from vlmdiag.relevancy.maps import make_process
     from vlmdiag.runs.experiment import run_experiment
 
@@ -122,11 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = chosen_layers(args, len(vlm.parts.layers))
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["prompt"] = prompt_for(vlm, args.prompt_text)[0]
-    if samples[0].talk is not None:
-        settings["prompt"] = talk_for(vlm, samples[0].talk).text
+    if samples[0].chat is not None:
+        settings["prompt"] = chat_for(vlm, samples[0].chat).text
     settings["layers"] = layers
     settings["questions"] = Path(args.question_file).name if args.question_file else None
-    settings |= talks.settings_of(args)
+    settings |= chats.settings_of(args)
     free = {"image_folder": args.image_dir, "memory": args.memory}
     process = make_process(
         vlm, layers, args.max_new_tokens, args.use_answers, not args.no_tower, args.memory * 2**20

@@ -14,7 +14,7 @@ From one prefill and one cached generation per batch:
     shares         system / vision / user text per step, and per layer (layer_shares)
     RoPE probe     alphaV, delta_gv, delta_alphaV (L, H): vision keys moved by delta positions, seen
                    from the last prompt row
-    of talks       picture_mass (pictures, L, H), turn_mass (turns, groups, L, H): the same mass by
+    of chats       picture_mass (pictures, L, H), turn_mass (turns, groups, L, H): the same mass by
                    picture and turn (--images, --messages, --video)
     hidden norms   hidden_norms_<group> (L + 1): mean norm of the residual stream, 0 = embeddings,
                    before the final norm
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures import talks
+from vlmdiag.pictures import chats
 from vlmdiag.pictures.coco import read_coco
 from vlmdiag.pictures.entries import read_json
 from vlmdiag.pictures.samples import with_pictures
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--image_dir", help="folder of the pictures of --ann_file or --messages")
     parser.add_argument("--ann_file", help="COCO json; gives image ids and file names")
-    cli.add_talk_arguments(parser)
+    cli.add_chat_arguments(parser)
     parser.add_argument(
         "--strip_system_prompt", action="store_true", help="leave the system prompt out"
     )
@@ -137,7 +137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=cli.positive, default=1, help="prompts in a batch")
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    cli.check_talk(parser, args, ["image_dir", "ann_file"], ["ann_file"])
+    cli.check_chat(parser, args, ["image_dir", "ann_file"], ["ann_file"])
     if (args.save_hidden_grid or args.save_hidden_plots) and not args.probe_hidden_norms:
         parser.error("--save_hidden_grid and --save_hidden_plots need --probe_hidden_norms")
     if args.overwrite and args.shard != (0, 1):
@@ -174,14 +174,14 @@ def read_answers(path: str, samples: Sequence[Sample]) -> dict[str, str | list[i
 def run_model(args: argparse.Namespace, path: str) -> int:
     """Measure one model; returns the exit code."""
     from vlmdiag.beyond_semantics.diagnostics import Measures, check_model, make_process
-    from vlmdiag.model.prompts import prompt_for, talk_for
+    from vlmdiag.model.prompts import chat_for, prompt_for
     from vlmdiag.runs.experiment import run_experiment
 
     names = [field.name for field in dataclasses.fields(Measures)]
     measures = Measures(**{name: getattr(args, name) for name in names})
     vlm = load_from_args(args, path)
     check_model(vlm, measures)
-    samples = talks.given_samples(args, args.image_dir)[: args.max_images]
+    samples = chats.given_samples(args, args.image_dir)[: args.max_images]
     if not samples:
         samples = read_coco(args.image_dir, args.ann_file, args.max_images, args.prompt_text)
     strip = args.strip_system_prompt
@@ -190,15 +190,15 @@ def run_model(args: argparse.Namespace, path: str) -> int:
             f"{path}: --strip_system_prompt, but its prompt has no system prompt to leave out"
         )
     prompt, system, _ = prompt_for(vlm, args.prompt_text, strip)
-    if samples[0].talk is not None:
-        prompt, system, *_ = talk_for(vlm, samples[0].talk, strip)
+    if samples[0].chat is not None:
+        prompt, system, *_ = chat_for(vlm, samples[0].chat, strip)
     where = rundirs.run_path(args.out_root, path, run_name=args.run_name, sp=int(system is None))
     settings: dict[str, Any] = {"strip_system_prompt": strip, "prompt": prompt}
     settings |= {"prompt_text": args.prompt_text}
     settings |= {name: getattr(args, name) for name in names if name != "no_rope"}
-    of_talks = talks.settings_of(args)
-    names_of_lists = () if of_talks else ("image_dir", "ann_file")
-    settings |= {name: Path(getattr(args, name)).name for name in names_of_lists} | of_talks
+    of_chats = chats.settings_of(args)
+    names_of_lists = () if of_chats else ("image_dir", "ann_file")
+    settings |= {name: Path(getattr(args, name)).name for name in names_of_lists} | of_chats
     settings["image_aspect"] = args.image_aspect
     if args.answers:
         settings["answers"] = Path(args.answers).name

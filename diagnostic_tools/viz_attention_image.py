@@ -43,13 +43,13 @@ import numpy as np
 from common import add_model_arguments, load_from_args, load_model
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures import talks
+from vlmdiag.pictures import chats
 from vlmdiag.pictures.samples import given_image, given_pictures
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.beyond_semantics.attention_overlay import AttentionVisualizationResult
-    from vlmdiag.pictures.samples import Pictures, Sample, Talk
+    from vlmdiag.pictures.samples import Chat, Pictures, Sample
     from vlmdiag.scenes.scene import Scene
     from vlmdiag.types import VLM
 
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image", help="picture; None: a drawn one, whose first shape is the default --target_word"
     )
-    cli.add_talk_arguments(parser)
+    cli.add_chat_arguments(parser)
     parser.add_argument("--prompt_text", default=PROMPT, help="question")
     parser.add_argument(
         "--target_word", help="word of the answer, whole word, case ignored; its first token counts"
@@ -103,8 +103,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    cli.check_talk(parser, args, not_with=["image"])
-    given = next((name for name in ("image", *cli.TALKS) if getattr(args, name)), None)
+    cli.check_chat(parser, args, not_with=["image"])
+    given = next((name for name in ("image", *cli.CHATS) if getattr(args, name)), None)
     if given and args.target_word is None and args.token_position is None:
         parser.error(
             f"--{given} needs --target_word or --token_position: which word of the answer to look"
@@ -134,12 +134,12 @@ def extract_attention_for_token(
     step: str | None = None,
     strip_system_prompt: bool = False,
     paper_compat: bool = False,
-    talk: Talk | None = None,
+    chat: Chat | None = None,
     **load_options: Any,
 ) -> AttentionVisualizationResult:
     """token_attention() of a model and a picture by their paths, for notebooks.
 
-    model_path: folder, hub id, or a loaded VLM; image_path: a path or a PIL picture, of a talk the
+    model_path: folder, hub id, or a loaded VLM; image_path: a path or a PIL picture, of a chat the
     tuple of its pictures. verbose: print the answer. load_options go to common.load_model.
     UsageError: see token_attention().
     """
@@ -162,16 +162,16 @@ def extract_attention_for_token(
         step,
         strip_system_prompt,
         paper_compat,
-        talk,
+        chat,
     )
     if verbose:
         print(f"{rundirs.slug(vlm.path)}: {result.generated_text.strip()}")
     return result
 
 
-def given_talk(args: argparse.Namespace) -> Sample | None:
+def given_chat(args: argparse.Namespace) -> Sample | None:
     """The prompt of --images, --messages or --video; UsageError for a list of several."""
-    samples = talks.given_samples(args)
+    samples = chats.given_samples(args)
     if len(samples) > 1:
         raise UsageError(f"--messages {args.messages}: one prompt was wanted, not {len(samples)}")
     return samples[0] if samples else None
@@ -180,7 +180,7 @@ def given_talk(args: argparse.Namespace) -> Sample | None:
 def picture_and_word(
     args: argparse.Namespace, sample: Sample | None
 ) -> tuple[Pictures, str | None]:
-    """The pictures of the talk, else --image, and --target_word; without them the drawn picture,
+    """The pictures of the chat, else --image, and --target_word; without them the drawn picture,
     whose first shape is the word."""
     if sample is not None:
         return given_pictures(sample), args.target_word
@@ -223,7 +223,7 @@ def measured(
     names: Sequence[str],
     image: Pictures,
     word: str | None,
-    talk: Talk | None,
+    chat: Chat | None,
 ) -> Iterator[AttentionVisualizationResult]:
     """A result a model. The answer of one model may lack the word that another's has: its error is
     printed and the others go on; UsageError for the only one."""
@@ -241,7 +241,7 @@ def measured(
                 step=args.step,
                 strip_system_prompt=args.strip_system_prompt,
                 paper_compat=args.paper_compat,
-                talk=talk,
+                chat=chat,
                 verbose=True,
             )
         except UsageError as error:
@@ -264,7 +264,7 @@ def write_numbers(
     args: argparse.Namespace,
     sample: Sample | None,
 ) -> None:
-    """attention_<model>.json and .npz, of a talk with the sum and the boxes of each picture."""
+    """attention_<model>.json and .npz, of a chat with the sum and the boxes of each picture."""
     from vlmdiag.figures import plots
 
     weights = result.attention_map.ravel()
@@ -291,7 +291,7 @@ def write_numbers(
     arrays = {"map": weights, "boxes": result.grid.boxes}
     if sample is not None:
         counts = [len(grid.boxes) for grid in result.grids]
-        record |= talks.record_of(sample) | {"sum_by_picture": result.picture_sums}
+        record |= chats.record_of(sample) | {"sum_by_picture": result.picture_sums}
         arrays["boxes"] = np.concatenate([grid.boxes for grid in result.grids])
         arrays["picture"] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -310,12 +310,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths, names = model_paths(args)
     if args.show:
         plots.use_windows()
-    sample = given_talk(args)
+    sample = given_chat(args)
     image, word = picture_and_word(args, sample)
     settings = vars(args) | {"target_word": word, "models": names}
     out_dir = Path(args.out_dir)
     results = []
-    for result in measured(args, paths, names, image, word, sample and sample.talk):
+    for result in measured(args, paths, names, image, word, sample and sample.chat):
         results.append(result)
         write_numbers(result, out_dir, args, sample)
         path = out_dir / f"attention_overlay_{result.model_name}"

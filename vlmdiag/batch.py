@@ -32,7 +32,7 @@ class Batch:
     next_position: Int[Tensor, " B"]  # position of the first generated token
     groups: Int[Tensor, "B T"]  # index into GROUPS, PAD for padding
     # per picture, those of a sample one after the other (of_sample()); one picture each but where a
-    # sample has a talk: pixel_values and what else get_image_features takes
+    # sample has a chat: pixel_values and what else get_image_features takes
     image_rows: list[dict[str, Tensor]]
     pictures: list[bytes]  # per picture: digest of its image inputs; the tower runs once for each
     prompts: list[str]  # text as given to the processor
@@ -42,7 +42,7 @@ class Batch:
     # what else the processor says of each token and the model's forward takes, such as its type; 0
     # for padding and for what is generated
     token_inputs: dict[str, Int[Tensor, "B T"]] = field(default_factory=dict)
-    # where a sample has a talk, else None: the number of the picture in its sample that a vision
+    # where a sample has a chat, else None: the number of the picture in its sample that a vision
     # token or a mark around it belongs to, -1 for other tokens; the turn of each token, from 0, the
     # answer's marks of its role in the one behind the last, -1 for what is before them (BOS, system
     # prompt) and for padding
@@ -51,7 +51,7 @@ class Batch:
 
     def of_sample(self, row: int) -> slice:
         """Where the pictures of a sample are among those of the batch."""
-        counts = [1 if sample.talk is None else len(sample.talk.images) for sample in self.samples]
+        counts = [1 if sample.chat is None else len(sample.chat.images) for sample in self.samples]
         return slice(sum(counts[:row]), sum(counts[: row + 1]))
 
     def in_pictures(self) -> Iterator[Bool[Tensor, " T"]]:
@@ -107,16 +107,16 @@ class Batch:
         return runs
 
     def parts(self, row: int) -> Record:
-        """Where the pictures and turns of a talk are in its prompt without the padding, {} without
-        a talk. pictures: [{"turn", "spans" of its vision tokens}]; turns: [{"role", "spans"}], the
+        """Where the pictures and turns of a chat are in its prompt without the padding, {} without
+        a chat. pictures: [{"turn", "spans" of its vision tokens}]; turns: [{"role", "spans"}], the
         first of them what is before the first turn, with the role "", the last the answer's."""
-        talk = self.samples[row].talk
-        if talk is None or self.numbers is None or self.turns is None:
+        chat = self.samples[row].chat
+        if chat is None or self.numbers is None or self.turns is None:
             return {}
         numbers = self.numbers.where(self.groups == VISION, -1)
         of_pictures, of_turns = self._runs(row, numbers), self._runs(row, self.turns)
-        places = [n for n, turn in enumerate(talk.turns) for part in turn.parts if part is None]
-        roles = ["", *(turn.role for turn in talk.turns), "assistant"]
+        places = [n for n, turn in enumerate(chat.turns) for part in turn.parts if part is None]
+        roles = ["", *(turn.role for turn in chat.turns), "assistant"]
         return {
             "pictures": [
                 {"turn": turn, "spans": of_pictures.get(number, [])}
@@ -130,13 +130,13 @@ class Batch:
 
     def places(self, row: int) -> tuple[Record, dict[str, np.ndarray]]:
         """Where the vision tokens of a sample lie, for a run: ({"grid": {"shape", "size"}},
-        {"boxes": (P, 4)}); of a talk {"grids": one for each picture} and beside the boxes, in
+        {"boxes": (P, 4)}); of a chat {"grids": one for each picture} and beside the boxes, in
         pixels of their own picture, "picture": (P,) its number. None and no array where it is
         unknown."""
         grids = self.grids[self.of_sample(row)]
         known = [grid for grid in grids if grid is not None]
         of_grids = [{"shape": grid.shape, "size": grid.size} for grid in known]
-        if self.samples[row].talk is None:
+        if self.samples[row].chat is None:
             arrays = {"boxes": known[0].boxes} if known else {}
             return {"grid": of_grids[0] if known else None}, arrays
         if len(known) < len(grids):

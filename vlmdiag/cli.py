@@ -179,8 +179,8 @@ def call(command: str, arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, str(CHECKOUT / command), *arguments]).returncode
 
 
-TALKS = ("images", "messages", "video")
-TALK_COMMANDS = (
+CHATS = ("images", "messages", "video")
+CHAT_COMMANDS = (
     "check_model.py",
     "create_logit_lens.py",
     "relevancy_maps.py",
@@ -189,8 +189,8 @@ TALK_COMMANDS = (
 )
 
 
-def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the scripts that take prompts of several pictures or turns (TALK_COMMANDS)."""
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the scripts that take prompts of several pictures or turns (CHAT_COMMANDS)."""
     parser.add_argument("--images", nargs="+", help="several pictures, for one prompt about all")
     parser.add_argument(
         "--messages",
@@ -202,15 +202,15 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_talk(
+def check_chat(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     instead: Sequence[str] = (),
     not_with: Sequence[str] = (),
 ) -> None:
-    """One way to name the pictures: usage errors where two of TALKS are given, one of them with a
+    """One way to name the pictures: usage errors where two of CHATS are given, one of them with a
     flag of not_with, or none and a flag of `instead` is missing."""
-    given = [name for name in TALKS if getattr(args, name)]
+    given = [name for name in CHATS if getattr(args, name)]
     if not given:
         missing = [f"--{name}" for name in instead if getattr(args, name) is None]
         if missing:

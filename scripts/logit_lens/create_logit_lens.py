@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp.lens_page import SCHEMA, read_facts, write_page
-from vlmdiag.pictures import talks
+from vlmdiag.pictures import chats
 from vlmdiag.pictures.mosaic import recorded
 from vlmdiag.pictures.samples import Sample, list_pictures, needed, with_pictures
 from vlmdiag.runs import disk, rundirs
@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image_dir", "--image_folder", help="folder of pictures, or of those of --messages"
     )
-    cli.add_talk_arguments(parser)
+    cli.add_chat_arguments(parser)
     parser.add_argument(
         "--out_dir",
         "--save_folder",
@@ -67,15 +67,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_run_arguments(parser)
     add_model_arguments(parser, path=False)
     args = parser.parse_args(argv)
-    cli.check_talk(parser, args, ["image_dir"])
+    cli.check_chat(parser, args, ["image_dir"])
     return args
 
 
 def read_folder(args: argparse.Namespace) -> list[Sample]:
-    """The talks that are given, else a Sample per picture of the folder, sorted by name; its id is
+    """The chats that are given, else a Sample per picture of the folder, sorted by name; its id is
     the name without ending (with it where two pictures share one)."""
-    if of_talks := talks.given_samples(args, args.image_dir):
-        return of_talks[: args.max_images]
+    if of_chats := chats.given_samples(args, args.image_dir):
+        return of_chats[: args.max_images]
     files = list_pictures(args.image_dir)[: args.max_images]
     stems = [file.stem for file in files]
     samples = []
@@ -151,14 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples = read_folder(args)
     folder = disk.out_folder(args.out_dir)
     from vlmdiag.interp.lens_measures import make_page_process
-    from vlmdiag.model.prompts import prompt_for, talk_for
+    from vlmdiag.model.prompts import chat_for, prompt_for
     from vlmdiag.runs.experiment import run_experiment
 
     vlm = load_from_args(args)
     vlm.need("decoder-only")
     prompt = prompt_for(vlm, args.prompt_text).text
-    if samples[0].talk is not None:
-        prompt = talk_for(vlm, samples[0].talk).text
+    if samples[0].chat is not None:
+        prompt = chat_for(vlm, samples[0].chat).text
     outcome = run_experiment(
         args,
         vlm,
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "prompt": prompt,
             "top_k": args.top_k,
             "image_aspect": args.image_aspect,
-            **talks.settings_of(args),
+            **chats.settings_of(args),
         },
         {"image_folder": args.image_dir, "batch_size": args.batch_size},
         batch_size=args.batch_size,

@@ -31,9 +31,9 @@ from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import Generation, answer_ids, extended, generate
 from vlmdiag.model.limits import steps_that_fit
-from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift, TalkMass
+from vlmdiag.model.probes import ChatMass, GroupMass, HiddenNorms, RopeShift
 from vlmdiag.model.vision import entries
-from vlmdiag.pictures.talks import record_of
+from vlmdiag.pictures.chats import record_of
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _measure(
     balance = None if measures.pos_only else GroupMass(batch, steps)
     parts = None
     if balance is not None and batch.numbers is not None:
-        parts = TalkMass(batch, steps)
+        parts = ChatMass(batch, steps)
     norms = None
     if measures.probe_hidden_norms and not measures.pos_only:
         # Hugging Face normalises the last hidden state, so the published code does
@@ -215,9 +215,9 @@ def _measure(
 
 
 def _by_part(
-    mass: Tensor, probe: TalkMass, counted: Bool[Tensor, "N B"], paper_compat: bool
+    mass: Tensor, probe: ChatMass, counted: Bool[Tensor, "N B"], paper_compat: bool
 ) -> dict[str, Tensor]:
-    """{array: (B, ...)} of talks: mass of each picture and of each group in each turn, means over
+    """{array: (B, ...)} of chats: mass of each picture and of each group in each turn, means over
     steps; the shares of pictures and of the turns' user text in each step."""
     pictures, turns = probe.split()
     return {

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
     from vlmdiag.pictures.grid import PatchGrid
-    from vlmdiag.pictures.samples import Pictures, Talk
+    from vlmdiag.pictures.samples import Chat, Pictures
     from vlmdiag.types import VLM
 
 Span = tuple[int, int]  # [start, end) in the characters of the answer
@@ -46,20 +46,20 @@ def token_attention(
     step: str | None = None,
     strip_system_prompt: bool = False,
     paper_compat: bool = False,
-    talk: Talk | None = None,
+    chat: Chat | None = None,
 ) -> AttentionVisualizationResult:
     """Let a model answer and take the attention of one generated token to the picture.
 
     The token: the first one of the occurrence-th target_word (whole word, case ignored), or
     token_position. step: 'producing' (default), the row that predicted the token, or 'query', the
     row in which the token itself asks. paper_compat: as published, the query row of the first token
-    in the answer that equals the word's first one, map and entropy with 1e-10. talk: the prompt of
+    in the answer that equals the word's first one, map and entropy with 1e-10. chat: the prompt of
     several pictures or turns, about the tuple of its pictures; the map is over all of them side by
     side. UsageError: word not in the answer, no such row, no grid.
     """
     step = check_token(target_word, token_position, step, paper_compat)
     vlm.need("decoder-only", "grid")
-    sample = Sample("0", Path("picture.png"), prompt_text, talk=talk)
+    sample = Sample("0", Path("picture.png"), prompt_text, chat=chat)
     batch = vlm.encode([sample], [image], strip_system=strip_system_prompt)
     grids = [grid for grid in batch.grids if grid is not None]
     if len(grids) < len(batch.grids):

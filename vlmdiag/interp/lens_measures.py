@@ -24,7 +24,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.lens import Lens, vocabulary
 from vlmdiag.model.probes import HiddenStates
 from vlmdiag.model.vision import prefill
-from vlmdiag.pictures.talks import record_of
+from vlmdiag.pictures.chats import record_of
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from vlmdiag.families.files import reason
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import memory
 from vlmdiag.model.lens import named_end
-from vlmdiag.model.prompts import guessed_prompt, prompt_for, prompt_source, talk_for
+from vlmdiag.model.prompts import chat_for, guessed_prompt, prompt_for, prompt_source
+from vlmdiag.pictures.chats import record_of
 from vlmdiag.pictures.mosaic import side_by_side
-from vlmdiag.pictures.talks import record_of
 from vlmdiag.runs.disk import write_bytes
 from vlmdiag.types import Fields, Record
 
@@ -181,16 +181,16 @@ def capabilities_of(family: Family, model: PreTrainedModel | None) -> Record:
 
 def prompt_of(vlm: VLM, batch: Batch) -> Record:
     """The prompt of a batch of one: {source, guess, text, length, image_tokens, system,
-    system_from, template_system, ids, tokens, groups, spans}, of a talk {numbers, turns, talk} too;
+    system_from, template_system, ids, tokens, groups, spans}, of a chat {numbers, turns, chat} too;
     length and spans in tokens, guess: of guessed_prompt()."""
     ids = batch.input_ids[0].tolist()
     groups = [GROUPS[code] for code in batch.groups[0].tolist()]
-    question, talk = batch.samples[0].question, batch.samples[0].talk
-    rendered = prompt_for(vlm, question) if talk is None else talk_for(vlm, talk)
+    question, chat = batch.samples[0].question, batch.samples[0].chat
+    rendered = prompt_for(vlm, question) if chat is None else chat_for(vlm, chat)
     own = template_system(vlm, question)
     system = rendered.text[slice(*rendered.system)] if rendered.system else ""
     system_from = ""
-    if talk is not None and talk.system is not None:
+    if chat is not None and chat.system is not None:
         system_from = "the messages"
     elif vlm.options.get("system_prompt") is not None:
         system_from = "--system_prompt"
@@ -211,17 +211,17 @@ def prompt_of(vlm: VLM, batch: Batch) -> Record:
         "tokens": vlm.tokenizer.convert_ids_to_tokens(ids),
         "groups": groups,
         "spans": batch.spans(0),
-        **_of_talk(batch),
+        **_of_chat(batch),
     }
 
 
-def _of_talk(batch: Batch) -> Record:
-    """{numbers, turns, pictures, talk}: of each token its picture and its turn, and where they are,
+def _of_chat(batch: Batch) -> Record:
+    """{numbers, turns, pictures, chat}: of each token its picture and its turn, and where they are,
     see Batch; {} where the prompt is one question about one picture."""
     if batch.numbers is None or batch.turns is None:
         return {}
     of_tokens = {"numbers": batch.numbers[0].tolist(), "turns": batch.turns[0].tolist()}
-    return of_tokens | {"talk": record_of(batch.samples[0]) | batch.parts(0)}
+    return of_tokens | {"chat": record_of(batch.samples[0]) | batch.parts(0)}
 
 
 def template_system(vlm: VLM, question: str) -> str:

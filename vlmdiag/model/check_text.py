@@ -144,19 +144,19 @@ def lines_of_prompt(prompt: Fields) -> Iterator[str]:
     for group, spans in prompt["spans"].items():
         count = sum(end - start for start, end in spans)
         yield f"    {group:13s} {count:6d}  {shown_spans(spans)}"
-    talk = prompt.get("talk")
+    chat = prompt.get("chat")
     groups = list(prompt["groups"])
-    for number, picture in enumerate(talk["pictures"] if talk else ()):
+    for number, picture in enumerate(chat["pictures"] if chat else ()):
         yield f"    picture {number}     {shown_spans(picture['spans'])}, in turn {picture['turn']}"
-    for number, turn in enumerate(talk["turns"] if talk else ()):
+    for number, turn in enumerate(chat["turns"] if chat else ()):
         who = f"turn {number - 1}, {turn['role']}" if number else "before them"
         yield f"    {who:17s} {shown_spans(turn['spans'])}"
-    if talk:
+    if chat:
         groups = [
             f"{group:13s} {'-' if number < 0 else number:>3} {'-' if turn < 0 else turn:>4}"
             for group, number, turn in zip(groups, prompt["numbers"], prompt["turns"], strict=True)
         ]
-    yield f"  position  group        {' picture turn' if talk else ''}      id  token"
+    yield f"  position  group        {' picture turn' if chat else ''}      id  token"
     yield from lines_of_tokens(prompt["ids"], prompt["tokens"], groups)
 
 

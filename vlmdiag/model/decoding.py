@@ -221,7 +221,7 @@ def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batc
         },
     )
     if batch.numbers is not None and batch.turns is not None:
-        answers = [1 if sample.talk is None else len(sample.talk.turns) for sample in batch.samples]
+        answers = [1 if sample.chat is None else len(sample.chat.turns) for sample in batch.samples]
         turn = batch.turns.new_tensor(answers)[:, None].expand(-1, count)
         longer.turns = torch.cat([batch.turns, turn], 1)
         longer.numbers = torch.cat([batch.numbers, torch.full_like(turn, -1)], 1)

@@ -22,9 +22,9 @@ from vlmdiag.cli import UsageError
 from vlmdiag.families.generic import seeing
 from vlmdiag.groups import GROUPS, PAD
 from vlmdiag.model.limits import check_lengths, check_scaled
-from vlmdiag.model.prompts import Span, prompt_for, talk_for
+from vlmdiag.model.prompts import Span, chat_for, prompt_for
 from vlmdiag.pictures.deferred import let_go
-from vlmdiag.pictures.samples import Talk, Turn
+from vlmdiag.pictures.samples import Chat, Turn
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -382,7 +382,7 @@ def _groups_of(
 
 class Encoded(NamedTuple):
     """One sample's tokens, their groups, what the tower gets of each picture, and the prompt as
-    text. numbers, turns: as in Batch, [] where the sample has no talk."""
+    text. numbers, turns: as in Batch, [] where the sample has no chat."""
 
     ids: list[int]
     groups: list[int]
@@ -420,15 +420,15 @@ def _placed(
     return _put_back(vlm.tokenizer, tokens, groups, places, hidden.typed)
 
 
-def encode_talk(
-    vlm: VLM, images: Sequence[Image], talk: Talk, strip_system: bool = False
+def encode_chat(
+    vlm: VLM, images: Sequence[Image], chat: Chat, strip_system: bool = False
 ) -> Encoded:
     """Tokens and groups of a prompt of several pictures or turns; earlier answers are in the group
     `generated`. UsageError where the model or its processor takes one picture only, or sees a
     picture otherwise among others than alone."""
     for image in images:
         check_scaled(vlm, image.size)
-    rendered = talk_for(vlm, talk, strip_system)
+    rendered = chat_for(vlm, chat, strip_system)
     if vlm.parts.qformer is not None or not isinstance(vlm.processor, ProcessorMixin):
         _refuse_several(vlm, f"{type(vlm.processor).__name__} prepares one picture")
     group_of = {"user": "user", "assistant": "generated"}
@@ -529,28 +529,28 @@ def _tensors(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _encoded(
-    vlm: VLM, sample: Sample, images: Pictures, strip_system: bool, as_talk: bool
+    vlm: VLM, sample: Sample, images: Pictures, strip_system: bool, as_chat: bool
 ) -> Encoded:
-    """One sample; as_talk: a question about one picture as a talk too."""
-    if not as_talk:
+    """One sample; as_chat: a question about one picture as a chat too."""
+    if not as_chat:
         assert not isinstance(images, tuple)
         return encode_sample(vlm, images, sample.question, strip_system)
     several = images if isinstance(images, tuple) else (images,)
-    talk = sample.talk or Talk((sample.image,), (Turn("user", (None, sample.question)),))
-    return encode_talk(vlm, several, talk, strip_system)
+    chat = sample.chat or Chat((sample.image,), (Turn("user", (None, sample.question)),))
+    return encode_chat(vlm, several, chat, strip_system)
 
 
 def encode(
     vlm: VLM, samples: Sequence[Sample], images: Sequence[Pictures], strip_system: bool = False
 ) -> Batch:
     """Samples and their pictures as a batch. The processor sees each sample alone; padding goes to
-    the left. images: of a sample with a talk the tuple of its pictures. ValueError where the prompt
+    the left. images: of a sample with a chat the tuple of its pictures. ValueError where the prompt
     and the grid disagree on the number of vision tokens, and where a prompt is longer than the
-    model reads; UsageError for a talk that the model does not take, see encode_talk()."""
-    as_talks = any(sample.talk is not None for sample in samples)
+    model reads; UsageError for a chat that the model does not take, see encode_chat()."""
+    as_chats = any(sample.chat is not None for sample in samples)
     encoded = []
     for asked, of_sample in zip(samples, images, strict=True):
-        encoded.append(_encoded(vlm, asked, of_sample, strip_system, as_talks))
+        encoded.append(_encoded(vlm, asked, of_sample, strip_system, as_chats))
         for image in of_sample if isinstance(of_sample, tuple) else (of_sample,):
             let_go(image)
     lengths = [len(sample.ids) for sample in encoded]
@@ -563,7 +563,7 @@ def encode(
     input_ids = torch.full((len(encoded), longest), pad)
     mask = torch.zeros(len(encoded), longest, dtype=torch.long)
     groups = torch.full((len(encoded), longest), PAD)
-    of_talks = {NUMBERS: torch.full_like(groups, -1), TURNS: torch.full_like(groups, -1)}
+    of_chats = {NUMBERS: torch.full_like(groups, -1), TURNS: torch.full_like(groups, -1)}
     token_inputs = {name: torch.zeros_like(mask) for name in encoded[0].token_inputs}
     for row, sample in enumerate(encoded):
         prompt = slice(longest - len(sample.ids), longest)
@@ -572,9 +572,9 @@ def encode(
         groups[row, prompt] = torch.tensor(sample.groups)
         for name, value in token_inputs.items():
             value[row, prompt] = torch.tensor(sample.token_inputs[name])
-        if as_talks:
-            of_talks[NUMBERS][row, prompt] = torch.tensor(sample.numbers)
-            of_talks[TURNS][row, prompt] = torch.tensor(sample.turns)
+        if as_chats:
+            of_chats[NUMBERS][row, prompt] = torch.tensor(sample.numbers)
+            of_chats[TURNS][row, prompt] = torch.tensor(sample.turns)
     image_rows = [_tensors(inputs) for sample in encoded for inputs in sample.pictures]
     input_ids, mask, groups = (x.to(vlm.device) for x in (input_ids, mask, groups))
     batch = Batch(
@@ -590,8 +590,8 @@ def encode(
         grids=[None] * len(image_rows),
         samples=list(samples),
         token_inputs={name: value.to(vlm.device) for name, value in token_inputs.items()},
-        numbers=of_talks[NUMBERS].to(vlm.device) if as_talks else None,
-        turns=of_talks[TURNS].to(vlm.device) if as_talks else None,
+        numbers=of_chats[NUMBERS].to(vlm.device) if as_chats else None,
+        turns=of_chats[TURNS].to(vlm.device) if as_chats else None,
     )
     batch.position_ids, batch.next_position = _positions(vlm, batch)
     sizes = [
@@ -614,7 +614,7 @@ def encode(
 
 
 def _positions(vlm: VLM, batch: Batch) -> tuple[Int[Tensor, "... B T"], Int[Tensor, " B"]]:
-    """Positions of a batch's tokens; where samples have talks of one sample alone after the other,
+    """Positions of a batch's tokens; where samples have chats of one sample alone after the other,
     for families count on one picture each."""
     ids, mask = batch.input_ids, batch.attention_mask
     if batch.numbers is None:

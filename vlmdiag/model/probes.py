@@ -106,9 +106,9 @@ class GroupMass(Probe):
         self.mass.append(every_layer(self._of_layer, self.num_layers))
 
 
-class TalkMass(GroupMass):
+class ChatMass(GroupMass):
     """The same of each picture's vision tokens, and of each group in each turn, for batches of
-    talks.
+    chats.
 
     pictures: K, most pictures of a row; turns: S, most turns of a row and 2, what is before the
     first turn and the answer, as in Batch.parts(). mass: a list over steps of (L, B, H, K + S G).
@@ -116,8 +116,8 @@ class TalkMass(GroupMass):
 
     def __init__(self, batch: Batch, max_new_tokens: int = 0) -> None:
         super().__init__(batch, max_new_tokens)
-        talks = [sample.talk for sample in batch.samples]
-        answers = [1 if talk is None else len(talk.turns) for talk in talks]
+        chats = [sample.chat for sample in batch.samples]
+        answers = [1 if chat is None else len(chat.turns) for chat in chats]
         assert batch.numbers is not None and batch.turns is not None
         device = batch.groups.device
         in_picture = batch.numbers.where(batch.groups == VISION, -1)

@@ -18,7 +18,7 @@ from vlmdiag.cli import UsageError
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from vlmdiag.pictures.samples import Talk, Turn
+    from vlmdiag.pictures.samples import Chat, Turn
     from vlmdiag.types import VLM, Record
 
 Span = tuple[int, int]  # characters [start, end)
@@ -42,7 +42,7 @@ class Rendered(NamedTuple):
     question: Span
 
 
-class RenderedTalk(NamedTuple):
+class RenderedChat(NamedTuple):
     """A prompt of several turns as text: where its system prompt is (None: it has none), where the
     words of its turns are and whose they are, and the characters at which the turns begin, the last
     of them the answer's."""
@@ -66,7 +66,7 @@ class _Source:
     # (user turns behind the answer) -> a conversation with _ANSWER in it; None: none can be made
     answered: Callable[[int], str] | None = None
     # (turns, system prompt, ends) -> text, see Rendering; None: one question about one picture only
-    talk: Callable[[Sequence[Turn], str | None, bool], str] | None = None
+    chat: Callable[[Sequence[Turn], str | None, bool], str] | None = None
 
 
 def prompt_source(vlm: VLM) -> str:
@@ -173,7 +173,7 @@ def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
         answer = _message("assistant", _ANSWER, takes_parts("assistant", _ANSWER))
         return rendered([user, answer, *[user] * turns], ends=True)
 
-    def talk(turns: Sequence[Turn], system: str | None, ends: bool) -> str:
+    def chat(turns: Sequence[Turn], system: str | None, ends: bool) -> str:
         messages = []
         if system is not None:
             messages.append(_message("system", system, takes_parts("system", _SYSTEM)))
@@ -183,7 +183,7 @@ def _chat_source(vlm: VLM, owner: ProcessorMixin, name: str) -> _Source:
         return rendered(messages, ends)
 
     writes_one = placeholder == ""  # picture, by itself
-    return _Source(name, bool(placeholder), render, answered, None if writes_one else talk)
+    return _Source(name, bool(placeholder), render, answered, None if writes_one else chat)
 
 
 def _placeholder(vlm: VLM, rendered: Rendering, name: str) -> str | None:
@@ -405,18 +405,18 @@ def _say_once(line: str) -> None:
 # --- a conversation's prompt ----------------------------------------------------------------------
 
 
-def talk_for(vlm: VLM, talk: Talk, strip_system: bool = False) -> RenderedTalk:
-    """The prompt of several turns, about several pictures. A system message of the talk's own takes
+def chat_for(vlm: VLM, chat: Chat, strip_system: bool = False) -> RenderedChat:
+    """The prompt of several turns, about several pictures. A system message of the chat's own takes
     the place of every other one; strip_system leaves it out too. UsageError where the model is
     asked by no chat template of pictures, or it changes what is said."""
     source = _source(vlm)
-    if source.talk is None:
+    if source.chat is None:
         raise UsageError(
             f"{vlm.path}: {vlm.family.name} takes one question about one picture here: several"
             f" pictures or turns need a chat template, and its prompt is from {source.name}"
         )
-    write = source.talk
-    system, message = talk.system or "", talk.system
+    write = source.chat
+    system, message = chat.system or "", chat.system
     if message is None or strip_system:
         _, system, message = _with_system(vlm, source, strip_system)
     words: dict[str, str] = {}  # what stands for a part -> the part
@@ -424,7 +424,7 @@ def talk_for(vlm: VLM, talk: Talk, strip_system: bool = False) -> RenderedTalk:
     marked: list[Turn] = []
     turns = [
         replace(turn, parts=tuple(part and _without_placeholder(vlm, part) for part in turn.parts))
-        for turn in talk.turns
+        for turn in chat.turns
     ]
     for turn in turns:
         parts: list[str | None] = []
@@ -453,7 +453,7 @@ def talk_for(vlm: VLM, talk: Talk, strip_system: bool = False) -> RenderedTalk:
             filled, spans = _replaced(text, values | ({_SYSTEM: said} if message else {}))
             if filled == whole:
                 own = filled.find(said) if said and not message else -1
-                return RenderedTalk(
+                return RenderedChat(
                     filled,
                     spans.get(_SYSTEM) or ((own, own + len(said)) if own >= 0 else None),
                     [

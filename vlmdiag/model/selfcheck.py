@@ -117,17 +117,17 @@ def check(vlm: VLM) -> str | None:
 
 
 @torch.inference_mode()
-def check_talk(vlm: VLM, sample: Sample, pictures: Pictures) -> None:
+def check_chat(vlm: VLM, sample: Sample, pictures: Pictures) -> None:
     """UsageError where a sample, such as one of several pictures and turns, is not what the model's
     own processor and generate() make of it."""
-    assert sample.talk is not None
+    assert sample.chat is not None
     # special strings that were typed stay text here, and would be special to the processor
     bare = str.maketrans("", "", "<>[]|")
     turns = [
         replace(turn, parts=tuple(part and part.translate(bare) for part in turn.parts))
-        for turn in sample.talk.turns
+        for turn in sample.chat.turns
     ]
-    sample = replace(sample, talk=replace(sample.talk, turns=tuple(turns)))
+    sample = replace(sample, chat=replace(sample.chat, turns=tuple(turns)))
     _check_own_word(vlm, sample, pictures, 1e-3 if exact(vlm) else 0.3)
 
 

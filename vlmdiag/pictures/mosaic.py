@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from vlmdiag.pictures.chats import recorded_sources
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.pictures.samples import load_image, load_pictures
-from vlmdiag.pictures.talks import recorded_sources
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeGuard
 from urllib.parse import unquote, urlsplit
 
-from vlmdiag.cli import TALK_COMMANDS, UsageError
+from vlmdiag.cli import CHAT_COMMANDS, UsageError
 from vlmdiag.pictures.entries import Entry, checked_id, entries_of, read_list, text_id
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.types import Fields, Record
@@ -121,11 +121,11 @@ def _asked(path: str | Path) -> list[Entry]:
     content = read_list(path)
     if isinstance(content, dict) and any(name in content for name in (*_QUESTION, "messages")):
         content = [content]  # JSON lines of one line
-    talks = [e for e in content if isinstance(e, dict)] if isinstance(content, list) else []
-    if any("messages" in entry or isinstance(entry.get("images"), list) for entry in talks):
+    chats = [e for e in content if isinstance(e, dict)] if isinstance(content, list) else []
+    if any("messages" in entry or isinstance(entry.get("images"), list) for entry in chats):
         raise UsageError(
             f"{path} has prompts of several pictures or turns, which this command does not take:"
-            f" --messages of {', '.join(TALK_COMMANDS)} does"
+            f" --messages of {', '.join(CHAT_COMMANDS)} does"
         )
     form = None
     if isinstance(content, dict) and isinstance(content.get("questions"), list):
@@ -153,7 +153,7 @@ def _picture_name(path: str | Path, n: int, entry: Fields) -> str | None:
     if isinstance(name, list):
         raise UsageError(
             f"{path}: entry {n} has {len(name)} pictures, a question is about one; several in one"
-            f" prompt: --messages of {', '.join(TALK_COMMANDS)}"
+            f" prompt: --messages of {', '.join(CHAT_COMMANDS)}"
         )
     if name is not None and not isinstance(name, str):
         raise UsageError(f"{path}: the image of entry {n} is a {type(name).__name__}, not a path")

@@ -1,5 +1,5 @@
 """A sample, one prompt about one picture or several, and the one reader of pictures. Lists of
-samples: coco.py, questions.py, talks.py. Kept free of torch."""
+samples: coco.py, questions.py, chats.py. Kept free of torch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Talk:
+class Chat:
     """A prompt of several pictures or several turns: its pictures in the order in which the turns
     have them. The last turn is the user's."""
 
@@ -97,7 +97,7 @@ class Talk:
 @dataclass(frozen=True)
 class Sample:
     """One image and one prompt. id: text, unique within a list, names the item's files; extra: what
-    else the list says, 'image_id' as it stands there. talk: the whole prompt where it has several
+    else the list says, 'image_id' as it stands there. chat: the whole prompt where it has several
     pictures or turns, of which image is the first picture and question the last turn's words."""
 
     id: str
@@ -105,7 +105,7 @@ class Sample:
     question: str
     answer: str | None = None
     extra: Record = field(default_factory=dict, hash=False)
-    talk: Talk | None = None
+    chat: Chat | None = None
 
     @property
     def inputs(self) -> list[object]:
@@ -147,7 +147,7 @@ def with_picture(item: WithImage) -> tuple[WithImage, Image.Image]:
     return item, load_image(item.image)
 
 
-Pictures = Image.Image | tuple[Image.Image, ...]  # of a sample: a tuple where it has a talk
+Pictures = Image.Image | tuple[Image.Image, ...]  # of a sample: a tuple where it has a chat
 
 
 @contextlib.contextmanager
@@ -172,10 +172,10 @@ def given_pictures(sample: Sample) -> Pictures:
 
 
 def with_pictures(sample: Sample) -> tuple[Sample, Pictures]:
-    """(sample, its picture, of a talk the tuple of its pictures), for engine.run_items."""
-    if sample.talk is None:
+    """(sample, its picture, of a chat the tuple of its pictures), for engine.run_items."""
+    if sample.chat is None:
         return with_picture(sample)
-    return sample, load_pictures(sample.talk.images)
+    return sample, load_pictures(sample.chat.images)
 
 
 def load_pictures(sources: Sequence[Path | Frame]) -> tuple[Image.Image, ...]:

@@ -58,7 +58,7 @@ class Maps:
     @classmethod
     def read(cls, run: Run, id: str, folder: str | Path | None, hide_sinks: bool) -> Maps:
         """The maps of one item, over several pictures side by side. UsageError where the places of
-        its cells are unknown. folder: where its picture is; those of a talk know it themselves."""
+        its cells are unknown. folder: where its picture is; those of a chat know it themselves."""
         record = run.record(id)
         arrays = run.arrays(id)
         if folder is None and "images" not in record:

@@ -15,7 +15,7 @@ import torch
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.lens import vocabulary
-from vlmdiag.pictures.talks import record_of
+from vlmdiag.pictures.chats import record_of
 from vlmdiag.relevancy import methods, rules
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.types import Record
@@ -129,7 +129,7 @@ def visual_share(run: Trace, relevancy: Relevancy) -> list[list[float]]:
 
 
 def picture_shares(run: Trace, relevancy: Relevancy) -> list[list[list[float]]]:
-    """The same of each picture of a talk, [token][layer][picture]: max R of its own vision tokens /
+    """The same of each picture of a chat, [token][layer][picture]: max R of its own vision tokens /
     (max R_img + max R_text), of which the largest is the visual share."""
     is_text = torch.isin(run.batch.groups[0].cpu(), torch.tensor(TEXT))
     of_text = torch.from_numpy(relevancy.rows)[..., is_text].amax(-1)

@@ -1,5 +1,5 @@
-"""Lists of pictures, lists of messages and videos -> Sample with a talk: what --images, --messages
-and --video give; what a run keeps of talks, and where figures find the pictures again."""
+"""Lists of pictures, lists of messages and videos -> Sample with a chat: what --images, --messages
+and --video give; what a run keeps of chats, and where figures find the pictures again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.entries import Entry, checked_id, entries_of, read_list, text_id
-from vlmdiag.pictures.samples import Sample, Talk, Turn
+from vlmdiag.pictures.samples import Chat, Sample, Turn
 from vlmdiag.pictures.video import Frame, frames_of
 from vlmdiag.types import Fields, Record
 
@@ -21,7 +21,7 @@ _PLACES = ("path", "url", "image", "image_url", "video")
 
 
 def given_samples(args: Namespace, folder: str | Path | None = None) -> list[Sample]:
-    """The samples of --images, --messages or --video (cli.add_talk_arguments), [] where none of
+    """The samples of --images, --messages or --video (cli.add_chat_arguments), [] where none of
     them is given. folder: where relative paths of --messages start, None: at its file."""
     if args.images:
         return [about([Path(path) for path in args.images], args.prompt_text)]
@@ -31,7 +31,7 @@ def given_samples(args: Namespace, folder: str | Path | None = None) -> list[Sam
 
 
 def settings_of(args: Namespace) -> Record:
-    """What tells one run of talks from another, for its settings; {} without talks."""
+    """What tells one run of chats from another, for its settings; {} without chats."""
     if args.images:
         return {"images": [Path(path).name for path in args.images]}
     if args.video:
@@ -42,11 +42,11 @@ def settings_of(args: Namespace) -> Record:
 def about(images: Sequence[Source], question: str) -> Sample:
     """One question about several pictures, which stand in front of it. id: the first one's name and
     how many more there are."""
-    talk = Talk(tuple(images), (Turn("user", (*[None] * len(images), question)),))
+    chat = Chat(tuple(images), (Turn("user", (*[None] * len(images), question)),))
     first = images[0]
     path = first.video if isinstance(first, Frame) else first
     id = f"{path.stem}+{len(images) - 1}"
-    return Sample(id, path, question, extra={"image_id": id}, talk=talk)
+    return Sample(id, path, question, extra={"image_id": id}, chat=chat)
 
 
 def read_messages(
@@ -69,21 +69,21 @@ def read_messages(
     for n, entry in enumerate(entries_of(path, content, ["messages"])):
         where = f"{path}: entry {n}"
         try:
-            talk, answer = _talk_of(entry, root, frames)
+            chat, answer = _chat_of(entry, root, frames)
         except (TypeError, ValueError, KeyError) as error:
             raise UsageError(f"{where}: {error}") from error
-        first = talk.images[0]
+        first = chat.images[0]
         image = first.video if isinstance(first, Frame) else first
         id = entry.get("id", entry.get("image_id", f"{image.stem}-{n}"))
         id = checked_id(path, f"the id of entry {n},", id)
         extra = {"image_id": id} | {k: v for k, v in entry.items() if k not in _OF_PROMPT}
-        question = talk.turns[-1].text
-        samples.append(Sample(text_id(id), image, question, answer, extra, talk))
+        question = chat.turns[-1].text
+        samples.append(Sample(text_id(id), image, question, answer, extra, chat))
     return samples
 
 
-def _talk_of(entry: Entry, root: Path, frames: int) -> tuple[Talk, str | None]:
-    """The talk of an entry, and the answer that its last message gives. ValueError and TypeError
+def _chat_of(entry: Entry, root: Path, frames: int) -> tuple[Chat, str | None]:
+    """The chat of an entry, and the answer that its last message gives. ValueError and TypeError
     for another form."""
     listed: list[Source] = [root / _text(name, "an image") for name in entry.get("images") or ()]
     of_list = iter(listed)
@@ -121,7 +121,7 @@ def _talk_of(entry: Entry, root: Path, frames: int) -> tuple[Talk, str | None]:
         raise ValueError(f"it lists {len(listed)} images, and its messages have places for others")
     if not images:
         raise ValueError("it has no picture")
-    return Talk(tuple(images), tuple(turns), system), entry.get("answer", answer)
+    return Chat(tuple(images), tuple(turns), system), entry.get("answer", answer)
 
 
 def _parts_of(message: object) -> tuple[str, list[Record]]:
@@ -158,20 +158,20 @@ def _text(value: object, what: str) -> str:
 
 
 def record_of(sample: Sample) -> Record:
-    """What a record says of a sample's talk: "images", the paths, of a frame '<video>#<n>', and
+    """What a record says of a sample's chat: "images", the paths, of a frame '<video>#<n>', and
     "messages"; {} where it has none."""
-    if sample.talk is None:
+    if sample.chat is None:
         return {}
     messages: list[Record] = []
-    if sample.talk.system is not None:
-        messages.append({"role": "system", "content": sample.talk.system})
-    for turn in sample.talk.turns:
+    if sample.chat.system is not None:
+        messages.append({"role": "system", "content": sample.chat.system})
+    for turn in sample.chat.turns:
         content = [
             {"type": "image"} if part is None else {"type": "text", "text": part}
             for part in turn.parts
         ]
         messages.append({"role": turn.role, "content": content})
-    return {"images": [str(image) for image in sample.talk.images], "messages": messages}
+    return {"images": [str(image) for image in sample.chat.images], "messages": messages}
 
 
 def recorded_sources(images: Sequence[str], folder: str | Path | None = None) -> list[Source]:

@@ -13,10 +13,10 @@ import common
 from tests.conftest import ROOT, in_process
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.lens_page import write_page
+from vlmdiag.pictures.chats import read_messages, recorded_sources
 from vlmdiag.pictures.grid import PatchGrid
 from vlmdiag.pictures.mosaic import side_by_side
 from vlmdiag.pictures.samples import load_pictures
-from vlmdiag.pictures.talks import read_messages, recorded_sources
 from vlmdiag.pictures.video import frames_of, read_frames
 
 TINY = ROOT / "checkpoints" / "tiny-llava"
@@ -63,10 +63,10 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, pictures):
     """Three pictures, messages about them, a video of ten frames of their own grey each."""
-    root = tmp_path_factory.mktemp("talks")
+    root = tmp_path_factory.mktemp("chats")
     for name, picture in zip("abc", pictures):
         picture.save(root / f"{name}.png")
-    (root / "talks.json").write_text(json.dumps(MESSAGES))
+    (root / "chats.json").write_text(json.dumps(MESSAGES))
     with av.open(str(root / "clip.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
@@ -86,7 +86,7 @@ def run(command, *arguments):
 @pytest.fixture(scope="module")
 def measured(folder):
     """The run of the messages by run_coco_diagnostics.py."""
-    flags = ("--model_path", TINY, "--messages", folder / "talks.json", "--batch_size", 2)
+    flags = ("--model_path", TINY, "--messages", folder / "chats.json", "--batch_size", 2)
     run(coco, *flags, "--out_root", folder / "runs", "--max_new_tokens", 3, "--probe_hidden_norms")
     return folder / "runs" / "tiny-llava__sp-0"
 
@@ -142,7 +142,7 @@ def test_records_say_which_pictures_and_turns_their_arrays_are_of(measured):
         assert [turn["role"] for turn in record["turns"]] == roles
         assert len(arrays["turn_mass"]) == len(roles)
     settings = json.loads((measured / "meta.json").read_text())["settings"]
-    assert settings["messages"] == "talks.json" and "ann_file" not in settings
+    assert settings["messages"] == "chats.json" and "ann_file" not in settings
 
 
 def test_a_run_of_other_pictures_is_refused(folder):
@@ -154,7 +154,7 @@ def test_a_run_of_other_pictures_is_refused(folder):
 
 
 def test_relevancy_and_its_figures_are_over_all_pictures(folder):
-    flags = ("--model_path", TINY, "--messages", folder / "talks.json", "--max_new_tokens", 3)
+    flags = ("--model_path", TINY, "--messages", folder / "chats.json", "--max_new_tokens", 3)
     run(relevancy, *flags, "--out_root", folder / "runs")
     path = folder / "runs" / "relevancy" / "tiny-llava"
     record, arrays = item(path, "c-1")
@@ -174,7 +174,7 @@ def test_relevancy_and_its_figures_are_over_all_pictures(folder):
 
 
 def test_a_lens_page_has_the_pictures_and_turns(folder):
-    flags = ("--model_path", TINY, "--messages", folder / "talks.json", "--top_k", 2)
+    flags = ("--model_path", TINY, "--messages", folder / "chats.json", "--top_k", 2)
     run(lens, *flags, "--out_root", folder / "runs", "--save_folder", folder / "pages")
     page = (folder / "pages" / "tiny-llava_two_logit_lens.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
@@ -200,7 +200,7 @@ def test_check_model_says_picture_and_turn_of_every_token(folder):
     files = ("--out", folder / "grid.png", "--json", folder / "report.json")
     out = run(check, TINY, "--messages", folder / "one.json", *files)
     prompt = json.loads((folder / "report.json").read_text())["prompt"]
-    assert prompt["talk"]["pictures"][1]["spans"] == [[178, 322]]
+    assert prompt["chat"]["pictures"][1]["spans"] == [[178, 322]]
     assert len(prompt["numbers"]) == len(prompt["turns"]) == prompt["length"]
     assert "picture 1     [178, 322), in turn 0" in out and "turn 1, assistant" in out
     assert "288 vision tokens, 288 with a box" in out and "passed" in out
@@ -253,16 +253,16 @@ IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
 
 def test_pictures_without_a_place_stand_in_front_of_the_first_words(tmp_path):
     sample = asked(tmp_path, {"images": ["x.jpg", "y.jpg"], "messages": [USER, ANSWER, USER]})
-    assert sample.talk.turns[0].parts == (None, None, "Why?")
-    assert [path.name for path in sample.talk.images] == ["x.jpg", "y.jpg"]
+    assert sample.chat.turns[0].parts == (None, None, "Why?")
+    assert [path.name for path in sample.chat.images] == ["x.jpg", "y.jpg"]
     assert sample.id == "x-0" and sample.question == "Why?" and sample.answer is None
 
 
 def test_a_last_answer_and_a_system_message_are_read(tmp_path):
     system = {"role": "system", "content": "Be brief."}
     sample = asked(tmp_path, {"images": ["x.jpg"], "messages": [system, IMAGE, ANSWER], "id": 7})
-    assert sample.answer == "So." and sample.talk.system == "Be brief."
-    assert len(sample.talk.turns) == 1 and sample.id == f"{7:012d}"
+    assert sample.answer == "So." and sample.chat.system == "Be brief."
+    assert len(sample.chat.turns) == 1 and sample.id == f"{7:012d}"
 
 
 @pytest.mark.parametrize(
@@ -295,9 +295,9 @@ def test_commands_of_one_picture_name_those_that_take_several(folder, tmp_path):
     from vlmdiag.pictures.questions import read_questions
 
     with pytest.raises(UsageError, match="run_coco_diagnostics.py"):
-        read_questions(folder / "talks.json")
+        read_questions(folder / "chats.json")
     done = in_process(TOOLS / "psi.py")(
-        "--model_path", TINY, "--questions", folder / "talks.json", "--out_root", tmp_path
+        "--model_path", TINY, "--questions", folder / "chats.json", "--out_root", tmp_path
     )
     assert done.returncode == 2 and "several pictures or turns" in done.stderr
 

@@ -19,7 +19,7 @@ from vlmdiag.model.decoding import extended
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.selfcheck import own_inputs
 from vlmdiag.model.vision import prefill
-from vlmdiag.pictures.samples import Sample, Talk, Turn
+from vlmdiag.pictures.samples import Chat, Sample, Turn
 from vlmdiag.relevancy.gradients import trace
 from vlmdiag.relevancy.methods import relevancy
 from vlmdiag.scenes.scene import floor_scene, render
@@ -39,7 +39,7 @@ NAMES = [
     "pixtral",
 ]
 FILES = tuple(Path(f"{name}.png") for name in "abc")
-TALK = Talk(
+CHAT = Chat(
     FILES,
     (
         Turn("user", (None, None, "Which of them has a red circle?")),
@@ -47,7 +47,7 @@ TALK = Talk(
         Turn("user", (None, "And this one?")),
     ),
 )
-SHORT = Talk(FILES[:1], (Turn("user", (None, "Describe the image.")),))
+SHORT = Chat(FILES[:1], (Turn("user", (None, "Describe the image.")),))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def pictures():
 
 @pytest.fixture(scope="module", params=NAMES)
 def vlm(request, tmp_path_factory):
-    folder = BUILDERS[request.param](tmp_path_factory.mktemp("talks") / request.param)
+    folder = BUILDERS[request.param](tmp_path_factory.mktemp("chats") / request.param)
     return common.load_model(folder, self_check=False)
 
 
@@ -69,18 +69,18 @@ def tiny():
     return common.load_model(Path(__file__).parents[1] / "checkpoints/tiny-llava")
 
 
-def encoded(vlm, pictures, talks=(TALK, SHORT)):
-    samples = [Sample(str(i), FILES[0], "", talk=talk) for i, talk in enumerate(talks)]
-    return vlm.encode(samples, [pictures[: len(talk.images)] for talk in talks])
+def encoded(vlm, pictures, chats=(CHAT, SHORT)):
+    samples = [Sample(str(i), FILES[0], "", chat=chat) for i, chat in enumerate(chats)]
+    return vlm.encode(samples, [pictures[: len(chat.images)] for chat in chats])
 
 
-def messages_of(vlm, talk):
+def messages_of(vlm, chat):
     """The turns as transformers' chat messages, with the system prompt that LLaVA is asked with."""
     messages = []
     if vlm.family.default_system is not None:
         text = importlib.import_module("vlmdiag.families.llava").SYSTEM
         messages.append({"role": "system", "content": [{"type": "text", "text": text}]})
-    for turn in talk.turns:
+    for turn in chat.turns:
         content = [
             {"type": "text", "text": part} if part else {"type": "image"} for part in turn.parts
         ]
@@ -106,10 +106,10 @@ def test_it_is_the_models_own_word(vlm, pictures):
     batch = encoded(vlm, pictures)
     with capture(vlm, [probe := Rows()]):
         logits = prefill(vlm, batch).logits[:, -1]
-    for row, talk in enumerate((TALK, SHORT)):
-        text = vlm.processor.apply_chat_template(messages_of(vlm, talk), add_generation_prompt=True)
+    for row, chat in enumerate((CHAT, SHORT)):
+        text = vlm.processor.apply_chat_template(messages_of(vlm, chat), add_generation_prompt=True)
         assert batch.prompts[row] == text
-        inputs = own_inputs(vlm, [*pictures[: len(talk.images)]], text)
+        inputs = own_inputs(vlm, [*pictures[: len(chat.images)]], text)
         start = batch.input_ids.shape[1] - batch.lengths[row]
         assert inputs["input_ids"][0].tolist() == batch.input_ids[row, start:].tolist()
         vlm.parts.decoder.set_attn_implementation("eager")
@@ -145,19 +145,19 @@ def test_changing_a_picture_changes_the_tokens_of_its_number(vlm, pictures):
 @pytest.mark.types
 def test_a_turns_tokens_are_its_words_and_marks(vlm, pictures):
     batch = encoded(vlm, pictures)
-    for row, talk in enumerate((TALK, SHORT)):
+    for row, chat in enumerate((CHAT, SHORT)):
         turns, ids, groups = batch.turns[row], batch.input_ids[row], batch.groups[row]
         real = batch.attention_mask[row] == 1
         assert (turns[~real] == -1).all() and (batch.numbers[row][~real] == -1).all()
         in_order = turns[real].tolist()
         texts = [
-            vlm.processor.apply_chat_template(messages_of(vlm, talk), add_generation_prompt=opens)
+            vlm.processor.apply_chat_template(messages_of(vlm, chat), add_generation_prompt=opens)
             for opens in (False, True)
         ]
         opens_the_answer = texts[0] != texts[1]  # Mistral's does not
         assert in_order == sorted(in_order)
-        assert in_order[-1] == len(talk.turns) - (not opens_the_answer)
-        for number, turn in enumerate(talk.turns):
+        assert in_order[-1] == len(chat.turns) - (not opens_the_answer)
+        for number, turn in enumerate(chat.turns):
             group = GROUPS.index("user" if turn.role == "user" else "generated")
             words = vlm.tokenizer.decode(ids[(turns == number) & (groups == group)])
             assert words.split() == turn.text.split()
@@ -166,7 +166,7 @@ def test_a_turns_tokens_are_its_words_and_marks(vlm, pictures):
             found = set(batch.numbers[row][turns == number].tolist()) - {-1}
             assert found == wanted
         said = (groups == GROUPS.index("user")) | (groups == GROUPS.index("generated"))
-        assert not said[turns == len(talk.turns)].any()
+        assert not said[turns == len(chat.turns)].any()
 
 
 @pytest.mark.types
@@ -174,8 +174,8 @@ def test_relevancy_goes_on_to_each_pictures_own_patches(vlm, pictures):
     """A vision token depends on the tower's output at its sources and nowhere else."""
     if not vlm.parts.vision_blocks:
         pytest.skip("relevancy stops at the vision tokens")
-    twice = Talk((FILES[1], FILES[0], FILES[0]), TALK.turns)
-    sample = Sample("0", FILES[0], "", talk=twice)
+    twice = Chat((FILES[1], FILES[0], FILES[0]), CHAT.turns)
+    sample = Sample("0", FILES[0], "", chat=twice)
     batch = vlm.encode([sample], [(pictures[1], pictures[0], pictures[0])])
     run = trace(vlm, batch, [20, 21])
     numbers = batch.numbers[0, run.vision]
@@ -210,20 +210,20 @@ def test_an_answer_is_the_turn_behind_the_last(tiny, pictures):
 
 
 def test_one_question_about_one_picture_is_encoded_alike(tiny, pictures):
-    """As a talk and as the simple sample, typed special strings included."""
+    """As a chat and as the simple sample, typed special strings included."""
     for question in ("Why?", "Is <image> a tag </s> here?", "<image>\nWhy?"):
-        talk = Talk(FILES[:1], (Turn("user", (None, question)),))
+        chat = Chat(FILES[:1], (Turn("user", (None, question)),))
         simple = tiny.encode([Sample("0", FILES[0], question)], [pictures[0]])
-        as_talk = encoded(tiny, pictures, [talk])
-        assert simple.prompts == as_talk.prompts and simple.numbers is None
+        as_chat = encoded(tiny, pictures, [chat])
+        assert simple.prompts == as_chat.prompts and simple.numbers is None
         for name in ("input_ids", "groups", "position_ids", "next_position"):
-            assert torch.equal(getattr(simple, name), getattr(as_talk, name)), name
+            assert torch.equal(getattr(simple, name), getattr(as_chat, name)), name
 
 
 def test_special_strings_typed_in_any_turn_stay_text(tiny, pictures):
     said = ("See </s> and <image>?", "A <s>, USER: no", "<image> in <image> twice <image>")
     turns = [Turn("user", (None, said[0])), Turn("assistant", said[1:2]), Turn("user", (said[2],))]
-    batch = encoded(tiny, pictures, [Talk(FILES[:1], tuple(turns))])
+    batch = encoded(tiny, pictures, [Chat(FILES[:1], tuple(turns))])
     assert int((batch.input_ids == tiny.image_token_id).sum()) == 144
     wanted = (said[0], said[1], "in <image> twice")  # at the edges it is the picture's placeholder
     for number, words in enumerate(wanted):
@@ -232,8 +232,8 @@ def test_special_strings_typed_in_any_turn_stay_text(tiny, pictures):
         assert tiny.tokenizer.decode(batch.input_ids[0][inside]).strip() == words
 
 
-def test_a_system_message_of_the_talk_is_the_system_prompt(tiny, pictures):
-    own = encoded(tiny, pictures, [Talk(FILES[:1], SHORT.turns, system="Be brief.")])
+def test_a_system_message_of_the_chat_is_the_system_prompt(tiny, pictures):
+    own = encoded(tiny, pictures, [Chat(FILES[:1], SHORT.turns, system="Be brief.")])
     assert own.prompts[0].startswith("Be brief. USER:")
     system = own.input_ids[0][own.groups[0] == GROUPS.index("system")]
     assert tiny.tokenizer.decode(system).strip() == "Be brief."
@@ -241,8 +241,8 @@ def test_a_system_message_of_the_talk_is_the_system_prompt(tiny, pictures):
 
 
 def test_the_same_picture_twice_runs_the_tower_once(tiny, pictures):
-    talk = Talk((FILES[0], FILES[0]), (Turn("user", (None, None, "Alike?")),))
-    batch = tiny.encode([Sample("0", FILES[0], "", talk=talk)], [(pictures[0], pictures[0])])
+    chat = Chat((FILES[0], FILES[0]), (Turn("user", (None, None, "Alike?")),))
+    batch = tiny.encode([Sample("0", FILES[0], "", chat=chat)], [(pictures[0], pictures[0])])
     seen = []
     hook = tiny.parts.tower.register_forward_hook(
         lambda m, a, kw, o: seen.append(kw), with_kwargs=True
