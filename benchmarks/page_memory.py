@@ -1,6 +1,6 @@
 """Does the stethoscope's page keep its memory while it is asked?
 
-    python benchmarks/page_memory.py --questions 200 --visitors 20
+    python benchmarks/page_memory.py --num_questions 200 --visitors 20
 
 starts the page on the tiny model, lets visitors after one another choose a picture, ask, and at
 times open the panel that keeps most (relevancy), and prints the resident memory of the server as
@@ -28,16 +28,28 @@ APP = ROOT / "diagnostic_tools" / "demo_meta.py"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--model-name", default=str(ROOT / "checkpoints" / "tiny-llava"))
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--visitors", type=int, default=20, help="who share the questions")
     parser.add_argument(
-        "--relevancy_every", type=int, default=5, help="questions, of which one looks at relevancy"
+        "--model_path", default=str(ROOT / "checkpoints" / "tiny-llava"), help="folder of the model"
     )
-    parser.add_argument("--session_memory", type=float, default=16, help="as of demo_meta.py")
+    parser.add_argument(
+        "--num_questions", type=cli.whole(8), default=200, help="questions of all visitors"
+    )
+    parser.add_argument("--visitors", type=cli.positive, default=20, help="who share the questions")
+    parser.add_argument(
+        "--relevancy_every",
+        type=cli.positive,
+        default=5,
+        help="questions, of which one looks at relevancy",
+    )
+    parser.add_argument(
+        "--session_memory",
+        type=cli.number(0, 10**9, above=True),
+        default=16,
+        help="MiB, as of demo_meta.py",
+    )
     args = parser.parse_args(argv)
-    if not 1 <= args.visitors <= args.questions or args.questions < 8:
-        parser.error("--questions counts from 8, --visitors from 1 up to --questions")
+    if args.visitors > args.num_questions:
+        parser.error("--visitors is at most --num_questions")
     return args
 
 
@@ -54,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(APP), "--model-name", args.model_name, "--port", str(port)]
+    command = [sys.executable, str(APP), "--model-name", args.model_path, "--port", str(port)]
     command += ["--session_memory", str(args.session_memory), "--no_self_check"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -65,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         visitors = [Client(f"http://127.0.0.1:{port}") for _ in range(args.visitors)]
         memory = []
         started = time.monotonic()
-        for number in range(args.questions):
-            visitor = visitors[number * args.visitors // args.questions]
+        for number in range(args.num_questions):
+            visitor = visitors[number * args.visitors // args.num_questions]
             visitor.pick(number % 3)
             visitor.ask(f"Describe the image. ({number})")
             if number % args.relevancy_every == 0:
                 visitor.send("open_panel_3")
             memory.append(resident(server.pid))
-            if (number + 1) % max(1, args.questions // 10) == 0:
+            if (number + 1) % max(1, args.num_questions // 10) == 0:
                 seconds = time.monotonic() - started
                 print(f"{number + 1} questions, {seconds:.0f} s: {memory[-1]:.0f} MiB", flush=True)
     finally:

@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", choices=GROUPS, default="seeing", help="tokens in the figures")
     parser.add_argument(
         "--dependence",
-        type=cli.number(0, 1000),
+        type=cli.number(-(10**9), 10**9),
         default=1.0,
         help="nats that a 'seeing' token loses without the picture, at least",
     )

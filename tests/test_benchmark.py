@@ -236,7 +236,7 @@ def test_wrong_numbers_are_refused(bench, capsys):
     with pytest.raises(SystemExit) as end:
         bench.parse_args(["--prompt", "20"])
     assert end.value.code == 2
-    assert "50 at least" in capsys.readouterr().err
+    assert "from 50 to" in capsys.readouterr().err
 
 
 # --- the states of swap pairs ---------------------------------------------------------------------

@@ -307,7 +307,7 @@ def test_commands_of_one_picture_name_those_that_take_several(folder, tmp_path):
     [
         ((), "are required: --image_dir, --ann_file"),
         (("--images", "x.png", "--video", "y.mp4"), "different pictures"),
-        (("--video", "y.mp4", "--frames", "0"), "counts from 1"),
+        (("--video", "y.mp4", "--frames", "0"), "from 1 to"),
         (("--images", "x.png", "--ann_file", "z.json"), "different pictures"),
     ],
 )

@@ -80,7 +80,11 @@ def test_the_documents_spelling_of_a_script_runs_it(call, shapes):
         call(shapes, f"scripts/{name}_acts_size.py", *tiny) for name in ("esimate", "estimate")
     )
     assert misspelt == real and real[0] == 0
-    code, said = call(shapes, "scripts/ablation_experiment_phi.py", "--mean_tensor", "nowhere.pt")
+    code, said = call(
+        shapes,
+        "scripts/ablation_experiment_phi.py",
+        *("--coco_root", shapes, "--replacement", "zeros"),
+    )
     assert code == 2 and "xtuner/llava-phi-3-mini-hf" in said and said.count("\n") == 1
 
 

@@ -232,7 +232,8 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
         for layer, row in enumerate(probe.rows[step]):
             oracle = maps[layer][:, :, total - 1 + step, : total + step]
             assert row.shape == oracle.shape, (step, layer)
-            assert torch.allclose(row, oracle, atol=1e-5), (step, layer)
+            # rounding: up to 1.6e-5 in Gemma 4's sharpest rows on a CPU with AMX
+            assert torch.allclose(row, oracle, atol=3e-5), (step, layer)
             assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
             mass = masses.mass[step][vlm.parts.attending[layer], :, :, VISION]
             to_vision = (oracle[..., :total] * (batch.groups == VISION)[:, None]).sum(-1)

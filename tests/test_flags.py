@@ -19,7 +19,8 @@ ODD = ("nan", "inf", "-inf", "-1", "0", "1e30", "1" + "0" * 30, "x", "")
 # flags that an odd number is a value of: 0 is a start, a share, "none" or "all" for many
 INFINITE = {"stop_after"}
 WORDS = {"device", "device_map", "pairs", "shard"}
-SIGNED = {"delta_steps"}  # positions may be shifted either way, or not at all
+# positions may be shifted either way, or not at all; nats may be below 0
+SIGNED = {"delta_steps", "dependence"}
 
 
 class Declared(Exception):

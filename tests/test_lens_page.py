@@ -408,7 +408,7 @@ def show(browser):
     message, nothing asked from the network, nothing injected ran."""
     for kind in ("browser", "performance"):
         browser.get_log(kind)
-    allowed = ["file:", "data:", "chrome:"]  # the last: the browser's own start page
+    allowed = ["file:", "data:", "chrome:", "chrome-untrusted:"]  # the last: its start page
 
     def get(address, ready="return document.body.dataset.ready === 'true'"):
         address = address.as_uri() if isinstance(address, Path) else address

@@ -219,20 +219,33 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--num_images", "0"], "--num_images 0: 1 to 500000"),
-        (["--num-train", "-1"], "--num_train -1: 0 to 500000"),
-        (["--num_workers", "-2"], "--num_workers -2"),
         (
             ["--height_depth_correlation", "0.99"],
             "--height_depth_correlation 0.99: possible are 0 to 0.9",
         ),
-        (["--height_depth_correlation", "nan"], "--height_depth_correlation nan"),
         (["--scene", "corridor", "--height-depth-correlation", "0.5"], "is for --scene floor"),
     ],
 )
 def test_wrong_flags_are_named(tmp_path, flags, words):
     with pytest.raises(UsageError, match=re.escape(words)):
         make_shapes.parse_args(["--out_dir", str(tmp_path), *flags])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num_images", "0"], "argument --num_images/--num-images: '0' is no whole number"),
+        (["--num-train", "-1"], "argument --num_train/--num-train: '-1' is no whole number"),
+        (["--num_workers", "-2"], "'-2' is no whole number"),
+        (["--height_depth_correlation", "nan"], "'nan' is no number"),
+        (["--scene", "tunnel", "--instances", "0"], "argument --instances: '0'"),
+        (["--scene", "tunnel", "--sweep_scenes", "-1"], "'-1' is no whole number from 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(tmp_path, flags, words, capsys):
+    with pytest.raises(SystemExit):
+        make_shapes.parse_args(["--out_dir", str(tmp_path), *flags])
+    assert words in capsys.readouterr().err
 
 
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path):

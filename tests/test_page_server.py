@@ -140,6 +140,7 @@ def test_an_export_is_for_its_browser_and_goes_with_the_session(page):
         assert time.monotonic() < end
         time.sleep(15)  # each look keeps a session
     assert "other visitors" in text or "nothing was done here for 0.2 minutes" in text
+    time.sleep(20)
     assert "nothing was done here for 0.2 minutes" in one.send("show")["probability"]
     assert "circle" in other.ask() and "Traceback" not in log.read_text()
 

@@ -3,6 +3,7 @@ and numbers that follow from planted answers."""
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def test_psi_of_planted_accuracies():
     same = psi_interval([1, 0, 1], [1, 0, 1])
     assert same.mean == 0 and -0.6 < same.low < 0 < same.high < 1  # three images prove little
     lost = psi_interval([1, 1, 1], [0, 0, 0])
-    assert lost.mean == lost.high == 1 and 0 < lost.low < 0.5
+    assert lost.mean == lost.high == 1 and 0 <= lost.low < 0.5
     assert np.isnan(psi_interval([0, 0], [0, 0])[:3]).all()
     one = psi_interval([1.0], [0.5])
     assert one.mean == 0.5 and np.isnan(one.low) and one.n == 1
@@ -169,8 +170,9 @@ def test_the_interval_of_psi_is_paired_and_covers_the_truth():
         covered += interval.low <= 0.5 <= interval.high
     assert covered >= 52
     original = rng.random(200) < 0.6
-    paired = psi_interval(original, original * 0.5)
-    mixed = psi_interval(original, rng.permutation(original) * 0.5)
+    kept = original * rng.choice([0.25, 0.5, 0.75], 200)
+    paired = psi_interval(original, kept)
+    mixed = psi_interval(original, rng.permutation(kept))
     assert paired.high - paired.low < 0.5 * (mixed.high - mixed.low)
 
 
@@ -216,12 +218,11 @@ def test_the_table_follows_from_planted_answers(tmp_path, capsys):
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "psi/tiny-llava/analysis/psi.json").read_text())["kinds"]
     assert list(found) == ["all", "color", "count", "left_right"]
-    assert found["left_right"]["psi"] == {
-        "mean": 0.75,
-        "low": 0.75,
-        "high": 0.75,
-        "n": 20,
-    } and found["left_right"]["accuracy_by_permutation"] == [1, 0, 0, 0]
+    of_kind = found["left_right"]
+    assert of_kind["psi"]["mean"] == 0.75 and of_kind["psi"]["n"] == 20
+    # all images alike: what the images' difference allows for others
+    assert 0.4 < of_kind["psi"]["low"] < 0.75 < of_kind["psi"]["high"] < 0.85
+    assert of_kind["accuracy_by_permutation"] == [1, 0, 0, 0]
     assert (
         found["color"]["psi"]["mean"] == 0
         and found["color"]["questions"] == 40
@@ -243,7 +244,7 @@ def test_the_table_follows_from_planted_answers(tmp_path, capsys):
     )
     assert found["all"]["psi"]["mean"] == pytest.approx(1 - permuted.mean() / original.mean())
     assert found["left_right"]["share_without_a_known_answer"] == {"original": 0, "permuted": 0.75}
-    assert "left_right" in out and "0.750 [0.75, 0.75]" in out
+    assert "left_right" in out and re.search(r"0\.750 \[0\.\d+, 0\.\d+\]", out)
     for ending in (".png", ".pdf"):
         assert (tmp_path / f"psi/tiny-llava/analysis/psi{ending}").stat().st_size > 5000
 

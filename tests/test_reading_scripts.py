@@ -552,7 +552,6 @@ def test_hidden_norms_average_each_images_own_ratio(runs, folder, tmp_path, monk
         (["--titles", "a", "b", "c"], "give --models too"),
         (["--mode", "image"], "needs the image"),
         (["--image_key", "1"], "add --mode image"),
-        (["--early_k", "-1"], "--early_k -1"),
     ]:
         with pytest.raises(UsageError, match=message):
             main(["--runs_dir", "runs", "--sp", "0", *extra])

@@ -576,8 +576,8 @@ def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path, warm_pytho
     in_order = [
         (info, text) for info, _, text in blocks(ROOT / "README.md") if info in ("bash", "python")
     ]
-    # the last one: test_a_command_for_the_tiny_models_runs
-    (_, draw), (_, quickstart), (_, in_memory), _ = in_order
+    # those behind: test_a_command_for_the_tiny_models_runs
+    (_, draw), (_, quickstart), (_, in_memory), *_ = in_order
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     for _, words in steps(draw):
         done = run([warm_python, ROOT / words[1], *words[2:]], tmp_path)

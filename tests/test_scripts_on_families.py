@@ -370,11 +370,12 @@ def test_shuffles_reach_every_place_where_the_decoder_gets_the_picture(
 
 def test_a_measure_of_places_says_that_there_are_none(run, shapes, tmp_path):
     questions = ("--coco_root", shapes, "--clean_questions_file", shapes / "clean_questions.json")
+    zeros = ("--replacement", "zeros")  # the mean vector is looked for before the model
     for name, flags in {
         "psi": ("--questions", shapes / "questions.json"),
         "knockout": questions,
-        "vqa": questions,
-        "ablation": ("--coco_root", shapes),
+        "vqa": (*questions, *zeros),
+        "ablation": ("--coco_root", shapes, *zeros),
         "overlay": ("--image", shapes / "val2017" / "000000000005.jpg", "--token_position", 0),
     }.items():
         refused(run(name, "mplug_owl2", *flags), tmp_path, "needs grid", "mplug_owl2")

@@ -246,8 +246,8 @@ def test_one_scale_that_fails_does_not_stop_the_others(shapes, tmp_path):
         (("--bbox_file", "none.json"), "no such file"),
         (("--layers", 9), "has 6 layers"),
         (("--stage", "metrics"), "not a run directory"),
-        (("--merge",), "run swap_analysis.py"),
-        (("--recommend_layer",), "run swap_analysis.py"),
+        (("--merge",), "python swap_analysis/swap_analysis.py"),
+        (("--recommend_layer",), "python swap_analysis/swap_analysis.py"),
         (("--recommend_frac", 1), "--recommend_frac"),
     ],
 )
@@ -291,9 +291,7 @@ def test_the_scripts_of_published_models_go_through_their_scales_and_merge(tmp_p
     )
     one, _ = commands(SCALES="mine=folder", BOXES="boxes.json", OUT="other")
     assert (
-        one.scales == ["mine=folder"]
-        and one.bbox_file == "boxes.json"
-        and one.output_dir == "other"
+        one.scales == ["mine=folder"] and one.bbox_file == "boxes.json" and one.out_dir == "other"
     )
 
 

@@ -371,7 +371,7 @@ def test_unnamed_objects_stay_only_when_asked_for_and_occurrence_tells_equal_nam
 def test_tables_that_are_none_are_refused(tmp_path):
     for content, why in (
         ("", "is empty"),
-        ("a\tb\n1\t2\n", "columns a, b"),
+        ("a\tb\n1\t2\n", "its first line is 'a, b'"),
         ("a\tb\n1\n", "1 cells where the header has 2"),
         ("\t".join(COLUMNS) + "\n", "no swap pair"),
     ):

@@ -284,7 +284,6 @@ def test_of_two_kinds_of_weight_files_the_one_asked_for_is_read(models, coco, so
         ),
         (["--caption_file", "nowhere.json"], "nowhere.json: no such file"),
         (["--image_dir", "nowhere"], "nowhere: no such image folder"),
-        (["--scale", "0"], "--scale is above 0"),
     ],
 )
 def test_wrong_usage_is_one_line(models, coco, flags, message):

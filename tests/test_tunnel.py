@@ -322,8 +322,8 @@ def test_other_settings_are_refused_and_overwrite_leaves_nothing_of_them(made, t
             "--instances is for --scene tunnel; --num_images and --num_train say",
         ),
         (["--scene", "corridor", "--sweep-scenes", "3"], "--sweep_scenes is for --scene tunnel"),
-        (["--scene", "tunnel", "--instances", "0"], "--instances 0: 1 to 390"),
-        (["--scene", "tunnel", "--sweep_scenes", "-1"], "--sweep_scenes -1: 0 to 36363"),
+        (["--scene", "tunnel", "--instances", "391"], "--instances 391: 1 to 390"),
+        (["--scene", "tunnel", "--sweep_scenes", "36364"], "--sweep_scenes 36364: 0 to 36363"),
         (["--scene", "tunnel", "--height_depth_correlation", "0.5"], "is for --scene floor"),
     ],
 )

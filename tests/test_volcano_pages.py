@@ -1029,7 +1029,7 @@ def test_file_names_keep_the_spans_and_tell_what_else_differs(made):
     "more, words",
     [
         (["--occurrence", "1", "2", "--feedback-target-tokens", "red"], "2 numbers for 1 spans"),
-        (["--occurrence", "0"], "at 1"),
+        (["--occurrence", "0"], "from 1 to"),
         (["--quantile", "0"], "--quantile"),
         (["--instance-idx", "-1"], "--instance-idx"),
         (["--stage", "decide"], "invalid choice"),

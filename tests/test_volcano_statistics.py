@@ -543,7 +543,7 @@ def test_one_instance_and_no_revision_work(run, analyze, tmp_path):
     [
         (("--filter", "right"), "--filter"),
         (("--num_permutations", "0"), "argument --num_permutations"),
-        (("--seed", "-1"), "--seed from 0"),
+        (("--seed", "-1"), "argument --seed: '-1'"),
         (("--pool_method", "sum"), "--pool_method"),
         (("--run_dir", "nowhere"), "no such folder"),
     ],

@@ -197,6 +197,8 @@ class Family:
     # token is made of, its tiles one after the other with their CLS, -1 where there are fewer;
     # None: one position each, in the same order, behind a CLS or not
     sources: Callable[[VLM, Size, Inputs], Int[np.ndarray, "P k"]] | None = None
+    # its decoder makes no cache of keys and values by itself
+    makes_no_cache: bool = False
     # (vlm) -> the layers to whose outputs features.deepstack_features are added, one each
     deepstack: Callable[[VLM], Sequence[int]] | None = None
 

@@ -275,6 +275,7 @@ def variant(config: Config) -> Family:
         sources=None,
         features=granite_features,
         deepstack=granite_layers,
+        makes_no_cache=True,
         has=FAMILY.has - {"causal"},
     )
 

@@ -141,8 +141,7 @@ def ratio_interval(
     over = np.asarray(numerators, dtype=np.float64)
     under = np.asarray(denominators, dtype=np.float64)
     n = len(over)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = float(over.sum() / under.sum()) if n else np.nan
+    value = float(over.sum() / under.sum()) if n and under.sum() else np.nan
     if n < 2 or not np.isfinite(value):
         return interval_of(value, np.nan, np.nan, n)
     is_log = bool((over > 0).all() and (under > 0).all())

@@ -221,12 +221,8 @@ def last_logits(vlm: VLM, count: int) -> int | Tensor:
 
 
 def new_cache(vlm: VLM) -> Cache | None:
-    """What transformers' decoders make themselves, all but Granite 4 Vision's; None for others."""
-    decoder = vlm.parts.decoder
-    known = type(decoder).__module__.startswith("transformers.")
-    if not known or "decoder-only" not in vlm.family.has:
-        return None
-    return DynamicCache(config=decoder.config)
+    """For a decoder that makes none itself, else None."""
+    return DynamicCache(config=vlm.parts.decoder.config) if vlm.family.makes_no_cache else None
 
 
 def prefill(
