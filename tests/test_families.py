@@ -232,8 +232,9 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
         for layer, row in enumerate(probe.rows[step]):
             oracle = maps[layer][:, :, total - 1 + step, : total + step]
             assert row.shape == oracle.shape, (step, layer)
-            # rounding: up to 1.6e-5 in Gemma 4's sharpest rows on a CPU with AMX
-            assert torch.allclose(row, oracle, atol=3e-5), (step, layer)
+            # rounding: 1.6e-5 in Gemma 4's sharpest rows on a CPU with AMX
+            allowed = 3e-5 if vlm.family.name == "gemma4" else 1e-5
+            assert torch.allclose(row, oracle, atol=allowed), (step, layer)
             assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
             mass = masses.mass[step][vlm.parts.attending[layer], :, :, VISION]
             to_vision = (oracle[..., :total] * (batch.groups == VISION)[:, None]).sum(-1)
