@@ -12,7 +12,7 @@ usage: data/download_pope.sh random|popular|adversarial|pictures|all ...
                                                                     -> data/pope/COCO_val2014_<id>.jpg
   all                            the three lists and their pictures
 
-Every script that takes a question list reads them: --questions data/pope/coco_pope_random.json.
+Every script that takes a question list reads them: --question_file data/pope/coco_pope_random.json.
 What is there already is left alone. Needs wget or curl. POPE_URL, POPE_PICTURES_URL: other places of the lists, of the pictures.
 TEXT
 }

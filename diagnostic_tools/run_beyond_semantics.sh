@@ -112,7 +112,7 @@ if [ -z "$given" ] || [ -n "${WORD:-}" ]; then
 else
     printf '\nno attention overlay: it needs a word of the answer, such as WORD=teddy IMAGE=picture.jpg\n'
 fi
-run "$python" $tools/psi.py "${paths[@]}" --questions "$questions" --num_permutations 2 --max_questions "${MAX_QUESTIONS:-$((2 * count))}" \
+run "$python" $tools/psi.py "${paths[@]}" --question_file "$questions" --num_permutations 2 --max_questions "${MAX_QUESTIONS:-$((2 * count))}" \
     --batch_size "$batch" --out_root "$runs"
 printf '\ndone: run directories and their analyses in %s, figures in %s\n' "$runs" "$out"
 exit $ended

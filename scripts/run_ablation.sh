@@ -10,9 +10,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 mean=$runs/mean_vector/$name
-run "$python" scripts/save_post_adapter_acts.py --model_path "$model" --image_dir "$mean_images" --save_path "$mean"
+run "$python" scripts/save_post_adapter_acts.py --model_path "$model" --image_dir "$mean_images" --out_dir "$mean"
 run "$python" scripts/calculate_mean_vector.py "$mean"
 common=(--model_path "$model" --coco_root "$coco" --datatype "$part" --out_root "$runs" --mean_tensor "$mean/mean_vector.pt" ${limit[@]+"${limit[@]}"})
 run "$python" scripts/ablation_experiment.py "${common[@]}"
-run "$python" scripts/ablation_experiment_curate.py "${common[@]}" --clean_questions_file "$questions"
+run "$python" scripts/ablation_experiment_curate.py "${common[@]}" --question_file "$questions"
 run "$python" scripts/summarize_results.py --run_dir "$runs/ablation/$name" "$runs/ablation_vqa/$name" --out_dir "$out"

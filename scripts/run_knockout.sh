@@ -5,5 +5,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 run "$python" scripts/attention_experiment_curate.py --model_path "$model" --coco_root "$coco" --datatype "$part" --out_root "$runs" \
-    --clean_questions_file "$questions" ${limit[@]+"${limit[@]}"}
+    --question_file "$questions" ${limit[@]+"${limit[@]}"}
 run "$python" scripts/summarize_results.py --run_dir "$runs/knockout/$name" --out_dir "$out"

@@ -5,7 +5,7 @@
 #     bash scripts/run_logit_lens.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
-run "$python" scripts/logit_lens/create_logit_lens.py --model_path "$model" --image_folder "$coco/$part" --save_folder "$out/logit_lens" --num_images 20 \
+run "$python" scripts/logit_lens/create_logit_lens.py --model_path "$model" --image_dir "$coco/$part" --out_dir "$out/logit_lens" --max_images 20 \
     --out_root "$runs"
 run "$python" scripts/logit_lens/generate_overview.py "$out/logit_lens" "$out/logit_lens"
 run "$python" scripts/logit_lens/lens_accuracy.py --model_path "$model" --coco_root "$coco" --datatype "$part" --out_root "$runs" ${limit[@]+"${limit[@]}"}

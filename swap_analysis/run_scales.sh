@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python} model=$1
 shift
-common=(--model_type "$model" --output_dir "${OUT:-results}" --out_root "${RUNS:-runs}")
+common=(--model_type "$model" --out_dir "${OUT:-results}" --out_root "${RUNS:-runs}")
 for scale in ${SCALES:-"$@"}; do
     "$python" swap_analysis/swap_analysis.py "${common[@]}" --scales "$scale" --data_path "${DATA:-data/EmbSpatial-Bench.tsv}" ${BOXES:+--bbox_file "$BOXES"}
 done

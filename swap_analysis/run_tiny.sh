@@ -19,7 +19,7 @@ if [ -n "$model" ]; then
     type=$("$python" -c 'import sys; from vlmdiag.runs import rundirs; print(rundirs.slug(sys.argv[1]))' "$model")
     scales=(--scales "full=$model")
 fi
-common=(--model_type "$type" --output_dir "${OUT:-results}" --out_root "${RUNS:-runs}")
+common=(--model_type "$type" --out_dir "${OUT:-results}" --out_root "${RUNS:-runs}")
 limit=(--max_samples_per_category "${SAMPLES:-200}")
 
 run() {
