@@ -33,11 +33,6 @@ def test_auroc_is_the_share_of_ordered_pairs():
     assert calibration.auroc(-scores, labels) == pytest.approx(1 - slow) and np.isnan(
         calibration.auroc(scores, np.ones(60, bool))
     )
-    doubled = rng.integers(0, 3, 60)
-    repeated = np.repeat(np.arange(60), doubled)
-    assert calibration.auroc(scores, labels, doubled) == pytest.approx(
-        calibration.auroc(scores[repeated], labels[repeated])
-    )
 
 
 def test_fit_recovers_planted_weights_and_is_calibrated():
@@ -59,20 +54,42 @@ def test_fit_recovers_planted_weights_and_is_calibrated():
         calibration.fit(inputs, np.zeros(8000))
 
 
-def test_bootstraps_draw_whole_images():
-    images = np.repeat([f"i{k}" for k in range(20)], 5)
-    drawn = calibration.draws(images)
-    assert (drawn.reshape(-1, 20, 5) == drawn.reshape(-1, 20, 5)[:, :, :1]).all() and (
-        drawn.sum(1) == 100
-    ).all()
+def test_the_error_of_auroc_is_that_of_images_drawn_again():
+    """Against resampling, on words that images have in common; five copies of every word of an
+    image say nothing new."""
     rng = np.random.default_rng(2)
-    labels = rng.random(100) < 0.5
-    good = labels + rng.normal(size=100)
-    better, equal = (
-        calibration.auroc_difference(good, rng.normal(size=100), labels, drawn),
-        calibration.auroc_difference(good, good, labels, drawn),
-    )
-    assert better["low"] > 0 and (equal["value"], equal["low"], equal["high"]) == (0, 0, 0)
+    images = np.repeat(np.arange(60), 3)
+    labels = rng.random(180) < 0.4
+    of_image = np.repeat(rng.normal(size=60), 3)
+    good, bad = labels + of_image + rng.normal(size=180), rng.normal(size=180)
+    drawn = []
+    for _ in range(600):
+        rows = (3 * rng.integers(60, size=60)[:, None] + np.arange(3)).reshape(-1)
+        pair = (calibration.auroc(scores[rows], labels[rows]) for scores in (good, bad))
+        drawn.append([*pair])
+    value, parts, count = calibration._auroc_parts(good, labels, images)
+    assert value == pytest.approx(calibration.auroc(good, labels))
+    error = calibration._error(parts, count)
+    assert error == pytest.approx(np.std(drawn, axis=0)[0], rel=0.12)
+    other = calibration._auroc_parts(bad, labels, images)[1]
+    of_difference = np.std(np.subtract(*np.transpose(drawn)))
+    assert calibration._error(parts - other, count) == pytest.approx(of_difference, rel=0.12)
+    better = calibration.auroc_difference(good, bad, labels, images)
+    equal = calibration.auroc_difference(good, good, labels, images)
+    assert (equal["value"], equal["low"], equal["high"], equal["p"]) == (0, 0, 0, 1)
+    assert better["low"] < better["value"] < better["high"] and 0 < better["p"] < 1
+    times = np.repeat(np.arange(180), 5)
+    again = calibration.auroc_interval(good[times], labels[times], images[times])
+    assert again == pytest.approx(calibration.auroc_interval(good, labels, images))
+
+
+def test_auroc_of_few_or_of_one_kind_is_not_certain():
+    ordered = calibration.auroc_interval(np.arange(8), np.arange(8) > 3, np.arange(8))
+    assert ordered["value"] == ordered["high"] == 1 and 0.3 < ordered["low"] < 0.5
+    one_kind = calibration.auroc_interval(np.arange(4), np.ones(4, bool), np.arange(4))
+    assert all(np.isnan(number) for number in one_kind.values())
+    single = calibration.auroc_interval([1, 2, 3], [True, False, True], ["a", "a", "a"])
+    assert single["value"] == 0.5 and np.isnan(single["low"])
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -288,8 +305,7 @@ def test_signals_are_read_together_so_one_small_p_of_ten_proves_nothing():
     rng = np.random.default_rng(0)
     labels = np.tile([True, False], 40)
     good, bad = labels + rng.normal(size=80) * 0.3, rng.normal(size=80)
-    drawn = calibration.draws(np.arange(80), resamples=199)
-    found = calibration.auroc_difference(good, bad, labels, drawn)
-    assert found["low"] > 0 and found["p"] == pytest.approx(2 / 200)
-    same = calibration.auroc_difference(good, good, labels, drawn)
+    found = calibration.auroc_difference(good, bad, labels, np.arange(80))
+    assert found["low"] > 0 and found["p"] < 1e-6
+    same = calibration.auroc_difference(good, good, labels, np.arange(80))
     assert same["value"] == 0 and same["p"] == 1

@@ -231,10 +231,9 @@ def calibrate(run: Run) -> Record:
                 " needed"
             )
             continue
-        drawn = calibration.draws(words.image_ids)
         # a low signal is the sign of a hallucination
         scores = {
-            name: calibration.auroc_interval(-words.signals[:, j], truth, drawn)
+            name: calibration.auroc_interval(-words.signals[:, j], truth, words.image_ids)
             for j, name in enumerate(SIGNALS)
         }
         kinds[str(kind)] = words.counts() | {"models": models, "auroc_fit": scores}
@@ -290,12 +289,11 @@ def _report_of(words: Words, models: Mapping[str, calibration.Model]) -> Record:
         for j, name in enumerate(SIGNALS)
     }
     predicted["all"] = calibration.predict(models["all"], words.signals)
-    drawn = calibration.draws(words.image_ids)
     signals = {}
     for name, scores in predicted.items():
-        gain = calibration.auroc_difference(scores, predicted[BASELINE], truth, drawn)
+        gain = calibration.auroc_difference(scores, predicted[BASELINE], truth, words.image_ids)
         signals[name] = {
-            "auroc": calibration.auroc_interval(scores, truth, drawn),
+            "auroc": calibration.auroc_interval(scores, truth, words.image_ids),
             "ece": calibration.expected_calibration_error(scores, truth),
             "over_baseline": gain,
             "brier": float(((scores - truth) ** 2).mean()),
