@@ -71,6 +71,7 @@ LIMITS = {
     "--max_questions": "4",
     "--num_images": "4",
     "--num_train": "2",
+    "--max_samples_per_category": "3",
 }  # given to the scripts that have them
 SEED = r"""
 python vlm_token_norms.py \
@@ -349,6 +350,7 @@ def make_checkout(folder, models=MODELS):
         "mmhal",
         "shapes*",
         "tiny-llava*",
+        "smol-llava*",
         "tests",
     )
     shutil.copytree(ROOT, folder, ignore=leave, dirs_exist_ok=True)
