@@ -49,11 +49,7 @@ def serve(address: str) -> None:
     import select
     import signal
 
-    import matplotlib.pyplot  # noqa: F401 -- so that the forks have them
-    import transformers.models.llava.modeling_llava  # noqa: F401
-
-    import common  # noqa: F401
-
+    prepare()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no one waits for a fork
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
@@ -69,6 +65,28 @@ def serve(address: str) -> None:
                 listening.close()
                 answer(caller)
             caller.close()
+
+
+def prepare() -> None:
+    """Import what most scripts import, and draw once, so that the forks have it."""
+    import io
+
+    import matplotlib.pyplot as plt
+    import pandas  # noqa: F401
+    import seaborn  # noqa: F401
+    import transformers.models.llava.image_processing_pil_llava
+    import transformers.models.llava.modeling_llava
+    import transformers.models.llava.processing_llava
+    import transformers.models.vipllava.modeling_vipllava  # noqa: F401 -- as loading asks for it
+
+    import common  # noqa: F401
+    from vlmdiag.model import loading, selfcheck  # noqa: F401
+
+    figure, axes = plt.subplots()
+    axes.set_yscale("log")  # labels with exponents: another font
+    for ending in ("png", "pdf"):
+        figure.savefig(io.BytesIO(), format=ending)
+    plt.close(figure)
 
 
 def answer(caller: socket.socket) -> None:
