@@ -272,9 +272,12 @@ def _mean_limits(
     if len(many):
         ends = _studentized(apart[:, many], counts[:, many], level, num_resamples, seed)
         below, above = (mean[many] - end * error[many] for end in ends[::-1])
-        # a limit without an end, from resamples of equal values: as far as the bounds, or Student's
-        low[many] = np.where(np.isfinite(below), below, low[many] if bounds is None else -np.inf)
-        high[many] = np.where(np.isfinite(above), above, high[many] if bounds is None else np.inf)
+        # a limit without an end, from resamples of equal values
+        last = (low[many], high[many])
+        if bounds is not None:
+            last = _rare_limits(sums[:, many], counts[:, many], bounds, level)
+        low[many] = np.where(np.isfinite(below), below, last[0])
+        high[many] = np.where(np.isfinite(above), above, last[1])
     if bounds is not None and discrete:
         # n equal images: others have a share of at most 1 - q, or n equal ones were unlikely
         others = 1 - ((1 - level) / 2) ** (1 / images)
@@ -284,6 +287,23 @@ def _mean_limits(
         low, high = np.maximum(low, bounds[0]), np.minimum(high, bounds[1])
     # a mean that is rounded past its bound is no reason for limits that leave it out
     return np.minimum(low, mean), np.maximum(high, mean)
+
+
+def _rare_limits(
+    sums: Float[np.ndarray, "n C"],
+    counts: Float[np.ndarray, "n C"],
+    bounds: tuple[float, float],
+    level: float,
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """Limits of means of images that are nearly all alike: at most as many images have another
+    value than the middle one as those that do allow (exact limits of their share), and these could
+    have the bounds'."""
+    measured = counts > 0
+    values = np.where(measured, sums / np.where(measured, counts, 1.0), np.nan)
+    middle = np.nanmedian(values, axis=0)
+    others = (measured & (np.abs(values - middle) > 1e-12)).sum(axis=0)
+    share = proportion_interval(others, measured.sum(axis=0), level).high
+    return middle - share * (middle - bounds[0]), middle + share * (bounds[1] - middle)
 
 
 def _studentized(

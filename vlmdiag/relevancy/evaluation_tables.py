@@ -131,14 +131,21 @@ class Evaluation:
 
 
 def against(
-    values: Float[np.ndarray, "n M *cells"], methods: Sequence[str], name: str
+    values: Float[np.ndarray, "n M *cells"],
+    methods: Sequence[str],
+    name: str,
+    bounds: tuple[float, float] | None = None,
+    discrete: bool = False,
 ) -> Interval | None:
-    """Paired difference to one of the methods, an Interval of shape (M, ...); None where the run
-    lacks it."""
+    """Paired difference to one of the methods, an Interval of shape (M, ...), 0 for itself; None
+    where the run lacks it. bounds, discrete: as of stats.paired_difference()."""
     if name not in methods:
         return None
-    rival = values[:, [methods.index(name)]]
-    return stats.paired_difference(values, np.broadcast_to(rival, values.shape))
+    own = methods.index(name)
+    rival = np.broadcast_to(values[:, [own]], values.shape)
+    found = stats.paired_difference(values, rival, bounds=bounds, discrete=discrete)
+    found.low[own] = found.high[own] = 0.0 * found.mean[own]  # NaN where nothing was measured
+    return found
 
 
 def count_of(chosen: Chosen) -> int:
@@ -200,8 +207,12 @@ def _local_rows(evaluation: Evaluation, label: str, dependence: float) -> Iterat
             of_methods, of_prior = evaluation.located(measure, chosen)
             values = np.concatenate([of_methods, of_prior[:, None]], 1)
             methods = [*evaluation.methods, "area"]
-            means = stats.mean_interval(values, bounds=stats.SHARES)
-            changes = {prior: against(values, methods, prior) for prior in PRIORS}
+            is_hit = measure == "pointing"
+            means = stats.mean_interval(values, bounds=stats.SHARES, discrete=is_hit)
+            changes = {
+                prior: against(values, methods, prior, stats.DIFFERENCES, is_hit)
+                for prior in PRIORS
+            }
             for m, method in enumerate(methods):
                 row: Record = {
                     "run": label,
