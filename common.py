@@ -420,6 +420,9 @@ def _from_files(
     config, described, adapted = configs.config_of(sources, trust_remote_code, family)
     if described.read_config is None:  # other layouts may have their tower elsewhere
         configs.refuse_larger_than(sources.base, config)
+        if options["vision_tower_path"] is not None:
+            configs.refuse_no_folder(options["vision_tower_path"])
+            print(f"{path}: its vision tower is in the checkpoint, --vision_tower_path is not read")
     if decoder_layers is not None:
         configs.shorten_decoder(config, decoder_layers)
     place = precision.device_of(device)

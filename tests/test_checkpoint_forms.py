@@ -488,6 +488,13 @@ def test_a_file_in_place_of_a_folder_is_named_as_one(tmp_path):
     assert "no such folder" in refusal(tmp_path / "nowhere")
 
 
+def test_a_tower_that_is_not_needed_is_said_and_one_that_is_nowhere_refused(tmp_path, capsys):
+    with pytest.raises(UsageError, match="clip'?: no such folder"):
+        common.load_model(TINY, vision_tower_path=str(tmp_path / "clip"), self_check=False)
+    common.load_model(TINY, vision_tower_path=str(TINY), self_check=False)
+    assert "is in the checkpoint, --vision_tower_path is not read" in capsys.readouterr().out
+
+
 def test_a_hub_id_is_named_as_a_folder_is(monkeypatch):
     monkeypatch.setattr(folders, "list_repo_files", lambda name: ["README.md", "a.Q4_K_M.gguf"])
     assert "GGUF" in refusal("someone/model-GGUF")
