@@ -412,6 +412,7 @@ def _from_files(
     base_model: str | Path | None,
 ) -> VLM:
     """The model of a folder or hub id, an adapter merged into it."""
+    from vlmdiag.families.folders import refuse_no_folder
     from vlmdiag.model import configs, loading, precision
     from vlmdiag.model.adapters import sources_of, with_own_processor
 
@@ -421,7 +422,7 @@ def _from_files(
     if described.read_config is None:  # other layouts may have their tower elsewhere
         configs.refuse_larger_than(sources.base, config)
         if options["vision_tower_path"] is not None:
-            configs.refuse_no_folder(options["vision_tower_path"])
+            refuse_no_folder(options["vision_tower_path"])
             print(f"{path}: its vision tower is in the checkpoint, --vision_tower_path is not read")
     if decoder_layers is not None:
         configs.shorten_decoder(config, decoder_layers)
