@@ -197,21 +197,26 @@ def difference(old: Path, new: Path) -> str | None:
     return "other bytes"
 
 
+def is_list_of_times(path: Path) -> bool:
+    """Whether a file is a run's cache, which is keyed by the times of files."""
+    return path.name.startswith("stack-") or path.name == "checked.json"
+
+
 def compare(old: Path, new: Path) -> tuple[list[str], list[str], int]:
     """(differences, figures with other pixels, files compared) of two folders."""
     files = [
         {
             path.relative_to(folder)
             for path in folder.rglob("*")
-            if path.is_file() and "checkpoints" not in path.relative_to(folder).parts
+            if path.is_file()
+            and "checkpoints" not in path.relative_to(folder).parts
+            and not is_list_of_times(path)
         }
         for folder in (old, new)
     ]
     lines = [f"{name}: written by one only" for name in sorted(files[0] ^ files[1])]
     pictures = []
     for name in sorted(files[0] & files[1]):
-        if name.name.startswith("stack-"):  # a cache keyed by the times of files
-            continue
         found = difference(old / name, new / name)
         if found is not None and name.suffix in PICTURES:
             pictures.append(str(name))

@@ -181,7 +181,8 @@ def ours(case: Case, has_quad: bool) -> Extracted:
     if counts["done"] != count:
         raise RuntimeError(f"pairs failed: {run.failed()}")
     answers = [(record["pred_orig"], record["pred_swap"]) for record in run.records()]
-    return Extracted(pair_states, quad_states, answers)
+    kept = np.load(pair_states.path)
+    return Extracted(kept, np.load(quad_states.path) if quad_states else None, answers)
 
 
 @torch.inference_mode()

@@ -40,6 +40,7 @@ from vlmdiag import cli
 from vlmdiag.pictures.coco import read_coco, read_instances
 from vlmdiag.pictures.questions import read_questions
 from vlmdiag.pictures.samples import with_picture
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample
@@ -161,14 +162,13 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     return read_coco(args.image_dir, args.ann_file, args.max_images, args.prompt_text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of all pictures."""
     samples = read_samples(args)
     annotations = read_instances(args.ann_file)
 
     from vlmdiag.model.prompts import prompt_for
     from vlmdiag.relevancy.evaluation import Protocol, make_process
-    from vlmdiag.runs.experiment import run_experiment
     from vlmdiag.runs.inputs import file_digest
 
     vlm = load_from_args(args)
@@ -183,15 +183,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["ann_digest"] = file_digest(Path(args.ann_file))
     free = {"image_folder": args.image_dir, "per_pass": args.per_pass}
     process = make_process(vlm, Protocol(**flags), annotations)
-    outcome = run_experiment(
+    return worker_for(
         args, vlm, EXPERIMENT, samples, with_picture, process, settings, free, progress="pictures"
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Say what makes the tables."""
     where = outcome.run.path
     print(
         f"{where}: tables and figures by python diagnostic_tools/relevancy_evaluation_plot.py"
         f" --run_dir {where}"
     )
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ from vlmdiag.cli import UsageError
 from vlmdiag.pictures.coco import read_categories, read_coco, read_instances
 from vlmdiag.pictures.samples import Sample, given_image, with_picture
 from vlmdiag.runs import rundirs
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
-    from vlmdiag.runs.experiment import Outcome
     from vlmdiag.stethoscope.hallucination import Item
-    from vlmdiag.types import VLM
+    from vlmdiag.types import VLM, Record
 
 CORRUPTIONS = ("none", "noise", "blur", "covered")
 # flags that the numbers depend on
@@ -123,21 +123,20 @@ def read_items(args: argparse.Namespace) -> tuple[list[Item], list[str]]:
     return items, names
 
 
-def measured(
-    args: argparse.Namespace, vlm: VLM, items: Sequence[Item], names: list[str], purpose: str
-) -> Outcome:
-    """Measure the items of fit or test; names: of all objects."""
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of the items of fit or test."""
+    items, names = read_items(args)
     from vlmdiag.model.prompts import prompt_for
-    from vlmdiag.runs.experiment import run_experiment
     from vlmdiag.stethoscope.hallucination import make_process
     from vlmdiag.stethoscope.warning_signals import EXPERIMENT
 
+    vlm = load(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["prompt"] = prompt_for(vlm, args.prompt_text)[0]
     settings["ann_file"] = Path(args.ann_file).name
     settings["names"] = names
-    name = f"{args.run_name}-{purpose}" if args.run_name else purpose
-    return run_experiment(
+    name = f"{args.run_name}-{args.command}" if args.run_name else args.command
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -160,20 +159,27 @@ def load(args: argparse.Namespace) -> VLM:
 
 def fit(args: argparse.Namespace) -> int:
     """Calibrate; returns the exit code."""
+    return run_worker(args, make_worker, finish_fit)
+
+
+def finish_fit(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Calibrate on what was measured."""
     from vlmdiag.stethoscope.hallucination import calibrate, lines_of_fit
 
-    items, names = read_items(args)
-    outcome = measured(args, load(args), items, names, "fit")
     fitted = calibrate(outcome.run)
     path = outcome.run.path / "analysis" / "calibration.json"
     rundirs.write_json(path, fitted)
     print("\n".join([*lines_of_fit(fitted), f"wrote {path}"]))
-    return outcome.code
 
 
 def test(args: argparse.Namespace) -> int:
     """Test a calibration on other pictures; returns the exit code."""
-    from vlmdiag.stethoscope.hallucination import lines_of_report, report
+    calibration(args)
+    return run_worker(args, make_worker, finish_test)
+
+
+def calibration(args: argparse.Namespace) -> Record:
+    """What fit found for the model. UsageError where it was not run."""
     from vlmdiag.stethoscope.warning_signals import find_calibration
 
     fitted = find_calibration(args.model_path, args.out_root, args.calibration)
@@ -184,12 +190,16 @@ def test(args: argparse.Namespace) -> int:
             f" {args.model_path} --image_dir PICTURES --ann_file INSTANCES --out_root"
             f" {args.out_root}"
         )
-    items, names = read_items(args)
-    outcome = measured(args, load(args), items, names, "test")
-    reports = report(outcome.run, fitted)
+    return fitted
+
+
+def finish_test(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Compare what was measured with the calibration."""
+    from vlmdiag.stethoscope.hallucination import lines_of_report, report
+
+    reports = report(outcome.run, calibration(args))
     rundirs.write_json(outcome.run.path / "analysis" / "report.json", reports)
     print("\n".join(lines_of_report(reports)))
-    return outcome.code
 
 
 def score(args: argparse.Namespace) -> int:

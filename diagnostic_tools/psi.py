@@ -33,6 +33,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.pictures.questions import read_questions
 from vlmdiag.pictures.samples import with_picture
 from vlmdiag.runs import rundirs
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample
@@ -115,14 +116,12 @@ def read_list(args: argparse.Namespace) -> list[Sample]:
     return samples
 
 
-def run_model(args: argparse.Namespace, path: str) -> int:
-    """Measure one model and, unless it is a shard, analyse its run; returns the exit code."""
-    from vlmdiag.beyond_semantics.psi_report import analyse
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of the model --model_path."""
     from vlmdiag.beyond_semantics.shuffled_answers import make_process
-    from vlmdiag.runs.experiment import run_experiment
 
     samples = read_list(args)
-    vlm = load_from_args(args, path)
+    vlm = load_from_args(args, args.model_path)
     vlm.need("decoder-only", "grid")
     settings = {"questions": "/".join(Path(args.question_file).parts[-2:])}
     settings |= {name: getattr(args, name) for name in SETTINGS}
@@ -134,7 +133,7 @@ def run_model(args: argparse.Namespace, path: str) -> int:
     process = make_process(
         vlm, args.num_permutations, args.seed, args.max_new_tokens, args.vision_scale
     )
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -146,6 +145,12 @@ def run_model(args: argparse.Namespace, path: str) -> int:
         batch_size=args.batch_size,
         progress="questions",
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Analyse the run, unless it is a shard."""
+    from vlmdiag.beyond_semantics.psi_report import analyse
+
     if args.shard != (0, 1):
         print(
             f"shard {args.shard[0]} of {args.shard[1]} is done; after the last one: the same"
@@ -153,22 +158,23 @@ def run_model(args: argparse.Namespace, path: str) -> int:
         )
     elif outcome.run.ids():
         analyse(outcome.run)
-    return outcome.code
 
 
-def analyse_saved(args: argparse.Namespace, path: str) -> int:
-    """Analyse what the run directory of a model holds."""
+def analyse_saved(args: argparse.Namespace) -> int:
+    """Analyse what the run directory of the model --model_path holds."""
     from vlmdiag.beyond_semantics.psi_report import analyse
 
-    where = rundirs.run_path(args.out_root, path, EXPERIMENT, args.run_name)
+    where = rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name)
     analyse(rundirs.read_run(where, EXPERIMENT))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    action = analyse_saved if args.analyze_only else run_model
-    return max(action(args, path) for path in args.model_path)
+    models = [cli.changed(args, model_path=path) for path in args.model_path]
+    if args.analyze_only:
+        return max(map(analyse_saved, models))
+    return max(run_worker(model, make_worker, finish) for model in models)
 
 
 if __name__ == "__main__":

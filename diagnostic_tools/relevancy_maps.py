@@ -29,6 +29,7 @@ from vlmdiag import cli
 from vlmdiag.pictures import chats
 from vlmdiag.pictures.questions import read_questions
 from vlmdiag.pictures.samples import Sample, list_pictures, with_pictures
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 EXPERIMENT = "relevancy"
 # flags that the numbers depend on, besides --layers and --question_file
@@ -109,13 +110,11 @@ def chosen_layers(args: argparse.Namespace, depth: int) -> list[int]:
     return layers
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of all pictures."""
     samples = read_samples(args)
-
     from vlmdiag.model.prompts import chat_for, prompt_for
     from vlmdiag.relevancy.maps import make_process
-    from vlmdiag.runs.experiment import run_experiment
 
     vlm = load_from_args(args)
     vlm.need("decoder-only", "every-layer")
@@ -131,13 +130,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     process = make_process(
         vlm, layers, args.max_new_tokens, args.use_answers, not args.no_tower, args.memory * 2**20
     )
-    outcome = run_experiment(
+    return worker_for(
         args, vlm, EXPERIMENT, samples, with_pictures, process, settings, free, progress="pictures"
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Say what draws the maps."""
     where = outcome.run.path
     folder = f" --image_dir {args.image_dir}" if args.image_dir else ""
     print(f"{where}: figures by python diagnostic_tools/viz_relevancy.py --run_dir {where}{folder}")
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

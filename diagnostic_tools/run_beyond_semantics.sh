@@ -99,6 +99,9 @@ for sp in 0 1; do
     run "$python" $tools/viz_cmb_panel.py --runs_dir "$runs" --sp $sp --models "${shown[@]}" --out "$out/cmb_sp$sp.png"
     records=("${directories[0]}"/per_image/*.json)
     key=$(basename "${records[0]}" .json)
+    if [ ! -e "${records[0]}" ]; then # a packed run
+        key=$(sed -n '1{s/^{"id":"\([^"]*\)".*/\1/p;q}' "${directories[0]}"/packed/*.jsonl)
+    fi
     run "$python" $tools/viz_cmb_panel.py --runs_dir "$runs" --sp $sp --models "${shown[@]}" --image_key "$key" --coco_root "$images" \
         --out "$out/cmb_panel_sp${sp}_$key.png"
     run "$python" $tools/viz_hidden_norms.py --runs_dir "$runs" --sp $sp --models "${shown[@]}" --mode avg --logy --early_k 6 \

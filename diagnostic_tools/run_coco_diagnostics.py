@@ -39,6 +39,7 @@ from vlmdiag.pictures.coco import read_coco
 from vlmdiag.pictures.entries import read_json
 from vlmdiag.pictures.samples import with_pictures
 from vlmdiag.runs import rundirs
+from vlmdiag.runs.experiment import Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample
@@ -171,12 +172,12 @@ def read_answers(path: str, samples: Sequence[Sample]) -> dict[str, str | list[i
     return {sample.id: given[str(sample.extra["image_id"])] for sample in samples}
 
 
-def run_model(args: argparse.Namespace, path: str) -> int:
-    """Measure one model; returns the exit code."""
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of the model --model_path."""
     from vlmdiag.beyond_semantics.diagnostics import Measures, check_model, make_process
     from vlmdiag.model.prompts import chat_for, prompt_for
-    from vlmdiag.runs.experiment import run_experiment
 
+    path = args.model_path
     names = [field.name for field in dataclasses.fields(Measures)]
     measures = Measures(**{name: getattr(args, name) for name in names})
     vlm = load_from_args(args, path)
@@ -207,7 +208,7 @@ def run_model(args: argparse.Namespace, path: str) -> int:
     answers = read_answers(args.answers, samples) if args.answers else None
     process = make_process(vlm, measures, strip, answers, where / "per_image")
     free = {name: getattr(args, name) for name in FREE}
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         rundirs.COCO,
@@ -219,12 +220,12 @@ def run_model(args: argparse.Namespace, path: str) -> int:
         path=where,
         batch_size=args.batch_size,
     )
-    return outcome.code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    return max(run_model(args, path) for path in args.model_path)
+    models = [cli.changed(args, model_path=path) for path in args.model_path]
+    return max(run_worker(model, make_worker) for model in models)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp import targets
 from vlmdiag.interp.flags import ABLATION, ablation_of, add_ablation_arguments, check_replacement
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -79,12 +80,11 @@ def published_name(name: str) -> str:
     return fixed.get(name) or f"{kind}_ablation_{size}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of all questions."""
     items = targets.read_curated_targets(args)
     check_replacement(args)
     from vlmdiag.interp.ablation import START, make_curated_process
-    from vlmdiag.runs.experiment import run_experiment
 
     vlm = targets.load_vlm(args, load_from_args)
     ablation = ablation_of(vlm, args)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["mean_provenance"] = ablation.replacement.provenance
     settings["questions"] = Path(args.question_file).name
     settings["start"] = START
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -104,9 +104,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         targets.free_of(args),
         progress="questions",
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """--results_file."""
     if args.results_file:
         targets.write_results(args.results_file, published_form(outcome.run))
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

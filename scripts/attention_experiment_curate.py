@@ -33,6 +33,7 @@ from vlmdiag.interp.knockout_pairs import (
     layer_windows,
     parse_pair,
 )
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -88,12 +89,11 @@ def published_name(key: str) -> str:
     return f"{prefix}_{'ALL_LAYERS' if window == 'all' else window.upper()}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of all questions."""
     items = targets.read_curated_targets(args)
     from vlmdiag.interp.ablation import START
     from vlmdiag.interp.knockout import make_process
-    from vlmdiag.runs.experiment import run_experiment
 
     vlm = targets.load_vlm(args, load_from_args)
     windows = layer_windows(args.windows, len(vlm.parts.layers))
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["windows"] = {name: list(window) for name, window in windows.items()}
     settings["questions"] = Path(args.question_file).name
     settings["start"] = START
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -113,9 +113,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         targets.free_of(args),
         progress="questions",
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """--results_file."""
     if args.results_file:
         targets.write_results(args.results_file, published_form(outcome.run))
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

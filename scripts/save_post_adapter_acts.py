@@ -38,6 +38,8 @@ from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.targets import BLOCK, model_of
 from vlmdiag.pictures.samples import list_pictures, load_image
+from vlmdiag.runs import rundirs
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,18 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep_acts", action="store_true", help="also write the activations themselves"
     )
-    parser.add_argument(
-        "--num_workers", type=cli.workers, default=2, help="threads that decode pictures"
-    )
-    parser.add_argument(
-        "--shard",
-        type=cli.shard,
-        default=(0, 1),
-        help="i/n: only every n-th batch of blocks, from the i-th; all into one --out_dir",
-    )
-    parser.add_argument(
-        "--overwrite", "--no_resume", action="store_true", help="start again instead of going on"
-    )
+    cli.add_engine_arguments(parser, "batch of blocks", "; all into one --out_dir")
     add_model_arguments(parser, path=False)
     parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
@@ -120,13 +111,12 @@ def open_picture(path: Path) -> Image | Exception:
         return error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The sums of all blocks of pictures."""
     image_dir = Path(args.image_dir)
     names = [file.name for file in list_pictures(image_dir)][: args.max_images]
     from vlmdiag.interp.mean_vector import Block, make_process, reopen
     from vlmdiag.model.identity import fingerprint, identity_of
-    from vlmdiag.runs import engine, rundirs
 
     blocks = [
         Block(f"block-{n:06d}", tuple(names[start : start + BLOCK]), image_dir)
@@ -147,41 +137,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": str(vlm.device),
         "keep_acts": args.keep_acts,
     }
-    run = rundirs.open_run(args.out_dir, EXPERIMENT, identity, free, args.overwrite)
-    if args.overwrite:
-        shutil.rmtree(run.path / "acts", ignore_errors=True)
-    # blocks that pass the tower together, whole in one shard
-    together = max(1, args.batch_size // BLOCK)
-    index, shards = args.shard
-    blocks = [block for n, block in enumerate(blocks) if n // together % shards == index]
-    reopen(run, blocks, args.keep_acts)
-    print(
-        f"{run.path}: {len(names)} pictures in blocks of {BLOCK}, {len(blocks)} of them here,"
-        f" {vlm.family.name} on {vlm.device}, {identity['dtype']}"
-    )
+    where = Path(args.out_dir)
+
+    def prepare(run: rundirs.Run, of_call: Sequence[Block]) -> None:
+        if args.overwrite:
+            shutil.rmtree(run.path / "acts", ignore_errors=True)
+        reopen(run, of_call, args.keep_acts)
 
     def open_pictures(block: Block) -> tuple[Block, dict[str, Image | Exception]]:
         return block, {name: open_picture(image_dir / name) for name in block.names}
 
-    unreadable: list[str] = []
-    process = make_process(vlm, run, image_dir, args.batch_size, args.keep_acts, unreadable)
-    counts = engine.run_items(
-        run,
+    return Worker(
+        where,
+        EXPERIMENT,
+        identity,
+        free,
         blocks,
         open_pictures,
-        process,
-        together,
-        num_workers=args.num_workers,
+        make_process(vlm, rundirs.Run(where, {}), image_dir, args.batch_size, args.keep_acts),
+        batch_size=max(1, args.batch_size // BLOCK),  # blocks that pass the tower together
         progress="blocks",
+        about=f"{len(names)} pictures, {vlm.family.name} on {vlm.device}, {identity['dtype']}",
+        prepare=prepare,
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> int:
+    """Say which pictures cannot be used, and what makes the mean; returns the exit code."""
+    run = outcome.run
+    blocks = [run.record(id) for id in outcome.ids if run.is_done(id)]
+    unreadable = [name for block in blocks for name in block["unreadable"]]
     if unreadable:
         print(
             f"{len(unreadable)} pictures cannot be used, such as {min(unreadable)}, see"
             f" {run.path / 'failures'}; the same command tries them again"
         )
-    code = engine.exit_code(counts, run)
     print(f"next, when all shards are done: python scripts/calculate_mean_vector.py {args.out_dir}")
-    return 3 if unreadable else code
+    return 3 if unreadable else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_worker(parse_args(argv), make_worker, finish)
 
 
 if __name__ == "__main__":

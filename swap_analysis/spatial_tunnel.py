@@ -30,6 +30,7 @@ from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.samples import with_picture
 from vlmdiag.runs import rundirs
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.swap.tunnel_scores import Item
@@ -98,19 +99,18 @@ def read_set(
     return items, settings
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of all pictures."""
     items, data = read_set(args.data_dir, args.max_images)
     from vlmdiag.model.prompts import prompt_for
-    from vlmdiag.runs.experiment import run_experiment
-    from vlmdiag.swap.tunnel_scores import make_process, summarize, yes_no_ids
+    from vlmdiag.swap.tunnel_scores import make_process, yes_no_ids
 
     vlm = load_from_args(args)
     vlm.need("decoder-only")
     words = yes_no_ids(vlm, prompt_for(vlm, "QUESTION")[0])
     settings = {"image_aspect": args.image_aspect, "data": data, "answer_ids": words}
     free = {"data_dir": args.data_dir, "batch_size": args.batch_size}
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -121,6 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         free,
         batch_size=args.batch_size,
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Summarise the run."""
+    from vlmdiag.swap.tunnel_scores import summarize
+
     summary = summarize(outcome.run.records())
     path = outcome.run.path / "analysis" / "summary.json"
     rundirs.write_json(path, summary)
@@ -130,7 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in HEADLINE
     ]
     print(f"{path}: n = {summary['v']['n']}: {', '.join(shown)}")
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

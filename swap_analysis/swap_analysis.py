@@ -32,6 +32,7 @@ from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs.experiment import Worker, run_worker, worker_for
 from vlmdiag.runs.inputs import file_digest
 from vlmdiag.swap import pairs
 from vlmdiag.swap.saved import find_scales, read_curves, read_json
@@ -295,12 +296,12 @@ def read_table(args: argparse.Namespace) -> tuple[list[Pair], list[Quad]]:
     return of_table, quads
 
 
-def extract(args: argparse.Namespace, scale: str, path: str) -> int:
-    """The states of one checkpoint; returns the exit code."""
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The states of the checkpoint --model_path, named args.scale."""
     from vlmdiag.runs import engine
-    from vlmdiag.runs.experiment import complete, open_experiment
-    from vlmdiag.swap.states import Item, load_picture, make_process, open_states
+    from vlmdiag.swap.states import Item, States, load_picture, make_process, open_states
 
+    scale, path = args.scale, args.model_path
     of_table, quads = read_table(args)
     vlm = load_from_args(args, path)
     vlm.need("decoder-only")
@@ -325,39 +326,44 @@ def extract(args: argparse.Namespace, scale: str, path: str) -> int:
     }
     settings |= {name: getattr(args, name) for name in SETTINGS}
     free = {"data_path": args.data_path, "batch_size": args.batch_size}
-    run = open_experiment(args, vlm, EXPERIMENT, settings, free, path=run_of(args, scale))
-    states_path = run.path / "states.npy"
-    quads_path = run.path / "quad_states.npy"
-    if args.overwrite:
-        states_path.unlink(missing_ok=True)
-        quads_path.unlink(missing_ok=True)
+    where = run_of(args, scale)
+    states = States(where / "states.npy", args.state_dtype)
+    quad_states = States(where / "quad_states.npy", args.state_dtype)
     items = [Item(pair, row) for row, pair in enumerate(of_table)]
-    done = engine.done_before(run, items)
-    write_lines(run.path / "pairs.jsonl", of_table)
-    write_lines(run.path / "quads.jsonl", quads)
     width = vlm.model.get_input_embeddings().weight.shape[1]
-    quad_states = None
-    try:
-        size = (len(of_table), 2, len(layers), width)
-        states = open_states(states_path, size, args.state_dtype, len(done))
-        if quads:
-            size = (len(quads), 4, len(layers), width)
-            with_quads = len(done & {quad["id"] for quad in quads})
-            quad_states = open_states(quads_path, size, args.state_dtype, with_quads)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{error}; --overwrite starts again") from error
     quad_of = {quad["id"]: quad for quad in quads}
-    outcome = complete(
+
+    def prepare(run: rundirs.Run, _: Sequence[Item]) -> None:
+        if args.overwrite:
+            states.path.unlink(missing_ok=True)
+            quad_states.path.unlink(missing_ok=True)
+        done = engine.done_before(run, items)
+        write_lines(run.path / "pairs.jsonl", of_table)
+        write_lines(run.path / "quads.jsonl", quads)
+        try:
+            size = (len(items), 2, len(layers), width)
+            open_states(states.path, size, args.state_dtype, len(done))
+            if quads:
+                size = (len(quads), 4, len(layers), width)
+                with_quads = len(done & set(quad_of))
+                open_states(quad_states.path, size, args.state_dtype, with_quads)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{error}; --overwrite starts again") from error
+
+    return worker_for(
         args,
         vlm,
-        run,
+        EXPERIMENT,
         items,
         load_picture(args.data_path),
         make_process(vlm, layers, states, quad_states, quad_of, args.max_new_tokens),
+        settings,
+        free,
+        where,
         args.batch_size,
         "pairs",
+        prepare,
     )
-    return outcome.code
 
 
 def write_lines(path: Path, records: Sequence[Pair] | Sequence[Quad]) -> None:
@@ -520,7 +526,7 @@ def run_scale(args: argparse.Namespace, scale: str, path: str) -> int:
     """The stages of one scale; returns the exit code."""
     code = 0
     if "states" in args.stage:
-        code = extract(args, scale, path)
+        code = run_worker(cli.changed(args, scale=scale, model_path=path), make_worker)
     elif "pairs" in args.stage:
         of_table, quads = read_table(args)
         print(f"{len(of_table)} pairs, {len(quads)} quads")

@@ -34,7 +34,7 @@ QUESTIONS = [
 
 # Files whose tests run whole commands: with two processes, each of which takes a file at a time, the
 # long ones begin first, so that none is left over for one process alone.
-LONG = ("readmes", "kills", "benchmark", "demo", "loading", "evaluate_relevancy", "swap_cli")
+LONG = ("readmes", "ray", "kills", "benchmark", "demo", "loading", "evaluate_relevancy", "swap_cli")
 
 
 def pytest_collection_modifyitems(items):

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdiag import CHECKOUT, cli
+from vlmdiag.runs import leases
 
 MODEL = CHECKOUT / "checkpoints" / "tiny-llava"
 OPERATIONS = ("replace", "fsync", "link", "unlink", "mkdir", "rename")
@@ -204,6 +205,8 @@ def digests(folder: Path) -> dict[str, str]:
     kept = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
+        if file.name.startswith("."):
+            continue  # what a killed call left: removed once it is certainly dead
         if file.is_file() and ("/per_image/" in f"/{name}" or name.endswith(KEPT)):
             kept[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return kept
@@ -309,6 +312,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
+    leases.PERIOD, leases.BEAT = 2.0, 0.2  # so that no call waits a minute for one that was killed
     import torch
     import transformers.models.llava.modeling_llava  # noqa: F401 -- once for all forks
 

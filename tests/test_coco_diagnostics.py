@@ -83,10 +83,11 @@ def arguments(coco, model, out, *more, images=4):
 
 
 def files(run):
+    """Of per_image, but for what a killed process left (runs.leases)."""
     return {
         path.name: path.read_bytes()
         for path in sorted((run / "per_image").iterdir())
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".")
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from data import make_shapes
 from tests.conftest import ROOT, in_process
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import checked, rundirs
 
 SCRIPTS = ROOT / "scripts"
 ablation, curate, attention, summary = (
@@ -374,12 +374,11 @@ def test_the_lens_reads_names_on_the_trained_models_object_patches(coco, tmp_pat
     assert best["per_picture"] >= best["overall"] >= best["cross_fitted"] - 1e-9 and best[
         "overall"
     ] == pytest.approx(own.max())
-    assert {path.name for path in folder.iterdir()} == {
-        f"lens_accuracy.{ending}" for ending in ("json", "csv", "png", "pdf")
-    }
-    again = {path.name: path.read_bytes() for path in folder.iterdir()}
+    made = {f"lens_accuracy.{ending}" for ending in ("json", "csv", "png", "pdf")}
+    assert {path.name for path in folder.iterdir()} == made | {checked.NAME}
+    again = {name: (folder / name).read_bytes() for name in made}
     ok(accuracy("--model_path", TINY, "--out_root", tmp_path, "--analyze_only"))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == again
+    assert {name: (folder / name).read_bytes() for name in made} == again
 
 
 # --- tables on planted results --------------------------------------------------------------------

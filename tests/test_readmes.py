@@ -178,6 +178,8 @@ def refusal(path, arguments):
 
     module, error = command_module(path), io.StringIO()
     with contextlib.redirect_stderr(error), pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ID": "0", "COUNT": "8", "MAX": "7"}.items():  # for --shard auto
+            patch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
         try:
             if hasattr(module, "parse_args"):
                 module.parse_args(arguments)
@@ -672,6 +674,7 @@ def test_the_shell_script_runs_everything_on_the_tiny_models(recorder, tmp_path)
     scripts = {path.stem for path in TOOLS.glob("*.py") if "def main" in path.read_text()} - {
         "make_walkthrough",
         "check_model",
+        "pack_run",
     }
     stethoscope = {
         stem for stem in scripts if f"| `{stem}.py` |" in (TOOLS / "STETHOSCOPE.md").read_text()

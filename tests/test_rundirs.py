@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs import disk, leases, rundirs
 from vlmdiag.runs.rundirs import COCO, find_runs, open_run, read_run, run_path, slug
 
 pytestmark = pytest.mark.fast
@@ -449,24 +449,6 @@ def test_an_error_of_the_disk_leaves_no_temporary_file(tmp_path, monkeypatch, co
     assert ("full" in str(caught.value)) == (code != errno.EIO) and files(run.path) == before
 
 
-def test_temporary_files_of_killed_processes_are_removed_and_of_living_ones_kept(tmp_path):
-    run = new_run(tmp_path / "run", 1)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    folder, host = run.path / "per_image", disk.HOST
-    living = [
-        folder / f".b.json.{host}.{os.getppid()}-0.tmp",
-        folder / ".c.json.elsewhere.1-0.tmp",
-        folder / ".mine.tmp",
-    ]
-    dead = [folder / f".a.b.npz.{host}.{gone.pid}-3.tmp", folder / ".d.json.elsewhere.1-1.tmp"]
-    for file in living + dead:
-        file.touch()
-    os.utime(dead[1], (0, 0))
-    assert new_run(run.path).ids() == ["000"]
-    assert [file.exists() for file in living + dead] == [True, True, True, False, False]
-
-
 def test_readers_name_the_broken_file(tmp_path):
     run = new_run(tmp_path / "run", 3)
     npz, record = run.path / "per_image/001.npz", run.path / "per_image/001.json"
@@ -516,7 +498,7 @@ def test_any_flipped_byte_of_an_npz_is_noticed_or_harmless(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}'])
 def test_a_broken_meta_is_named(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(leases, "PERIOD", 0.1)
     run = new_run(tmp_path / "run", 1)
     (run.path / "meta.json").write_text(text)
     for call in (lambda: read_run(run.path, "demo"), lambda: open_run(run.path, "demo", SETTINGS)):

@@ -133,6 +133,21 @@ def test_many_cells_and_many_images_are_computed_in_parts_with_the_same_draws():
         np.testing.assert_allclose([part[column] for part in found], alone, rtol=1e-12)
 
 
+def test_the_draws_of_many_images_are_those_of_a_whole_matrix(monkeypatch):
+    values = RNG.normal(size=(300, 3))
+    values[::7, 1] = np.nan
+    means = lambda weights: weights @ np.nan_to_num(values) / 300  # noqa: E731
+    whole = stats.mean_interval(values), stats.bootstrap(means, 300)
+    monkeypatch.setattr(stats, "WHOLE", 1000)
+    monkeypatch.setattr(stats, "WEIGHTS", 7000)
+    parts = stats.mean_interval(values), stats.bootstrap(means, 300)
+    drawn = np.concatenate([*stats._blocks(300, stats.RESAMPLES, 0, 10**9)])
+    assert np.array_equal(drawn, stats.draws(300)) and len(drawn) == stats.RESAMPLES
+    for before, after in zip(whole, parts, strict=True):
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-12)
+
+
 def test_one_image_has_no_interval_and_none_has_no_mean():
     values = np.array([[1.0, np.nan, 2.0], [np.nan, np.nan, 4.0]])
     found = stats.mean_interval(values)

@@ -405,6 +405,7 @@ def test_states_are_those_of_single_plain_passes(load, shapes, tmp_path, name):
         for start in range(0, len(items), 5)
         for record, _ in process(loaded[start : start + 5])
     ]
+    states, quad_states = np.load(states.path), np.load(quad_states.path)
 
     def plain(question, image):
         from vlmdiag.pictures.samples import Sample

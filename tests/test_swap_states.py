@@ -2,6 +2,7 @@
 often tower, decoder and transfer run; when an answer is decided; killed runs."""
 
 import dataclasses
+import errno
 import os
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import common
 from data import make_shapes
 from tests.conftest import ROOT
+from vlmdiag.cli import UsageError
 from vlmdiag.model import prompts
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
@@ -94,15 +96,12 @@ def measured(vlm, work, folder, batch, tokens=3, layers=LAYERS):
     )
     process = states.make_process(vlm, layers, kept, quad_kept, quads, tokens)
     loaded = [(item, pictures[item.id]) for item in items]
-    return (
-        kept,
-        quad_kept,
-        [
-            record
-            for at in range(0, len(items), batch)
-            for record, _ in process(loaded[at : at + batch])
-        ],
-    )
+    records = [
+        record
+        for at in range(0, len(items), batch)
+        for record, _ in process(loaded[at : at + batch])
+    ]
+    return np.load(kept.path), np.load(quad_kept.path), records
 
 
 def plain(vlm, question, picture, layers=LAYERS):
@@ -443,17 +442,17 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(models, work, tmp_path, m
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    put = np.memmap.__setitem__
+    put = states.States.__setitem__
 
-    def torn(self, key, value):
-        half = np.where(np.arange(value.size).reshape(value.shape) % 2, value, 7)
-        point(lambda: put(self, key, half))
-        put(self, key, value)
+    def torn(self, row, values):
+        half = np.where(np.arange(values.size).reshape(values.shape) % 2, values, 7)
+        point(lambda: put(self, row, half))
+        put(self, row, values)
 
     before(states, "generate")
     before(disk, "write", after=True)
-    before(os, "link", after=True)
-    monkeypatch.setattr(np.memmap, "__setitem__", torn, raising=False)
+    before(os, "ftruncate", after=True)
+    monkeypatch.setattr(states.States, "__setitem__", torn)
     wanted, count = run(tmp_path / "whole"), points.seen
     assert len(wanted) == 2 * len(items) + 2 and count > 15 and quads
     for left in range(count):
@@ -466,17 +465,42 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(models, work, tmp_path, m
 
 
 def test_two_that_begin_at_once_use_one_array(tmp_path, monkeypatch):
-    real = os.link
+    real, fives = os.ftruncate, np.full((2, 1, 4), 5, np.float32)
+    path, shape = tmp_path / "s.npy", (2, 2, 1, 4)
 
-    def link(*args):
-        np.lib.format.open_memmap(
-            tmp_path / "s.npy", mode="w+", shape=(2, 2, 1, 4), dtype="float32"
-        )[:1] = 5  # another shard is first, and has written
+    def truncate(*args):
+        monkeypatch.setattr(os, "ftruncate", real)
+        states.open_states(path, shape, "float32")[0] = fives  # another shard is first
         real(*args)
 
-    monkeypatch.setattr(os, "link", link)
-    assert (states.open_states(tmp_path / "s.npy", (2, 2, 1, 4), "float32")[0] == 5).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["s.npy"]
+    monkeypatch.setattr(os, "ftruncate", truncate)
+    states.open_states(path, shape, "float32")[1] = 2 * fives
+    assert np.array_equal(np.load(path), [fives, 2 * fives])
+    np.save(tmp_path / "whole.npy", np.load(path))
+    assert path.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_an_array_that_a_killed_shard_has_begun_is_made_up_for(tmp_path):
+    path, shape = tmp_path / "s.npy", (2, 2, 1, 4)
+    states.open_states(path, shape, "float32")
+    whole = path.read_bytes()
+    for size in (0, 10, 128, 150):
+        path.write_bytes(whole[:size])
+        states.open_states(path, shape, "float32")
+        assert path.read_bytes() == whole, size
+
+
+def test_a_row_of_another_shape_is_refused_and_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    kept = states.open_states(tmp_path / "s.npy", (2, 2, 1, 4), "float32")
+    with pytest.raises(ValueError, match="a row of .* has shape"):
+        kept[0] = np.ones((2, 4), np.float32)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UsageError, match="the disk is full"):
+        kept[0] = np.ones((2, 1, 4), np.float32)
 
 
 def test_states_that_do_not_fit_into_float16_are_an_error():

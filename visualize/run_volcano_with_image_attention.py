@@ -34,6 +34,7 @@ from vlmdiag.pictures.entries import read_json
 from vlmdiag.pictures.questions import read_mmhal
 from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.runs import rundirs
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -240,13 +241,11 @@ def read_given(path: str, instances: Sequence[Sample]) -> dict[str, str]:
     return given
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The conversations about all instances."""
     instances = read_instances(args)
     given = read_given(args.answers, instances) if args.answers else None
-    from vlmdiag.figures import plots
-    from vlmdiag.runs.experiment import run_experiment
-    from vlmdiag.volcano import figures, records
+    from vlmdiag.volcano import records
     from vlmdiag.volcano.downloads import picture_of
 
     vlm = load_from_args(args)
@@ -269,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = {"input": Path(args.input).name, "answers": args.answers and Path(args.answers).name}
     settings |= {name: getattr(args, name) for name in SETTINGS}
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -281,11 +280,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         path=run_of(args),
         batch_size=args.batch_size,
         progress="instances",
+        facts={"vision_encoder": records.vision_encoder_of(vlm)},
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """What the flags ask for beside the run directory."""
+    from vlmdiag.figures import plots
+    from vlmdiag.volcano import figures, records
+
     run = outcome.run
-    done = records.done_records(run, instances)
+    done = records.done_records(run, read_instances(args))
     if args.output_visualization_tensors:
-        vision_encoder = records.vision_encoder_of(vlm)
+        vision_encoder = outcome.facts["vision_encoder"]
         for sample_id in done:
             records.write_tensors(Path(args.out_dir), run, sample_id, vision_encoder)
         print(
@@ -311,7 +318,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.log:
         records.write_log(args.log, list(done.values()))
         print(f"wrote {args.log}")
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

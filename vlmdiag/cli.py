@@ -138,13 +138,25 @@ def device_map(text: str) -> str:
         ) from None
 
 
+def ray_workers(text: str) -> int | None:
+    """'auto' -> None, else a number of workers."""
+    return None if text == "auto" else whole(1, 100_000)(text)
+
+
 def shard(text: str) -> tuple[int, int]:
-    """'i/n' -> (i, n) with 0 <= i < n."""
+    """'i/n' -> (i, n) with 0 <= i < n; 'auto': what SLURM or torchrun say (runs.shards)."""
+    if text == "auto":
+        from vlmdiag.runs import shards as launchers
+
+        try:
+            return launchers.auto(os.environ)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     try:
         index, shards = (int(part) for part in text.split("/"))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{_short(text)} is not of the form i/n, such as 0/4"
+            f"{_short(text)} is not of the form i/n, such as 0/4, nor auto"
         ) from None
     if not 0 <= index < shards:
         raise argparse.ArgumentTypeError(
@@ -153,9 +165,23 @@ def shard(text: str) -> tuple[int, int]:
     return index, shards
 
 
+RAY_FLAGS = ("ray_workers", "gpus_per_worker", "cpus_per_worker", "ray_address", "batch_timeout")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then: str = "") -> None:
     """Flags of the scripts that fill a run directory. part: what --shard counts; then: what has to
     follow."""
+    add_engine_arguments(parser, part, then)
+    parser.add_argument("--out_root", default="runs", help="folder of all run directories")
+    parser.add_argument(
+        "--run_name", default=None, help="a further part of the run directory's name"
+    )
+
+
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, part: str = "batch", then: str = ""
+) -> None:
+    """Flags that say where the work runs (runs.experiment.run_worker), and --overwrite."""
     parser.add_argument(
         "--num_workers", type=workers, default=2, help="threads that decode pictures"
     )
@@ -163,15 +189,48 @@ def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then
         "--shard",
         type=shard,
         default=(0, 1),
-        help=f"i/n: only every n-th {part}, from the i-th{then}",
-    )
-    parser.add_argument("--out_root", default="runs", help="folder of all run directories")
-    parser.add_argument(
-        "--run_name", default=None, help="a further part of the run directory's name"
+        help=f"i/n: only every n-th {part}, from the i-th; auto: as SLURM or torchrun say{then}",
     )
     parser.add_argument(
         "--overwrite", "--no_resume", action="store_true", help="start again instead of going on"
     )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="local: this process; ray: several processes, on several machines (docs/scale.md)",
+    )
+    parser.add_argument(
+        "--ray_workers",
+        type=ray_workers,
+        default=None,
+        help="processes with a model each, or auto; None: auto, as many as there is room for",
+    )
+    parser.add_argument(
+        "--gpus_per_worker",
+        type=number(0, 1024),
+        default=None,
+        help="GPUs of a worker, 0.5: two share one; None: 1 where there are GPUs",
+    )
+    parser.add_argument(
+        "--cpus_per_worker", type=whole(1, 4096), default=None, help="CPU cores of one; None: 2"
+    )
+    parser.add_argument(
+        "--ray_address",
+        default=None,
+        help="of a Ray cluster; None: RAY_ADDRESS, else Ray on this machine for this call",
+    )
+    parser.add_argument(
+        "--batch_timeout",
+        type=number(0, 10**7, above=True),
+        default=None,
+        help="seconds after which a batch's worker is ended (--engine ray); None: no limit",
+    )
+
+
+def changed(args: argparse.Namespace, **values: object) -> argparse.Namespace:
+    """The arguments with some values in place of what they were: of a script's models one."""
+    return argparse.Namespace(**vars(args) | values)
 
 
 def call(command: str, arguments: Sequence[str]) -> int:

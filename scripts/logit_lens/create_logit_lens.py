@@ -29,6 +29,7 @@ from vlmdiag.pictures import chats
 from vlmdiag.pictures.mosaic import recorded
 from vlmdiag.pictures.samples import Sample, list_pictures, needed, with_pictures
 from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
@@ -101,11 +102,10 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
     written = 0
     for sample in samples:
         page = folder / f"{model}_{sample.id}_logit_lens.html"
-        numbers = run.path / "per_image" / f"{sample.id}.json"
         if not run.is_done(sample.id):
             continue
         is_ours = is_whole(page) and read_facts(page).get("schema") == SCHEMA
-        if is_ours and not again and page.stat().st_mtime >= numbers.stat().st_mtime:
+        if is_ours and not again and page.stat().st_mtime >= run.changed(sample.id):
             continue
         record = run.record(sample.id)
         arrays = run.arrays(sample.id)
@@ -146,20 +146,19 @@ def turns_of(record: Record) -> list[int] | None:
     return turns
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The lens of all pictures."""
     samples = read_folder(args)
-    folder = disk.out_folder(args.out_dir)
+    disk.out_folder(args.out_dir)
     from vlmdiag.interp.lens_measures import make_page_process
     from vlmdiag.model.prompts import chat_for, prompt_for
-    from vlmdiag.runs.experiment import run_experiment
 
     vlm = load_from_args(args)
     vlm.need("decoder-only")
     prompt = prompt_for(vlm, args.prompt_text).text
     if samples[0].chat is not None:
         prompt = chat_for(vlm, samples[0].chat).text
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -175,14 +174,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"image_folder": args.image_dir, "batch_size": args.batch_size},
         batch_size=args.batch_size,
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """A page for every picture."""
+    folder = Path(args.out_dir)
     written = write_pages(
-        outcome.run, samples, folder, rundirs.slug(args.model_path), args.overwrite
+        outcome.run, read_folder(args), folder, rundirs.slug(args.model_path), args.overwrite
     )
     print(
         f"{folder}: {written} pages written; all of them together: python"
         f" scripts/logit_lens/generate_overview.py {folder} {folder}"
     )
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.interp import targets
 from vlmdiag.runs import rundirs
+from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.figures.stats import Interval
@@ -106,18 +107,13 @@ def analyse(run: Run, seed: int) -> None:
     plots.save(figure, folder / "lens_accuracy", run.meta["settings"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.analyze_only:
-        path = rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name)
-        analyse(rundirs.read_run(path, EXPERIMENT), args.seed)
-        return 0
+def make_worker(args: argparse.Namespace) -> Worker:
+    """The measurement of all pictures."""
     items = targets.read_targets(args)
     from vlmdiag.interp.lens_measures import make_accuracy_process
-    from vlmdiag.runs.experiment import run_experiment
 
     vlm = targets.load_vlm(args, load_from_args)
-    outcome = run_experiment(
+    return worker_for(
         args,
         vlm,
         EXPERIMENT,
@@ -129,8 +125,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=args.batch_size,
         progress="pictures",
     )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Analyse the run."""
     analyse(outcome.run, args.seed)
-    return outcome.code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.analyze_only:
+        path = rundirs.run_path(args.out_root, args.model_path, EXPERIMENT, args.run_name)
+        analyse(rundirs.read_run(path, EXPERIMENT), args.seed)
+        return 0
+    return run_worker(args, make_worker, finish)
 
 
 if __name__ == "__main__":

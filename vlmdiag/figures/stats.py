@@ -13,7 +13,7 @@ product of matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -32,6 +32,7 @@ SHARES = (0.0, 1.0)  # bounds of shares and accuracies
 DIFFERENCES = (-1.0, 1.0)  # of differences of shares, and of cosines
 FAR = 1e30  # stands for a ratio without an end; one that has an end is below its root
 FEW = 5  # images; below, resamples are too much alike, and Student's t stands in
+WHOLE = 2**25  # numbers of a weight matrix that is kept as it is: 256 MB
 WEIGHTS = 2_000_000  # numbers of a weight matrix at once: 16 MB
 
 
@@ -69,6 +70,31 @@ def draws(
     return weights
 
 
+@lru_cache(maxsize=1)
+def _many_draws(num_images: int, num_resamples: int, seed: int) -> np.ndarray:
+    """draws() of many images, in one byte each; made in parts, which the generator draws alike."""
+    even = np.full(num_images, 1 / num_images)
+    rng = np.random.default_rng(seed)
+    drawn = np.empty((num_resamples, num_images), np.uint8)
+    for row in range(num_resamples):
+        drawn[row] = rng.multinomial(num_images, even)  # some 1e-500 for more than 255
+    return drawn
+
+
+def _blocks(
+    num_images: int, num_resamples: int, seed: int, at_once: int
+) -> Iterator[Float[np.ndarray, "b n"]]:
+    """draws() in blocks of so many resamples, of fewer where all of them would take gigabytes."""
+    if num_images * num_resamples <= WHOLE:
+        drawn = draws(num_images, num_resamples, seed)
+    else:
+        drawn = _many_draws(num_images, num_resamples, seed)
+        at_once = min(at_once, max(1, WEIGHTS // num_images))
+    for start in range(0, num_resamples, at_once):
+        block = drawn[start : start + at_once]
+        yield block if block.dtype == np.float64 else block.astype(np.float64)
+
+
 def limits(resampled: Float[np.ndarray, "B ..."], level: float = 0.95) -> tuple[Array, Array]:
     """(low, high) percentiles over resamples, of the resamples that have a finite value; NaN where
     fewer than half of them do."""
@@ -96,10 +122,8 @@ def bootstrap(
 
     statistic: weights of some resamples -> its value for each; NaN in a resample that has none.
     """
-    weights = draws(num_images, num_resamples, seed)
     at_once = max(1, WEIGHTS // max(num_images, 1))
-    starts = range(0, num_resamples, at_once)
-    blocks = [statistic(weights[start : start + at_once]) for start in starts]
+    blocks = [statistic(block) for block in _blocks(num_images, num_resamples, seed, at_once)]
     return limits(np.concatenate(blocks), level)
 
 
@@ -175,10 +199,11 @@ def ratio_interval(
 def measured_mean(values: ArrayLike, axis: int | tuple[int, ...] = 0) -> Array:
     """Mean along an axis or axes over the cells that are not NaN; NaN, without a warning, where
     none is."""
-    numbers = np.asarray(values, dtype=np.float64)
+    numbers = np.array(values, dtype=np.float64)
     measured = ~np.isnan(numbers)
+    numbers[~measured] = 0.0
     with np.errstate(invalid="ignore"):  # 0/0 where nothing was measured, inf - inf
-        return np.where(measured, numbers, 0.0).sum(axis=axis) / measured.sum(axis=axis)
+        return numbers.sum(axis=axis) / measured.sum(axis=axis)
 
 
 def mean_interval(
@@ -316,14 +341,15 @@ def _studentized(
     """The percentiles over resamples of (mean - true mean) / its error, where the images are all
     there is. apart: an image's sum minus what it would be at the mean. Infinite where too many
     resamples have equal images only."""
-    weights = draws(len(apart), num_resamples, seed)
-    drawn = weights @ (counts > 0)
-    rows = weights @ counts
+    values = ((counts > 0), counts, apart, apart**2, apart * counts, counts**2)
+    blocks = _blocks(len(apart), num_resamples, seed, num_resamples)
+    products = [[weights @ value for value in values] for weights in blocks]
+    drawn, rows, sums, of_squares, of_both, of_counts = map(np.concatenate, zip(*products))
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = (weights @ apart) / rows
+        mean = sums / rows
         # of the images' sums around what they would be at the resample's mean
-        squares = weights @ apart**2 - 2 * mean * (weights @ (apart * counts))
-        squares = np.maximum(squares + mean**2 * (weights @ counts**2), 0.0)
+        squares = of_squares - 2 * mean * of_both
+        squares = np.maximum(squares + mean**2 * of_counts, 0.0)
         error = np.sqrt(squares * drawn / (drawn - 1)) / rows
         ratio = mean / error
         # a variance of equal values is rounded to some 1e-16 of the squares

@@ -95,10 +95,10 @@ def vision_tokens(
 
 
 def make_process(
-    vlm: VLM, run: Run, image_dir: Path, batch_size: int, keep_acts: bool, unreadable: list[str]
+    vlm: VLM, run: Run, image_dir: Path, batch_size: int, keep_acts: bool
 ) -> Callable[[Sequence[tuple[Block, Fields]]], list[Result]]:
     """process([(block, {name: picture or error}), ...]) -> [(record, arrays), ...]. Notes pictures
-    that cannot be used in failures/ and in `unreadable`."""
+    that cannot be used in failures/ and in their block's record."""
     width = vlm.model.config.get_text_config().hidden_size
 
     @torch.inference_mode()
@@ -127,7 +127,6 @@ def make_process(
         for block, _ in loaded:
             for name, error in errors[block.id].items():
                 run.fail(failure_id(name), error, stage="load", image=str(image_dir / name))
-            unreadable.extend(errors[block.id])
             if keep_acts:
                 write_acts(run.path / "acts" / f"{block.id}.safetensors", acts[block.id])
             none = Sums(0, torch.zeros(width), torch.zeros(width))
@@ -190,6 +189,6 @@ def reopen(run: Run, blocks: Sequence[Block], keep_acts: bool) -> None:
         unreadable = run.record(block.id)["unreadable"]
         names = set(block.names) - set(unreadable)
         if unreadable or (keep_acts and not has_acts(run, block, names)):
-            (run.path / "per_image" / f"{block.id}.json").unlink()
+            run.undo(block.id)
             for name in unreadable:
                 (run.path / "failures" / f"{failure_id(name)}.json").unlink(missing_ok=True)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
-import platform
 import struct
-import time
 import tokenize
 import zipfile
 import zlib
@@ -27,14 +25,14 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 
 from vlmdiag.cli import UsageError
+from vlmdiag.runs import leases
 from vlmdiag.types import Record
 
-HOST = platform.node().split(".")[0] or "host"
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-DAY = 86_400.0  # seconds after which a temporary file belongs to nobody
 # a file of a run that is larger was not written by us: its content as JSON, its arrays in memory
 JSON_LIMIT = 2**28
 NPZ_LIMIT = 2**31
+AT_ONCE = 2**22  # bytes of an NPZ that are read as a whole, of a larger one what is wanted
 NAME_LIMIT = 150  # bytes of a name that a temporary one holds; file systems take 255
 # what reading a damaged NPZ raises, also one that is encrypted, lies about its sizes or has no
 # header; the last two: an .npy where an NPZ was wanted
@@ -57,23 +55,23 @@ BROKEN = (
     TypeError,
 )
 Arrays = Mapping[str, "np.ndarray"]
-_numbers = itertools.count()
-_swept: set[Path] = set()  # folders, once in a process
+# of a ZIP file: its end, and an entry of its directory, in which the time is passed over; the bytes
+# of an entry before a member
+END = struct.Struct("<4s4H2IH")
+CENTRAL = struct.Struct("<4s2s2sHH4xIIIHHH8xI")
+LOCAL = 30
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def temporary_name(path: Path) -> Path:
-    """A name of its own in the folder of path, which sweep() knows: .<name>.<host>.<pid>-<n>.tmp,
-    of a long name a digest. The first one in a folder sweeps it."""
-    if path.parent not in _swept:
-        _swept.add(path.parent)
-        sweep(path.parent)
+def temporary(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """A context with an empty temporary file in the folder of path, which nobody else removes until
+    its end: see leases.temporary(). Its name has the one of path in it, of a long one a digest."""
     name = path.name
     if len(name.encode("utf-8", "replace")) > NAME_LIMIT:
         name = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-    return path.with_name(f".{name}.{HOST}.{os.getpid()}-{next(_numbers)}.tmp")
+    return leases.temporary(path, name)
 
 
 @contextlib.contextmanager
@@ -83,18 +81,14 @@ def in_one_step(path: Path) -> Iterator[Path]:
     With an exception nothing is left behind and path stays as it was. UsageError where the file
     cannot be written.
     """
-    temporary = temporary_name(path)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
+        with temporary(path) as file:
+            yield file
+            _flush(file)
+            os.replace(file, path)
+            _flush_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> UsageError:
@@ -109,43 +103,51 @@ def cannot_write(path: Path, error: OSError) -> UsageError:
 
 def write(path: Path, data: bytes) -> None:
     """Put bytes at path, whose folder is there. UsageError where that cannot be."""
+    try:
+        _write(path, data)
+    except UsageError as error:
+        # stopped for so long that its temporary file was taken for a dead process's
+        if not isinstance(error.__cause__, FileNotFoundError) or not path.parent.is_dir():
+            raise
+        _write(path, data)
+
+
+def _write(path: Path, data: bytes) -> None:
     with in_one_step(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
 
 
 def write_once(path: Path, data: bytes) -> bool:
     """Put bytes at path only if nothing is there yet; whether they were written. Of several
-    processes that do so at once exactly one does."""
-    temporary = temporary_name(path)
+    processes that do so at once exactly one does, see leases.publish()."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        written = _link(temporary, path)
-        _flush_folder(path.parent)
-        return written
+        with temporary(path) as whole:
+            whole.write_bytes(data)
+            return publish(whole, path)
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
-def _link(temporary: Path, path: Path) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        # A file system without hard links: exclusive creation, whose reader may see the file before
-        # its bytes (rundirs waits for them).
-        try:
-            with open(path, "xb", buffering=0) as file:
-                file.write(temporary.read_bytes())
-        except FileExistsError:
-            return False
-    return True
+def publish(whole: Path, path: Path) -> bool:
+    """Flush a finished file and rename it to path unless something is there: leases.publish()."""
+    _flush(whole)
+    is_first = leases.publish(whole, path)
+    _flush_folder(path.parent)
+    return is_first
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def from_disk(file: Path) -> None:
+    """Bring a file to the disk and out of memory, so that it is read from there."""
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -194,6 +196,15 @@ def write_npz(path: str | Path, arrays: Arrays) -> None:
     """Write an NPZ file, with its folder; equal arrays give equal bytes. UsageError where that
     cannot be."""
     write_bytes(path, npz_bytes(arrays))
+
+
+def write_large_npz(path: Path, arrays: Arrays) -> None:
+    """Write an uncompressed NPZ whose arrays are in memory only once. UsageError where that cannot
+    be."""
+    with in_one_step(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 # --- contents -------------------------------------------------------------------------------------
@@ -257,11 +268,25 @@ def read_json(path: Path, advice: str = AGAIN) -> Record:
     return value
 
 
-def read_npz(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndarray] | None:
-    """Arrays of an NPZ file, all or the named ones; None if it lacks one of those. UsageError names
-    a file that cannot be read."""
+def read_npz(
+    path: Path, keys: Sequence[str] | None = None, data: bytes | None = None
+) -> dict[str, np.ndarray] | None:
+    """Arrays of an NPZ file, all or the named ones; None if it lacks one of those. data: its bytes
+    where they are at hand. UsageError names a file that cannot be read."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        if data is None and path.stat().st_size <= AT_ONCE:
+            data = path.read_bytes()
+        if data is not None:
+            members = _members(data)
+            if members is not None:
+                names = list(members) if keys is None else keys
+                if not set(names) <= set(members):
+                    return None
+                return {name: _array(data, *members[name]) for name in names}
+        with (
+            open(path, "rb") if data is None else io.BytesIO(data) as file,
+            np.load(file, allow_pickle=False) as archive,
+        ):
             names = archive.files if keys is None else keys
             if not set(names) <= set(archive.files):
                 return None
@@ -271,6 +296,68 @@ def read_npz(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndar
         raise UsageError(
             f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}"
         ) from error
+
+
+Member = tuple[int, int, int, int, int]  # method, checksum, size in the file, size, first byte
+
+
+def _members(data: bytes) -> dict[str, Member] | None:
+    """{array: where it lies} of an NPZ as npz_bytes() writes it; None for any other, which
+    zipfile reads, five times slower."""
+    end = len(data) - END.size
+    if end < 0:
+        return None
+    mark, *disks, count, total, size, at, comment = END.unpack_from(data, end)
+    if mark != b"PK\5\6" or any(disks) or count != total or at + size != end or comment:
+        return None
+    members: dict[str, Member] = {}
+    used = 0
+    for _ in range(count):
+        if at + CENTRAL.size > end:
+            return None
+        mark, *_, flags, method, crc, packed, whole, length, extra, note, start = (
+            CENTRAL.unpack_from(data, at)
+        )
+        name = data[at + CENTRAL.size : at + CENTRAL.size + length]
+        local = data[start : start + LOCAL + length]
+        is_ours = mark == b"PK\1\2" and not flags and not extra and not note
+        # the same again before the member itself
+        expected = b"PK\3\4" + data[at + 6 : at + 32] + name
+        if not is_ours or start != used or local != expected or not name.endswith(b".npy"):
+            return None
+        used = start + LOCAL + length + packed
+        if not name.isascii() or method not in (0, 8) or used > end or whole > NPZ_LIMIT:
+            return None
+        members[name[:-4].decode()] = method, crc, packed, whole, used - packed
+        at += CENTRAL.size + length
+    return members if at == end and len(members) == count else None
+
+
+def _content(data: bytes, method: int, crc: int, packed: int, whole: int, start: int) -> bytes:
+    """A member's bytes. ValueError, zlib.error where they are damaged."""
+    content = data[start : start + packed]
+    if method == 8:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, whole + 1)
+    if len(content) != whole or zlib.crc32(content) != crc:
+        raise ValueError("a checksum is wrong")
+    return content
+
+
+def _array(data: bytes, *member: int) -> np.ndarray:
+    content = _content(data, *member)
+    length = 10 + int.from_bytes(content[8:10], "little")
+    if content[:8] != b"\x93NUMPY\1\0":
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    shape, is_fortran, dtype = _header(content[8:length])
+    if dtype.hasobject:
+        raise ValueError("it holds objects")
+    array = np.frombuffer(content, dtype, math.prod(shape), length)
+    return array.reshape(shape, order="F" if is_fortran else "C").copy("K")
+
+
+@functools.lru_cache(1024)
+def _header(text: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    return np.lib.format.read_array_header_1_0(io.BytesIO(text))
 
 
 def check_size(archive: NpzFile, names: Sequence[str]) -> None:
@@ -298,38 +385,17 @@ def looks_whole(path: Path, begins: bytes, ends: bytes, behind: int = 0) -> bool
         return False
 
 
-def check_npz(path: Path) -> None:
-    """ValueError and the like (BROKEN) for an NPZ of which a member's checksum is wrong."""
-    with zipfile.ZipFile(path) as archive:
+def check_npz(path: Path, data: bytes | None = None) -> None:
+    """ValueError and the like (BROKEN) for an NPZ of which a member's checksum is wrong. data: its
+    bytes where they are at hand."""
+    if data is None and path.stat().st_size <= AT_ONCE:
+        data = path.read_bytes()
+    members = None if data is None else _members(data)
+    if data is not None and members is not None:
+        for member in members.values():
+            _content(data, *member)
+        return
+    with zipfile.ZipFile(path if data is None else io.BytesIO(data)) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"{damaged} is damaged")
-
-
-# --- leftovers ------------------------------------------------------------------------------------
-
-
-def sweep(folder: Path) -> None:
-    """Remove temporary files that killed processes left: of this machine and not running any more,
-    or a day old."""
-    for temporary in folder.glob(".*.tmp"):
-        if temporary.name.count(".") < 4:  # not of temporary_name()
-            continue
-        _, host, process, _ = temporary.name.rsplit(".", 3)
-        with contextlib.suppress(OSError):
-            is_old = time.time() - temporary.stat().st_mtime > DAY
-            is_orphan = host == HOST and not _is_running(process.split("-")[0])
-            if is_old or is_orphan:
-                temporary.unlink()
-
-
-def _is_running(pid: str) -> bool:
-    if os.name != "posix" or not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # somebody else's
-    return True

@@ -5,7 +5,8 @@ shard of several, into a run directory.
     return exit_code(counts, run)
 
 Batches are cut from the ordered items before anything is skipped and shards take whole batches, so
-an interrupted, sharded or resumed run computes the same batches as one run from start to end.
+an interrupted, sharded or resumed run computes the same batches as one run from start to end. Kept
+free of torch: whoever hands out work to other processes (runs.ray_engine) needs none.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
-from vlmdiag.runs.inputs import digest_of
+from vlmdiag.runs.inputs import digest_of, known_files
+from vlmdiag.runs.progress import Progress
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -73,37 +74,48 @@ def run_items(
     UsageError, a full disk and CUDA errors (after which the process is of no use) end the call;
     what was computed is written first, also on Ctrl-C.
     """
-    batches = _batches(items, batch_size, shard)
-    work = _Shard(run, process, batches)
-    todo = [batch for batch in batches if any(item.id not in work.done_before for item in batch)]
+    batches = batches_of(items, batch_size, shard)
+    done = done_before(run, [item for batch in batches for item in batch])
+    todo = [batch for batch in batches if any(item.id not in done for item in batch)]
+    work: Work[AnyItem, Content] = Work(run, process, done, max(map(len, todo), default=1))
     count = sum(map(len, todo))
     started = time.monotonic()
     try:
         with (
             contextlib.closing(_loaded(todo, load, num_workers)) as stream,
-            tqdm(total=count, desc=progress, unit="image", disable=None) as bar,
+            Progress(count, progress) as bar,
         ):
             for batch in stream:
+                failed = len(work.failed)
                 work.compute_loaded(batch)
-                bar.update(len(batch))
+                bar.update(len(batch), len(work.failed) - failed)
         work.flush()
     finally:
         work.close()
-    seconds = time.monotonic() - started
+    counts = {"done": len(work.done), "skipped": len(done), "failed": len(work.failed)}
+    print_counts(counts, progress, count, time.monotonic() - started)
+    return counts
+
+
+def print_counts(counts: Mapping[str, int], progress: str, count: int, seconds: float) -> None:
+    """The line at the end of a call that had so many items to go through."""
     print(
-        f"{progress}: {len(work.done)} computed, {len(work.done_before)} done before,"
-        f" {len(work.failed)} failed, {seconds:.1f} s, {count / max(seconds, 1e-9):.2f} per s",
+        f"{progress}: {counts['done']} computed, {counts['skipped']} done before,"
+        f" {counts['failed']} failed, {seconds:.1f} s, {count / max(seconds, 1e-9):.2f} per s",
         flush=True,
     )
-    return {"done": len(work.done), "skipped": len(work.done_before), "failed": len(work.failed)}
 
 
 def done_before(run: Run, items: Sequence[Item]) -> set[str]:
     """The ids of the items that are finished and can be read; damaged ones are computed again.
     UsageError where one was made of another question or picture than it has now."""
-    done = {item.id: item for item in items if run.is_done(item.id) and run.is_whole(item.id)}
-    then = {id: run.inputs(id) for id in done}
-    changed = [id for id, inputs in then.items() if inputs not in (None, digest_of(done[id]))]
+    of_id = {item.id: item for item in items}
+    done = run.finished(of_id)
+    with known_files(run.known):
+        changed = [
+            id for id, then in done.items() if then is not None and then != digest_of(of_id[id])
+        ]
+    run.known.save()
     if changed:
         raise UsageError(
             f"{run.path}: {len(changed)} of its finished items were made of other questions or"
@@ -126,7 +138,7 @@ def exit_code(counts: Mapping[str, int], run: Run | None = None) -> int:
     return 3
 
 
-def _batches(
+def batches_of(
     items: Sequence[AnyItem], batch_size: int, shard: tuple[int, int]
 ) -> list[list[AnyItem]]:
     """The batches of a shard. UsageError where an id occurs twice."""
@@ -142,31 +154,37 @@ def _batches(
     return [items[start : start + batch_size] for start in starts][index::shards]
 
 
-class _Shard(Generic[AnyItem, Content]):
-    """The items of one shard on their way into the run directory."""
+class Work(Generic[AnyItem, Content]):
+    """Items on their way into the run directory, batch by batch. done_before: ids of those that are
+    not written again; batch_size: of the largest batch; writers: threads that write."""
 
     def __init__(
-        self, run: Run, process: Process[Content], batches: Sequence[Sequence[AnyItem]]
+        self,
+        run: Run,
+        process: Process[Content],
+        done_before: set[str],
+        batch_size: int,
+        writers: int = 1,
     ) -> None:
         self.run = run
         self.process = process
-        self.done_before = done_before(run, [item for batch in batches for item in batch])
+        self.done_before = done_before
         self.done: set[str] = set()
         self.failed: set[str] = set()
-        self._writer = ThreadPoolExecutor(1, "writer")
+        self._writer = ThreadPoolExecutor(writers, "writer")
         self._pending: deque[Future[bool]] = deque()
-        self._most_pending = 2 * max(map(len, batches), default=1) + 2
+        self._most_pending = 2 * batch_size + 2
 
     def compute_loaded(self, batch: Sequence[Loaded[AnyItem, Content]]) -> None:
         """Compute a batch as load() gave it; items that could not be loaded are failures."""
         loaded = []
-        for item, attempt in batch:
-            if isinstance(attempt, UsageError):
-                raise attempt
-            if isinstance(attempt, Exception):
-                self._fail(item, attempt, "load")
+        for item, content in batch:
+            if isinstance(content, UsageError):
+                raise content
+            if isinstance(content, Exception):
+                self._fail(item, content, "load")
             else:
-                loaded.append((item, attempt))
+                loaded.append((item, content))
         if loaded:
             self._compute(loaded)
 
@@ -196,9 +214,7 @@ class _Shard(Generic[AnyItem, Content]):
                 f"out of memory at a batch of {len(batch)}: halved; a smaller --batch_size avoids"
                 " computing it twice"
             )
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            _free_memory()
             size = (len(batch) + 1) // 2
         for start in range(0, len(batch), size):
             self._compute(batch[start : start + size])
@@ -238,7 +254,17 @@ class _Shard(Generic[AnyItem, Content]):
         self._writer.shutdown(wait=True)
 
 
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
@@ -247,22 +273,25 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _is_cuda_error(error: Exception) -> bool:
     """Whether the process is of no use after this error."""
+    import torch
+
     accelerator_error = getattr(torch, "AcceleratorError", ())
     return isinstance(error, accelerator_error) or "CUDA error" in str(error)
 
 
-def _attempt(load: Callable[[AnyItem], Content], item: AnyItem) -> Loaded[AnyItem, Content]:
+def attempt(load: Callable[[AnyItem], Content], item: AnyItem) -> Loaded[AnyItem, Content]:
+    """An item and what load() makes of it, or raised."""
     try:
         return item, load(item)
     except Exception as error:  # noqa: BLE001 -- whatever it is, it is this item's failure alone
         return item, error
 
 
-def _picture_bytes(content: object) -> int:
+def picture_bytes(content: object) -> int:
     """What the pictures of an item take; Pillow keeps RGB in four bytes a pixel."""
     if isinstance(content, Image.Image):
         return 4 * content.width * content.height
-    return sum(map(_picture_bytes, content)) if isinstance(content, tuple) else 0
+    return sum(map(picture_bytes, content)) if isinstance(content, tuple) else 0
 
 
 def _loaded(
@@ -272,7 +301,7 @@ def _loaded(
     batches with large pictures one at a time."""
     if not num_workers:
         for batch in batches:
-            yield [_attempt(load, item) for item in batch]
+            yield [attempt(load, item) for item in batch]
         return
     pool = ThreadPoolExecutor(num_workers, "load")
     try:
@@ -287,11 +316,11 @@ def _loaded(
                 next_batch = next(remaining, None)
                 if next_batch is None:
                     break
-                waiting.append([pool.submit(_attempt, load, item) for item in next_batch])
+                waiting.append([pool.submit(attempt, load, item) for item in next_batch])
             if not waiting:
                 return
             loaded = [future.result() for future in waiting.popleft()]
-            largest = max(largest, sum(_picture_bytes(content) for _, content in loaded))
+            largest = max(largest, sum(picture_bytes(content) for _, content in loaded))
             yield loaded
             del loaded
     finally:

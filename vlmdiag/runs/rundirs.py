@@ -4,11 +4,12 @@ sums that analyses cache.
     runs/<model>[__<run_name>]__sp-<0|1>/        experiment 'coco_diagnostics'
     runs/<experiment>/<model>[__<run_name>]/     every other experiment
         meta.json  preds.json  per_image/<id>.json + <id>.npz  failures/<id>.json
-                   counters/<key>.txt  analysis/
+                   counters/<key>.<token>.txt  attempts/<id>.txt  analysis/  packed/
 
 An item's NPZ is written before its JSON, and the JSON marks it done: a process may be killed at any
-point. Several processes may share a run (shards). Kept free of torch so that the plotting scripts
-start at once.
+point. Several processes may share a run (shards). Many finished items may be packed
+(runs.packs); a run is read the same way then. Kept free of torch so that the plotting scripts start
+at once.
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import time
 import traceback
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import disk
+from vlmdiag.runs import checked, disk, leases, packs
+from vlmdiag.runs.checked import CHECKS, Checked, Facts, Sign
 from vlmdiag.runs.disk import write_bytes, write_json, write_npz
+from vlmdiag.runs.packs import Pack, Packs
 from vlmdiag.types import Fields, Record
 
 __all__ = [
@@ -52,12 +55,20 @@ __all__ = [
 ]
 
 SCHEMA = 1
-CHECKS = "checks"  # in an item's JSON: digests of its record, of its NPZ and of its inputs
 # settings that runs of older versions lack: not compared there
 ADDED = ("ann_digest", "boxes_digest")
 COCO = "coco_diagnostics"
 # What a run directory owns. meta.json last: a run half removed is still known for what it is.
-OWNED = ("per_image", "failures", "analysis", "counters", "preds.json", "meta.json")
+OWNED = (
+    "per_image",
+    packs.FOLDER,
+    "failures",
+    "analysis",
+    "counters",
+    "attempts",
+    "preds.json",
+    "meta.json",
+)
 # what makes a run of an experiment
 COMMANDS = {
     COCO: "diagnostic_tools/run_coco_diagnostics.py",
@@ -76,6 +87,7 @@ COMMANDS = {
     "knockout": "scripts/attention_experiment_curate.py",
 }
 READ: list[Run] = []  # runs that read_run() opened
+TOKEN = secrets.token_hex(8)  # of this process
 OTHER_NAME = "use another --run_name, or remove the folder by hand"
 _UNSET = object()
 
@@ -190,11 +202,16 @@ def _shown(settings: Fields, key: str) -> str:
 
 
 def _read_meta(path: Path) -> Record:
-    """meta.json of a run folder, checked for its schema."""
+    """meta.json of a run folder that has one, checked for its schema."""
     file = path / "meta.json"
-    for _ in range(20):  # up to a second: see disk.write_once()
-        if file.exists() and file.stat().st_size == 0:
-            time.sleep(0.05)
+
+    def is_there() -> bool:
+        try:
+            return file.read_bytes() != b""
+        except OSError as error:
+            return error.errno not in leases.NOT_THERE
+
+    leases.wait_until(is_there, file)
     meta = disk.read_json(file, OTHER_NAME)
     if meta.get("schema") != SCHEMA or not isinstance(meta.get("settings"), dict):
         raise UsageError(
@@ -247,10 +264,7 @@ def open_run(
         for name in ("per_image", "failures", "analysis"):
             (path / name).mkdir(exist_ok=True)
         for folder in (path, *(file for file in path.iterdir() if file.is_dir())):
-            disk.sweep(folder)
-        probe = disk.temporary_name(path / "per_image" / "writable")
-        probe.touch()
-        probe.unlink()
+            leases.sweep(folder)
     except OSError as error:
         raise UsageError(
             f"cannot write a run to {path} ({error.strerror or error}); choose another --out_root"
@@ -260,17 +274,30 @@ def open_run(
     return run
 
 
+def _has_results(path: Path) -> bool:
+    """Whether a folder holds results of a run."""
+    for name in ("per_image", packs.FOLDER):
+        missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with missing, os.scandir(path / name) as entries:
+            if any(not entry.name.startswith(".") for entry in entries):
+                return True
+    return False
+
+
 def _make_meta(path: Path, experiment: str, identity: Fields, free: Fields) -> None:
     """Write meta.json unless it is there."""
     # looked at before meta.json, which another shard may make in between
-    results = path / "per_image"
-    has_results = results.is_dir() and any(not name.startswith(".") for name in os.listdir(results))
-    if (path / "meta.json").exists():
+    has_results = _has_results(path)
+    file = path / "meta.json"
+    if not leases.is_empty(file):
         return
     if has_results:
-        raise UsageError(
-            f"{path} holds results but no meta.json, so their settings are unknown; {OTHER_NAME}"
-        )
+        if leases.is_missing(file):
+            raise UsageError(
+                f"{path} holds results but no meta.json, so their settings are unknown;"
+                f" {OTHER_NAME}"
+            )
+        return  # another machine has made it, which is not seen here yet
     meta = {
         "schema": SCHEMA,
         "experiment": experiment,
@@ -280,7 +307,7 @@ def _make_meta(path: Path, experiment: str, identity: Fields, free: Fields) -> N
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     meta["digest"] = _meta_digest(meta)
-    disk.write_once(path / "meta.json", disk.json_bytes(meta))
+    disk.write_once(file, disk.json_bytes(meta))
 
 
 def _checked_meta(path: Path, experiment: str, identity: Fields, free: Fields) -> Record:
@@ -329,6 +356,12 @@ class Run:
 
     path: Path
     meta: Record
+    packed: Packs = field(init=False, repr=False, compare=False)
+    known: Checked = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.packed = Packs(self.path)
+        self.known = Checked(self.path)
 
     @property
     def label(self) -> str:
@@ -343,33 +376,106 @@ class Run:
     def _file(self, id: str, ending: str) -> Path:
         return self.path / "per_image" / f"{_checked(id)}{ending}"
 
+    def files(self, id: str) -> tuple[Path, Path]:
+        """Where JSON and NPZ of an item are that is in no pack."""
+        return self._file(id, ".json"), self._file(id, ".npz")
+
+    def loose_ids(self) -> list[str]:
+        """Sorted ids of the done items with files of their own."""
+        return _stems(self.path / "per_image")
+
     def _failure(self, id: str) -> Path:
         return self.path / "failures" / f"{_checked(id)}.json"
 
+    def _pack(self, id: str) -> Pack | None:
+        """The pack that an item is to be read from, None for one with files of its own."""
+        return self.packed.find(_checked(id))
+
     def is_done(self, id: str) -> bool:
-        """True if the item is finished: its JSON marks it done. One of which a file is missing,
-        empty or cut short is not."""
+        """True if the item is finished: its JSON, or its pack, marks it done. One of which a file
+        is missing, empty or cut short is not."""
+        if self._pack(id):
+            return True
         # the end of a ZIP file is 22 bytes long
-        return disk.looks_whole(self._file(id, ".json"), b"{", b"}\n") and disk.looks_whole(
+        if disk.looks_whole(self._file(id, ".json"), b"{", b"}\n") and disk.looks_whole(
             self._file(id, ".npz"), b"PK", b"PK\x05\x06", behind=18
-        )
+        ):
+            return True
+        self.packed.refresh()  # packed a moment ago?
+        return self._pack(id) is not None
 
     def is_whole(self, id: str) -> bool:
         """True if a finished item can be read to the last byte; a damaged one is unfinished from
         now on."""
+        return self._whole(id) is not None
+
+    def _whole(self, id: str) -> Facts | None:
+        """The facts of an item that was read to the last byte, None for a damaged one."""
+        files = self.files(id)
         try:
-            self.record(id)
-            disk.check_npz(self._file(id, ".npz"))
+            signs = None if self._pack(id) else checked.signs_of(*files)
+            content = self._content(id)
+            disk.check_npz(files[1], self._npz(id))
         except (UsageError, *disk.BROKEN):
+            self.undo(id)
+            return None
+        facts = checked.facts_of(id, content)
+        if signs:
+            self.known.note(id, signs, facts)
+        return facts
+
+    def undo(self, id: str) -> None:
+        """Make a finished item unfinished. One in a pack is for this process, and once it is
+        written again."""
+        if self._pack(id):
+            self.packed.damaged.add(id)
+        else:
             with contextlib.suppress(OSError):
                 self._file(id, ".json").unlink()
-            return False
-        return True
+
+    def finished(self, ids: Iterable[str]) -> dict[str, str | None]:
+        """{id: digest of its inputs, None where an older version wrote it} of those items that are
+        finished and can be read to the last byte; damaged ones are unfinished from now on. What
+        was found whole before and has not changed is not read again."""
+        self.known.read()
+        self.packed.refresh()
+        self._check_packs()
+        signs = checked.scan(self.path / "per_image")
+        found: dict[str, str | None] = {}
+        for id in ids:
+            pack = self.packed.find(id)
+            if pack:
+                found[id] = pack.items[id].inputs
+                continue
+            facts = self.known.facts(id, signs)
+            if facts is None and self.is_done(id):
+                facts = self._whole(id)
+            if facts is not None:
+                found[id] = facts.inputs
+        return found
+
+    def _check_packs(self) -> None:
+        """Find the damaged items of packs that have not been read to their end yet."""
+        for pack in self.packed.packs.values():
+            files = pack.data_files()
+            with contextlib.suppress(OSError):
+                if all(self.known.file(file) for file in files):
+                    continue
+            signs = [checked.sign(file.stat()) for file in files if file.exists()]
+            damaged = packs.damaged_items(pack)
+            self.packed.damaged |= damaged & set(self.packed.live(pack))
+            if not damaged:
+                for file, of_file in zip(files, signs):
+                    self.known.note_file(file, of_file, True)
 
     def inputs(self, id: str) -> str | None:
         """The digest of what a finished item was made of, None where an older version wrote it."""
-        checks = disk.read_json(self._file(id, ".json")).get(CHECKS)
-        return checks.get("inputs") if isinstance(checks, dict) else None
+        return checked.facts_of(id, self._content(id)).inputs
+
+    def changed(self, id: str) -> float:
+        """When a finished item was written, in seconds since 1970 by the clock of its disk."""
+        pack = self._pack(id)
+        return pack.items[id].time / 1e9 if pack else self._file(id, ".json").stat().st_mtime
 
     def write(
         self,
@@ -392,8 +498,13 @@ class Run:
             if inputs is not None:
                 checks["inputs"] = inputs
             text = disk.json_bytes(dict(record) | {CHECKS: checks})
-            disk.write(self._file(id, ".npz"), npz)
-            disk.write(self._file(id, ".json"), text)
+            files = self.files(id)
+            disk.write(files[1], npz)
+            disk.write(files[0], text)
+            self.packed.written(id)
+            with contextlib.suppress(OSError):
+                facts = checked.facts_of(id, json.loads(text))
+                self.known.note(id, checked.signs_of(*files), facts)
         self._failure(id).unlink(missing_ok=True)
         return written
 
@@ -418,10 +529,12 @@ class Run:
     def count(self, key: str, by: int = 1) -> None:
         """Add to a counter of the run, such as oom_halvings; safe between shards."""
         folder = self.path / "counters"
+        # of this process alone: on a network's file system two that append lose lines
+        file = folder / f"{_checked(key)}.{TOKEN}.txt"
         try:
             folder.mkdir(exist_ok=True)
-            with open(folder / f"{_checked(key)}.txt", "ab", buffering=0) as file:
-                file.write(b"%d\n" % by)
+            with open(file, "ab", buffering=0) as lines:
+                lines.write(b"%d\n" % by)
         except OSError as error:
             raise UsageError(
                 f"cannot write ({error.strerror or error}): {folder}; nothing already computed is"
@@ -430,41 +543,76 @@ class Run:
 
     def counters(self) -> dict[str, int]:
         """{key: sum} of everything counted so far."""
-        sums = {}
+        sums: Counter[str] = Counter()
         for file in sorted((self.path / "counters").glob("*.txt")):
             try:
                 lines = re.findall(rb"^\d{1,18}$", file.read_bytes(), re.MULTILINE)
             except OSError as error:
                 raise UsageError(f"{file} cannot be read ({error.strerror}); delete it") from error
-            sums[file.name[:-4]] = sum(map(int, lines))
-        return sums
+            sums[re.sub(r"(\.[0-9a-f]{16})?\.txt$", "", file.name)] += sum(map(int, lines))
+        return dict(sums)
 
     def finish(self) -> Path:
         """Rebuild preds.json, [{"image_id", "caption"}] sorted by item id, from the done items that
         have a caption. Returns its path."""
-        preds = self.path / "preds.json"
+        path = self.path / "preds.json"
         ids = None
         # once more if another shard committed items meanwhile, whose own preds.json this one may
         # have replaced
         while ids != (ids := self.ids()):
-            captions = []
-            for id in ids:
-                record = {"image_id": id} | self.record(id)
-                if record.get("caption") is not None:
-                    captions.append({name: record[name] for name in ("image_id", "caption")})
-            disk.write(preds, disk.json_bytes(captions))
+            preds = [facts.pred for facts in self._facts(ids) if facts.pred is not None]
+            disk.write(path, _preds(preds))
+        self.known.save()
         for id in _stems(self.path / "failures"):
             if self.is_done(id):
                 self._failure(id).unlink(missing_ok=True)
-        return preds
+        return path
+
+    def _facts(self, ids: Iterable[str]) -> Iterator[Facts]:
+        """The facts of done items. UsageError names a broken file."""
+        self.known.read()
+        signs = checked.scan(self.path / "per_image")
+        for id in ids:
+            pack = self.packed.find(id)
+            if pack:
+                yield Facts(pack.items[id].inputs, pack.items[id].pred)
+                continue
+            facts = self.known.facts(id, signs)
+            yield facts or checked.facts_of(id, self._content(id))
 
     def ids(self) -> list[str]:
         """Sorted ids of the done items."""
-        return _stems(self.path / "per_image")
+        packed = self.packed.ids()
+        loose = self.loose_ids()
+        return sorted(packed.union(loose)) if packed else loose
+
+    def _content(self, id: str) -> Record:
+        """What the JSON of an item holds. UsageError names a broken file."""
+        pack = self._pack(id)
+        if pack:
+            return self.packed.content(pack, id)
+        file = self._file(id, ".json")
+        try:
+            return disk.read_json(file)
+        except UsageError as error:
+            self.packed.refresh()  # packed a moment ago?
+            pack = self._pack(id)
+            if pack is None or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            return self.packed.content(pack, id)
+
+    def _npz(self, id: str) -> bytes | None:
+        """The NPZ of an item in a pack, None for one that has a file. UsageError where it is
+        damaged."""
+        pack = self._pack(id)
+        if pack is None and not self._file(id, ".npz").exists():
+            self.packed.refresh()  # packed a moment ago?
+            pack = self._pack(id)
+        return self.packed.npz(pack, id) if pack else None
 
     def record(self, id: str) -> Record:
         """The JSON record of an item. UsageError names a broken file."""
-        record = disk.read_json(self._file(id, ".json"))
+        record = self._content(id)
         record.pop(CHECKS, None)
         return record
 
@@ -474,7 +622,11 @@ class Run:
 
     def arrays(self, id: str) -> dict[str, Array]:
         """{name: array} of an item. UsageError names a broken file."""
-        return disk.read_npz(self._file(id, ".npz")) or {}
+        return self._arrays(id) or {}
+
+    def _arrays(self, id: str, keys: Sequence[str] | None = None) -> dict[str, Array] | None:
+        """Arrays of an item, None if it lacks one of the keys."""
+        return disk.read_npz(self._file(id, ".npz"), keys, self._npz(id))
 
     def stack(self, keys: str | Sequence[str]) -> tuple[list[str], dict[str, Array]]:
         """(ids, {key: array (n, ...)}): NPZ arrays of the n items that have all the keys, in the
@@ -484,9 +636,9 @@ class Run:
         that differ between items, a broken file.
         """
         keys = [keys] if isinstance(keys, str) else list(keys)
-        files = [self._file(id, ".npz") for id in self.ids()]
-        state = self._state_of(files)
-        digest = hashlib.sha256(json.dumps([SCHEMA, keys, state]).encode()).hexdigest()
+        ids = self.ids()
+        state = [SCHEMA, keys, self._state_of(ids)]
+        digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         name = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
         cache = self.path / "analysis" / f"stack-{name}.npz"
         columns = [f"array_{n}" for n in range(len(keys))]
@@ -495,58 +647,61 @@ class Run:
             if cached and str(cached["digest"]) == digest:
                 stacked = {key: cached[column] for key, column in zip(keys, columns)}
                 return cached["ids"].tolist(), stacked
-        ids, stacked = self._stacked(files, keys)
+        ids, stacked = self._stacked(ids, keys)
         contents = {"digest": np.array(digest), "ids": np.array(ids)}
         contents |= {column: stacked[key] for key, column in zip(keys, columns)}
         with contextlib.suppress(UsageError):  # a folder that may only be read has no cache
-            disk.write(cache, disk.npz_bytes(contents, zipfile.ZIP_STORED))
+            disk.write_large_npz(cache, contents)
         return ids, stacked
 
-    def _state_of(self, files: Sequence[Path]) -> list[tuple[str, int, int]]:
-        """Name, size and time of files: what a cache of them is valid for."""
-        state = []
-        for file in files:
+    def _state_of(self, ids: Sequence[str]) -> list[tuple[str, Sign]]:
+        """Names, sizes and times of the items' NPZ: what a cache of them is valid for."""
+        signs = checked.scan(self.path / "per_image")
+        state = {}
+        for id in ids:
+            pack = self.packed.find(id)
+            file = pack.file(".zip") if pack else self._file(id, ".npz")
+            if file.name in state:
+                continue
             try:
-                stat = file.stat()
-            except OSError as error:
+                state[file.name] = checked.sign(file.stat()) if pack else signs[file.name]
+            except (KeyError, OSError) as error:
                 raise UsageError(
-                    f"{error.filename} is missing; run the command that made {self.path} again"
+                    f"{file} is missing; run the command that made {self.path} again"
                 ) from error
-            state.append((file.name, stat.st_size, stat.st_mtime_ns))
-        return state
+        return list(state.items())
 
     def _stacked(
-        self, files: Sequence[Path], keys: Sequence[str]
+        self, ids: Sequence[str], keys: Sequence[str]
     ) -> tuple[list[str], dict[str, Array]]:
-        items = dict(_items_with(files, keys))
-        if not items:
-            known = ""
-            if files:
-                names = sorted(disk.read_npz(files[0]) or {})
-                known = f"; the first has {', '.join(names) or 'no arrays'}"
-            raise UsageError(
-                f"{self.path}: none of its {len(files)} items has all of {', '.join(keys)}{known}"
-            )
-        ids = list(items)
-        first = items[ids[0]]
-        for id, arrays in items.items():
-            for key in keys:
-                if arrays[key].shape != first[key].shape:
+        stacked: dict[str, Array] = {}
+        found: list[str] = []
+        for id in ids:
+            arrays = self._arrays(id, keys)
+            if arrays is None:
+                continue
+            for key, array in arrays.items():
+                if key not in stacked:
+                    stacked[key] = np.empty((len(ids), *array.shape), array.dtype)
+                shape = stacked[key].shape[1:]
+                if array.shape != shape:
                     raise UsageError(
-                        f"{self.path}: {key} has shape {first[key].shape} for {ids[0]} but"
-                        f" {arrays[key].shape} for {id}, so they cannot be stacked"
+                        f"{self.path}: {key} has shape {shape} for {found[0]} but {array.shape} for"
+                        f" {id}, so they cannot be stacked"
                     )
-        return ids, {key: np.stack([items[id][key] for id in ids]) for key in keys}
-
-
-def _items_with(
-    files: Sequence[Path], keys: Sequence[str]
-) -> Iterator[tuple[str, dict[str, Array]]]:
-    """(id, arrays) of the NPZ files that have all the keys."""
-    for file in files:
-        arrays = disk.read_npz(file, keys)
-        if arrays is not None:
-            yield file.name[:-4], arrays
+                if array.dtype != stacked[key].dtype:
+                    dtype = np.result_type(array, stacked[key])
+                    stacked[key] = stacked[key].astype(dtype)
+                stacked[key][len(found)] = array
+            found.append(id)
+        if not found:
+            known = ""
+            if ids:
+                known = f"; the first has {', '.join(sorted(self.arrays(ids[0]))) or 'no arrays'}"
+            raise UsageError(
+                f"{self.path}: none of its {len(ids)} items has all of {', '.join(keys)}{known}"
+            )
+        return found, {key: stacked[key][: len(found)] for key in keys}
 
 
 def _stems(folder: Path) -> list[str]:
@@ -557,21 +712,36 @@ def _stems(folder: Path) -> list[str]:
     return sorted(name[:-5] for name in names if name.endswith(".json"))
 
 
+def _preds(preds: Sequence[Sequence[object]]) -> bytes:
+    """preds.json of [image_id, caption]; as disk.json_bytes(), of what is text or a number without
+    the walk through every value, which takes most of the time for 100,000 of them."""
+    if not all(type(value) in (str, int) for pred in preds for value in pred):
+        names = ("image_id", "caption")
+        return disk.json_bytes([dict(zip(names, pred, strict=True)) for pred in preds])
+    text_of = json.JSONEncoder(ensure_ascii=False).encode
+    entries = [
+        f' {{\n  "image_id": {text_of(image_id)},\n  "caption": {text_of(caption)}\n }}'
+        for image_id, caption in preds
+    ]
+    text = "[\n" + ",\n".join(entries) + "\n]\n" if entries else "[]\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
 # --- readers --------------------------------------------------------------------------------------
 
 
-def read_run(path: str | Path, experiment: str) -> Run:
-    """Open a run for reading. UsageError names the folder or file that is missing, broken or of
-    another experiment."""
+def read_run(path: str | Path, experiment: str | None = None) -> Run:
+    """Open a run for reading. experiment: None takes any. UsageError names the folder or file that
+    is missing, broken or of another experiment."""
     path = _without_system(Path(path))
     if not (path / "meta.json").is_file():
         reason = "it has no meta.json" if path.is_dir() else "no such folder"
         raise UsageError(f"{path} is not a run directory: {reason}{_where_else(path, experiment)}")
     meta = _read_meta(path)
-    if meta.get("experiment") != experiment:
+    if experiment not in (None, meta.get("experiment")):
         raise UsageError(
             f"{path} holds experiment {meta.get('experiment')!r}, and {experiment!r} was wanted,"
-            f" which python {COMMANDS.get(experiment, 'another command')} makes"
+            f" which python {COMMANDS.get(experiment or '', 'another command')} makes"
         )
     run = Run(path, meta)
     meta["counters"] = run.counters()
@@ -586,20 +756,20 @@ def damage() -> str | None:
     for run in READ:
         fields: dict[str, tuple[str, ...]] = {}
         for id in run.ids():
-            json_file, npz_file = run._file(id, ".json"), run._file(id, ".npz")
+            files = run.files(id)
             try:
-                content = disk.read_json(json_file)
-                arrays = disk.read_npz(npz_file) or {}
+                content, npz = run._content(id), run._npz(id)
+                arrays = disk.read_npz(files[1], None, npz) or {}
             except UsageError as error:
                 return str(error)
             checks = content.pop(CHECKS, None)
             fields[id] = (*sorted(content), *sorted(arrays))
             if not isinstance(checks, dict):
                 continue
-            for file, data, name in (
-                (json_file, disk.json_bytes(content), "record"),
-                (npz_file, npz_file.read_bytes(), "npz"),
-            ):
+            if npz is None:
+                npz = files[1].read_bytes()
+            contents = (disk.json_bytes(content), npz)
+            for file, data, name in zip(files, contents, ("record", "npz"), strict=True):
                 if checks.get(name) != _digest(data):
                     return f"{file} is not as it was written; {disk.AGAIN}"
         usual = Counter(fields.values()).most_common(1)
@@ -630,18 +800,19 @@ def _without_system(path: Path) -> Path:
     return other
 
 
-def _where_else(path: Path, experiment: str) -> str:
+def _where_else(path: Path, experiment: str | None) -> str:
     """The runs of an experiment in a folder, or beside it, that were meant perhaps, and the command
     that makes one."""
     place = path if path.is_dir() else path.parent
+    mark = b'"experiment"' if experiment is None else f'"{experiment}"'.encode()
     runs = [
         str(file.parent)
         for file in sorted([*place.glob("*/meta.json"), *place.glob("*/*/meta.json")])[:200]
-        if f'"{experiment}"'.encode() in file.read_bytes()
+        if mark in file.read_bytes()
     ]
     if runs:
         return f"; there are {', '.join(runs[:4])}{', ...' * (len(runs) > 4)}"
-    command = COMMANDS.get(experiment)
+    command = COMMANDS.get(experiment or "")
     return f"; make one with python {command} --model_path MODEL" if command else ""
 
 

@@ -232,8 +232,6 @@ def open_set(out_dir: Path, settings: Settings, tasks: Sequence[Task], overwrite
             " choose another --out_dir"
         )
     write_json(manifest, {"complete": False, "settings": settings})
-    for folder in (out_dir, *(out_dir / name for name in FOLDERS)):
-        disk.sweep(folder)
     return True
 
 

@@ -1,19 +1,21 @@
 """Hidden states of swapped questions at the last prompt token, and the answers.
 
 Pictures go through the vision tower once, all prompts about one share the keys and values of their
-beginning, and one transfer a batch takes the states into a memory-mapped array:
+beginning, and one transfer a batch takes the states to the CPU, into an array on disk:
 docs/studies/swap_analysis.md, section 8.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import LastStates
 from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.pictures.table import picture_at
-from vlmdiag.runs.disk import temporary_name
+from vlmdiag.runs.disk import cannot_write
 from vlmdiag.swap.pairs import read_answer, spellings
 from vlmdiag.swap.relations import OPPOSITE, SPELLED
 from vlmdiag.types import Record
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from vlmdiag.swap.pairs import Pair, Quad
     from vlmdiag.types import VLM
 
-States = np.memmap[Any, Any]  # (n, prompts, L, d)
 SENTENCE_END = re.compile(r"(?<!\d)[.!?。！？]|\n")
 
 
@@ -67,34 +68,82 @@ class Said(NamedTuple):
     prompt: str
 
 
-def open_states(path: Path, shape: Sequence[int], dtype: str, done: int = 0) -> States:
-    """A memory-mapped array of a shape (n, prompts, L, d), made on disk where it is not there yet
-    and no pair is done; ValueError for another shape, a file that was cut short, or one that is
-    missing although so many pairs are done. It appears at once and whole: a process killed
-    meanwhile leaves none, and shards that begin together use the same one.
+class States:
+    """The rows (prompts, L, d) of an NPY file that open_states() made, to be written one by one.
+
+    Each row is written by itself and brought to the disk, so that processes on several machines may
+    fill one file; a memory map would write whole pages, with what it knew of the rows beside.
     """
-    if not path.exists():
-        if done:
-            raise ValueError(f"{path} is missing, which has the states of {done} finished pairs")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(path)
-        np.lib.format.open_memmap(temporary, mode="w+", shape=tuple(shape), dtype=dtype).flush()
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path = path
+        self.dtype = np.dtype(dtype)
+
+    @cached_property
+    def _file(self) -> tuple[int, int, tuple[int, ...]]:
+        """Its descriptor, where its first row begins, and the shape of a row."""
+        there = np.load(self.path, mmap_mode="r")
+        # O_DSYNC: a network file system then writes these bytes alone, not the page around them
+        flags = os.O_WRONLY | getattr(os, "O_DSYNC", 0) | getattr(os, "O_BINARY", 0)
+        return os.open(self.path, flags), there.offset, there.shape[1:]
+
+    def __setitem__(self, row: int, values: np.ndarray) -> None:
+        """Write a row. UsageError where the disk is full."""
         try:
-            os.link(temporary, path)
-        except FileExistsError:
-            # another shard made it meanwhile
-            pass
-        except OSError:
-            # a file system without hard links
-            os.replace(temporary, path)
-        temporary.unlink(missing_ok=True)
-    np.lib.format.open_memmap(path, mode="r")  # refuses a short file, which "r+" fills with zeros
-    states = np.lib.format.open_memmap(path, mode="r+")
-    if states.shape != tuple(shape) or states.dtype != np.dtype(dtype):
+            descriptor, start, shape = self._file
+            if values.shape != shape:
+                raise ValueError(f"a row of {self.path} has shape {shape}, not {values.shape}")
+            data = memoryview(values.astype(self.dtype, copy=False).tobytes())
+            os.lseek(descriptor, start + row * len(data), os.SEEK_SET)
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
+def open_states(path: Path, shape: Sequence[int], dtype: str, done: int = 0) -> States:
+    """The rows of an array of a shape (n, prompts, L, d), which is made where it is not there yet
+    and no pair is done. ValueError for another shape, a file that was cut short, or one that is
+    missing although so many pairs are done.
+
+    Shards may begin together, and go on where one of them was killed: all write the same header at
+    the same place and extend the file to the same size, which takes nothing from rows that are
+    there.
+    """
+    states = States(path, dtype)
+    beginning = io.BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(states.dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(beginning, facts | {"shape": tuple(shape)})
+    header = beginning.getvalue()
+    size = len(header) + math.prod(shape) * states.dtype.itemsize
+    there = _beginning(path, len(header))
+    if done and not there:
+        raise ValueError(f"{path} is missing, which has the states of {done} finished pairs")
+    if not done and header.startswith(there) and (not there or path.stat().st_size < size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            os.write(descriptor, header)
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    found = np.load(path, mmap_mode="r")  # refuses a short file
+    if found.shape != tuple(shape) or found.dtype != states.dtype:
         raise ValueError(
-            f"{path} has shape {states.shape} and {states.dtype}, wanted {tuple(shape)} and {dtype}"
+            f"{path} has shape {found.shape} and {found.dtype}, wanted {tuple(shape)} and"
+            f" {states.dtype}"
         )
     return states
+
+
+def _beginning(path: Path, count: int) -> bytes:
+    """The first bytes of a file, none of one that is not there."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        return b""
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -224,10 +273,7 @@ def make_process(
             states[item.row] = measured[:, row]
         if quad_states is not None:
             for at, (row, quad) in enumerate(zip(rows_with_quad, quads), len(items)):
-                quad_states[quad["row"], :2] = measured[:, at]
-                quad_states[quad["row"], 2:] = measured[:, row]
-            quad_states.flush()
-        states.flush()
+                quad_states[quad["row"]] = np.concatenate([measured[:, at], measured[:, row]])
         gaps = margins(vlm, pairs, said)
         return [
             (record(pair, [answers[row] for answers in said], gaps[row]), {})
