@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import disk, rundirs
+from vlmdiag.runs import disk, leases, rundirs
 from vlmdiag.runs.engine import exit_code, run_items
 from vlmdiag.runs.rundirs import open_run, read_run
 
@@ -51,6 +51,19 @@ def process(numbers):
 
 def new(folder):
     return open_run(folder, "demo", {"model": "tiny"})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_leases():
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_leases(patch.setattr)
+        yield
+
+
+def shorten_leases(setattr=setattr):
+    """So that no run waits a minute for one that was killed while it made a file."""
+    setattr(leases, "BEAT", 0.05)
+    setattr(leases, "PERIOD", 0.4)
 
 
 def contents(run):
@@ -128,6 +141,8 @@ def test_a_run_killed_at_any_point_resumes_to_the_same_bytes(n, batch_size, work
 def kill_and_resume(folder):
     """Fork a run, kill it after a short while, three times a folder; then finish it. Returns how
     many were killed while they ran."""
+
+    shorten_leases()
 
     def slow(numbers):
         time.sleep(0.005)
