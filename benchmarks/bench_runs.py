@@ -10,7 +10,7 @@ of the processor after its imports, and the most memory it had, in the end and a
 Files are made without waiting for the disk; packing and unpacking wait for it as always.
     resume            open the run, find that all items are whole and of the same inputs, write
                       preds.json: what the command that made the run does before and after its work
-    resume, no list   the same without analysis/checked.json: every file is read
+    resume, no list   the same without .checked.json: every file is read
     analyse           analyze_coco_diagnostics.py with its figures, nothing cached
     records           read every record
 """
@@ -128,7 +128,7 @@ def resume(args: argparse.Namespace) -> None:
 
 
 def resume_without_list(args: argparse.Namespace) -> None:
-    (run_path(args) / "analysis" / "checked.json").unlink(missing_ok=True)
+    (run_path(args) / ".checked.json").unlink(missing_ok=True)
     resume(args)
 
 

@@ -199,7 +199,7 @@ def difference(old: Path, new: Path) -> str | None:
 
 def is_list_of_times(path: Path) -> bool:
     """Whether a file is a run's cache, which is keyed by the times of files."""
-    return path.name.startswith("stack-") or path.name == "checked.json"
+    return path.name.startswith("stack-") or path.name == ".checked.json"
 
 
 def compare(old: Path, new: Path) -> tuple[list[str], list[str], int]:

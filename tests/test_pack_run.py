@@ -415,7 +415,7 @@ def test_a_call_that_goes_on_reads_no_item_twice(tmp_path, reads, old_enough):
     assert len(again.finished(run.ids())) == 10
     again.finish()
     assert [name for name in reads if name != "meta.json"] == []
-    (run.path / "analysis" / checked.NAME).write_text("{broken")
+    (run.path / checked.NAME).write_text("{broken")
     third = reopened(run)
     assert len(third.finished(run.ids())) == 10 and len(reads) >= 10
 
@@ -493,7 +493,7 @@ def test_two_calls_keep_what_each_found(tmp_path, old_enough):
     first.known.read()
     second.known.save()
     first.known.save()
-    assert len(json.loads((run.path / "analysis" / checked.NAME).read_bytes())["items"]) == 4
+    assert len(json.loads((run.path / checked.NAME).read_bytes())["items"]) == 4
 
 
 # --- NPZ ------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What was found whole before, so that a call that goes on reads it only once: sizes and times of
 an item's files, of packs and of pictures, with what is wanted of them.
 
-    analysis/checked.json
+    .checked.json
 
 A file that has another size or time now than then is read again; so is one that had been written
 less than two seconds before this list, by the file server's clock, because within that time a file
@@ -22,7 +22,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.runs import disk
 from vlmdiag.types import Record
 
-NAME = "checked.json"  # in analysis/
+NAME = ".checked.json"  # in the run directory
 SCHEMA = 1
 RECENT = 2 * 10**9  # nanoseconds; FAT counts time in steps of two seconds
 CHECKS = "checks"  # in an item's JSON: digests of its record, of its NPZ and of its inputs
@@ -74,7 +74,7 @@ class Checked:
 
     def __init__(self, path: Path) -> None:
         """path: the run directory."""
-        self.path = path / "analysis" / NAME
+        self.path = path / NAME
         self.items: dict[str, tuple[Sign, Sign, Facts]] = {}
         self.files: dict[str, tuple[Sign, object]] = {}
         self._gone: set[str] = set()  # items that have no files any more

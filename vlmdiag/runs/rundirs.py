@@ -66,6 +66,7 @@ OWNED = (
     "analysis",
     "counters",
     "attempts",
+    checked.NAME,
     "preds.json",
     "meta.json",
 )
