@@ -540,7 +540,7 @@ def test_the_readme_names_every_file_and_field(checkout):
         file
         for folder in ("runs", "outputs")
         for file in (checkout / folder).rglob("*")
-        if file.is_file()
+        if file.is_file() and not file.name.startswith(".")
     ]
     stems = {
         file.stem
