@@ -51,6 +51,7 @@ SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
 SAFE_IN_QUERY = "/%:@!$&()*+,;=~-._?"
 HEADERS = {"User-Agent": "vlm-diagnostics", "Accept": "image/*", "Connection": "close"}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_PROTOCOL = ipaddress.ip_network("192.0.0.0/24")  # private as a whole only from Python 3.11.9 on
 
 
 class DownloadError(OSError):
@@ -182,6 +183,8 @@ def private_reason(address: str) -> str | None:
             held = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if held is not None:
             return private_reason(str(held))
+    elif ip in _PROTOCOL:
+        return f"{ip}, address of kind private"
     kinds = (
         "unspecified",
         "loopback",
