@@ -10,6 +10,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from transformers import AutoProcessor
 
 import common
 from tests.conftest import ROOT, in_process
+from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import check, memory, outline
 from vlmdiag.pictures.samples import load_image
@@ -502,3 +504,21 @@ def test_where_names_alone_say_nothing_the_rest_is_said(run, own, copy):
     assert "its conversion wants shapes, and only names are known here" in done.stdout
     whole = outline.outlined(str(own("molmo-d")))
     assert report["weights"]["parameters"] == whole.parameters and report["prompt"]["ids"]
+
+
+def test_a_hub_that_is_lost_on_the_way_is_a_line(monkeypatch, tmp_path):
+    """The small files were fetched, then the connection broke, whatever library it was made with."""
+    library = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    errors = importlib.import_module(library.__module__.split(".")[0])
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "config.json").write_text("{}")
+    hub = outline.huggingface_hub
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(snapshot))
+
+    def lost(_):
+        raise errors.ConnectError("Connection refused")
+
+    monkeypatch.setattr(hub, "get_safetensors_metadata", lost)
+    with pytest.raises(UsageError, match="can be read here.*refused"):
+        outline.mirrored("nobody/model", tmp_path / "place")

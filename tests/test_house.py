@@ -2,6 +2,8 @@
 written once, a wheel works in any folder."""
 
 import ast
+import contextlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -160,6 +162,71 @@ assert common.__file__.startswith({where!r}) and vlmdiag.__file__.startswith({wh
 assert lens_page.TEMPLATE.exists()
 vlm = load_model({model!r})
 """
+
+
+# what a module of an optional part imports; everywhere else the base has to bring it
+OPTIONAL = {
+    "av": "video",
+    "bitsandbytes": "quantisation",
+    "gguf": "gguf",
+    "gradio": "page",
+    "fastapi": "page",
+    "starlette": "page",
+    "uvicorn": "page",
+    "peft": "adapters",
+    "ray": "ray",
+    "sklearn": "calibration",
+}
+
+
+def brought_by_the_base():
+    """Import names of the base dependencies and of all that these need."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    todo, found = [Requirement(line) for line in declared], set()
+    while todo:
+        requirement = todo.pop()
+        name = requirement.name.lower().replace("_", "-")
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if name in found or not wanted:
+            continue
+        found.add(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines = importlib.metadata.requires(name) or []
+            todo += [Requirement(line) for line in lines]
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        module
+        for module, names in distributions.items()
+        if found & {name.lower().replace("_", "-") for name in names}
+    }
+
+
+def imports_at_work(path):
+    """Modules that a file imports when it runs: not those for types alone."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def test_what_the_package_and_its_commands_import_is_declared():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(OPTIONAL.values()) <= set(extras["optional-dependencies"])
+    here = {*sys.stdlib_module_names, "vlmdiag", "common"}
+    known = here | brought_by_the_base() | set(OPTIONAL)
+    for path in [ROOT / "common.py", *COMMANDS, *sorted((ROOT / "vlmdiag").rglob("*.py"))]:
+        unknown = set(imports_at_work(path)) - known
+        assert not unknown, f"{path}: {', '.join(sorted(unknown))} is nobody's dependency"
 
 
 def test_a_wheel_works_in_a_folder_with_modules_of_these_names(tmp_path):

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-import httpx
 import huggingface_hub
 import tokenizers
 import torch
@@ -71,7 +70,9 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_OFFLINE = (OSError, ValueError, HfHubHTTPError, HFValidationError, httpx.HTTPError)
+# of the HTTP library that the installed huggingface_hub works with: httpx, since 2.0 httpx2
+_HTTP_ERROR = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_OFFLINE = (OSError, ValueError, HfHubHTTPError, HFValidationError, _HTTP_ERROR)
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
 # the loading info of a model that fits
 NOTHING_AMISS: Record = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
