@@ -211,11 +211,16 @@ def name_shares(run: Run, seed: int) -> dict[str, Float[np.ndarray, "n L+1"]]:
 
 
 class Choice(NamedTuple):
-    """What choosing a layer gives: the share of each picture, and the (mean) hidden state: 0 the
-    embeddings, l + 1 the output of layer l."""
+    """What choosing a layer gives: the share of each picture, and the hidden state that was chosen
+    for it: 0 the embeddings, l + 1 the output of layer l."""
 
     shares: Float[np.ndarray, " n"]
-    state: float
+    states: Int[np.ndarray, " n"]
+
+    @property
+    def state(self) -> float:
+        """The mean hidden state."""
+        return float(self.states.mean())
 
 
 def best_layers(own: Float[np.ndarray, "n L+1"], seed: int) -> dict[str, Choice]:
@@ -232,7 +237,7 @@ def best_layers(own: Float[np.ndarray, "n L+1"], seed: int) -> dict[str, Choice]
     for half, other in (halves, halves[::-1]):
         fitted[half] = own[other].mean(0).argmax() if len(other) else overall
     return {
-        "per_picture": Choice(own[pictures, of_picture], float(of_picture.mean())),
-        "overall": Choice(own[:, overall], float(overall)),
-        "cross_fitted": Choice(own[pictures, fitted], float(fitted.mean())),
+        "per_picture": Choice(own[pictures, of_picture], of_picture),
+        "overall": Choice(own[:, overall], np.full(len(own), overall)),
+        "cross_fitted": Choice(own[pictures, fitted], fitted),
     }

@@ -103,6 +103,25 @@ def per_picture(
     return np.array([np.mean(means) if means else np.nan for means in of_picture.values()])
 
 
+def by_condition(records: Sequence[Record]) -> dict[str, list[str]]:
+    """{condition: its draws}, in the order in which they come first."""
+    drawn: dict[str, list[str]] = {}
+    for record in records:
+        for name in record["conditions"]:
+            if name != "none" and name not in drawn.setdefault(pooled(name), []):
+                drawn[pooled(name)].append(name)
+    return drawn
+
+
+def destroyed(
+    records: Sequence[Record], setting: str, conditions: Sequence[str]
+) -> Float[np.ndarray, " n"]:
+    """Share of each picture's right answers that the conditions make wrong; see per_picture()."""
+    return per_picture(
+        records, setting, conditions, lambda result, _: 1.0 - result[setting]["correct"]
+    )
+
+
 def share(of_pictures: Float[np.ndarray, " n"]) -> Interval:
     """Mean of per-picture shares with Wilson's interval for as many pictures; draws averaged within
     a picture make it wider than it need be, never narrower."""
@@ -112,31 +131,20 @@ def share(of_pictures: Float[np.ndarray, " n"]) -> Interval:
 
 def summarise(records: Sequence[Record], setting: str) -> Effects:
     """The effect of every condition of one run in one setting, draws of a condition together."""
-    by_condition: dict[str, list[str]] = {}
-    for record in records:
-        for name in record["conditions"]:
-            if name != "none":
-                by_condition.setdefault(pooled(name), [])
-                if name not in by_condition[pooled(name)]:
-                    by_condition[pooled(name)].append(name)
+    drawn = by_condition(records)
     logprob = LOGPROBS.get(setting)
-
-    def destroyed(conditions: Sequence[str]) -> Float[np.ndarray, " n"]:
-        return per_picture(
-            records, setting, conditions, lambda result, _: 1.0 - result[setting]["correct"]
-        )
 
     def gain(result: Record, record: Record) -> float:
         return result[setting][logprob] - record["conditions"]["none"][setting][logprob]
 
     effects = {}
-    for name, conditions in by_condition.items():
-        lost = destroyed(conditions)
+    for name, conditions in drawn.items():
+        lost = destroyed(records, setting, conditions)
         tokens = per_picture(records, setting, conditions, lambda result, _: result["tokens"])
         control = _control_of(name)
         minus_random = change = None
-        if control in by_condition:
-            of_control = destroyed(by_condition[control])
+        if control in drawn:
+            of_control = destroyed(records, setting, drawn[control])
             minus_random = stats.paired_difference(
                 lost, of_control, bounds=stats.DIFFERENCES, discrete=True
             )
