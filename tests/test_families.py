@@ -30,6 +30,8 @@ from vlmdiag.model.probes import GroupMass, Probe
 from vlmdiag.model.vision import more_inputs, prefill
 from vlmdiag.pictures.samples import Sample
 
+pytestmark = pytest.mark.types
+
 BUILDERS = {}  # of all models
 FIRST = set()  # one model of each file
 for _module in pkgutil.iter_modules(random_models.__path__):

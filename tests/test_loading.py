@@ -160,6 +160,7 @@ def widened_config(make):
     return made
 
 
+@pytest.mark.types
 @pytest.mark.parametrize(
     "name", ["llava_original-base", "convllava", "minigpt4", "mplug_owl2", "nvila-lite", "molmo-d"]
 )

@@ -16,6 +16,8 @@ from vlmdiag.relevancy import methods as attribution
 from vlmdiag.relevancy.gradients import trace
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.types
+
 KINDS = ("4bit", "int8")
 
 

@@ -25,6 +25,8 @@ from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.pictures.table import picture_at
 from vlmdiag.runs import rundirs
 
+pytestmark = pytest.mark.types
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAITS = {  # file in random_models, name there: what is unlike LLaVA
     "internvl-qwen2": (

@@ -168,6 +168,29 @@ def shard(text: str) -> tuple[int, int]:
 RAY_FLAGS = ("ray_workers", "gpus_per_worker", "cpus_per_worker", "ray_address", "batch_timeout")
 
 
+def add_claim_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models are variants that a claim is about, where their names do not tell."""
+    parser.add_argument(
+        "--normalised",
+        nargs=2,
+        action="append",
+        metavar=("VARIANT", "BASE"),
+        help=(
+            "a model whose connector normalises vision tokens, and the same without; names that end"
+            " in -normWmean or -multilayerNorm are known"
+        ),
+    )
+    parser.add_argument(
+        "--independent",
+        nargs="+",
+        metavar="MODEL",
+        help=(
+            "models that were trained with independent height and distance; names that end in"
+            " -independent are known"
+        ),
+    )
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, part: str = "batch", then: str = "") -> None:
     """Flags of the scripts that fill a run directory. part: what --shard counts; then: what has to
     follow."""

@@ -55,21 +55,13 @@ def _plain(interval: Interval) -> dict[str, Any]:
 
 def analyse(run: Run, seed: int) -> None:
     """Print the table; write analysis/lens_accuracy.json, .csv, .png, .pdf."""
-    from vlmdiag.figures import plots, stats
+    from vlmdiag.figures import plots
     from vlmdiag.figures.layers import mean_state_name, state_tick
     from vlmdiag.interp.figures import draw_lens_accuracy
-    from vlmdiag.interp.lens_measures import best_layers, name_shares
+    from vlmdiag.interp.lens_curves import curves_of
 
-    shares = name_shares(run, seed)
-    curves = {
-        name: stats.mean_interval(of_pictures, bounds=stats.SHARES, discrete=True)
-        for name, of_pictures in shares.items()
-    }
-    chosen = {
-        name: (stats.mean_interval(choice.shares, bounds=stats.SHARES, discrete=True), choice.state)
-        for name, choice in best_layers(shares["own"], seed).items()
-    }
-    objects, states = shares["own"].shape
+    curves, chosen = curves_of(run, seed)
+    objects, states = len(run.ids()), len(curves["own"].mean)
     print(
         f"{run.label}: {objects} objects; share of object patches whose top-1 token names the"
         " object, mean [95 % interval over pictures]"

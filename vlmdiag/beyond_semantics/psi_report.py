@@ -27,11 +27,9 @@ Summaries = dict[str, Record]  # {'all' or kind of question: summarise() of its 
 MEASURES = ("accuracy", "accuracy_permuted", "psi")
 
 
-def analyse(run: Run) -> Summaries:
-    """Print the table of a run, write analysis/psi.json and the figure; returns the summaries.
-
-    UsageError for a run without a finished question.
-    """
+def summaries_of(run: Run) -> Summaries:
+    """Summaries of all questions of a run and of each kind. UsageError for a run without a finished
+    question."""
     records = run.records()
     if not records:
         raise UsageError(
@@ -44,6 +42,12 @@ def analyse(run: Run) -> Summaries:
         for kind in kinds:
             of_kind = [record for record in records if record["kind"] == kind]
             summaries[kind] = summarise(of_kind)
+    return summaries
+
+
+def analyse(run: Run) -> Summaries:
+    """Print the table of a run, write analysis/psi.json and the figure; returns the summaries."""
+    summaries = summaries_of(run)
     print(table_of(run.label, summaries))
     settings = run.meta["settings"]
     content = {
@@ -55,7 +59,7 @@ def analyse(run: Run) -> Summaries:
     stem = run.path / "analysis" / "psi"
     plots.write_file(stem.with_suffix(".json"), text.encode())
     figure = draw(run.label, settings["num_permutations"], summaries)
-    plots.save(figure, stem, settings | {"questions_used": len(records)})
+    plots.save(figure, stem, settings | {"questions_used": summaries["all"]["questions"]})
     return summaries
 
 

@@ -109,6 +109,11 @@ def summarise(run: Run, step: float, values: Mapping[str, Float[np.ndarray, "n L
             f"cannot write {error.filename or analysis}: {error.strerror or error}"
         ) from error
     plots.write_file(analysis / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    return curves_of(values)
+
+
+def curves_of(values: Mapping[str, Float[np.ndarray, "n L H"]]) -> Curves:
+    """The curves of the two drawn quantities, heads averaged within each image."""
     return {name: stats.mean_interval(stats.measured_mean(values[name], axis=2)) for name in DRAWN}
 
 

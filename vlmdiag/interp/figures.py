@@ -31,7 +31,7 @@ def draw_lens_accuracy(
     """Share of object patches whose top-1 token names the object, by the layer that was read.
 
     curves: own, shuffled, elsewhere, intervals of shape (L + 1,); chosen: what the ways to choose a
-    layer give, with its hidden state (lens_measures.best_layers()).
+    layer give, with its hidden state (lens_curves.best_layers()).
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
     lines = {

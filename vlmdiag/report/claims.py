@@ -231,7 +231,7 @@ def _ablated(experiment: str, setting: str) -> Callable[[Sample, Level], Interva
 
 def _lens(sample: Sample, level: Level) -> Interval:
     """Own name minus another picture's, at the layer chosen on the other half of the pictures."""
-    from vlmdiag.interp.lens_measures import best_layers, name_shares
+    from vlmdiag.interp.lens_curves import best_layers, name_shares
 
     shares = name_shares(_run(sample.subject, "lens_accuracy"), seed=0)
     own, shuffled = shares["own"], shares["shuffled"]
@@ -248,7 +248,7 @@ def _at(values: Float[np.ndarray, "n L+1"], states: np.ndarray) -> Float[np.ndar
 
 def _lens_is_late(sample: Sample, level: Level) -> Interval:
     """Last third of the hidden states minus the first third."""
-    from vlmdiag.interp.lens_measures import name_shares
+    from vlmdiag.interp.lens_curves import name_shares
 
     own = name_shares(_run(sample.subject, "lens_accuracy"), seed=0)["own"]
     third = own.shape[1] // 3

@@ -57,22 +57,26 @@ def quantities_of(run: Run) -> list[Quantity]:
     return list(reader(run))
 
 
-def table_of(label: str, experiment: str, quantity: Quantity, interval: Interval) -> pd.DataFrame:
-    """A row for each cell: model, experiment, quantity, unit, cell, mean, low, high, n."""
+def cells_of(quantity: Quantity) -> list[str]:
+    """The name of each cell, as 'layer 3, head 2', in the order of its ravelled values."""
     names = [name for name, _ in quantity.axes]
     places = itertools.product(*(ticks for _, ticks in quantity.axes))
-    cells = [
+    return [
         ", ".join(f"{name} {tick}" for name, tick in zip(names, place, strict=True))
         for place in places
     ]
+
+
+def table_of(label: str, experiment: str, quantity: Quantity) -> pd.DataFrame:
+    """A row for each cell: model, experiment, quantity, unit, cell, mean, low, high, n."""
     columns = {
         "model": label,
         "experiment": experiment,
         "quantity": quantity.name,
         "unit": quantity.unit,
-        "cell": cells,
+        "cell": cells_of(quantity),
     }
-    numbers = {name: np.ravel(value) for name, value in interval._asdict().items()}
+    numbers = {name: np.ravel(value) for name, value in quantity.interval()._asdict().items()}
     return pd.DataFrame(columns | numbers)
 
 
@@ -201,7 +205,7 @@ def _of_interventions(run: Run) -> Iterator[Quantity]:
 
 
 def _of_lens(run: Run) -> Iterator[Quantity]:
-    from vlmdiag.interp.lens_measures import name_shares
+    from vlmdiag.interp.lens_curves import name_shares
 
     words = {
         "own": "object patches that decode to the object's name",

@@ -22,7 +22,7 @@ from vlmdiag.figures import plots, stats
 from vlmdiag.figures.layers import LAYER_AXIS, STATE_AXIS, mean_state_name, state_name
 from vlmdiag.figures.stats import Interval, interval_of
 from vlmdiag.interp import summary
-from vlmdiag.interp.lens_measures import best_layers, name_shares
+from vlmdiag.interp.lens_curves import best_layers, name_shares
 from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.runs import rundirs
 from vlmdiag.scenes.scene import floor_scene, render
