@@ -89,6 +89,8 @@ def steps(system: str, args: argparse.Namespace) -> Iterator[Step]:
         both = " ".join(folders[name] for name in MODELS)
         yield shell("diagnostic_tools/run_beyond_semantics.sh", many, MODEL=both, OUT=str(out))
     elif system == "lens":
+        make = [sys.executable, str(ROOT / "data/make_shapes.py"), "--out_dir", str(data)]
+        yield Step([*make, "--num_images", "500", "--num_train", "400", "--seed", "1"], {})
         for name in folders:
             command = [sys.executable, str(ROOT / "scripts/logit_lens/lens_accuracy.py")]
             command += ["--model_path", folders[name], "--coco_root", str(data)]

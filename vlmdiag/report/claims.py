@@ -162,9 +162,7 @@ def _base(sample: Sample) -> Subject:
 
 
 def _position_index(sample: Sample, level: Level) -> Interval:
-    """PSI of the variant minus that of the base, over the questions that both answered."""
-    from vlmdiag.beyond_semantics.position_sensitivity import psi, psi_interval
-
+    """PSI of the variant minus that of the base, over the pictures that both were asked about."""
     found = []
     for subject in (sample.subject, _base(sample)):
         right: dict[str, list[tuple[float, float]]] = {}
@@ -176,14 +174,19 @@ def _position_index(sample: Sample, level: Level) -> Interval:
     shared = sorted(set(found[0]) & set(found[1]))
     if not shared:
         raise NotTestable(f"no picture was asked about in {_base(sample).name} too")
-    ends, means = [], []
-    for of_image in found:
-        both = np.array([of_image[image] for image in shared])
-        interval = psi_interval(both[:, 0], both[:, 1], level, RESAMPLES)
-        means.append(float(psi(both[:, 0].mean(), both[:, 1].mean())))
-        ends.append((float(interval.low), float(interval.high)))
-    low, high = stats.difference_limits(means, ends)
-    return stats.interval_of(means[0] - means[1], low, high, len(shared))
+    values = np.array([[of_image[image] for image in shared] for of_image in found])  # (2, n, 2)
+
+    def difference(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
+        """1 - shuffled / in order of both, of the pictures as often as they are drawn."""
+        sums = np.einsum("bn,mnk->bmk", weights, values)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            index = 1 - sums[..., 1] / sums[..., 0]
+        return index[:, 0] - index[:, 1]
+
+    n = len(shared)
+    (value,) = difference(np.ones((1, n)))
+    low, high = stats.bootstrap(difference, n, level, RESAMPLES)
+    return stats.interval_of(float(value), float(low), float(high), n)
 
 
 def _rope_ratio(sample: Sample, level: Level) -> Interval:
