@@ -42,7 +42,9 @@ if [ "${1:-}" = --task ]; then # in a job of the array
     shift
     # the time is nearly over: into the queue again, then end
     trap 'echo "out of time: queued again"; scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; exit 0' USR1
-    run srun --ntasks="${TASKS:-1}" --kill-on-bad-exit=0 "$python" "$@" --shard auto &
+    # in each task by itself: srun's code is the greatest of all, and 3 would hide a 2
+    task="$(declare -f run); run \"\$@\""
+    srun --ntasks="${TASKS:-1}" --kill-on-bad-exit=0 bash -c "$task" run "$python" "$@" --shard auto &
     code=0
     wait $! || code=$?
     exit "$code"

@@ -50,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [rundirs.read_run(path, rundirs.COCO) for path in args.run_dir]
     labels = selection.run_labels(runs)
     probes = [rope_figures.read_probe(run, args.delta_steps) for run in runs]
-    step = rope_figures.common_step([step for step, _ in probes])
+    step = rope_figures.common_step([probe.step for probe in probes])
     curves = {
-        label: rope_figures.summarise(run, step, values)
-        for label, run, (_, values) in zip(labels, runs, probes)
+        label: rope_figures.summarise(run, probe) for label, run, probe in zip(labels, runs, probes)
     }
     settings = vars(args) | {"delta_steps": step}
     figure = rope_figures.layers_figure(curves, ["abs_delta_gv"], step)

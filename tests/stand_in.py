@@ -34,7 +34,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--items", type=cli.positive, default=10)
     parser.add_argument("--batch_size", type=cli.positive, default=1)
     parser.add_argument("--seconds", type=float, default=0.0, help="that a batch takes")
+    parser.add_argument("--writing", type=float, default=0.0, help="seconds that writing one takes")
     parser.add_argument("--ends", type=int, nargs="*", default=[], help="items that end it")
+    parser.add_argument("--ends_written", type=int, nargs="*", default=[], help="while written")
     parser.add_argument("--ends_once", type=int, nargs="*", default=[], help="the first time")
     parser.add_argument("--hangs", type=int, nargs="*", default=[], help="items without end")
     parser.add_argument("--hangs_once", type=int, nargs="*", default=[], help="the first time")
@@ -58,6 +60,21 @@ def is_first(place: Path, number: int) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Slow:
+    """An array that takes its time, or ends the process, when it is written."""
+
+    length: int
+    seconds: float
+    ends: bool
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        time.sleep(self.seconds)
+        if self.ends:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.arange(self.length)
+
+
 def make_worker(args: argparse.Namespace) -> Worker:
     if args.does_not_load:
         raise UsageError("no such model: stand-in")
@@ -78,7 +95,13 @@ def make_worker(args: argparse.Namespace) -> Worker:
             if n in args.unusable and is_first(path.parent, n):
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
         whole = f"{len(numbers)} from {numbers[0]}"  # other batches, other bytes
-        return [({"image_id": n, "caption": whole}, {"x": np.arange(n)}) for n in numbers]
+        return [
+            (
+                {"image_id": n, "caption": whole},
+                {"x": Slow(n, args.writing, n in args.ends_written)},
+            )
+            for n in numbers
+        ]
 
     return Worker(
         path,

@@ -20,13 +20,14 @@ from vlmdiag.scenes.scene import floor_scene, render
 
 PAGE = (ROOT / "docs" / "own_measure.md").read_text()
 MODEL = ROOT / "checkpoints" / "tiny-llava"
+NAME = "attention_entropy"
 
 
-def run(words, folder):
+def run(words, folder, warnings="error"):
     """A command of the page, in the folder of its files, with warnings as errors."""
-    settings = {"PYTHONWARNINGS": "error", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"PYTHONWARNINGS": warnings, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *words[1:]],
+        [sys.executable, *map(str, words[1:])],
         cwd=folder,
         env=os.environ | settings,
         capture_output=True,
@@ -62,9 +63,7 @@ def folder(tmp_path_factory, commands):
 
 @pytest.fixture(scope="module")
 def measured(folder):
-    return rundirs.read_run(
-        folder / "runs" / "attention_entropy" / "tiny-llava", "attention_entropy"
-    )
+    return rundirs.read_run(folder / "runs" / NAME / "tiny-llava", NAME)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +118,20 @@ def test_the_recipe_goes_on_with_equal_bytes(folder, measured, commands):
         (items / name).unlink()
     assert "1 computed, 1 done before" in run(commands[0], folder)
     assert {file.name: file.read_bytes() for file in items.iterdir()} == before
+
+
+@pytest.mark.ray
+def test_the_recipe_gives_the_same_bytes_by_ray(folder, measured, commands, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'vlm-diagnostics[ray]'")
+    flags = ["--engine", "ray", "--ray_workers", 2, "--cpus_per_worker", 1, "--gpus_per_worker", 0]
+    # warnings of Ray's own processes are none of ours
+    said = run([*commands[0], "--out_root", tmp_path, *flags], folder, warnings="default")
+    assert "2 Ray workers" in said and "2 computed" in said
+    items = [
+        {file.name: file.read_bytes() for file in path.iterdir()}
+        for path in (measured.path / "per_image", tmp_path / NAME / "tiny-llava" / "per_image")
+    ]
+    assert len(items[0]) == 4 and items[0] == items[1]
 
 
 def test_the_recipe_draws_its_figure(folder, measured, commands):

@@ -2,6 +2,7 @@
 the run completes, with the bytes of one plain process. An item that ends its worker is a failure."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from tests import stand_in
 from tests.conftest import ROOT, in_process
 from tests.kills import KINDS, MODEL, digests
+from vlmdiag.runs import attempts, ray_actor, rundirs
 
 ray = pytest.importorskip("ray", reason="pip install 'vlm-diagnostics[ray]'")
 pytestmark = pytest.mark.ray
@@ -113,6 +115,38 @@ def test_an_error_of_one_item_is_that_items_failure(cluster, tmp_path):
     assert failures(tmp_path / "ray")["00004"]["message"] == "4 does not go"
 
 
+# ---- what a worker does ----
+
+
+def test_a_worker_computes_a_batch_while_it_writes_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    args = stand_in.parse_args(["--out_root", str(tmp_path), "--items", "2", "--num_workers", "0"])
+    actor = ray_actor.Actor(ray_actor.Call("tests/stand_in.py", "make_worker", args, ROOT, {}))
+    actor.start()
+    actor.open()
+    is_computed, write, process = threading.Event(), rundirs.Run.write, actor.worker.process
+
+    def write_late(run, id, *rest, **more):
+        assert id != "00000" or is_computed.wait(60)
+        return write(run, id, *rest, **more)
+
+    def noted(numbers):
+        results = process(numbers)
+        if numbers == [1]:
+            is_computed.set()
+        return results
+
+    monkeypatch.setattr(rundirs.Run, "write", write_late)
+    actor.worker = dataclasses.replace(actor.worker, process=noted)
+    assert actor.compute(ray_actor.Unit(0), None) is None
+    assert attempts.tried(run_of(tmp_path)).keys() == {"00000"}  # as long as it is not written
+    assert actor.compute(ray_actor.Unit(1), None) == ray_actor.Report([], "")
+    assert actor.run.is_done("00000") and "00000" not in attempts.tried(run_of(tmp_path))
+    assert actor.written() == ray_actor.Report([], "") and actor.written() is None
+    assert actor.run.is_done("00001") and not attempts.tried(run_of(tmp_path))
+
+
 # ---- what ends ----
 
 
@@ -126,9 +160,12 @@ def test_a_worker_that_is_killed_is_replaced(cluster, tmp_path):
     assert_clean(tmp_path / "ray")
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_an_item_that_ends_its_worker_is_tried_three_times(cluster, tmp_path, batch_size):
-    flags = ["--items", 8, "--batch_size", batch_size, "--ends", 5]
+@pytest.mark.parametrize(
+    ("batch_size", "ends"), [(1, "--ends"), (4, "--ends"), (1, "--ends_written")]
+)
+def test_an_item_that_ends_its_worker_is_tried_three_times(cluster, tmp_path, batch_size, ends):
+    """And no other item fails, though one is written while the next one is computed."""
+    flags = ["--items", 8, "--batch_size", batch_size, "--writing", 0.2, ends, 5]
     done = call(tmp_path, *flags)
     assert done.returncode == 3 and "7 computed, 0 done before, 1 failed" in done.stdout
     (failure,) = failures(tmp_path).values()
@@ -293,11 +330,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def kill_one(folder):
+def kill_one(folder, is_over):
     """Kill a worker that is computing, after one has written an item."""
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until and not [*folder.rglob("preds.json")]:
-        time.sleep(0.005)
+    while not is_over.wait(0.005):
         if not [*folder.rglob("per_image/*.json")]:
             continue
         for file in folder.rglob("attempts/*.txt"):
@@ -320,9 +355,11 @@ def test_an_experiment_of_which_a_worker_is_killed_gives_the_same_bytes(
     cluster, data, tmp_path, kind
 ):
     wanted = measured(kind, tmp_path / "plain", data, [])
-    watcher = threading.Thread(target=kill_one, args=[tmp_path / "ray"], daemon=True)
+    is_over = threading.Event()
+    watcher = threading.Thread(target=kill_one, args=[tmp_path / "ray", is_over], daemon=True)
     watcher.start()
     found = measured(kind, tmp_path / "ray", data, [*RAY, "--ray_workers", "2"])
+    is_over.set()
     watcher.join()
     assert len(wanted) > 4 and found == wanted
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import command_module
 from vlmdiag.cli import UsageError
-from vlmdiag.figures import plots
+from vlmdiag.figures import plots, stats
 from vlmdiag.runs import rundirs
 
 TOOLS = Path(__file__).resolve().parents[1] / "diagnostic_tools"
@@ -250,6 +250,32 @@ def test_analyze_writes_the_averages_of_the_chosen_shift(runs, folder, capsys):
         "compare_delta_alphaV_and_abs_delta_gv_layerwise_mean",
     ):
         assert all(Path("runs", stem + ending).stat().st_size > 5000 for ending in (".png", ".pdf"))
+
+
+def test_an_analysis_that_reads_parts_gives_the_bytes_of_whole_arrays(runs, monkeypatch):
+    run = runs["tiny-llava__sp-0"]
+    both = {}
+    for part in (1000, 2):
+        monkeypatch.setattr(rundirs, "PART", part)
+        script("analyze_coco_diagnostics").main(["--run_dir", str(run.path), "--save_csv"])
+        files = [*(run.path / "analysis").glob("avg_*.npy"), run.path / "analysis/summary.json"]
+        files += sorted(Path("runs").glob("compare_*.csv"))
+        both[part] = {file.name: file.read_bytes() for file in files}
+    assert len(both[2]) == 7 and both[2] == both[1000]
+    summary = json.loads(both[2]["summary.json"])
+    rows = table("runs/compare_delta_alphaV_and_abs_delta_gv_layerwise_mean.csv")
+    drawn = {
+        "abs_delta_gv": np.abs(planted(run, "delta_gv_all")[:, 0]),
+        "delta_alphaV": planted(run, "delta_alphaV_all")[:, 0],
+    }
+    for name, values in drawn.items():
+        whole = stats.mean_interval(stats.measured_mean(values, axis=(1, 2)))
+        found = [summary[f"mean_avg_{name}{ending}"] for ending in ("", "_low", "_high")]
+        assert found == [float(value) for value in whole[:3]]
+        by_layer = stats.mean_interval(stats.measured_mean(values, axis=2))
+        for ending, wanted in zip(("", "_low", "_high"), by_layer):
+            column = [number(row[f"{run.label}_{name}{ending}"]) for row in rows]
+            np.testing.assert_allclose(column, wanted, rtol=1e-12)
 
 
 def test_curves_carry_their_own_run_whatever_the_order_of_the_arguments(runs, monkeypatch):

@@ -206,6 +206,16 @@ def test_preds_are_rebuilt_from_the_items(tmp_path):
     assert json.loads((run.path / "preds.json").read_text()) == expected
 
 
+def test_a_run_without_captions_has_no_preds(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.write("sums", {"image_id": 9}, {})
+    (run.path / "preds.json").write_text("[]")  # of an older version
+    run.finish()
+    assert not (run.path / "preds.json").exists()
+    run.write("other", {"caption": "by id"}, {})
+    assert json.loads(run.finish().read_text()) == [{"image_id": "other", "caption": "by id"}]
+
+
 def test_preds_of_a_shard_that_finishes_late_miss_nothing(tmp_path, monkeypatch):
     run, other, write = new_run(tmp_path / "run", 2), new_run(tmp_path / "run"), disk.write
 
@@ -537,6 +547,40 @@ def test_a_stack_is_cached_until_an_item_changes(tmp_path, monkeypatch):
     for cache in (run.path / "analysis").glob("stack-*.npz"):
         cache.write_bytes(b"PK broken")
     assert run.stack(["share", "norm"])[0] == ["000", "001", "002", "004"]
+
+
+def test_parts_of_a_stack_are_those_of_the_whole_with_and_without_a_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundirs, "PART", 3)
+    run = new_run(tmp_path / "run", 8)
+    run.write("002a", {}, {"share": np.zeros((2, 3))})  # lacks norm
+    run.write("005", {}, {"share": np.ones((2, 3)), "norm": np.full(4, 0.5)}, keep=False)
+    ids, stacked = run.stack(["share", "norm"])
+    assert ids == [f"{n:03d}" for n in range(8)] and stacked["norm"][5, 0] == 0.5
+    for id, row in zip(ids, stacked["norm"], strict=True):
+        assert np.array_equal(row, run.arrays(id)["norm"]), id
+    (cache,) = (run.path / "analysis").glob("stack-*.npz")
+    for is_cached in (True, False):
+        if not is_cached:  # nor can it be
+            cache.unlink()
+            cache.parent.rmdir()
+        parts = [*run.parts(["share", "norm"])]
+        assert [len(of_part) for of_part, _ in parts] == [3, 2, 3]
+        assert sum((of_part for of_part, _ in parts), []) == ids
+        for key, whole in stacked.items():
+            joined = np.concatenate([part[key] for _, part in parts])
+            assert joined.dtype == whole.dtype and np.array_equal(joined, whole), key
+
+
+def test_a_damaged_part_of_a_cache_is_read_from_the_items(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundirs, "PART", 3)
+    run = new_run(tmp_path / "run", 7)
+    wanted = run.stack(["norm"])[1]["norm"].tolist()
+    (cache,) = (run.path / "analysis").glob("stack-*.npz")
+    data = cache.read_bytes()
+    at = data.rindex(np.asarray(wanted[4]).tobytes())
+    cache.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
+    assert run.stack(["norm"])[1]["norm"].tolist() == wanted
+    assert cache.read_bytes() == data
 
 
 def test_a_run_that_may_only_be_read_can_be_stacked(tmp_path):

@@ -165,11 +165,9 @@ args = parser.parse_args()
 line = "then" if args.then else json.dumps(args.shard)
 open(os.path.join(os.environ["FAKE"], "shards"), "a").write(line + "\\n")
 if args.slow and args.shard != (0, 1):
-    # SLURM's signal to the batch script, whose child srun is
-    srun = os.getppid()
-    shell = int(open(f"/proc/{srun}/stat").read().split(") ")[1].split()[1])
-    script = int(open(f"/proc/{shell}/stat").read().split(") ")[1].split()[1])
-    os.kill(script, signal.SIGUSR1)
+    # SLURM's signal to the batch script, which has started srun, which has started the task
+    parent = lambda process: int(open(f"/proc/{process}/stat").read().split(") ")[1].split()[1])
+    os.kill(parent(parent(os.getppid())), signal.SIGUSR1)
     time.sleep(2)
 sys.exit(3 if args.shard == (1, 2) else 0)
 """
@@ -231,6 +229,29 @@ def test_an_error_is_the_jobs_and_the_rest_goes_on(slurm, tmp_path):
     assert [line for line in lines(tmp_path / "log") if line[:5] == "exit "] == ["exit 2"] * 2 + [
         "exit 0"
     ]
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ((3, 2, 0), 2),
+        ((2, 3, 3), 2),
+        ((1, 3, 0), 1),
+        ((3, 0, 3), 0),
+        ((0, 0, 0), 0),
+        ((3, 9, 2), 9),
+    ],
+)
+def test_a_job_of_several_tasks_ends_with_the_worst_error(slurm, tmp_path, codes, code):
+    """srun's own code is the greatest: 3, done with failures, would hide a 2, a wrong call."""
+    (tmp_path / "measure.py").write_text(
+        "import os, sys\n"
+        f"sys.exit({codes}[int(os.environ['SLURM_PROCID'])] if '--shard' in sys.argv else 0)"
+    )
+    assert slurm("1", "measure.py", "--run_name", "a b", TASKS="3")[0] == 0
+    log = lines(tmp_path / "log")
+    assert [line for line in log if line[:5] == "exit "] == [f"exit {code}", "exit 0"]
+    assert log.count("some items failed, see failures/ in the run directory") == codes.count(3)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")

@@ -148,6 +148,37 @@ def test_the_draws_of_many_images_are_those_of_a_whole_matrix(monkeypatch):
             np.testing.assert_allclose(other, one, rtol=1e-12)
 
 
+def test_images_that_have_one_value_each_have_the_bytes_of_all_products():
+    values = RNG.normal(size=(40, 3))
+    apart, counts = values - values.mean(axis=0), np.ones((40, 3))
+    found = stats._studentized(apart, counts, 0.95, 500, 0)
+    weights = stats.draws(40, 500, 0)
+    drawn, rows, sums = weights @ (counts > 0), weights @ counts, weights @ apart
+    squares = weights @ apart**2 - 2 * (sums / rows) * (weights @ (apart * counts))
+    squares = np.maximum(squares + (sums / rows) ** 2 * (weights @ counts**2), 0.0)
+    ratio = sums / rows / (np.sqrt(squares * drawn / (drawn - 1)) / rows)
+    assert np.array_equal(found, stats.limits(ratio))
+
+
+def test_a_mean_of_parts_has_the_bytes_of_the_whole():
+    values = RNG.normal(size=(1003, 3, 5))
+    values[::7, 1] = np.nan
+    values[:, 2, 2] = np.nan
+    values[5, 0, 0] = np.inf
+    whole = stats.measured_mean(values).tobytes()
+    for size in (1, 10, 1000, 2000):
+        mean = stats.MeasuredMean()
+        parts = [values[start : start + size] for start in range(0, len(values), size)]
+        for part in parts:
+            mean.add(part)
+        assert mean.mean().tobytes() == whole, size
+        if size == 10:  # sums of parts that are added up afterwards have other bytes
+            sums = np.sum([np.nansum(part, axis=0) for part in parts], axis=0)
+            counts = (~np.isnan(values)).sum(axis=0)
+            assert (sums / np.maximum(counts, 1)).tobytes() != whole
+            np.testing.assert_allclose(sums[:2] / counts[:2], mean.mean()[:2], rtol=1e-12)
+
+
 def test_one_image_has_no_interval_and_none_has_no_mean():
     values = np.array([[1.0, np.nan, 2.0], [np.nan, np.nan, 4.0]])
     found = stats.mean_interval(values)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,17 +42,24 @@ DRAWN = {  # title and axis of each drawn quantity, left panel first
 Curves = dict[str, "Interval"]  # {drawn quantity: Interval (L,)}
 
 
-def read_probe(
-    run: Run, delta_steps: float | None
-) -> tuple[float, dict[str, Float[np.ndarray, "n L H"]]]:
-    """(shift D in positions, {quantity: values}) of one run at one shift; None: the run's first.
+class Probe(NamedTuple):
+    """What one run says at one shift D in positions. means: {quantity: (L, H)} over images;
+    of_layers, of_images: {drawn quantity: (n, L), (n,)}, an image's mean over heads, and over
+    layers too. A head that gives an image no mass counts in no mean."""
 
-    NaN where a head gives the image no mass. UsageError for a shift that was not measured.
-    """
+    step: float
+    means: dict[str, Float[np.ndarray, "L H"]]
+    of_layers: dict[str, Float[np.ndarray, "n L"]]
+    of_images: dict[str, Float[np.ndarray, " n"]]
+
+
+def read_probe(run: Run, delta_steps: float | None) -> Probe:
+    """One run at one shift, None: the run's first; read a part of the images at a time. UsageError
+    for a shift that was not measured."""
     measured = [float(step) for step in run.meta["settings"].get("delta_steps") or ()]
     advice = "make them with run_coco_diagnostics.py --delta_steps on a model with rotary positions"
     names = ["alphaV", "delta_gv_all", "delta_alphaV_all", "delta_gv_derivative"]
-    arrays = selection.read_arrays(run, names, advice)[1]
+    parts = selection.read_parts(run, names, advice)
     step = measured[0] if delta_steps is None else delta_steps
     if step not in measured:
         raise UsageError(
@@ -60,14 +67,29 @@ def read_probe(
             f" {', '.join(f'{each:g}' for each in measured)}; choose one of these"
         )
     index = measured.index(step)
-    delta_gv = arrays["delta_gv_all"][:, index]
-    return step, {
-        "alphaV": arrays["alphaV"],
-        "delta_gv": delta_gv,
-        "abs_delta_gv": np.abs(delta_gv),
-        "delta_alphaV": arrays["delta_alphaV_all"][:, index],
-        "delta_gv_derivative": arrays["delta_gv_derivative"],
-    }
+    means: dict[str, stats.MeasuredMean] = {}
+    of_layers: dict[str, list[np.ndarray]] = {name: [] for name in DRAWN}
+    of_images: dict[str, list[np.ndarray]] = {name: [] for name in DRAWN}
+    for _, arrays in parts:
+        delta_gv = arrays["delta_gv_all"][:, index]
+        values = {
+            "alphaV": arrays["alphaV"],
+            "delta_gv": delta_gv,
+            "abs_delta_gv": np.abs(delta_gv),
+            "delta_alphaV": arrays["delta_alphaV_all"][:, index],
+            "delta_gv_derivative": arrays["delta_gv_derivative"],
+        }
+        for name, array in values.items():
+            means.setdefault(name, stats.MeasuredMean()).add(array)
+        for name in DRAWN:
+            of_layers[name].append(stats.measured_mean(values[name], axis=2))
+            of_images[name].append(stats.measured_mean(values[name], axis=(1, 2)))
+    return Probe(
+        step,
+        {name: mean.mean() for name, mean in means.items()},
+        {name: np.concatenate(parts) for name, parts in of_layers.items()},
+        {name: np.concatenate(parts) for name, parts in of_images.items()},
+    )
 
 
 def common_step(steps: Sequence[float]) -> float:
@@ -81,40 +103,40 @@ def common_step(steps: Sequence[float]) -> float:
     return different[0]
 
 
-def summarise(run: Run, step: float, values: Mapping[str, Float[np.ndarray, "n L H"]]) -> Curves:
+def summarise(run: Run, probe: Probe) -> Curves:
     """Write avg_*.npy and summary.json into <run>/analysis/; returns the curves of the two drawn
-    quantities, heads averaged within each image."""
-    count, layers, heads = values["alphaV"].shape
+    quantities."""
+    layers, heads = probe.means["alphaV"].shape
     settings = run.meta["settings"]
     summary: Record = {
-        "images_used": count,
+        "images_used": len(probe.of_images["abs_delta_gv"]),
         "L": layers,
         "H": heads,
         "run_dir": str(run.path),
         "model_name": settings["model_name"],
         "strip_system_prompt": settings["strip_system_prompt"],
-        "delta_steps": step,
+        "delta_steps": probe.step,
     }
     for name in DRAWN:
-        interval = stats.mean_interval(stats.measured_mean(values[name], axis=(1, 2)))
+        interval = stats.mean_interval(probe.of_images[name])
         for ending, value in zip(("", "_low", "_high"), interval):
             summary[f"mean_avg_{name}{ending}"] = None if np.isnan(value) else float(value)
     analysis = run.path / "analysis"
     try:
         analysis.mkdir(exist_ok=True)
-        for name, array in values.items():
-            np.save(analysis / f"avg_{name}.npy", stats.measured_mean(array))
+        for name, mean in probe.means.items():
+            np.save(analysis / f"avg_{name}.npy", mean)
     except OSError as error:
         raise UsageError(
             f"cannot write {error.filename or analysis}: {error.strerror or error}"
         ) from error
     plots.write_file(analysis / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    return curves_of(values)
+    return curves_of(probe)
 
 
-def curves_of(values: Mapping[str, Float[np.ndarray, "n L H"]]) -> Curves:
+def curves_of(probe: Probe) -> Curves:
     """The curves of the two drawn quantities, heads averaged within each image."""
-    return {name: stats.mean_interval(stats.measured_mean(values[name], axis=2)) for name in DRAWN}
+    return {name: stats.mean_interval(probe.of_layers[name]) for name in DRAWN}
 
 
 def draw_layers(

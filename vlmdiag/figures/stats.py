@@ -199,11 +199,40 @@ def ratio_interval(
 def measured_mean(values: ArrayLike, axis: int | tuple[int, ...] = 0) -> Array:
     """Mean along an axis or axes over the cells that are not NaN; NaN, without a warning, where
     none is."""
+    numbers, measured = _measured(values)
+    with np.errstate(invalid="ignore"):  # 0/0 where nothing was measured, inf - inf
+        return numbers.sum(axis=axis) / measured.sum(axis=axis)
+
+
+def _measured(values: ArrayLike) -> tuple[Array, Array]:
+    """(values in float64 with 0 in place of NaN, which of them are not NaN)."""
     numbers = np.array(values, dtype=np.float64)
     measured = ~np.isnan(numbers)
     numbers[~measured] = 0.0
-    with np.errstate(invalid="ignore"):  # 0/0 where nothing was measured, inf - inf
-        return numbers.sum(axis=axis) / measured.sum(axis=axis)
+    return numbers, measured
+
+
+class MeasuredMean:
+    """measured_mean() of images that come in parts: the same sums in the same order."""
+
+    def __init__(self) -> None:
+        self._sums: Array | None = None
+        self._counts: Array | int = 0
+
+    def add(self, values: Float[np.ndarray, "n ..."]) -> None:
+        """Some more images."""
+        numbers, measured = _measured(values)
+        if self._sums is not None:
+            numbers = np.concatenate([self._sums[None], numbers])
+        with np.errstate(invalid="ignore"):
+            self._sums = numbers.sum(axis=0)
+        self._counts = self._counts + measured.sum(axis=0)
+
+    def mean(self) -> Array:
+        """Over all images so far, of which there is one at least."""
+        assert self._sums is not None
+        with np.errstate(invalid="ignore"):
+            return self._sums / self._counts
 
 
 def mean_interval(
@@ -341,10 +370,17 @@ def _studentized(
     """The percentiles over resamples of (mean - true mean) / its error, where the images are all
     there is. apart: an image's sum minus what it would be at the mean. Infinite where too many
     resamples have equal images only."""
-    values = ((counts > 0), counts, apart, apart**2, apart * counts, counts**2)
+    values = [apart, apart**2]
+    is_plain = bool((counts == 1).all())  # the products with counts are then known
+    if not is_plain:
+        values += [apart * counts, counts**2, counts, counts > 0]
     blocks = _blocks(len(apart), num_resamples, seed, num_resamples)
     products = [[weights @ value for value in values] for weights in blocks]
-    drawn, rows, sums, of_squares, of_both, of_counts = map(np.concatenate, zip(*products))
+    sums, of_squares, *others = map(np.concatenate, zip(*products))
+    if is_plain:
+        number = np.full_like(sums, len(apart))
+        others = [sums, number, number, number]
+    of_both, of_counts, rows, drawn = others
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = sums / rows
         # of the images' sums around what they would be at the resample's mean

@@ -213,8 +213,8 @@ def _rope(runs: Runs) -> Iterator[Drawn]:
 
     for ending, labels in _by_system_prompt(runs):
         probes = {label: rope_figures.read_probe(run, None) for label, run in labels.items()}
-        step = rope_figures.common_step([step for step, _ in probes.values()])
-        curves = {label: rope_figures.curves_of(values) for label, (_, values) in probes.items()}
+        step = rope_figures.common_step([probe.step for probe in probes.values()])
+        curves = {label: rope_figures.curves_of(probe) for label, probe in probes.items()}
         yield Drawn(
             f"rope{ending}",
             "Sensitivity to position",

@@ -18,7 +18,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -198,11 +198,11 @@ def write_npz(path: str | Path, arrays: Arrays) -> None:
     write_bytes(path, npz_bytes(arrays))
 
 
-def write_large_npz(path: Path, arrays: Arrays) -> None:
-    """Write an uncompressed NPZ whose arrays are in memory only once. UsageError where that cannot
-    be."""
+def write_large_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write an uncompressed NPZ of arrays that are made one after the other. UsageError where that
+    cannot be."""
     with in_one_step(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for name, array in arrays.items():
+        for name, array in arrays:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 

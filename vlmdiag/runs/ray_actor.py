@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import runpy
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vlmdiag.runs.experiment import Worker
     from vlmdiag.runs.rundirs import Run
 
-WRITERS = 8  # threads; the next batch begins when this one is on the disk
+WRITERS = 8  # threads; a batch is to be on the disk before the next one has been computed
 VISIBLE = 20.0  # seconds in which a file that another machine wrote is seen here
 
 
@@ -73,6 +74,8 @@ class Actor:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.pool: ThreadPoolExecutor | None = None
+        self.writer = ThreadPoolExecutor(1, "writer")
+        self.writing: Future[Report] | None = None  # of the last unit
         self.loading: dict[Unit, list[Future[Any]]] = {}
         self.largest = 0  # of the batches so far, in bytes of pictures
 
@@ -90,8 +93,10 @@ class Actor:
                 f"{self.call.folder} is not there on {attempts.HOST} ({error.strerror}): start"
                 " from a folder that all machines see"
             ) from error
+        path = CHECKOUT / self.call.script
+        sys.path.insert(0, str(path.parent))  # as for a command: it may import what lies beside it
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            script = runpy.run_path(str(CHECKOUT / self.call.script), run_name="worker")
+            script = runpy.run_path(str(path), run_name="worker")
             self.worker: Worker[Any, Any] = script[self.call.function](self.call.args)
         if self.call.args.num_workers:
             self.pool = ThreadPoolExecutor(self.call.args.num_workers, "load")
@@ -131,9 +136,10 @@ class Actor:
         self.run = rundirs.open_run(path, worker.experiment, worker.identity, worker.free)
         self.batches = engine.batches_of(worker.items, worker.batch_size, self.call.args.shard)
 
-    def compute(self, unit: Unit, ahead: Unit | None) -> Report:
-        """Compute what is left of a unit and write it; ahead: what is likely to follow, whose
-        pictures are decoded meanwhile."""
+    def compute(self, unit: Unit, ahead: Unit | None) -> Report | None:
+        """Compute what is left of a unit and begin to write it; the report of the unit before, None
+        where there is none. ahead: what is likely to follow, whose pictures are decoded
+        meanwhile."""
         items = self._items(unit)
         ids = [item.id for item in items]
         attempts.begin(self.run.path, ids)
@@ -143,14 +149,24 @@ class Actor:
             work: engine.Work[engine.Item, object] = engine.Work(
                 self.run, self.worker.process, done, len(items), WRITERS
             )
-            try:
-                if len(done) < len(items):
-                    work.compute_loaded(self._loaded(unit, ahead))
-                work.flush()
-            finally:
-                work.close()
+            if len(done) < len(items):
+                work.compute_loaded(self._loaded(unit, ahead))
+        before = self.written()
+        self.writing = self.writer.submit(self._finish, work, ids, said.getvalue())
+        return before
+
+    def written(self) -> Report | None:
+        """The report of the last unit, once it is on the disk; None where that was asked before."""
+        writing, self.writing = self.writing, None
+        return writing.result() if writing else None
+
+    def _finish(self, work: engine.Work[engine.Item, object], ids: list[str], said: str) -> Report:
+        try:
+            work.flush()
+        finally:
+            work.close()
         attempts.done(self.run.path, ids)
-        return Report(sorted(work.failed), said.getvalue())
+        return Report(sorted(work.failed), said)
 
     def _items(self, unit: Unit) -> Sequence[engine.Item]:
         batch = self.batches[unit.batch]

@@ -7,12 +7,16 @@ so the bytes are those of one process, whoever computes a batch, and after any o
     driver (this process, without a model)          actors, one model each
     start() -----------------------------------> make_worker(args) of the script
     open() / join() ---------------------------> the run directory; batches that are left
-    compute(unit) -----------------------------> load, process, write; what failed
+    compute(unit) -----------------------------> load, process; what failed of the unit before
+    written() ---------------------------------> what failed of the last unit
 
 An actor has one unit, and knows the next one, whose pictures it decodes meanwhile; one with nothing
-left to do takes what is reserved for another. An actor that ends is replaced and its unit tried
-again; what is tried is noted before (runs.attempts). A batch that was on two actors when they ended
-is taken apart, and an item that was on three is a failure.
+left to do takes what is reserved for another. It writes a unit while it computes the next one. An
+actor that ends is replaced, and what it computed or wrote is tried again; what is tried is noted
+before, until it is written (runs.attempts). Whatever was tried before is computed while nothing
+else is, or is written, on its actor: so a unit may be blamed once for another's fault, not again. A
+batch that was on two actors when they ended is taken apart, and an item that was on three is a
+failure.
 """
 
 from __future__ import annotations
@@ -138,8 +142,14 @@ class _Hand:
     coming: ObjectRef | None  # what it was asked for, None while it waits
     is_open: bool = False  # whether it has loaded its model and joined the run
     unit: Unit | None = None  # what it computes
+    writing: Unit | None = None  # what it computed before, which may not be on the disk yet
     reserved: Unit | None = None  # what it is likely to get next
-    since: float = 0.0  # when it got its unit
+    since: float = 0.0  # when it was asked for what it does now
+
+    @property
+    def units(self) -> list[Unit]:
+        """What is lost if it ends now, the older one first."""
+        return [unit for unit in (self.writing, self.unit) if unit]
 
 
 class _Driver:
@@ -196,7 +206,7 @@ class _Driver:
             count = sum(len(self._ids(unit)) for unit in self.left)
             begun = time.monotonic()
             with Progress(count, self.plan.progress) as self.bar:
-                while self.left or any(hand.unit or hand.reserved for hand in self.hands):
+                while self.left or any(hand.units or hand.reserved for hand in self.hands):
                     self._turn()
         finally:
             self._dismiss()
@@ -243,8 +253,10 @@ class _Driver:
             return [Unit(number)]
         return [Unit(number, at) for at, id in enumerate(ids) if id not in self.plan.done]
 
-    def _ids(self, unit: Unit) -> list[str]:
+    def _ids(self, unit: Unit | None) -> list[str]:
         assert self.plan is not None
+        if unit is None:
+            return []
         ids = self.plan.batches[unit.batch]
         return ids if unit.item is None else [ids[unit.item]]
 
@@ -273,9 +285,17 @@ class _Driver:
             self.hands.append(_Hand(actor, actor.start.remote()))
 
     def _hand_out(self, hand: _Hand) -> None:
-        """A unit for an actor that has none, and what is likely to follow."""
-        if hand.is_open and not hand.unit and (unit := self._next(hand)):
-            hand.unit, hand.since = unit, time.monotonic()
+        """A unit for an actor that computes none, and what is likely to follow. Where there is
+        none, or one of the two was tried before, it is first to write what it has computed."""
+        if hand.coming or not hand.is_open:
+            return
+        unit, hand.since = self._next(hand), time.monotonic()
+        tried = any(self.tried.get(id) for each in (unit, hand.writing) for id in self._ids(each))
+        if hand.writing and (unit is None or tried):
+            hand.reserved = unit
+            hand.coming = hand.actor.written.remote()
+        elif unit:
+            hand.unit = unit
             if self.args.num_workers and self.left:
                 hand.reserved = self.left.popleft()
             hand.coming = hand.actor.compute.remote(unit, hand.reserved)
@@ -311,11 +331,13 @@ class _Driver:
 
     def _arrived(self, hand: _Hand, value: object) -> None:
         """An actor has loaded its model (what it printed), opened the run directory (the plan),
-        joined the others there, or computed its unit."""
-        if isinstance(value, Report):
-            unit, hand.unit = hand.unit, None
-            assert unit is not None
-            self._done(unit, value)
+        joined the others there, or computed its unit or written the one before (the report of
+        that)."""
+        if hand.is_open:
+            if isinstance(value, Report):
+                self._done(self._ids(hand.writing), value)
+            hand.writing, hand.unit = hand.unit, None
+            self.in_a_row = 0
         elif isinstance(value, str):
             if not self.plan and not self.opening:
                 _print(value)
@@ -336,16 +358,16 @@ class _Driver:
                 self.opening = hand
                 hand.coming = hand.actor.open.remote()
 
-    def _done(self, unit: Unit, report: Report) -> None:
-        self.in_a_row = 0
+    def _done(self, ids: list[str], report: Report) -> None:
         self.failed.update(report.failed)
         _print(report.said)
-        self.bar.update(len(self._ids(unit)), len(report.failed))
+        self.bar.update(len(ids), len(report.failed))
 
     # --- what ends --------------------------------------------------------------------------------
 
     def _lost(self, hand: _Hand, reason: str) -> None:
-        """An actor has ended: what was on it goes back, what it was computing counts as tried."""
+        """An actor has ended: what was on it goes back, what it was computing, or had not written
+        yet, counts as tried."""
         self.hands.remove(hand)
         with contextlib.suppress(Exception):
             self.ray.kill(hand.actor)
@@ -359,8 +381,11 @@ class _Driver:
             )
         if hand.reserved:
             self.left.appendleft(hand.reserved)
-        if hand.unit:
-            self._broke(hand.unit, reason)
+        if hand.writing and not attempts.last(self.open_run.path, self._ids(hand.writing)):
+            self.left.appendleft(hand.writing)  # it had been written, which only was not said yet
+            hand.writing = None
+        for unit in hand.units:
+            self._broke(unit, reason)
 
     def _broke(self, unit: Unit, reason: str) -> None:
         """A unit during which its actor ended."""
@@ -395,7 +420,7 @@ class _Driver:
         now = time.monotonic()
         limit = self.args.batch_timeout
         for hand in [*self.hands] if limit else []:
-            if hand.unit and now - hand.since > limit:
+            if hand.units and now - hand.since > limit:
                 self._lost(hand, f"it took longer than --batch_timeout {limit:g} s")
         if not self.is_patient and self.plan is None and now - self.asked > 120:
             self.is_patient = True
@@ -407,18 +432,18 @@ class _Driver:
 
     def _dismiss(self) -> None:
         """End all actors, and forget what was begun for no fault of its own."""
-        begun = [hand for hand in self.hands if hand.unit]
+        begun = [hand for hand in self.hands if hand.units]
         for hand in self.hands:
             with contextlib.suppress(Exception):
                 self.ray.kill(hand.actor)
         self.hands.clear()
         if begun and self.plan:
-            futures = [hand.coming for hand in begun]  # they come when the actor has ended
+            # they come when the actor has ended
+            futures = [hand.coming for hand in begun if hand.coming]
             with contextlib.suppress(Exception):
                 self.ray.wait(futures, num_returns=len(futures), timeout=10)
-            for hand in begun:
-                if hand.unit:
-                    attempts.undo(Path(self.plan.path), self._ids(hand.unit))
+            for unit in (unit for hand in begun for unit in hand.units):
+                attempts.undo(Path(self.plan.path), self._ids(unit))
 
 
 def _print(text: str) -> None:

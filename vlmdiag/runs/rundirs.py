@@ -58,6 +58,7 @@ SCHEMA = 1
 # settings that runs of older versions lack: not compared there
 ADDED = ("ann_digest", "boxes_digest")
 COCO = "coco_diagnostics"
+PART = 1000  # items whose arrays are read at a time
 # What a run directory owns. meta.json last: a run half removed is still known for what it is.
 OWNED = (
     "per_image",
@@ -555,14 +556,17 @@ class Run:
 
     def finish(self) -> Path:
         """Rebuild preds.json, [{"image_id", "caption"}] sorted by item id, from the done items that
-        have a caption. Returns its path."""
+        have a caption; where none has, there is no such file. Returns its path."""
         path = self.path / "preds.json"
         ids = None
         # once more if another shard committed items meanwhile, whose own preds.json this one may
         # have replaced
         while ids != (ids := self.ids()):
             preds = [facts.pred for facts in self._facts(ids) if facts.pred is not None]
-            disk.write(path, _preds(preds))
+            if preds:
+                disk.write(path, _preds(preds))
+            else:
+                path.unlink(missing_ok=True)
         self.known.save()
         for id in _stems(self.path / "failures"):
             if self.is_done(id):
@@ -638,22 +642,63 @@ class Run:
         """
         keys = [keys] if isinstance(keys, str) else list(keys)
         ids = self.ids()
-        state = [SCHEMA, keys, self._state_of(ids)]
+        found: list[str] = []
+        stacked: dict[str, Array] = {}
+        for of_part, part in self._parts(ids, keys):
+            for key, array in part.items():
+                if key not in stacked:
+                    stacked[key] = np.empty((len(ids), *array.shape[1:]), array.dtype)
+                elif array.dtype != stacked[key].dtype:
+                    dtype = np.result_type(array, stacked[key])
+                    stacked[key] = stacked[key].astype(dtype)
+                stacked[key][len(found) : len(found) + len(array)] = array
+            found += of_part
+        return found, {key: stacked[key][: len(found)] for key in keys}
+
+    def parts(self, keys: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Array]]]:
+        """What stack() gives, of at most PART items at a time: of many items the arrays of all take
+        gigabytes."""
+        return self._parts(self.ids(), list(keys))
+
+    def _parts(
+        self, ids: Sequence[str], keys: Sequence[str]
+    ) -> Iterator[tuple[list[str], dict[str, Array]]]:
+        cache = self._cached(ids, keys)
+        if cache is None:
+            yield from self._stacked(ids, keys)
+            return
+        with np.load(cache, allow_pickle=False) as archive:
+            for part in range(int(archive["parts"])):
+                arrays = {key: archive[f"array_{n}_{part}"] for n, key in enumerate(keys)}
+                yield archive[f"ids_{part}"].tolist(), arrays
+
+    def _cached(self, ids: Sequence[str], keys: Sequence[str]) -> Path | None:
+        """The file of the parts, made where there is none of these items; None where it cannot be,
+        as in a folder that may only be read."""
+        state = [SCHEMA, PART, keys, self._state_of(ids)]
         digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         name = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
         cache = self.path / "analysis" / f"stack-{name}.npz"
-        columns = [f"array_{n}" for n in range(len(keys))]
-        with contextlib.suppress(UsageError):  # no cache, or a broken one: made again below
-            cached = disk.read_npz(cache, ["digest", "ids", *columns])
+        with contextlib.suppress(UsageError, *disk.BROKEN):  # none, or a broken one
+            cached = disk.read_npz(cache, ["digest"])
             if cached and str(cached["digest"]) == digest:
-                stacked = {key: cached[column] for key, column in zip(keys, columns)}
-                return cached["ids"].tolist(), stacked
-        ids, stacked = self._stacked(ids, keys)
-        contents = {"digest": np.array(digest), "ids": np.array(ids)}
-        contents |= {column: stacked[key] for key, column in zip(keys, columns)}
-        with contextlib.suppress(UsageError):  # a folder that may only be read has no cache
-            disk.write_large_npz(cache, contents)
-        return ids, stacked
+                disk.check_npz(cache)
+                return cache
+
+        def members() -> Iterator[tuple[str, Array]]:
+            count = 0
+            for of_part, part in self._stacked(ids, keys):
+                yield f"ids_{count}", np.array(of_part)
+                for n, key in enumerate(keys):
+                    yield f"array_{n}_{count}", part[key]
+                count += 1
+            yield "parts", np.array(count)
+            yield "digest", np.array(digest)
+
+        with contextlib.suppress(UsageError):  # also of a broken item, which _stacked() names
+            disk.write_large_npz(cache, members())
+            return cache
+        return None
 
     def _state_of(self, ids: Sequence[str]) -> list[tuple[str, Sign]]:
         """Names, sizes and times of the items' NPZ: what a cache of them is valid for."""
@@ -674,35 +719,35 @@ class Run:
 
     def _stacked(
         self, ids: Sequence[str], keys: Sequence[str]
-    ) -> tuple[list[str], dict[str, Array]]:
-        stacked: dict[str, Array] = {}
-        found: list[str] = []
-        for id in ids:
-            arrays = self._arrays(id, keys)
-            if arrays is None:
-                continue
-            for key, array in arrays.items():
-                if key not in stacked:
-                    stacked[key] = np.empty((len(ids), *array.shape), array.dtype)
-                shape = stacked[key].shape[1:]
-                if array.shape != shape:
-                    raise UsageError(
-                        f"{self.path}: {key} has shape {shape} for {found[0]} but {array.shape} for"
-                        f" {id}, so they cannot be stacked"
-                    )
-                if array.dtype != stacked[key].dtype:
-                    dtype = np.result_type(array, stacked[key])
-                    stacked[key] = stacked[key].astype(dtype)
-                stacked[key][len(found)] = array
-            found.append(id)
-        if not found:
+    ) -> Iterator[tuple[list[str], dict[str, Array]]]:
+        """parts(), read from the items."""
+        first: tuple[str, dict[str, Array]] | None = None
+        for start in range(0, len(ids), PART):
+            found: list[str] = []
+            rows: dict[str, list[Array]] = {key: [] for key in keys}
+            for id in ids[start : start + PART]:
+                arrays = self._arrays(id, keys)
+                if arrays is None:
+                    continue
+                first = first or (id, arrays)
+                for key, array in arrays.items():
+                    shape = first[1][key].shape
+                    if array.shape != shape:
+                        raise UsageError(
+                            f"{self.path}: {key} has shape {shape} for {first[0]} but {array.shape}"
+                            f" for {id}, so they cannot be stacked"
+                        )
+                    rows[key].append(array)
+                found.append(id)
+            if found:
+                yield found, {key: np.stack(rows[key]) for key in keys}
+        if first is None:
             known = ""
             if ids:
                 known = f"; the first has {', '.join(sorted(self.arrays(ids[0]))) or 'no arrays'}"
             raise UsageError(
                 f"{self.path}: none of its {len(ids)} items has all of {', '.join(keys)}{known}"
             )
-        return found, {key: stacked[key][: len(found)] for key in keys}
 
 
 def _stems(folder: Path) -> list[str]:
@@ -724,7 +769,7 @@ def _preds(preds: Sequence[Sequence[object]]) -> bytes:
         f' {{\n  "image_id": {text_of(image_id)},\n  "caption": {text_of(caption)}\n }}'
         for image_id, caption in preds
     ]
-    text = "[\n" + ",\n".join(entries) + "\n]\n" if entries else "[]\n"
+    text = "[\n" + ",\n".join(entries) + "\n]\n"
     return text.encode("utf-8", "backslashreplace")
 
 

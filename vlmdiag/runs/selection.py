@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,19 @@ def _model_of(run: Run) -> str:
 
 def read_arrays(run: Run, keys: Sequence[str], advice: str) -> tuple[list[str], dict[str, Array]]:
     """run.stack(keys), or a UsageError with the advice that says how to make what the run lacks."""
+    _check_keys(run, keys, advice)
+    return run.stack(keys)
+
+
+def read_parts(
+    run: Run, keys: Sequence[str], advice: str
+) -> Iterator[tuple[list[str], dict[str, Array]]]:
+    """run.parts(keys), or a UsageError with the advice that says how to make what the run lacks."""
+    _check_keys(run, keys, advice)
+    return run.parts(keys)
+
+
+def _check_keys(run: Run, keys: Sequence[str], advice: str) -> None:
     ids = run.ids()
     if not ids:
         raise UsageError(
@@ -61,7 +74,6 @@ def read_arrays(run: Run, keys: Sequence[str], advice: str) -> tuple[list[str], 
     missing = sorted(set(keys) - set(run.arrays(ids[0])))
     if missing:
         raise UsageError(f"{run.path} has no {', '.join(missing)}; {advice}")
-    return run.stack(keys)
 
 
 def comparison_path(runs: Sequence[Run], name: str) -> Path:
