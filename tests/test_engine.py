@@ -332,7 +332,23 @@ def test_out_of_memory_halves_the_batch(tmp_path, error):
 
     run = new(tmp_path)
     assert run_items(run, items(7), load, hungry, 7) == {"done": 7, "skipped": 0, "failed": 0}
-    assert sizes == [7, 4, 2, 2, 3, 2, 1] and run.counters() == {"oom_halvings": 3}
+    assert sizes == [7, 4, 2, 2, 3, 2, 1] and run.counters()["oom_halvings"] == 3
+
+
+def test_what_was_computed_is_counted_with_its_time_and_memory(tmp_path):
+    def slow(numbers):
+        time.sleep(0.05)
+        return process(numbers)
+
+    run = new(tmp_path)
+    for first, now in ((6, 6), (10, 4), (10, 0)):  # the last call has nothing left to do
+        before = run.counters()
+        run_items(run, items(first), load, slow, 2)
+        after = run.counters()
+        assert after["items_measured"] - before.get("items_measured", 0) == now
+        spent = after["milliseconds"] - before.get("milliseconds", 0)
+        assert spent >= 50 * now / 2 if now else spent == 0
+    assert after["peak_mib"] > 20 and "peak_gpu_mib" not in after
 
 
 def test_out_of_memory_in_any_forward_gives_every_item(tmp_path):

@@ -68,7 +68,7 @@ def failures(folder):
 
 def assert_clean(folder):
     """Nothing is left beside what a plain run writes and the list of files found whole."""
-    kept = {"analysis", "failures", "meta.json", "per_image", "preds.json"}
+    kept = {"analysis", "counters", "failures", "meta.json", "per_image", "preds.json"}
     assert {path.name for path in run_of(folder).iterdir()} - {".checked.json"} == kept
 
 

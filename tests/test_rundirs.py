@@ -251,6 +251,16 @@ def test_counters_add_up_between_threads_and_are_part_of_meta_when_read(tmp_path
     )
 
 
+def test_a_peak_is_the_largest_of_all_processes(tmp_path):
+    run = new_run(tmp_path / "run")
+    for key, values in {"peak_mib": (700, 900, 300), "mib": (700, 900, 300)}.items():
+        for value in values:
+            run.count(key, value)
+    other = run.path / "counters" / f"peak_mib.{'0' * 16}.txt"  # of another process
+    other.write_text("800\n1200\n")
+    assert run.counters() == {"peak_mib": 1200, "mib": 1900}
+
+
 # ---- settings ----
 
 

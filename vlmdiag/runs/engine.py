@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
+from vlmdiag.runs import cost
 from vlmdiag.runs.inputs import digest_of, known_files
 from vlmdiag.runs.progress import Progress
 from vlmdiag.types import Record
@@ -93,7 +94,9 @@ def run_items(
     finally:
         work.close()
     counts = {"done": len(work.done), "skipped": len(done), "failed": len(work.failed)}
-    print_counts(counts, progress, count, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    cost.note(run, counts["done"], seconds)
+    print_counts(counts, progress, count, seconds)
     return counts
 
 

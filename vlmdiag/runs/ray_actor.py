@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmdiag import CHECKOUT
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import attempts, disk, engine, experiment, rundirs
+from vlmdiag.runs import attempts, cost, disk, engine, experiment, rundirs
 from vlmdiag.types import Fields
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class Actor:
         meanwhile."""
         items = self._items(unit)
         ids = [item.id for item in items]
+        started = time.monotonic()
         attempts.begin(self.run.path, ids)
         with contextlib.redirect_stdout(io.StringIO()) as said:
             # by an actor that ended before the unit did; all others are in the plan
@@ -151,6 +152,7 @@ class Actor:
             )
             if len(done) < len(items):
                 work.compute_loaded(self._loaded(unit, ahead))
+        cost.note(self.run, len(items) - len(done), time.monotonic() - started)
         before = self.written()
         self.writing = self.writer.submit(self._finish, work, ids, said.getvalue())
         return before

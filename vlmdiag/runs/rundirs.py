@@ -529,7 +529,8 @@ class Run:
         return {id: disk.read_json(self._failure(id)) for id in ids if not self.is_done(id)}
 
     def count(self, key: str, by: int = 1) -> None:
-        """Add to a counter of the run, such as oom_halvings; safe between shards."""
+        """Add to a counter of the run, such as oom_halvings, or offer a value to one that begins
+        with peak_, which keeps the largest; safe between shards."""
         folder = self.path / "counters"
         # of this process alone: on a network's file system two that append lose lines
         file = folder / f"{_checked(key)}.{TOKEN}.txt"
@@ -544,15 +545,18 @@ class Run:
             ) from error
 
     def counters(self) -> dict[str, int]:
-        """{key: sum} of everything counted so far."""
-        sums: Counter[str] = Counter()
+        """{key: sum} of everything counted so far, of a peak_ the largest."""
+        sums: dict[str, int] = {}
         for file in sorted((self.path / "counters").glob("*.txt")):
             try:
                 lines = re.findall(rb"^\d{1,18}$", file.read_bytes(), re.MULTILINE)
             except OSError as error:
                 raise UsageError(f"{file} cannot be read ({error.strerror}); delete it") from error
-            sums[re.sub(r"(\.[0-9a-f]{16})?\.txt$", "", file.name)] += sum(map(int, lines))
-        return dict(sums)
+            key = re.sub(r"(\.[0-9a-f]{16})?\.txt$", "", file.name)
+            both = max if key.startswith("peak_") else int.__add__
+            for line in lines:
+                sums[key] = both(sums.get(key, 0), int(line))
+        return sums
 
     def finish(self) -> Path:
         """Rebuild preds.json, [{"image_id", "caption"}] sorted by item id, from the done items that
