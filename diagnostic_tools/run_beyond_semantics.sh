@@ -69,9 +69,9 @@ for model in "${models[@]}"; do
     name=$(slug "$model")
     names+=("$name")
     paths+=(--model_path "$model")
-    run "$python" $tools/vlm_token_norms.py --model_path "$model" --caption_file "$captions" --image_dir "$images" --max_images "$count" \
-        --save_vectors --out_dir "$out/token_norms/$name"
 done
+run "$python" $tools/vlm_token_norms.py "${paths[@]}" --caption_file "$captions" --image_dir "$images" --max_images "$count" \
+    --save_vectors --out_dir "$out/token_norms"
 
 measure() { # further flags
     run "$python" $tools/run_coco_diagnostics.py "${paths[@]}" --image_dir "$images" --ann_file "$captions" --out_root "$runs" --restrict_to_past \

@@ -11,10 +11,10 @@ Semantics (arXiv 2503.17349), figure 6.
         --run_dir runs/llava-v1.5-7b__sp-0 runs/llava-v1.5-7b-multilayerNorm__sp-0
 
 Per run, in <run>/analysis/ as PNG and PDF: dataset_pie_with_system and
-dataset_pie_vision_vs_user_masked (with --side_by_side one figure, dataset_pies_side_by_side), and
-system_vision_user_shares_by_layer. Two runs or more: compare_system_share_by_layer beside the first
-run. Bands and brackets are bootstrap 95 % intervals over images. A run without a system prompt
-(__sp-1) has a system share of 0.
+dataset_pie_vision_vs_user_masked (with --side_by_side one figure, dataset_pies_side_by_side), bars
+in place of the published pies, and system_vision_user_shares_by_layer. Two runs or more:
+compare_system_share_by_layer beside the first run. Bands and brackets are bootstrap 95 % intervals
+over images. Of a run without a system prompt (__sp-1) nothing about its share is drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--run_dir", nargs="+", required=True, help="run directories of run_coco_diagnostics.py"
     )
     parser.add_argument(
-        "--side_by_side", action="store_true", help="both pies of a run in one figure"
+        "--side_by_side",
+        action="store_true",
+        help="shares with and without the system prompt in one figure",
     )
     parser.add_argument(
         "--save_csv", action="store_true", help="also write the plotted numbers as CSV"
@@ -52,9 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run, label in zip(runs, labels):
         shares[label] = share_figures.read_shares(run)
         share_figures.draw_run(run, label, shares[label], settings, args.side_by_side)
-    if len(runs) > 1:
+    with_system = {
+        label: of_run
+        for label, of_run in shares.items()
+        if "system" in share_figures.shown_groups(of_run)
+    }
+    if len(with_system) > 1:
         path = selection.comparison_path(runs, "compare_system_share_by_layer")
-        plots.save(share_figures.system_figure(shares), path, settings)
+        plots.save(share_figures.system_figure(with_system), path, settings)
+    elif len(runs) > 1:
+        print("no comparison of the system prompt's share: fewer than two of the runs have one")
     if args.save_csv:
         for run, label in zip(runs, labels):
             share_figures.save_tables(run, shares[label])

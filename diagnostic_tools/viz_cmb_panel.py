@@ -4,7 +4,8 @@ layer and head.
     CMB = mean over generated tokens of V / (V + U), V and U the head's attention on vision and user
     tokens (system, BOS, generated left out)
 1 = image only, 0 = question only. An image has far more tokens than a question, so attention spread
-evenly over the tokens gives not 0.5 but the chance level P / (P + |user|), drawn as a dashed line.
+evenly over the tokens gives not 0.5 but the chance level P / (P + |user|): white in the maps, blue
+above, red below, and a dashed line.
 Beyond Semantics (arXiv 2503.17349), figure 7.
 
     python viz_cmb_panel.py --runs_dir runs --sp 0 --coco_root ../data/COCO --out cmb.png
@@ -62,7 +63,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--scale",
         choices=("fixed", "auto"),
         default="fixed",
-        help="colours from 0 to 1, or to the 99th percentile of the shown maps",
+        help=(
+            "colours as far below chance as above: to 0 or 1, whichever is nearer, or to the 99th"
+            " percentile of the shown maps"
+        ),
     )
     parser.add_argument(
         "--out", help="figure to write; None: cmb_panel_sp-<sp>_<averaged or id>.png here"

@@ -13,7 +13,7 @@ Semantics (arXiv 2503.17349), figure 4.
 Needs runs made with run_coco_diagnostics.py --probe_hidden_norms. Mode avg draws user text norm,
 vision norm and log10 of the mean ratio of every run, over the images that all shown runs have, with
 bootstrap 95 % intervals; the first --early_k hidden states are shaded and each run's mean log10
-ratio over them is printed and written in the legend. Mode image draws one panel a run. PNG and PDF;
+ratio over them is printed and written in the legend. Mode image draws a column a run. PNG and PDF;
 --save_csv writes <title>_user_text, <title>_vision and <title>_ratio (linear) by hidden state. In
 the paper LLaVA-1.5's vision tokens start 50 times as long as text tokens (log10 1.7), those of
 normWmean and multilayerNorm about as long (0.15), and all meet near 0 in the later layers.
@@ -156,7 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         by_label = plots.model_colors(labels)
         colors = {title: by_label[label] for title, label in zip(titles, labels)}
         figure = norm_figures.average_figure(
-            curves, colors, unit, args.early_k, args.logy, args.no_ratio_log10
+            curves,
+            colors,
+            unit,
+            args.early_k,
+            args.logy,
+            args.no_ratio_log10,
+            not runs[0].path.name.endswith("__sp-1"),
         )
         out = args.out or f"hidden_norms_avg_sp-{args.sp}.png"
     png = plots.save(figure, out, vars(args) | {"labels": labels, "images": len(shown)})[0]

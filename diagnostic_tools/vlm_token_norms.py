@@ -11,14 +11,16 @@ to 1000, text tokens at 0.3 to 1.3 (mean 0.83).
         --vision_tower_path ../checkpoints/clip-vit-large-patch14-336 \\
         --coco_root ../data/COCO --device cuda --weights_type bin --max_images 20 \\
         --save_vectors --out_dir outputs/token_norms
-    python vlm_token_norms.py --model_path ../checkpoints/tiny-llava --coco_root ../data/shapes \\
-        --max_images 20
+    python vlm_token_norms.py --model_path ../checkpoints/tiny-llava \\
+        --model_path ../checkpoints/tiny-llava-normWmean --coco_root ../data/shapes --max_images 20
 
 Writes <out_dir>/<output_prefix>.png, .pdf and .json (n, mean with a bootstrap 95 % interval over
 images, quartiles, range) and prints the same as a table; --save_vectors adds <vectors_file> with
-txt and img, one float64 norm a token. The decoder's layers are never read from a folder. On the
-tiny model the vision violin stands right of the text violin; on tiny-llava-normWmean and
--multilayerNorm it is a spike at max_norm * scale: every vision token has one norm.
+txt and img, one float64 norm a token. Of several models each one's files are in <out_dir>/<model>,
+and <out_dir>/<output_prefix>.png and .pdf compare them on one axis. The decoder's layers are never
+read from a folder. On the tiny model the vision violin stands right of the text violin; on
+tiny-llava-normWmean and -multilayerNorm it is a line at max_norm * scale: every vision token has
+one norm.
 
 Published and here: the published script enlarges each picture three times before the processor
 shrinks it again, which changes pixels: --scale 3 does the same, the default 1 gives the model the
@@ -36,7 +38,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,7 +58,13 @@ ENDINGS = {"bin": ".bin", "safetensors": ".safetensors"}
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    add_model_arguments(parser)
+    parser.add_argument(
+        "--model_path",
+        action="append",
+        required=True,
+        help="folder or hub id; may be given several times, for one figure of all",
+    )
+    add_model_arguments(parser, path=False)
     parser.add_argument(
         "--coco_root",
         default=None,
@@ -227,12 +235,12 @@ def read_captions(path: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
     return {sample.id: captions[sample.extra["image_id"]] for sample in samples}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    samples = read_coco(args.image_dir, args.caption_file, args.max_images or None)
-    captions = read_captions(args.caption_file, samples)
+def measure_model(
+    args: argparse.Namespace, samples: Sequence[Sample], captions: dict[str, list[str]]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Measure --model_path, print its table and write its files into --out_dir. Returns (the norms
+    of all tokens by group, the summary)."""
     name = rundirs.slug(args.model_path)
-    settings = vars(args) | {"model_name": name}
     vlm, headless = load(args)
 
     from vlmdiag.beyond_semantics import token_norm_figure, token_norms
@@ -260,13 +268,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(token_norms.table_of(summary))
     stem = Path(args.out_dir) / args.output_prefix
     pooled = {"text": np.concatenate(text), "vision": np.concatenate(vision)}
-    plots.save(token_norm_figure.draw(pooled, summary, name), f"{stem}.png", settings)
+    figure = token_norm_figure.draw({name: (pooled, summary)})
+    plots.save(figure, f"{stem}.png", vars(args) | {"model_name": name})
     plots.write_file(f"{stem}.json", (json.dumps(summary, indent=2) + "\n").encode())
     if args.save_vectors:
         buffer = io.BytesIO()
         np.savez(buffer, txt=pooled["text"], img=pooled["vision"])
         plots.write_file(Path(args.out_dir) / args.vectors_file, buffer.getvalue())
-    return 3 if failed else 0
+    return pooled, summary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    names = [rundirs.slug(path) for path in args.model_path]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--model_path: two models have one name ({', '.join(names)})")
+    samples = read_coco(args.image_dir, args.caption_file, args.max_images or None)
+    captions = read_captions(args.caption_file, samples)
+    measured = {}
+    for name, path in zip(names, args.model_path):
+        where = Path(args.out_dir) / name if len(names) > 1 else args.out_dir
+        of_model = cli.changed(args, model_path=path, out_dir=str(where))
+        measured[name] = measure_model(of_model, samples, captions)
+    if len(names) > 1:
+        from vlmdiag.beyond_semantics import token_norm_figure
+        from vlmdiag.figures import plots
+
+        path = Path(args.out_dir) / f"{args.output_prefix}.png"
+        plots.save(token_norm_figure.draw(measured), path, vars(args) | {"models": names})
+    return 3 if any(summary["failed"] for _, summary in measured.values()) else 0
 
 
 if __name__ == "__main__":

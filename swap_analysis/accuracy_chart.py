@@ -20,12 +20,13 @@ from vlmdiag.swap import saved
 def main(argv: Sequence[str] | None = None) -> int:
     args = saved.parse_args(__doc__, argv)
     folders = saved.models(args.results_dir, args.model)
-    from vlmdiag.swap import figures_scales
+    from vlmdiag.swap import figures_scales, index_page
 
     for folder in folders:
         scales = saved.find_scales(folder, args.scales)
         figures_scales.draw_accuracy_bars(folder, scales)
         figures_scales.draw_accuracy_trajectory(folder, scales)
+        index_page.write_index(folder)
     return 0
 
 

@@ -23,11 +23,12 @@ from vlmdiag.swap import saved
 def main(argv: Sequence[str] | None = None) -> int:
     args = saved.parse_args(__doc__, argv)
     folders = saved.models(args.results_dir, args.model)
-    from vlmdiag.swap import figures_pca
+    from vlmdiag.swap import figures_pca, index_page
 
     for folder in folders:
         for scale in saved.find_scales(folder, args.scales, "npz/vectors"):
             figures_pca.draw_pca(folder, scale, kinds=("pca",))
+        index_page.write_index(folder)
     return 0
 
 

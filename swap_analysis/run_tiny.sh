@@ -8,6 +8,7 @@
 #
 # MODEL_TYPE  whose known scales (tiny)     MODEL  a folder or hub id instead     SAMPLES  pairs of each category (200)
 # RUNS  run directories (runs)     OUT  results (results)     PYTHON  the interpreter (python)
+# ALL_FIGURES=1  every figure of every condition and layer, not only the summary
 set -euo pipefail
 model=${MODEL:-}
 if [ -n "$model" ] && [ -e "$model" ]; then model=$(cd "$model" && pwd); fi
@@ -19,7 +20,7 @@ if [ -n "$model" ]; then
     type=$("$python" -c 'import sys; from vlmdiag.runs import rundirs; print(rundirs.slug(sys.argv[1]))' "$model")
     scales=(--scales "full=$model")
 fi
-common=(--model_type "$type" --out_dir "${OUT:-results}" --out_root "${RUNS:-runs}")
+common=(--model_type "$type" --out_dir "${OUT:-results}" --out_root "${RUNS:-runs}" ${ALL_FIGURES:+--all_figures})
 limit=(--max_samples_per_category "${SAMPLES:-200}")
 
 run() {

@@ -14,7 +14,8 @@ relation.
 Why Far Looks Up (arXiv 2605.30161). Stages, each resumed or run alone by --stage: pairs (the
 table), states (the model; memory-mapped, committed pair by pair), metrics and plots. Stages live in
 <out_root>/swap_analysis/<model_type>_<scale>/, results in <out_dir>/<model_type>/ (csv, json,
-npz, plots). --scales names checkpoints of the table below, or NAME=PATH."""
+npz, plots, and index.html, which says what each figure answers). --scales names checkpoints of the
+table below, or NAME=PATH."""
 
 from __future__ import annotations
 
@@ -137,6 +138,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--phase1_only",
         action="store_true",
         help="no figures: pairs, states, metrics; with --merge only the summary",
+    )
+    parser.add_argument(
+        "--all_figures",
+        action="store_true",
+        help="every figure of every condition and layer; else the few that answer the question",
     )
     parser.add_argument(
         "--rebuild_metrics",
@@ -465,7 +471,7 @@ def merge(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{folder} has no results of {', '.join(wanted)}; run without --merge first"
         )
-    from vlmdiag.swap import figures_scales, results
+    from vlmdiag.swap import figures_scales, index_page, results
 
     if args.merge_output_dir or args.group_name:
         parent = Path(args.merge_output_dir or Path(args.out_dir) / "compare")
@@ -475,8 +481,9 @@ def merge(args: argparse.Namespace) -> int:
     results.write_summary(folder)
     written = "csv/summary.csv"
     if not args.phase1_only:
-        figures_scales.draw_merge(folder, scales, quiet=True)
-        written += ", plots/accuracy and plots/*/cross_scale"
+        figures_scales.draw_merge(folder, scales, quiet=True, all_figures=args.all_figures)
+        index_page.write_index(folder)
+        written += ", plots/accuracy, plots/*/cross_scale and index.html"
     print(f"{folder}: merged {', '.join(scales)} into {written}")
     return 0
 
@@ -533,10 +540,11 @@ def run_scale(args: argparse.Namespace, scale: str, path: str) -> int:
     if "metrics" in args.stage:
         measure(args, scale)
     if "plots" in args.stage:
-        from vlmdiag.swap import figures
+        from vlmdiag.swap import figures, index_page
 
-        figures.draw_scale(folder_of(args), scale, quiet=True)
-        print(f"{folder_of(args) / 'plots'}: figures of {scale}")
+        folder = folder_of(args)
+        figures.draw_scale(folder, scale, quiet=True, all_figures=args.all_figures)
+        print(f"{folder / 'plots'}: figures of {scale}, see {index_page.write_index(folder)}")
     return code
 
 

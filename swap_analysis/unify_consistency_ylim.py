@@ -24,7 +24,7 @@ from vlmdiag.swap import saved
 def main(argv: Sequence[str] | None = None) -> int:
     args = saved.parse_args(__doc__, argv)
     folders = saved.models(args.results_dir, args.model)
-    from vlmdiag.swap import figures
+    from vlmdiag.swap import figures, index_page
 
     for folder in folders:
         scales = saved.find_scales(folder, args.scales)
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{folder}/json has no consistency of {', '.join(scales)}; run swap_analysis.py for"
                 " them"
             )
+        index_page.write_index(folder)
     return 0
 
 

@@ -365,36 +365,72 @@ def test_pies_and_layer_curves_show_the_exact_shares(runs, folder):
         )
         for index, group in enumerate(("system", "vision", "user")):
             np.testing.assert_allclose([float(row[group]) for row in rows], shares[index])
-        for stem in (
-            "dataset_pie_with_system",
-            "dataset_pie_vision_vs_user_masked",
-            "system_vision_user_shares_by_layer",
-        ):
+        for stem in ("dataset_pie_vision_vs_user_masked", "system_vision_user_shares_by_layer"):
             assert (analysis / f"{stem}.png").exists() and (analysis / f"{stem}.pdf").exists()
+        # nothing is drawn of a system prompt that was not there
+        with_system = name.endswith("sp-0")
+        assert (analysis / "dataset_pie_with_system.png").exists() == with_system
     assert (
-        Path("runs/compare_system_share_by_layer.png").exists()
+        not Path("runs/compare_system_share_by_layer.png").exists()
         and Path("runs/tiny-llava__sp-0/analysis/dataset_pies_side_by_side.pdf").exists()
     )
     assert not Path("runs/tiny-llava__sp-1/analysis/dataset_pies_side_by_side.pdf").exists()
 
 
-def test_every_slice_of_a_pie_is_named_with_its_interval(runs, monkeypatch):
-    texts = []
+def test_every_share_is_a_bar_with_its_interval_written_beside_it(runs, monkeypatch):
+    drawn = {}
 
     def keep(fig, path, settings, show=False):
-        texts.extend(
-            text.get_text()
-            for ax in fig.axes
-            if ax.get_legend() and "pie" in str(path)
-            for text in ax.get_legend().get_texts()
-        )
+        drawn[Path(path).name] = fig
         plots.plt.close(fig)
 
     monkeypatch.setattr(plots, "save", keep)
+    script("system_prompt_plot").main(
+        ["--run_dir", "runs/tiny-llava__sp-0", "runs/tiny-llava-normWmean__sp-0"]
+    )
+    axis = drawn["dataset_pie_with_system"].axes[0]
+    records = runs["tiny-llava-normWmean__sp-0"].records()  # drawn last
+    fields = ("mean_sys_share", "mean_vision_withsys_share", "mean_text_withsys_share")
+    shares = [np.mean([record[field] for record in records]) for field in fields]
+    np.testing.assert_allclose([bar.get_width() for bar in axis.patches], shares)
+    for share, text in zip(shares, axis.texts, strict=True):
+        assert text.get_text().startswith(f"{share:.1%}  [") and text.get_text().endswith("%]")
+    top = drawn["compare_system_share_by_layer"].axes[0].get_ylim()[1]
+    curves = drawn["compare_system_share_by_layer"].axes[0].lines
+    assert max(line.get_ydata().max() for line in curves) < top < 1
+    drawn.clear()
     script("system_prompt_plot").main(["--run_dir", "runs/tiny-llava__sp-1"])
-    assert len(texts) == 5 and texts[0] == "system  0.0%  [0.0%, 0.0%]"
-    share = np.mean([record["mean_vision_share"] for record in runs["tiny-llava__sp-1"].records()])
-    assert texts[3].startswith(f"vision  {share:.1%}  [") and texts[3].endswith("%]")
+    assert set(drawn) == {"dataset_pie_vision_vs_user_masked", "system_vision_user_shares_by_layer"}
+    labels = [
+        line.get_label() for line in drawn["system_vision_user_shares_by_layer"].axes[0].lines
+    ]
+    assert not any(label.startswith("system") for label in labels)
+
+
+def test_the_maps_of_cmb_are_white_at_chance_and_on_one_scale(runs, monkeypatch):
+    drawn = []
+
+    def keep(fig, path, settings, show=False):
+        drawn.append(fig)
+        plots.plt.close(fig)
+        return [Path("x.png")]
+
+    monkeypatch.setattr(plots, "save", keep)
+    main = script("viz_cmb_panel").main
+    for scale in ("fixed", "auto"):
+        main(["--runs_dir", "runs", "--sp", "0", "--scale", scale])
+    for fig, scale in zip(drawn, ("fixed", "auto"), strict=True):
+        maps = [axis.images[0] for axis in fig.axes if axis.images]
+        run = runs["tiny-llava__sp-0"]
+        chance = np.mean([record["chance_vision_share"] for record in run.records()[1:]])
+        values = np.ma.masked_invalid(planted(run, "head_vision_share")[1:])
+        cmb = values.mean(axis=0).filled(np.nan)
+        shown = np.ma.filled(maps[0].get_array(), np.nan)
+        np.testing.assert_allclose(shown, cmb - chance, atol=1e-7)
+        assert len(maps) == 3 and all(image.norm(0) == 0.5 for image in maps)
+        (reach,) = {image.norm.vmax for image in maps}
+        if scale == "fixed":
+            assert reach == pytest.approx(min(chance, 1 - chance))
 
 
 def test_cmb_maps_average_the_images_that_all_shown_runs_have(runs, folder, tmp_path):
@@ -564,6 +600,8 @@ def test_hidden_norms_average_each_images_own_ratio(runs, folder, tmp_path, monk
     np.testing.assert_allclose(shaded.axes[2].lines[0].get_ydata(), np.log10(ratio))
     np.testing.assert_allclose(plain.axes[2].lines[0].get_ydata(), ratio)
     assert len(shaded.axes[2].patches) == 1 and not plain.axes[2].patches
+    assert shaded.axes[0].get_ylim() == shaded.axes[1].get_ylim()  # lengths are compared
+    assert "without the system prompt" in shaded.get_suptitle()
     assert [ax.get_title().split("\n")[0] for ax in panels.axes[:2]] == ["+ norm", "base"] and len(
         panels.axes
     ) == 4

@@ -688,7 +688,7 @@ def test_the_shell_script_runs_everything_on_the_tiny_models(recorder, tmp_path)
             ["--run_dir", *(f"{tmp_path}/r/{model}__sp-{sp}" for model in MODELS)] for sp in (0, 1)
         ]
     assert (
-        len(calls["vlm_token_norms"]) == 3
+        len(calls["vlm_token_norms"]) == 1
         and len(calls["viz_cmb_panel"]) == 4
         and len(calls["viz_hidden_norms"]) == 2
     )

@@ -3,19 +3,22 @@ do not depend on the input's order, gaps said, files written."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from tests.conftest import in_process
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.runs.rundirs import write_json, write_npz
-from vlmdiag.swap import figures, figures_pca, figures_scales, saved
+from vlmdiag.swap import figures, figures_pca, figures_scales, index_page, saved
 from vlmdiag.swap import style as look
 from vlmdiag.swap.relations import GROUPS
 
@@ -304,7 +307,7 @@ def test_components_beyond_the_rank_are_zero_and_equal_rows_explain_nothing():
 
 
 def test_one_scale_gives_every_figure_of_the_tree_with_its_settings(results, capsys):
-    written = figures.draw_scale(results / "tiny", "vanilla", quiet=True)
+    written = figures.draw_scale(results / "tiny", "vanilla", quiet=True, all_figures=True)
     assert capsys.readouterr().out == ""
     names = {str(path.relative_to(results / "tiny/plots").with_suffix("")) for path in written}
     families = (
@@ -331,8 +334,58 @@ def test_one_scale_gives_every_figure_of_the_tree_with_its_settings(results, cap
     }
 
 
+def names_of(drawn, folder):
+    return {str(path.relative_to(folder / "plots")) for path, _ in drawn}
+
+
+def test_without_all_figures_the_few_that_answer_the_question_are_drawn(tmp_path, drawn):
+    folder = plant(tmp_path / "tiny", scales=("vanilla", "80k"), rep=(1, 3, 5))
+    figures.draw_scale(folder, "vanilla")
+    assert names_of(drawn, folder) == {
+        "all/sign_corrected_consistency/sign_corrected_vanilla",
+        "all/cross_alignment/cross_alignment_vanilla",
+        "all/heatmap/heatmap_vanilla_L5",  # of 0 to 7; three quarters of the depth
+        "all/pca/pca_vanilla_L5",
+        "accuracy/accuracy_group_bars_vanilla",
+    }
+    drawn.clear()
+    figures_scales.draw_merge(folder, ["vanilla", "80k"])
+    cross = ("sign_corrected", "cross_alignment", "vd_ei", "ablation_summary")
+    assert names_of(drawn, folder) == {
+        "accuracy/accuracy_trajectory",
+        *(f"all/cross_scale/{name}" for name in cross),
+    }
+
+
+def test_the_page_lists_every_figure_once_with_its_sentence(tmp_path, drawn):
+    folder = plant(tmp_path / "tiny__run & <2>", scales=("vanilla", "80k"), rep=(3,))
+    for scale in ("vanilla", "80k"):
+        figures.draw_scale(folder, scale, all_figures=True)
+        plots.plt.close("all")
+    figures_scales.draw_merge(folder, ["vanilla", "80k"], all_figures=True)
+    for path, _ in drawn:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".png").touch()
+    page = index_page.write_index(folder).read_text()
+    links = [f'<img src="{path.relative_to(folder).as_posix()}.png"' for path, _ in drawn]
+    assert len(set(links)) == len(drawn) and all(page.count(link) == 1 for link in links)
+    sections = re.split("<h2 ", page)[1:]
+    assert [section.split(">")[1].split("<")[0] for section in sections] == [
+        "All scales",
+        "vanilla",
+        "80k",
+    ]
+    assert all("80k_L3" in link or "80k" not in link for link in sections[1].split("img src"))
+    captions = re.findall(r"<figcaption>(.*)", page)
+    assert len(captions) == len(drawn) and set(captions) <= {
+        str(escape(sentence)) for sentence in index_page.SENTENCES.values()
+    }
+    assert "tiny, run &amp; &lt;2&gt;" in page and "<2>" not in page
+    assert index_page.write_index(folder).read_text() == page
+
+
 def test_all_scales_give_the_comparing_figures(results, drawn):
-    figures_scales.draw_merge(results / "tiny", ["vanilla", "80k", "400k"])
+    figures_scales.draw_merge(results / "tiny", ["vanilla", "80k", "400k"], all_figures=True)
     names = {str(path.relative_to(results / "tiny/plots")) for path, _ in drawn}
     cross = {
         "all": ("sign_corrected", "within_cat", "cross_alignment", "vd_ei", "ablation_summary"),
@@ -344,12 +397,15 @@ def test_all_scales_give_the_comparing_figures(results, drawn):
     }
     assert names == expected | {"accuracy/accuracy_group_bars", "accuracy/accuracy_trajectory"}
     panels = {path.name: fig.axes for path, fig in drawn if path.parts[-3] == "all"}
-    assert [ax.get_title() for ax in panels["sign_corrected"]] == list(GROUPS)
-    assert [ax.get_title() for ax in panels["vd_ei"]] == list(figures_scales.ENTANGLEMENT_PANELS)
-    lines = {line.get_label().split(" (")[0]: line for line in panels["sign_corrected"][1].lines}
-    assert (
-        lines["80k"].get_color() == look.SCALE_COLORS["80k"] and len(lines["80k"].get_xdata()) == 8
+    assert [ax.get_title() for ax in panels["sign_corrected"]] == [
+        f"{group} (n = 40)" for group in GROUPS
+    ]
+    assert [ax.get_title().split(" (n")[0] for ax in panels["vd_ei"]] == list(
+        figures_scales.ENTANGLEMENT_PANELS
     )
+    lines = {line.get_label(): line for line in panels["sign_corrected"][1].lines}
+    colors = look.scale_colors(["vanilla", "80k", "400k"])
+    assert lines["80k"].get_color() == colors["80k"] and len(lines["80k"].get_xdata()) == 8
 
 
 # ---- too few, unreliable, missing ----
@@ -472,11 +528,21 @@ def test_strata_and_outliers_are_the_numbers_of_their_files(tmp_path, drawn):
     )
     figures_scales.draw_accuracy_strata(tmp_path, ["a"])
     ax = drawn[2][1].axes[0]
-    assert [bar.get_height() for bar in ax.patches] == [
-        0,
-        0.25,
-        0,
-    ] and "gap +0.50\n(+0.20 to +0.80)" in [text.get_text() for text in ax.texts]
+    words = [text.get_text() for text in ax.texts]
+    # no bar for a stratum without pairs
+    assert [bar.get_height() for bar in ax.patches] == [0.25] and words.count("none") == 2
+    assert "gap +0.50\n(+0.20 to +0.80)" in words
+    write_json(
+        tmp_path / "json/pred_stats_a.json",
+        {
+            "distance_counter_n": 1,
+            "distance_counter_acc_both": 0.0,
+            "gap_both": {"value": 0.97, "low": None, "high": None, "too_few": True},
+        },
+    )
+    figures_scales.draw_accuracy_strata(tmp_path, ["a"])
+    words = texts(drawn[3][1])
+    assert "gap: too\nfew pairs" in words and "0.97" not in words  # of one pair
     assert (
         figures.draw_strata(tmp_path, "none")
         == figures.draw_outliers(tmp_path, "none")
@@ -517,11 +583,38 @@ def test_a_group_without_pairs_has_no_bar_and_says_so(tmp_path, drawn):
     }
     write_json(tmp_path / "json/pred_stats_a.json", cells)
     figures_scales.draw_accuracy_bars(tmp_path, ["a"])
+    of_distance = drawn[0][1].axes[2]
+    assert not of_distance.patches and len(drawn[0][1].axes[0].patches) == 3
     assert (
         "no pairs" in texts(drawn[0][1])
         and "distance (n = 0)" in texts(drawn[0][1])
         and "horizontal (n = 8)" in texts(drawn[0][1])
     )
+
+
+def test_chance_of_both_orders_is_a_quarter_in_every_figure_of_accuracy(results, drawn):
+    folder, scales = results / "tiny", ["vanilla", "80k"]
+    figures_scales.draw_accuracy_bars(folder, scales)
+    figures_scales.draw_accuracy_trajectory(folder, scales)
+    figures_scales.draw_ablation(folder, scales)
+    for _, fig in drawn:
+        ax = fig.axes[0]
+        levels = {
+            line.get_label(): line.get_ydata()[0]
+            for line in ax.lines
+            if line.get_label().startswith("chance")
+        }
+        one_order = levels.pop("chance, one order", 0.5)
+        assert one_order == 0.5 and list(levels.values()) == [0.25]
+
+
+def test_a_figure_with_validity_says_where_it_equals_the_one_without(results, drawn):
+    for scale in ("vanilla", "80k"):
+        figures.draw_heatmaps(results / "tiny", scale, "all_with_validity")
+        figures_pca.draw_pca(results / "tiny", scale, ["all_with_validity"])
+    figures.draw_heatmaps(results / "tiny", "80k", "all")
+    said = [look.ALL_RELIABLE in texts(fig) for _, fig in drawn]
+    assert said == [False] * 3 + [True] * 3 + [False]
 
 
 def test_both_spellings_of_under_are_one_category(tmp_path, drawn):
@@ -576,18 +669,20 @@ def test_the_entanglement_index_is_read_flat_nested_or_bare(tmp_path):
 # ---- colours and scales ----
 
 
-def test_known_scales_have_the_published_colours_and_others_keep_apart_from_them():
-    known = list(look.SCALE_COLORS)
-    assert look.scale_colors(known) == look.SCALE_COLORS
-    scales = ["vanilla", "scale1", "scale2", "scale3", "full"]
-    colors = look.scale_colors(scales)
-    assert (
-        list(colors) == scales
-        and len(set(colors.values())) == 5
-        and set(list(colors.values())[1:]) <= set(plots.CYCLE)
-    )
-    assert look.scale_colors(scales[::-1]) == colors
-    assert plots.BLUE not in colors.values()  # too near to vanilla's
+def lightness(color):
+    return np.dot(to_rgb(color), (0.2126, 0.7152, 0.0722))
+
+
+def test_more_data_is_darker_whatever_the_order_and_other_models_stand_out():
+    scales = ["scale1", "scale2", "scale10", "400k", "2m", "full"]
+    colors = look.scale_colors(scales[::-1] + ["roborefer"])
+    light = [lightness(colors[scale]) for scale in scales]
+    assert light == sorted(light, reverse=True) and min(-np.diff(light)) > 0.03
+    assert light[0] < 0.8  # the lightest is seen on white
+    assert colors["roborefer"] in look.OTHER_SCALES
+    assert look.scale_colors(["full"])["full"] == colors["full"]  # alone: dark
+    others = look.scale_colors(["independent", "correlated"])
+    assert len(set(others.values())) == 2 and set(others.values()) <= set(look.OTHER_SCALES)
 
 
 def test_scales_are_ordered_by_their_data(tmp_path):

@@ -101,6 +101,13 @@ def in_process(*arguments):
     return module.main([str(part) for part in arguments]), module
 
 
+def of_one(module, arguments):
+    """The arguments as the script hands them to the measuring of its one model."""
+    args = module.parse_args(arguments)
+    (args.model_path,) = args.model_path
+    return args
+
+
 @torch.no_grad()
 def slow(folder, coco, tower=None):
     """The definition, one picture and one caption at a time, on the whole model."""
@@ -207,7 +214,8 @@ def test_every_layout_agrees_with_the_whole_model(
 def test_the_decoder_is_neither_built_nor_read(models, coco, monkeypatch):
     module = script("vlm_token_norms")
     for name in ("llava", "qwen", "multilayerNorm", "bin"):
-        args = module.parse_args(
+        args = of_one(
+            module,
             [
                 "--model_path",
                 str(models[name]),
@@ -215,7 +223,7 @@ def test_the_decoder_is_neither_built_nor_read(models, coco, monkeypatch):
                 str(coco),
                 "--vision_tower_path",
                 str(models["tower"]),
-            ]
+            ],
         )
         vlm, headless = module.load(args)
         assert headless and len(vlm.parts.layers) == 0
@@ -232,7 +240,7 @@ def test_a_type_whose_decoder_has_no_known_name_is_loaded_whole(models, coco, mo
         raise UsageError("its decoder has no known name")
 
     monkeypatch.setattr(configs, "shorten_decoder", shorten)
-    args = module.parse_args(["--model_path", str(models["llava"]), "--coco_root", str(coco)])
+    args = of_one(module, ["--model_path", str(models["llava"]), "--coco_root", str(coco)])
     vlm, headless = module.load(args)
     assert not headless and len(vlm.parts.layers) > 0
     assert "all of it was loaded" in capsys.readouterr().out
@@ -251,7 +259,8 @@ def test_of_two_kinds_of_weight_files_the_one_asked_for_is_read(models, coco, so
     torch.save(broken, folder / "pytorch_model.bin")
     module, sums = script("vlm_token_norms"), {}
     for kind in ("bin", "safetensors"):
-        args = module.parse_args(
+        args = of_one(
+            module,
             [
                 "--model_path",
                 str(folder),
@@ -261,7 +270,7 @@ def test_of_two_kinds_of_weight_files_the_one_asked_for_is_read(models, coco, so
                 kind,
                 "--vision_tower_path",
                 str(models["tower"]),
-            ]
+            ],
         )
         sums[kind] = module.load(args)[0].model.get_input_embeddings().weight.norm().item()
     assert sums["bin"] == pytest.approx(2 * sums["safetensors"])
@@ -297,7 +306,8 @@ def test_the_shard_without_the_connector_is_refused_by_name(models, coco):
     without = [index for index in SHARDS if not connector_in(models["multilayerNorm"], index)]
     assert 0 < len(without) < len(SHARDS)
     for index in without:
-        args = module.parse_args(
+        args = of_one(
+            module,
             [
                 "--model_path",
                 str(models["multilayerNorm"]),
@@ -305,7 +315,7 @@ def test_the_shard_without_the_connector_is_refused_by_name(models, coco):
                 str(coco),
                 "--safetensors_index",
                 index,
-            ]
+            ],
         )
         with pytest.raises(module.UsageError, match="does not hold the connector; use"):
             module.check_weights(args)
@@ -347,9 +357,8 @@ def test_pictures_are_enlarged_only_when_asked(pictures):
 def test_violins_are_densities_of_log10_norms():
     peak = 1 / (0.2 * np.sqrt(2 * np.pi))
     broad = 10 ** np.random.default_rng(0).normal(1.5, 0.2, 20000)
-    equal = np.full(100, 1.0126)  # all norms equal, as after the clip
     figure, axis = plots.plt.subplots()
-    token_norm_figure.draw_violins(axis, {"text": broad, "vision": equal})
+    token_norm_figure.draw_violins(axis, [("text", broad), ("vision", broad[:5000] * 10)])
     outlines = [violin.get_paths()[0].vertices for violin in axis.collections]
     plots.plt.close(figure)
 
@@ -358,8 +367,36 @@ def test_violins_are_densities_of_log10_norms():
     assert at[density.argmax()] == pytest.approx(1.5, abs=0.05)
     assert density.max() == pytest.approx(peak, rel=0.05)
     at, density = upper_half(outlines[1], row=1)
-    assert np.isfinite(density).all()
-    assert at[density.argmax()] == pytest.approx(np.log10(1.0126), abs=1e-3)
+    assert at[density.argmax()] == pytest.approx(2.5, abs=0.08)
+    assert density.max() == pytest.approx(token_norm_figure.HALF, abs=0.01)  # rows do not touch
+
+
+def test_norms_that_are_one_value_are_a_line_and_not_a_bump():
+    broad = 10 ** np.random.default_rng(0).normal(1.5, 0.2, 2000)
+    equal = np.full(100, 1.0126)  # as after the clip
+    for rows in ([("text", broad), ("vision", equal)], [("vision", equal), ("vision", equal)]):
+        figure, axis = plots.plt.subplots()
+        token_norm_figure.draw_violins(axis, rows)
+        plots.plt.close(figure)
+        spikes = [line for line in axis.lines if list(line.get_xdata()) == [1.0126, 1.0126]]
+        places = [row for row, (_, norms) in enumerate(rows) if norms is equal]
+        assert [line.get_ydata() for line in spikes] == [
+            [row - token_norm_figure.HALF, row + token_norm_figure.HALF] for row in places
+        ]
+        assert len(axis.collections) == len(rows) - len(places)
+
+
+def test_several_models_share_one_axis_in_the_order_of_the_arguments():
+    norms = {"text": np.array([1.0, 1.2, 1.5, 2.0]), "vision": np.array([9.0, 10.0, 14.0, 20.0])}
+    numbers = {"mean": 3.0, "tokens": 4, "images": 2, "mean_over_images": 3.0}
+    summary = {group: numbers | {"low": 2.5, "high": 3.5} for group in norms}
+    figure = token_norm_figure.draw({name: (norms, summary) for name in ("first", "second")})
+    (axis,) = figure.axes
+    plots.plt.close(figure)
+    labels = [label.get_text().split(",")[0] for label in axis.get_yticklabels()][::-1]
+    assert labels == [
+        f"{model}\n{group} tokens" for model in ("first", "second") for group in ("vision", "text")
+    ]
 
 
 def upper_half(outline, row):

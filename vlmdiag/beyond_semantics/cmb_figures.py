@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
@@ -90,10 +91,11 @@ def panel_figure(
     id: str | None = None,
     picture: UInt8[np.ndarray, "height width 3"] | None = None,
 ) -> Figure:
-    """A map a run. Of one image, beside its picture, or of the mean over images, beside the mean
-    over heads by layer.
+    """A map a run, white at its chance level. Of one image, beside its picture, or of the mean over
+    images, beside the mean over heads by layer.
 
-    scale: 'fixed', colours from 0 to 1, or 'auto', to the 99th percentile of the maps.
+    scale: where the colours end, as far below chance as above: 'fixed', at 0 or 1, whichever is
+    nearer to chance, or 'auto', at the 99th percentile of the distances.
     """
     figure, axes = panel_axes(len(balances) + 1)
     if picture is not None:
@@ -104,6 +106,7 @@ def panel_figure(
     else:
         draw_maps(figure, axes[:-1], balances, scale, counted=True)
         draw_layers(axes[-1], balances)
+        figure.legend(handles=run_handles(balances), loc="outside lower center", ncols=4)
     figure.suptitle(
         "Cross-modality balance: share of a head's vision + user attention that goes to the image"
     )
@@ -128,19 +131,28 @@ def draw_maps(
     scale: str,
     counted: bool = False,
 ) -> None:
-    """Layer x head maps with one colour scale and one bar. counted: the title says how many
-    images."""
-    means = [balance.mean for balance in balances]
-    top = 1.0
+    """Layer x head maps of CMB - chance: white at chance, blue above, red below, on one scale with
+    one bar. counted: the title says how many images."""
+    means = [balance.mean - balance.chance for balance in balances]
+    reach = max(min(balance.chance, 1 - balance.chance) for balance in balances)
     if scale != "fixed":
-        top = np.nanpercentile(np.concatenate([mean.ravel() for mean in means]), 99)
+        reach = np.nanpercentile(np.abs(np.concatenate([mean.ravel() for mean in means])), 99)
+    reach = float(reach) or 0.01
     for axis, balance, mean in zip(axes, balances, means):
         images = f"n = {len(balance.values)}, " if counted else ""
-        overall = stats.measured_mean(mean, axis=(0, 1))
-        numbers = f"{images}mean {overall:.3f}, chance {balance.chance:.3f}"
+        overall = stats.measured_mean(mean, axis=(0, 1)) + balance.chance
+        numbers = f"{images}mean CMB {overall:.3f}, chance {balance.chance:.3f}"
         title = f"{textwrap.fill(balance.label, 38)}\n{numbers}"
-        image = plots.heatmap(axis, mean, title, vmin=0, vmax=top)
-    figure.colorbar(image, ax=axes[-1], label="CMB: vision / (vision + user) attention")
+        image = plots.heatmap(axis, mean, title, -reach, reach, cmap="RdBu")
+    low, high = (end(end(mean) for mean in map(_known, means)) for end in (min, max))
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max"}
+    extend = beyond.get((low < -reach, high > reach), "both")
+    figure.colorbar(image, ax=axes, extend=extend, label="CMB - chance")
+
+
+def _known(values: Float[np.ndarray, "L H"]) -> list[float]:
+    """The values that there are, 0 where there are none."""
+    return values[np.isfinite(values)].tolist() or [0.0]
 
 
 def draw_layers(axis: Axes, balances: Sequence[Balance]) -> None:
@@ -153,21 +165,17 @@ def draw_layers(axis: Axes, balances: Sequence[Balance]) -> None:
         layers = np.arange(len(interval.mean))
         plots.line_with_band(axis, layers, interval, balance.label, color)
         axis.axhline(balance.chance, color=color, linestyle="--", linewidth=1.1)
-    axis.plot(
-        [],
-        [],
-        color=plots.EVEN_COLOR,
-        linestyle="--",
-        linewidth=1.1,
-        label="chance: attention spread evenly",
-    )
     axis.set(
-        title="Mean over heads, 95 % band over images",
+        title="Mean over heads; band: 95 % interval\nover images, dashed: chance",
         xlabel=LAYER_AXIS,
         ylabel="CMB",
-        ylim=(-0.02, 1.02),
     )
-    plots.legends([axis], below=True)
+
+
+def run_handles(balances: Sequence[Balance]) -> list[Line2D]:
+    """The runs' colours, for the legend of the figure."""
+    colors = plots.model_colors([balance.label for balance in balances])
+    return [Line2D([], [], color=color, label=label) for label, color in colors.items()]
 
 
 def table_of(balances: Sequence[Balance]) -> pd.DataFrame:

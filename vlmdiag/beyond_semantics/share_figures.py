@@ -1,5 +1,5 @@
 """How much of the attention goes to the system prompt, to the image and to the question: shares of
-a run's images, pies and curves.
+a run's images, bars and curves.
 
 Beyond Semantics (arXiv 2503.17349), figure 6; docs/studies/beyond_semantics.md, sections 1.5 and
 2.5. Used by diagnostic_tools/system_prompt_plot.py.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import PercentFormatter
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
@@ -33,7 +34,8 @@ AGAIN = "make the run again with run_coco_diagnostics.py --overwrite, without --
 
 
 class Pie(NamedTuple):
-    """The token groups of a pie, and the fields of an image's JSON that hold their shares."""
+    """Token groups whose shares sum to 1, and the fields of an image's JSON that hold them. The
+    published script draws them as pies, so files are called that."""
 
     groups: Sequence[str]
     fields: Sequence[str]
@@ -83,75 +85,75 @@ def read_shares(run: Run) -> Shares:
 
 
 def draw_pie(axis: Axes, name: str, interval: Interval, label: str) -> None:
-    """One pie. Thick slices carry their percentage; the legend gives every share, also the thin
-    ones, with its interval."""
+    """A bar for each share, with its interval drawn and written."""
     pie = PIES[name]
-    wedges, _ = axis.pie(
+    rows = np.arange(len(pie.groups))
+    reach = np.clip([interval.mean - interval.low, interval.high - interval.mean], 0, None)
+    axis.barh(
+        rows,
         np.nan_to_num(interval.mean),
-        colors=[plots.color_of(group) for group in pie.groups],
-        startangle=90,
-        counterclock=False,
-        wedgeprops={"edgecolor": "white"},
+        0.6,
+        xerr=np.nan_to_num(reach),
+        color=[plots.color_of(group) for group in pie.groups],
+        error_kw={"elinewidth": 1, "capsize": 3},
     )
-    for group, wedge, share in zip(pie.groups, wedges, np.nan_to_num(interval.mean)):
-        if share > 0.08:
-            angle = np.deg2rad((wedge.theta1 + wedge.theta2) / 2)
-            axis.text(
-                0.62 * np.cos(angle),
-                0.62 * np.sin(angle),
-                f"{share:.1%}",
-                ha="center",
-                va="center",
-                weight="bold",
-                color="white" if group == "vision" else "black",
-            )
-    entries = [
-        f"{group}  {mean:.1%}  [{low:.1%}, {high:.1%}]"
-        for group, mean, low, high in zip(pie.groups, interval.mean, interval.low, interval.high)
-    ]
-    axis.legend(
-        wedges,
-        entries,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.02),
-        frameon=False,
-        title="mean [95 % interval over images]",
-        title_fontsize=8.5,
+    for row, (mean, low, high) in enumerate(zip(interval.mean, interval.low, interval.high)):
+        place = np.nanmax([0, mean, high]) + 0.02
+        axis.text(place, row, f"{mean:.1%}  [{low:.1%}, {high:.1%}]", va="center", fontsize=9)
+    axis.set_yticks(rows, pie.groups)
+    axis.set(
+        xlim=(0, 1.45),
+        xticks=np.linspace(0, 1, 6),
+        ylim=(len(rows) - 0.5, -0.5),
+        xlabel="share, mean [95 % interval over images]\nlayers, heads and tokens of the answer"
+        " averaged",
     )
-    axis.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.grid(axis="y", visible=False)
     axis.set_title(f"{pie.title}\n{plots.with_n(label, interval.n)}", fontsize=10)
 
 
 def draw_run(run: Run, label: str, shares: Shares, settings: Fields, side_by_side: bool) -> None:
-    """Write the pies and the curves of one run into its analysis folder."""
+    """Write the shares and the curves of one run into its analysis folder; those of the system
+    prompt only where it saw one."""
     analysis = run.path / "analysis"
+    groups = shown_groups(shares)
+    pies = [name for name, pie in PIES.items() if set(pie.groups) <= set(groups)]
     if side_by_side:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 5))
-        for axis, name in zip(axes, PIES):
+        figure, axes = plt.subplots(1, len(pies), figsize=(5.8 * len(pies), 2.9), squeeze=False)
+        for axis, name in zip(axes[0], pies):
             draw_pie(axis, name, shares.pies[name], label)
         plots.save(figure, analysis / "dataset_pies_side_by_side", settings)
     else:
-        for name in PIES:
-            figure, axis = plt.subplots(figsize=(5.4, 5))
+        for name in pies:
+            figure, axis = plt.subplots(figsize=(5.8, 2.9))
             draw_pie(axis, name, shares.pies[name], label)
             plots.save(figure, analysis / f"dataset_pie_{name}", settings)
     figure = layers_figure(
-        shares.layers,
-        {group: plots.color_of(group) for group in GROUPS},
+        {group: shares.layers[group] for group in groups},
+        {group: plots.color_of(group) for group in groups},
         f"Attention shares by layer: {label}",
-        "share of attention to\nsystem prompt, image and user text",
+        f"share of attention to\n{', '.join(groups[:-1])} and {groups[-1]}",
     )
     plots.save(figure, analysis / "system_vision_user_shares_by_layer", settings)
 
 
+def shown_groups(shares: Shares) -> Sequence[str]:
+    """The token groups that a run's prompts have: no system prompt, nothing to show of it."""
+    return GROUPS if np.nan_to_num(shares.layers["system"].mean).any() else GROUPS[1:]
+
+
 def system_figure(shares: Mapping[str, Shares]) -> Figure:
     """The system prompt's share by layer, a line a run. shares: by the run's label."""
-    return layers_figure(
+    figure = layers_figure(
         {label: of_run.layers["system"] for label, of_run in shares.items()},
         plots.model_colors(list(shares)),
         "Attention to the system prompt by layer",
         "system share of attention to\nsystem prompt, image and user text",
     )
+    tops = [np.nanmax(of_run.layers["system"].high, initial=0) for of_run in shares.values()]
+    figure.axes[0].set_ylim(0, 1.2 * max(tops) or 1)
+    return figure
 
 
 def layers_figure(
@@ -162,7 +164,8 @@ def layers_figure(
     for label, interval in curves.items():
         layers = np.arange(len(interval.mean))
         plots.line_with_band(axis, layers, interval, label, colors[label])
-    axis.set(title=title, xlabel=LAYER_AXIS, ylabel=ylabel, ylim=(-0.02, 1.02))
+    axis.set(title=title, xlabel=f"{LAYER_AXIS}; mean over heads and tokens of the answer")
+    axis.set(ylabel=ylabel, ylim=(-0.02, 1.02))
     plots.legends([axis])
     return figure
 

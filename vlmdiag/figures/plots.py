@@ -45,7 +45,7 @@ plt.rcParams.update(
     {
         "figure.constrained_layout.use": True,
         "figure.dpi": 100,
-        "savefig.dpi": 150,
+        "savefig.dpi": 200,
         "pdf.fonttype": 42,
         "ps.fonttype": 42,
         "font.size": 10,

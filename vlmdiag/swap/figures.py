@@ -1,9 +1,9 @@
 """Figures of one scale of the swap-pair analysis, drawn from saved files only:
 results/<model>/{json,csv,npz} -> results/<model>/plots.
 
-draw_scale(folder, scale) draws them all; every function returns the files that it wrote. A value
-that is null (too few pairs) is a gap, and the legend says so. Figures of arXiv 2605.30161; names
-and layout as in docs/studies/swap_analysis.md, sections 2, 3 and 5.3.
+draw_scale(folder, scale) draws the summary, with all_figures every one; each function returns the
+files that it wrote. A value that is null (too few pairs) is a gap, and the legend says so. Figures
+of arXiv 2605.30161; names and layout as in docs/studies/swap_analysis.md, sections 2, 3 and 5.3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.swap.figures_pca import draw_pca
-from vlmdiag.swap.figures_scales import draw_accuracy_bars
+from vlmdiag.swap.figures_scales import draw_accuracy_bars, summary_layer
 from vlmdiag.swap.relations import GROUPS, SPLITS
 from vlmdiag.swap.saved import (
     CONDITIONS,
@@ -47,9 +47,11 @@ from vlmdiag.swap.style import (
     layer_axes,
     legend,
     legend_below,
+    model_of,
     null_handle,
     path_of,
     settings_of,
+    within_cosines,
 )
 
 if TYPE_CHECKING:
@@ -124,12 +126,12 @@ def draw_consistency(
         )
     if has_null:
         null_handle(ax, "shuffled labels (band: 2 s.d.)")
-    title = f"{consistency.title}, {Path(folder).name} {scale}, {WORDS[condition]}"
+    title = f"{consistency.title}, {model_of(folder)} {scale}, {WORDS[condition]}"
     layer_axes(ax, title, consistency.ylabel)
     if ylim:
         ax.set_ylim(*ylim)
     legend(ax)
-    footnote(fig, marked)
+    footnote(fig, condition, marked)
     path = path_of(folder, condition, family, f"{consistency.figure}_{scale}")
     settings = settings_of(folder, condition, scale=scale, ylim=ylim)
     return plots.save(fig, path, settings, quiet=quiet)
@@ -209,10 +211,10 @@ def draw_alignment(
     axes = " and ".join(dagger(group, marked) for group in ("vertical", "distance"))
     fig, ax = plt.subplots(figsize=(7.5, 4.6))
     _draw_alignment(ax, curve)
-    title = f"Alignment of {axes} deltas, {Path(folder).name} {scale}, {WORDS[condition]}"
+    title = f"Alignment of {axes} deltas, {model_of(folder)} {scale}, {WORDS[condition]}"
     layer_axes(ax, title, "cosine of vertical and distance delta")
     legend(ax)
-    footnote(fig, marked)
+    footnote(fig, condition, marked)
     path = path_of(folder, condition, "cross_alignment", f"cross_alignment_{scale}")
     return plots.save(fig, path, settings_of(folder, condition, scale=scale), quiet=quiet)
 
@@ -221,26 +223,30 @@ def draw_alignment(
 
 
 def draw_heatmaps(
-    folder: str | Path, scale: str, condition: str, quiet: bool = False
+    folder: str | Path,
+    scale: str,
+    condition: str,
+    quiet: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> list[Path]:
-    """Cosines between the categories' mean deltas, one figure a representative layer; grey where a
-    category has too few pairs -> files."""
+    """Cosines between the categories' mean deltas, one figure a layer, of the representative ones
+    where layers is None; grey where a category has too few pairs -> files."""
     tag = CONDITIONS[condition]
     counts = read_curves(folder, f"within_cat_consistency_{scale}_{tag}") or {}
     marked = marked_of(folder, scale, condition)
-    shown = representative(folder, scale)
+    shown = representative(folder, scale) if layers is None else layers
     written = []
     for layer, path in sorted(_similarity_files(folder, scale, tag).items()):
         if shown is not None and layer not in shown:
             continue
         fig, ax = plt.subplots(figsize=(6.6, 5.6))
         title = (
-            f"Cosine between mean deltas\n{Path(folder).name} {scale}, layer {layer},"
+            f"Cosine between mean deltas\n{model_of(folder)} {scale}, layer {layer},"
             f" {WORDS[condition]}"
         )
         n = {name: _count_at(counts.get(name), layer) for name in CATEGORY_COLORS}
         _draw_heatmap(ax, read_matrix(path), title, n, marked)
-        footnote(fig, marked)
+        footnote(fig, condition, marked)
         figure_path = path_of(folder, condition, "heatmap", f"heatmap_{scale}_L{layer}")
         settings = settings_of(folder, condition, scale=scale, layer=layer)
         written += plots.save(fig, figure_path, settings, quiet=quiet)
@@ -267,12 +273,11 @@ def _draw_heatmap(
             text = f"{value:.2f}".replace("-", "\u2212")
             color = "white" if abs(value) > 0.62 else "black"
             ax.text(column, row, text, ha="center", va="center", color=color, fontsize=9.5)
-    labels = [dagger(name, marked) for name in n]
-    ax.set_xticks(range(6), labels)
     with_counts = [
-        label if count is None else f"{label}\nn = {count}"
-        for label, count in zip(labels, n.values(), strict=True)
+        dagger(name, marked) + ("" if count is None else f"\nn = {count}")
+        for name, count in n.items()
     ]
+    ax.set_xticks(range(6), with_counts)
     ax.set_yticks(range(6), with_counts)
     ax.tick_params(length=0)
     for edge in (1.5, 3.5):
@@ -280,8 +285,10 @@ def _draw_heatmap(
         ax.axvline(edge, color="white", linewidth=2.5)
     ax.figure.colorbar(image, ax=ax, label="cosine", shrink=0.85)
     absent = [name for name, value in zip(n, np.diag(matrix)) if np.isnan(value)]
+    notes = "n: pairs behind a mean delta; cosines of means, without intervals"
     if absent:
-        ax.set_xlabel(f"grey: too few pairs ({', '.join(absent)})", fontsize=8.5)
+        notes += f"\ngrey: too few pairs ({', '.join(absent)})"
+    ax.set_xlabel(notes, fontsize=8.5)
 
 
 def _count_at(curve: Curve | None, layer: int) -> int | None:
@@ -335,15 +342,19 @@ def draw_strata(folder: str | Path, scale: str, quiet: bool = False) -> list[Pat
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     panels = (
         (coherence, "coherence of the distance axis", "mean pairwise cosine of deltas"),
-        (entanglement, "entanglement of distance with all vertical pairs", "equation 3"),
+        (
+            entanglement,
+            "entanglement of distance with all vertical pairs",
+            "entanglement index (equation 3)",
+        ),
     )
     for ax, (curves, title, ylabel) in zip(axes, panels, strict=True):
         for split, curve in curves.items():
-            draw_curve(ax, curve, curve_label(split, curve), SPLIT_COLORS[split])
+            draw_curve(ax, within_cosines(curve), curve_label(split, curve), SPLIT_COLORS[split])
         layer_axes(ax, title, ylabel)
         legend_below(ax)
     fig.suptitle(
-        f"Distance pairs by stratum, {Path(folder).name} {scale}; consistent: the farther object is"
+        f"Distance pairs by stratum, {model_of(folder)} {scale}; consistent: the farther object is"
         " higher in the picture",
         fontsize=10.5,
     )
@@ -378,7 +389,7 @@ def draw_outliers(folder: str | Path, scale: str, quiet: bool = False) -> list[P
     layer_axes(right, "axis coherence", "mean pairwise cosine of deltas")
     for ax in (left, right):
         legend_below(ax)
-    title = f"Outlier dimensions, {Path(folder).name} {scale}, all pairs"
+    title = f"Outlier dimensions, {model_of(folder)} {scale}, all pairs"
     fig.suptitle(plots.with_n(title, [cell["n"] for cell in cells.values()]), fontsize=10.5)
     path = path_of(folder, "all", "outliers", f"outliers_{scale}")
     return plots.save(fig, path, settings_of(folder, "all", scale=scale), quiet=quiet)
@@ -387,19 +398,32 @@ def draw_outliers(folder: str | Path, scale: str, quiet: bool = False) -> list[P
 # ---- everything ----
 
 
-def draw_scale(folder: str | Path, scale: str, quiet: bool = False) -> list[Path]:
-    """Every figure of one scale, from the files that are there -> files. UsageError where there are
-    none."""
+def draw_scale(
+    folder: str | Path, scale: str, quiet: bool = False, all_figures: bool = False
+) -> list[Path]:
+    """The summary of one scale, or every figure that its files allow -> files. UsageError where
+    there are none.
+
+    The summary: answers, axis coherence, strata, alignment, and of the layer at three quarters of
+    the depth the cosines between categories and the PCA, all of all pairs.
+    """
     written = []
-    for condition in CONDITIONS:
-        for family in FAMILIES:
+    for condition in CONDITIONS if all_figures else ("all",):
+        for family in FAMILIES if all_figures else ("sign_corrected_consistency",):
             written += draw_consistency(folder, scale, condition, family, quiet=quiet)
         written += draw_alignment(folder, scale, condition, quiet=quiet)
-        written += draw_heatmaps(folder, scale, condition, quiet=quiet)
     written += draw_strata(folder, scale, quiet)
-    written += draw_outliers(folder, scale, quiet)
-    if Path(folder, "npz", f"vectors_{scale}.npz").exists():
-        written += draw_pca(folder, scale, quiet=quiet)
+    if all_figures:
+        for condition in CONDITIONS:
+            written += draw_heatmaps(folder, scale, condition, quiet)
+        written += draw_outliers(folder, scale, quiet)
+        if Path(folder, "npz", f"vectors_{scale}.npz").exists():
+            written += draw_pca(folder, scale, quiet=quiet)
+    else:
+        layers = shown_layer(folder, scale)
+        written += draw_heatmaps(folder, scale, "all", quiet, layers)
+        if layers:
+            written += draw_pca(folder, scale, ["all"], ["pca"], quiet, layers)
     if read_json(folder, f"pred_stats_{scale}") is not None:
         written += draw_accuracy_bars(folder, [scale], f"accuracy_group_bars_{scale}", quiet)
     if not written:
@@ -408,3 +432,12 @@ def draw_scale(folder: str | Path, scale: str, quiet: bool = False) -> list[Path
             f" {scale}"
         )
     return written
+
+
+def shown_layer(folder: str | Path, scale: str) -> list[int]:
+    """[the saved layer nearest to summary_layer()], [] where no vectors are saved."""
+    layers = representative(folder, scale)
+    wanted = summary_layer(folder, [scale])
+    if not layers:
+        return []
+    return [layers[-1] if wanted is None else min(layers, key=lambda layer: abs(layer - wanted))]

@@ -17,6 +17,7 @@ from vlmdiag.figures import plots
 from vlmdiag.swap.relations import GROUPS
 from vlmdiag.swap.saved import CONDITIONS, read_vectors, unreliable
 from vlmdiag.swap.style import (
+    ALL_RELIABLE,
     CATEGORY_COLORS,
     GROUP_COLORS,
     UNRELIABLE,
@@ -25,6 +26,7 @@ from vlmdiag.swap.style import (
     footnote,
     legend_below,
     listed,
+    model_of,
     path_of,
     say,
     settings_of,
@@ -211,7 +213,7 @@ def _draw_2d(
         markers = (("D", "category mean"),)
         legend_below(of_categories, _handles(categories, CATEGORY_COLORS, marked, markers), 4)
     fig.suptitle(f"{title}; {DELTA}", fontsize=10)
-    footnote(fig, marked)
+    footnote(fig, str(settings["condition"]), marked)
     return plots.save(fig, path, settings, quiet=quiet)
 
 
@@ -261,8 +263,8 @@ def _draw_3d(
         axis.pane.set_facecolor("white")
         axis.set_major_locator(MaxNLocator(5))
     ax.tick_params(labelsize=8, pad=1)
-    if marked:
-        text = UNRELIABLE + listed(marked)
+    if settings["condition"] == "all_with_validity":
+        text = UNRELIABLE + listed(marked) if marked else ALL_RELIABLE
         fig.text(0.5, 0.012, text, ha="center", fontsize=7.5, color="#444444")
     return plots.save(fig, path, settings, quiet=quiet)
 
@@ -273,12 +275,15 @@ def draw_pca(
     conditions: Sequence[str] = tuple(CONDITIONS),
     kinds: Sequence[str] = ("pca", "pca_3d"),
     quiet: bool = False,
+    layers: Collection[int] | None = None,
 ) -> list[Path]:
-    """2-D and 3-D PCA of every representative layer -> files. 2-D: states by category, deltas by
-    group and by category; 3-D: deltas by category."""
+    """2-D and 3-D PCA of the given layers, of every saved one where layers is None -> files. 2-D:
+    states by category, deltas by group and by category; 3-D: deltas by category."""
     unreliable_categories = unreliable(folder, scale)
     written = []
     for layer, of_layer in read_vectors(folder, scale):
+        if layers is not None and layer not in layers:
+            continue
         for tag in dict.fromkeys(CONDITIONS[condition] for condition in conditions):
             vectors = of_layer.of(of_layer.both) if tag == "both_correct" else of_layer
             categories = vectors.categories
@@ -291,7 +296,7 @@ def draw_pca(
             for condition in conditions:
                 if CONDITIONS[condition] != tag:
                     continue
-                title = f"{Path(folder).name} {scale}, layer {layer}, {WORDS[condition]}"
+                title = f"{model_of(folder)} {scale}, layer {layer}, {WORDS[condition]}"
                 settings = settings_of(folder, condition, scale=scale, layer=layer)
                 marked = unreliable_categories if condition == "all_with_validity" else {}
                 for kind in kinds:

@@ -1,8 +1,8 @@
 """Figures that compare scales, drawn from saved files only: accuracy, curves of all scales,
 entanglement, the ablation summary.
 
-draw_merge(folder, scales) draws them all; every function returns the files that it wrote. arXiv
-2605.30161; docs/studies/swap_analysis.md, sections 2 and 3.
+draw_merge(folder, scales) draws the summary, with all_figures every one; each function returns the
+files that it wrote. arXiv 2605.30161; docs/studies/swap_analysis.md, sections 2 and 3.
 """
 
 from __future__ import annotations
@@ -31,21 +31,26 @@ from vlmdiag.swap.saved import (
 )
 from vlmdiag.swap.style import (
     ALIGNMENT_COLORS,
+    ALL_RELIABLE,
     GROUP_COLORS,
     SPLIT_COLORS,
     UNRELIABLE,
     WORDS,
-    curve_label,
     dagger,
     draw_curve,
+    gaps_of,
     layer_axes,
     legend,
     legend_below,
-    null_handle,
+    measured_n,
+    model_of,
+    note_below,
     path_of,
     say,
     scale_colors,
+    scale_legend,
     settings_of,
+    within_cosines,
 )
 from vlmdiag.types import Fields, Record
 
@@ -61,12 +66,15 @@ if TYPE_CHECKING:
 
 # panel -> (form in the cells of vd_ei_{scale}.json, its value; the interval is in <low>, <high>)
 ENTANGLEMENT_PANELS = {
-    "equation 3": ("eq3_raw", "value", "low", "high"),
+    "index: equation 3 of the mean deltas": ("eq3_raw", "value", "low", "high"),
     "equation 3, cross-fitted": ("eq3_raw", "crossfit", "crossfit_low", "crossfit_high"),
     "cosine of the groups' mean deltas": ("group_cosine_raw", "value", "low", "high"),
 }
+AXIS = 1.05  # of entanglement, which is made of cosines
 BAR_PLACES = (-0.27, 0, 0.27)
 BAR_STYLE: Record = {"error_kw": {"elinewidth": 0.9, "ecolor": "#222222"}, "capsize": 2}
+BOTH_CHANCE = 0.25  # of pairs right in both orders, by two coin tosses
+CHANCE_LINE: Record = {"color": plots.EVEN_COLOR, "linewidth": 1, "linestyle": "--", "zorder": 1}
 
 
 def _scale_settings(folder: str | Path, scales: Sequence[str]) -> Record:
@@ -104,13 +112,20 @@ def read_accuracy(folder: str | Path, scales: Sequence[str]) -> dict[str, Accura
     return accuracy
 
 
-def _whiskers(accuracy: Accuracy, order: str) -> np.ndarray | None:
-    """Reach of the error bars below and above, None without intervals."""
-    value = accuracy[order]
-    reach = np.array([value - accuracy[f"{order}_low"], accuracy[f"{order}_high"] - value])
-    if not np.isfinite(reach).any():
-        return None
-    return np.where(np.isnan(reach), 0, np.maximum(reach, 0))
+def _bars(
+    ax: Axes,
+    x: OverScales,
+    value: OverScales,
+    low: OverScales,
+    high: OverScales,
+    color: str,
+    label: str,
+) -> None:
+    """A bar with its interval where there is a value, none where there is no pair."""
+    there = np.isfinite(value)
+    reach = np.maximum([value - low, high - value], 0)[:, there]
+    intervals = None if np.isnan(reach).all() else np.nan_to_num(reach)
+    ax.bar(x[there], value[there], 0.25, yerr=intervals, color=color, label=label, **BAR_STYLE)
 
 
 def _scale_ticks(ax: Axes, scales: Sequence[str]) -> None:
@@ -138,30 +153,25 @@ def draw_accuracy_bars(
     for ax, group in zip(axes, GROUPS):
         of_group = accuracy[group]
         orders = (
-            ("orig", "original", "#c9c9c9"),
-            ("swap", "swapped", "#8a8a8a"),
-            ("both", "both", GROUP_COLORS[group]),
+            ("orig", "original order", "#c9c9c9"),
+            ("swap", "swapped order", "#8a8a8a"),
+            ("both", "both orders (colour of the relation)", GROUP_COLORS[group]),
         )
         for place, (order, label, color) in zip(BAR_PLACES, orders):
-            ax.bar(
-                x + place,
-                np.nan_to_num(of_group[order]),
-                0.25,
-                yerr=_whiskers(of_group, order),
-                color=color,
-                label=label,
-                **BAR_STYLE,
-            )
+            value, low, high = (of_group[f"{order}{end}"] for end in ("", "_low", "_high"))
+            _bars(ax, x + place, value, low, high, color, label)
         for position in x[np.isnan(of_group["both"])]:
             ax.text(position, 0.02, "no pairs", ha="center", fontsize=8, color="#555555")
-        ax.axhline(0.5, color=plots.EVEN_COLOR, linewidth=1, linestyle="--", zorder=1)
+        ax.axhline(0.5, **CHANCE_LINE, label="chance, one order")
+        ax.axhline(BOTH_CHANCE, **(CHANCE_LINE | {"linestyle": ":"}), label="chance, both orders")
         ax.set_axisbelow(True)
         title = plots.with_n(group, of_group["n"])
         ax.set(title=title, ylim=(0, 1.05), xlim=(-0.6, len(scales) - 0.4))
         _scale_ticks(ax, scales)
-        legend_below(ax)
-    axes[0].set_ylabel("accuracy (share of pairs)")
-    fig.suptitle(f"Answers of {Path(folder).name}", fontsize=10.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    axes[0].set_ylabel("share of pairs answered right")
+    fig.suptitle(f"Right answers of {model_of(folder)}, 95 % intervals", fontsize=10.5)
     path = path_of(folder, "accuracy", name)
     return plots.save(fig, path, _scale_settings(folder, scales), quiet=quiet)
 
@@ -204,7 +214,7 @@ def _trajectory(ax: Axes, accuracy: Mapping[str, Accuracy], scales: Sequence[str
             of_group["both_high"],
             **look,
         )
-    ax.axhline(0.5, color=plots.EVEN_COLOR, linewidth=0.8, linestyle=":", zorder=1)
+    ax.axhline(BOTH_CHANCE, **CHANCE_LINE, label=f"chance, two coin tosses: {BOTH_CHANCE}")
     ax.set(ylim=(0, 1.05), ylabel="share of pairs", xlim=(-0.3, len(scales) - 0.7))
     _scale_ticks(ax, scales)
 
@@ -215,7 +225,7 @@ def draw_accuracy_trajectory(
     """Share of pairs answered right in both orders, against the scale -> files."""
     fig, ax = plt.subplots(figsize=(7.5, 4.6))
     _trajectory(ax, read_accuracy(folder, scales), scales)
-    ax.set(title=f"Right in both orders, {Path(folder).name}", xlabel="data scale")
+    ax.set(title=f"Right in both orders, {model_of(folder)}", xlabel="data scale")
     legend(ax)
     path = path_of(folder, "accuracy", "accuracy_trajectory")
     return plots.save(fig, path, _scale_settings(folder, scales), quiet=quiet)
@@ -237,26 +247,22 @@ def draw_accuracy_strata(
     fig, ax = plt.subplots(figsize=(max(6.5, 2.4 + 1.3 * len(scales)), 4.6))
     for place, split in zip(BAR_PLACES, SPLITS, strict=True):
         field = f"distance_{split}_acc_both"
-        value, low, high = (
+        value, low, high, image_low, image_high = (
             np.array([number(of_scale.get(f"{field}{end}")) for of_scale in stats])
-            for end in ("", "_image_low", "_image_high")
+            for end in ("", "_low", "_high", "_image_low", "_image_high")
         )
-        ax.bar(
-            x + place,
-            np.nan_to_num(value),
-            0.25,
-            yerr=np.nan_to_num(np.maximum([value - low, high - value], 0)),
-            color=SPLIT_COLORS[split],
-            label=plots.with_n(split, counts[split]),
-            **BAR_STYLE,
+        low, high = (  # of one image there is no interval over images
+            np.where(np.isnan(over_images), exact, over_images)
+            for over_images, exact in ((image_low, low), (image_high, high))
         )
+        label = plots.with_n(split, counts[split])
+        _bars(ax, x + place, value, low, high, SPLIT_COLORS[split], label)
+        for empty in (x + place)[np.isnan(value)]:
+            ax.text(empty, 0.01, "none", ha="center", va="bottom", rotation=90, fontsize=7)
     for position, of_scale in enumerate(stats):
-        gap = of_scale.get("gap_both") or {}
-        if gap.get("value") is not None:
-            ax.text(position, 1.02, _gap_text(gap), ha="center", va="bottom", fontsize=7.5)
-    ax.axhline(
-        0.25, color=plots.EVEN_COLOR, linewidth=1, linestyle="--", zorder=1, label="two coin tosses"
-    )
+        text = _gap_text(of_scale.get("gap_both") or {})
+        ax.text(position, 1.02, text, ha="center", va="bottom", fontsize=7.5)
+    ax.axhline(BOTH_CHANCE, **CHANCE_LINE, label=f"chance, two coin tosses: {BOTH_CHANCE}")
     ax.set_axisbelow(True)
     ax.set(
         ylim=(0, 1.18),
@@ -264,7 +270,9 @@ def draw_accuracy_strata(
         ylabel="share of distance pairs",
         yticks=np.linspace(0, 1, 6),
     )
-    ax.set_title(f"Distance pairs right in both orders, {Path(folder).name}")
+    ax.set_title(
+        f"Distance pairs right in both orders, {model_of(folder)}; gap: consistent - counter"
+    )
     _scale_ticks(ax, scales)
     legend_below(ax, columns=2)
     path = path_of(folder, "accuracy", "accuracy_strata")
@@ -272,11 +280,10 @@ def draw_accuracy_strata(
 
 
 def _gap_text(gap: Fields) -> str:
-    """The gap and its interval."""
-    text = f"gap {gap['value']:+.2f}"
-    if gap.get("low") is None:
-        return text
-    return f"{text}\n({gap['low']:+.2f} to {gap['high']:+.2f})"
+    """The gap and its interval; none of fewer images than an interval needs."""
+    if gap.get("value") is None or gap.get("low") is None:
+        return "gap: too\nfew pairs"
+    return f"gap {gap['value']:+.2f}\n({gap['low']:+.2f} to {gap['high']:+.2f})"
 
 
 # ---- curves of all scales ----
@@ -304,32 +311,38 @@ def draw_cross_consistency(
     fig, axes = plt.subplots(
         len(panels) // 3, 3, figsize=(14, 4.4 if by_group else 7.6), sharey=True, squeeze=False
     )
+    has_null = False
     for ax, series in zip(axes.flat, panels):
-        has_null = False
-        for scale, curves in by_scale.items():
-            if series not in curves:
-                continue
-            is_marked = dagger(series, marked[scale]) != series
-            name = dagger(scale, [scale]) if is_marked else scale
-            look = {"alpha": 0.5, "linestyle": "--"} if is_marked else {}
-            label = curve_label(name, curves[series])
-            has_null |= draw_curve(ax, curves[series], label, colors[scale], **look)
-        if has_null:
-            null_handle(ax, "shuffled labels (band: 2 s.d.)")
+        curves = {scale: found[series] for scale, found in by_scale.items() if series in found}
+        of_marked = [scale for scale in curves if dagger(series, marked[scale]) != series]
+        for scale, curve in curves.items():
+            look = {"alpha": 0.5, "linestyle": "--"} if scale in of_marked else {}
+            has_null |= draw_curve(ax, curve, scale, colors[scale], **look)
         layer_axes(ax, series, consistency.ylabel if ax in axes[:, 0] else "")
-        if not ax.get_legend_handles_labels()[0]:
+        _say_counts(ax, curves)
+        if of_marked:
+            note_below(ax, [f"\u2020 {', '.join(of_marked)}"])
+        if not curves:
             say(ax, "too few pairs")
-        elif by_group:
-            legend_below(ax, columns=2)
-        else:
-            ax.legend(fontsize=7)
-    title = f"{consistency.title}, {Path(folder).name}, {WORDS[condition]}"
+    scale_legend(fig, colors, "shuffled labels (band: 2 s.d.)" if has_null else None)
+    title = f"{consistency.title}, {model_of(folder)}, {WORDS[condition]}"
     fig.suptitle(title, fontsize=10.5)
     if marks_unreliable:
-        fig.supxlabel(UNRELIABLE + "dashed and faint", fontsize=8, color="#444444")
+        has_marks = any(marked.values())
+        text = f"{UNRELIABLE}dashed and faint" if has_marks else ALL_RELIABLE
+        fig.supxlabel(text, fontsize=8, color="#444444")
     path = path_of(folder, condition, "cross_scale", consistency.figure)
     settings = settings_of(folder, condition, scales=list(scales))
     return plots.save(fig, path, settings, quiet=quiet)
+
+
+def _say_counts(ax: Axes, curves: Mapping[str, Curve], gap: str = "too few") -> None:
+    """n behind the title of a panel, and below it which scales have gaps."""
+    counts = [n for curve in curves.values() for n in measured_n(curve)]
+    if counts:
+        ax.set_title(plots.with_n(ax.get_title(), counts))
+    gaps = {scale: gaps_of(curve, gap) for scale, curve in curves.items()}
+    note_below(ax, ["; ".join(f"{scale}: {text}" for scale, text in gaps.items() if text)])
 
 
 def _read_alignment(folder: str | Path, scale: str, condition: str) -> Curve:
@@ -353,8 +366,9 @@ def draw_cross_alignment(
         ("per_sample_mean", "mean over scenes of cos(vertical delta, distance delta)"),
         ("mean_delta_alignment", "cosine of the mean deltas"),
     )
+    has_null = False
     for ax, (field, title) in zip(axes, panels):
-        has_null = False
+        drawn = {}
         for scale, curve in curves.items():
             shown = {
                 "layer": curve["layer"],
@@ -372,13 +386,13 @@ def draw_cross_alignment(
                 present = [source for source in sources if source in curve]
                 if present:
                     shown[name] = curve[present[0]]
-            has_null |= draw_curve(ax, shown, curve_label(scale, shown), colors[scale])
-        if has_null:
-            null_handle(ax, "scenes permuted (band: 2 s.d.)")
+            has_null |= draw_curve(ax, shown, scale, colors[scale])
+            drawn[scale] = shown
         layer_axes(ax, title, "cosine" if ax is axes[0] else "")
-    for ax in axes:
-        legend_below(ax)
-    fig.suptitle(f"Alignment of height and distance, {Path(folder).name}", fontsize=10.5)
+        _say_counts(ax, drawn)
+    scale_legend(fig, colors, "scenes permuted (band: 2 s.d.)" if has_null else None)
+    title = f"Alignment of height and distance, {model_of(folder)}, {WORDS[condition]}"
+    fig.suptitle(f"{title}; n: scenes", fontsize=10.5)
     path = path_of(folder, condition, "cross_scale", "cross_alignment")
     settings = settings_of(folder, condition, scales=list(scales))
     return plots.save(fig, path, settings, quiet=quiet)
@@ -415,6 +429,17 @@ def _entry(cell: Fields, form: str, field: str) -> object:
     return cell.get(form if field == "value" else f"{form}_{field}")
 
 
+def _outside(curves: Mapping[str, Curve]) -> str:
+    """Which estimates lie where no cosine can, as one of few pairs may by cross-fitting."""
+    found = [
+        f"{scale}: {value:.1f} at L{layer}"
+        for scale, curve in curves.items()
+        for layer, value in zip(curve["layer"], curve["mean"])
+        if abs(value) > AXIS
+    ]
+    return f"beyond the axis: {', '.join(found)}" if found else ""
+
+
 def draw_vd_ei(
     folder: str | Path, scales: Sequence[str], condition: str = "all", quiet: bool = False
 ) -> list[Path]:
@@ -432,19 +457,21 @@ def draw_vd_ei(
     size = (max(7.5, 4.7 * len(panels)), 4.6)
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, panel in zip(axes[0], panels):
-        for scale, curves in by_scale.items():
-            if panel in curves:
-                label = curve_label(scale, curves[panel], "undefined")
-                draw_curve(ax, curves[panel], label, colors[scale])
-                continue
+        shown = {scale: curves[panel] for scale, curves in by_scale.items() if panel in curves}
+        for scale, curve in shown.items():
+            draw_curve(ax, within_cosines(curve), scale, colors[scale])
+        layer_axes(ax, panel, "entanglement" if ax is axes[0, 0] else "")
+        _say_counts(ax, shown, "undefined")
+        note_below(ax, [_outside(shown)])
+        absent = []
+        for scale in [scale for scale in scales if scale not in shown]:
             is_absent = read_json(folder, f"vd_ei_{scale}") is None
-            reason = "not measured" if is_absent else "too few pairs"
-            label = f"{scale}: {reason}"
-            ax.plot([], [], color=colors[scale], marker="o", markersize=3, label=label)
-        layer_axes(ax, panel, "entanglement index" if ax is axes[0, 0] else "")
-        legend_below(ax, columns=2)
+            absent.append(f"{scale}: {'not measured' if is_absent else 'too few pairs'}")
+        note_below(ax, ["; ".join(absent)])
+    axes[0, 0].set_ylim(-AXIS, AXIS)
+    scale_legend(fig, colors)
     title = (
-        f"Entanglement of vertical and distance deltas (VD-EI), {Path(folder).name},"
+        f"Entanglement of vertical and distance deltas (VD-EI), {model_of(folder)},"
         f" {WORDS[condition]}"
     )
     if any("n" in curve for curves in by_scale.values() for curve in curves.values()):
@@ -576,7 +603,7 @@ def draw_ablation(
         if ax.get_legend_handles_labels()[0]:
             legend_below(ax, columns=2)
     fig.suptitle(
-        f"What more spatial data changes, {Path(folder).name}, states of {WORDS[condition]}",
+        f"What more spatial data changes, {model_of(folder)}, states of {WORDS[condition]}",
         fontsize=10.5,
     )
     path = path_of(folder, condition, "cross_scale", "ablation_summary")
@@ -588,18 +615,28 @@ def draw_ablation(
 
 
 def draw_merge(
-    folder: str | Path, scales: Sequence[str], layer: int | None = None, quiet: bool = False
+    folder: str | Path,
+    scales: Sequence[str],
+    layer: int | None = None,
+    quiet: bool = False,
+    all_figures: bool = False,
 ) -> list[Path]:
-    """Every figure that compares scales -> files. layer: that of the ablation summary, three
-    quarters of the depth where None."""
+    """The summary over scales, or every figure that compares them -> files. layer: that of the
+    ablation summary, three quarters of the depth where None.
+
+    The summary: answers, and of all pairs coherence, alignment, entanglement and the ablation
+    summary.
+    """
     scales = list(scales)
     if not scales:
         raise UsageError(f"no scale of {folder} to compare; name some with --scales")
-    written = draw_accuracy_bars(folder, scales, quiet=quiet)
+    written = []
+    if all_figures:
+        written += draw_accuracy_bars(folder, scales, quiet=quiet)
     written += draw_accuracy_trajectory(folder, scales, quiet)
     written += draw_accuracy_strata(folder, scales, quiet)
-    for condition in CONDITIONS:
-        for family in FAMILIES:
+    for condition in CONDITIONS if all_figures else ("all",):
+        for family in FAMILIES if all_figures else ("sign_corrected_consistency",):
             written += draw_cross_consistency(folder, scales, condition, family, quiet)
         if condition != "all_with_validity":
             written += draw_cross_alignment(folder, scales, condition, quiet)

@@ -151,7 +151,7 @@ def _outline_splits(ax: Axes) -> None:
 
 def draw_bars(summaries: Mapping[str, Summary], colors: Mapping[str, str]) -> Figure:
     """v in all pictures and by split, one group of bars each, a bar a run."""
-    fig, ax = plt.subplots(figsize=(3.5 + 0.7 * len(summaries), 4))
+    fig, ax = plt.subplots(figsize=(6.2 + 0.7 * len(summaries), 4))
     width = 0.8 / len(summaries)
     for number, (label, summary) in enumerate(summaries.items()):
         x = np.arange(len(BARS)) + (number - (len(summaries) - 1) / 2) * width
@@ -168,7 +168,7 @@ def draw_bars(summaries: Mapping[str, Summary], colors: Mapping[str, str]) -> Fi
         ax.errorbar(x, mean, reach, fmt="none", ecolor="black", elinewidth=1, capsize=2)
     ax.axhline(0.5, color=plots.EVEN_COLOR, linestyle="--", linewidth=1, label="chance")
     ax.set(
-        title="SpatialTunnel: does height decide?",
+        title="SpatialTunnel: does height decide? (95 % intervals over pictures)",
         ylabel="v, share of the right answer",
         ylim=(0, 1),
         xticks=range(len(BARS)),

@@ -108,16 +108,18 @@ def models(results_dir: str | Path, model: str | None = None) -> list[Path]:
     return folders
 
 
+def by_samples(scale: str) -> tuple[bool, float, str]:
+    """Sorts scales by their data, names without a number last."""
+    samples = samples_seen(scale)
+    return bool(np.isnan(samples)), float(np.nan_to_num(samples)), scale
+
+
 def find_scales(
     folder: str | Path, wanted: Sequence[str] | None = None, kind: str = "json/pred_stats"
 ) -> list[str]:
     """The scales that have a file <kind>_{scale}, in the order of --scales, else by data scale with
     names that hold no number last. UsageError where one is missing."""
     ending, stem = kind.split("/")
-
-    def by_samples(scale: str) -> tuple[bool, float, str]:
-        samples = samples_seen(scale)
-        return bool(np.isnan(samples)), float(np.nan_to_num(samples)), scale
 
     paths = Path(folder, ending).glob(f"{stem}_*.{ending}")
     scales = sorted((path.stem[len(stem) + 1 :] for path in paths), key=by_samples)

@@ -3,18 +3,20 @@ docs/studies/swap_analysis.md, section 3.4."""
 
 from __future__ import annotations
 
-import zlib
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 
 from vlmdiag.figures import plots
 from vlmdiag.figures.layers import LAYER_AXIS
 from vlmdiag.swap.relations import GROUPS
-from vlmdiag.swap.saved import CONDITIONS
+from vlmdiag.swap.saved import CONDITIONS, samples_seen
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -36,14 +38,8 @@ CATEGORY_COLORS = {
     "close": "#c5b0d5",
 }
 GROUP_COLORS = {group: CATEGORY_COLORS[canonical] for group, (canonical, _) in GROUPS.items()}
-SCALE_COLORS = {
-    "vanilla": "#1f77b4",
-    "80k": "#ff7f0e",
-    "400k": "#2ca02c",
-    "800k": "#d62728",
-    "2m": "#9467bd",
-    "roborefer": "#8c564b",
-}
+SCALE_MAP = "viridis_r"  # scales with an amount of data: more is darker
+OTHER_SCALES = [plots.VERMILION, plots.PURPLE, plots.ORANGE, plots.SKY, "#661100"]
 SPLIT_COLORS = {"consistent": plots.BLUE, "counter": plots.VERMILION, "ambiguous": plots.EVEN_COLOR}
 WORDS = {
     "all": "all pairs",
@@ -56,43 +52,77 @@ ALIGNMENT_COLORS = {
     "permutation": plots.EVEN_COLOR,
 }
 UNRELIABLE = "\u2020 accuracy under 0.5 in the original or the swapped order: "
+ALL_RELIABLE = "every category shown is reliable, so this is the figure of plots/all"
+
+
+def model_of(folder: str | Path) -> str:
+    """The model of a results folder in words: 'tiny, corridor' of results/tiny__corridor."""
+    return Path(folder).name.replace("__", ", ")
 
 
 def scale_colors(scales: Sequence[str]) -> dict[str, str]:
-    """{scale: colour}: the published ones' own, any other from plots.CYCLE, far from the colours
-    that the figure's other scales have."""
-    colors = {scale: SCALE_COLORS[scale] for scale in scales if scale in SCALE_COLORS}
-    # grey is for nulls
-    cycle = [color for color in plots.CYCLE if len(set(to_rgb(color))) > 1]
-    for scale in sorted(set(scales) - set(colors)):
-        start = zlib.crc32(scale.encode()) % len(cycle)
-        candidates = cycle[start:] + cycle[:start]
-        used = [np.array(to_rgb(color)) for color in colors.values()]
-        distances = [
-            min((float(np.linalg.norm(to_rgb(color) - other)) for other in used), default=9.0)
-            for color in candidates
-        ]
-        clear = [color for color, distance in zip(candidates, distances) if distance > 0.3]
-        colors[scale] = clear[0] if clear else candidates[int(np.argmax(distances))]
+    """{scale: colour}: those with an amount of data from light to dark in its order, the others,
+    such as another model's, in colours that stand out from these."""
+    ordered = sorted(
+        (scale for scale in set(scales) if not np.isnan(samples_seen(scale))),
+        key=lambda scale: (samples_seen(scale), scale),
+    )
+    places = np.linspace(1, 0.15, len(ordered))[::-1]
+    colors = {
+        scale: to_hex(plt.get_cmap(SCALE_MAP)(place))
+        for scale, place in zip(ordered, places, strict=True)
+    }
+    for number, scale in enumerate(sorted(set(scales) - set(ordered))):
+        colors[scale] = OTHER_SCALES[number % len(OTHER_SCALES)]
     return {scale: colors[scale] for scale in scales}
+
+
+def scale_legend(fig: Figure, colors: Mapping[str, str], null: str | None = None) -> None:
+    """One legend of the scales for all panels, below them. null: what the dotted lines are."""
+    handles = [
+        Line2D([], [], color=color, marker="o", markersize=3, label=scale)
+        for scale, color in colors.items()
+    ]
+    if null:
+        handles.append(
+            Line2D([], [], color=plots.EVEN_COLOR, linestyle=":", linewidth=1, label=null)
+        )
+    fig.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
+
+
+def note_below(ax: Axes, notes: Sequence[str]) -> None:
+    """Lines under the label of the x axis, empty ones left out."""
+    lines = [ax.get_xlabel(), *(textwrap.fill(note, 64) for note in notes if note)]
+    ax.set_xlabel("\n".join(lines), fontsize=9)
 
 
 def curve_label(name: str, curve: Curve, gap: str = "too few") -> str:
     """The legend's words of one series: n, and where too few pairs left a gap."""
-    mean = curve["mean"]
+    measured = measured_n(curve)
+    gaps = gaps_of(curve, gap)
+    if np.isnan(curve["mean"]).all():
+        return f"{name}: {gaps}"
+    label = plots.with_n(name, measured) if len(measured) else name
+    return f"{label}; {gaps}" if gaps else label
+
+
+def measured_n(curve: Curve) -> np.ndarray:
+    """n of a series where it has a value; empty where n is unknown."""
     n = curve.get("n", np.array([]))
+    return n[~np.isnan(n) & ~np.isnan(curve["mean"])].astype(int) if n.size else n
+
+
+def gaps_of(curve: Curve, gap: str = "too few") -> str:
+    """Where too few pairs left a gap in a series, '' where there is none."""
+    mean = curve["mean"]
     gaps = curve["layer"][np.isnan(mean)]
     if len(gaps) == len(mean):
-        counts = n[~np.isnan(n)].astype(int)
-        return f"{name}: too few pairs (n = {counts.max(initial=0)})"
-    counts = n[~np.isnan(n) & ~np.isnan(mean)].astype(int) if n.size else n
-    label = plots.with_n(name, counts) if len(counts) else name
-    if not len(gaps):
-        return label
+        n = curve.get("n", np.array([]))
+        return f"too few pairs (n = {n[~np.isnan(n)].astype(int).max(initial=0)})"
     shown = [f"L{layer}" for layer in gaps[:3]]
     if len(gaps) > 3:
         shown.append("...")
-    return f"{label}; {gap} at {', '.join(shown)}"
+    return f"{gap} at {', '.join(shown)}" if shown else ""
 
 
 def path_of(folder: str | Path, condition: str, *parts: str) -> Path:
@@ -115,10 +145,11 @@ def listed(marked: Marked) -> str:
     return ", ".join(words)
 
 
-def footnote(fig: Figure, marked: Marked) -> None:
-    """The footnote of all_with_validity."""
-    if marked:
-        fig.supxlabel(UNRELIABLE + listed(marked), fontsize=8, color="#444444")
+def footnote(fig: Figure, condition: str, marked: Marked) -> None:
+    """What a figure of all_with_validity says of its categories; nothing for other conditions."""
+    if condition == "all_with_validity":
+        text = UNRELIABLE + listed(marked) if marked else ALL_RELIABLE
+        fig.supxlabel(text, fontsize=8, color="#444444")
 
 
 def legend(ax: Axes, columns: int = 3) -> None:
@@ -170,6 +201,11 @@ def draw_curve(ax: Axes, curve: Curve, label: str, color: str, **line: Any) -> b
     low, high = null - spread, null + spread
     ax.fill_between(layer, low, high, color=plots.EVEN_COLOR, alpha=0.1, linewidth=0)
     return True
+
+
+def within_cosines(curve: Curve) -> Curve:
+    """The series with its interval cut at -1 and 1, which no cosine and no mean of them leaves."""
+    return curve | {end: np.clip(curve[end], -1, 1) for end in ("low", "high") if end in curve}
 
 
 def null_handle(ax: Axes, text: str) -> None:
