@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.test_report import plant_coco
 from vlmdiag.groups import GROUPS, VISION
 from vlmdiag.model.vision import prefill
 from vlmdiag.scenes.scene import floor_scene, render
@@ -152,3 +153,15 @@ def test_10_a_probes_first_step_is_that_of_eager_attention(run):
     first = torch.stack(names["sharpness"].steps[0])[:, 0]
     assert torch.allclose(first, wanted, atol=1e-5)
     assert len(GROUPS) == 7
+
+
+def test_a_run_is_read_as_the_page_on_files_says(folder, monkeypatch, capsys):
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text(), re.DOTALL
+    )
+    run = plant_coco(folder / "runs", "tiny-llava", 10.0, 0.01)
+    monkeypatch.chdir(folder)
+    exec(block, {})
+    means = [run.arrays(id)["head_vision_share"].mean() for id in run.ids()]
+    said = capsys.readouterr().out
+    assert said.startswith(f"{np.mean(means):.3f} [") and said.endswith("n = 12\n")

@@ -65,6 +65,8 @@ READMES = [
     )
     if (path := ROOT / name).exists()
 ]
+# pages of the documentation whose commands stand in a README too, with what they print
+READMES += [ROOT / "docs" / "checkup.md", *sorted((ROOT / "docs" / "diagnoses").glob("*.md"))]
 MODELS = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
 LIMITS = {
     "--max_images": "2",
