@@ -36,11 +36,11 @@ BEAT = 60.0  # seconds between lines of a log that is no terminal
 SIZES = {
     "quick": {
         "coco": 24,
-        "psi": 60,
+        "psi": 140,
         "lens": 40,
         "knockout": 24,
-        "ablation": 10,
-        "relevancy": 8,
+        "ablation": 16,
+        "relevancy": 12,
         "swap": 16,
         "volcano": 20,
     },

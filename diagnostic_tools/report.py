@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlmdiag.figures import plots
     from vlmdiag.report import page
 
-    page.write(out, args.title, runs, broken, found, compared)
+    page.write(out, args.title, runs, broken, subjects, found, compared)
     plots.write_file(out / "claims.json", claims.as_json(found).encode())
     if compared:
         from vlmdiag.report import compare, quantities

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlmdiag.figures import plots
 from vlmdiag.report import claims, compare, sections
-from vlmdiag.report.catalog import experiment_of, model_of
+from vlmdiag.report.catalog import SWAP, Subject, experiment_of, model_of
 from vlmdiag.report.quantities import quantities_of
 from vlmdiag.runs import disk
 from vlmdiag.runs.rundirs import Run
@@ -44,10 +44,15 @@ class Figures:
         self.linked = 0
 
     def add(self, drawn: sections.Drawn, settings: Fields) -> Record:
-        """Save a figure; returns what the template shows of it."""
+        """Save a figure, or copy the PNG of one with its PDF; returns what the template shows."""
         path = self.out / "figures" / re.sub(r"[^\w.+-]", "-", drawn.name)
-        png = plots.save(drawn.figure, path, settings, quiet=True)[0]
-        return self.entry(png, drawn)
+        if not isinstance(drawn.figure, Path):
+            return self.entry(plots.save(drawn.figure, path, settings, quiet=True)[0], drawn)
+        for ending in (".png", ".pdf"):
+            there = drawn.figure.with_suffix(ending)
+            if there.is_file():
+                disk.write_bytes(f"{path}{ending}", there.read_bytes())
+        return self.entry(Path(f"{path}.png"), drawn)
 
     def entry(self, png: Path, drawn: sections.Drawn) -> Record:
         data = png.read_bytes()
@@ -78,13 +83,28 @@ def write(
     title: str,
     runs: Sequence[Run],
     broken: Sequence[str],
+    subjects: Sequence[Subject],
     found: Sequence[claims.Finding],
     compared: tuple[Run, Run] | None = None,
 ) -> Path:
     """Draw the figures and write <out>/index.html; returns its path."""
     figures = Figures(out)
     by_experiment = _grouped(runs)
-    shown = [_section(name, of, figures) for name, of in by_experiment.items()]
+    results = {
+        folder: subject.name
+        for subject in subjects
+        for folder, _ in [subject.results or (None, "")]
+    }
+    swap = [
+        drawn
+        for folder, name in results.items()
+        if folder is not None
+        for drawn in sections.swap_figures(folder, name)
+    ]
+    shown = [
+        _section(name, of, figures, swap if name == SWAP else ())
+        for name, of in by_experiment.items()
+    ]
     shown = [section for section in shown if section["figures"] or section["notes"]]
     anchors = {section["experiment"]: section["anchor"] for section in shown}
     differences: list[Record] = []
@@ -99,9 +119,14 @@ def write(
         "lead": f"Runs: {len(runs)}. Models: {', '.join(models)}.",
         "models": models,
         "broken": broken,
-        "measured": [_measured(name, of, models, anchors) for name, of in by_experiment.items()],
+        "measured": [
+            _measured(name, of, models, anchors)
+            for name, of in by_experiment.items()
+            if name != "mean_vector"  # what other experiments need
+        ],
         "costs": [cost for cost in map(cost_of, runs) if cost],
         "claims": list(_claims(found)),
+        "verdicts": _verdicts(found),
         "tests": sum(finding.interval is not None for finding in found),
         "sections": shown,
         "differences": differences,
@@ -131,7 +156,10 @@ def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {name: of for name, of in grouped.items() if of}
 
 
-def _section(name: str, runs: Sequence[Run], figures: Figures) -> Record:
+def _section(
+    name: str, runs: Sequence[Run], figures: Figures, more: Sequence[sections.Drawn | str] = ()
+) -> Record:
+    """The figures of an experiment's runs, and more that were drawn elsewhere."""
     about = sections.experiment(runs[0])
     section: Record = {
         "experiment": name,
@@ -145,7 +173,7 @@ def _section(name: str, runs: Sequence[Run], figures: Figures) -> Record:
     settings = {"runs": [str(run.path.name) for run in runs]}
     done = [run for run in runs if run.ids()]
     section["notes"] += [f"{run.label} has no finished item" for run in runs if not run.ids()]
-    for drawn in sections.figures_of(done) if done else ():
+    for drawn in [*(sections.figures_of(done) if done else ()), *more]:
         if isinstance(drawn, str):
             section["notes"].append(drawn)
         else:
@@ -180,7 +208,7 @@ def _measured(
             if model_of(run) != model:
                 continue
             failed = len(run.failed())
-            name_of = "" if run.label == model else f"{run.label}: "
+            name_of = "" if run.label in (model, f"{model}_full") else f"{run.label}: "
             lines.append(f"{name_of}{len(run.ids())}" + (f", {failed} failed" if failed else ""))
         cells.append(lines)
     return {
@@ -223,6 +251,23 @@ def range_text(low: float, high: float) -> str:
     return f"below {high:g}" if np.isinf(low) else f"{low:g} to {high:g}"
 
 
+def _verdicts(found: Sequence[claims.Finding]) -> Record:
+    """Claims by models, where a model has a testable part."""
+    models = [
+        name
+        for name in dict.fromkeys(finding.model for finding in found)
+        if any(finding.model == name and finding.interval is not None for finding in found)
+    ]
+    rows = []
+    for number, claim in claims.CLAIMS.items():
+        cells = []
+        for name in models:
+            of_model = [f for f in found if f.part.claim == number and f.model == name]
+            cells.append(claims.of_claim(of_model) if of_model else "")
+        rows.append({"number": number, "wording": claim.wording, "cells": cells})
+    return {"models": models, "rows": rows}
+
+
 def _claims(found: Sequence[claims.Finding]) -> Iterator[Record]:
     for number, claim in claims.CLAIMS.items():
         of_claim = [finding for finding in found if finding.part.claim == number]
@@ -233,19 +278,30 @@ def _claims(found: Sequence[claims.Finding]) -> Iterator[Record]:
                 "quantity": finding.part.quantity,
                 "range": range_text(finding.part.low, finding.part.high),
                 "model": finding.model,
-                "value": "" if finding.interval is None else value_text(finding.interval),
-                "n": "" if finding.interval is None else int(finding.interval.n),
+                "value": value_text(finding.interval),
+                "n": int(finding.interval.n),
                 "verdict": finding.verdict,
                 "why": finding.why,
             }
             for finding in of_claim
+            if finding.interval is not None
         ]
+        untestable: dict[str, list[str]] = {}
+        for finding in of_claim:
+            if finding.interval is None:
+                models = untestable.setdefault(finding.why, [])
+                if finding.model not in models:
+                    models.append(finding.model)
         sources = dict.fromkeys(
             f"{finding.part.quantity}: {range_text(finding.part.low, finding.part.high)}."
             f" {finding.part.source[0].upper()}{finding.part.source[1:]}."
             for finding in of_claim
         )
-        yield {"number": number, **claim._asdict(), "rows": rows, "sources": list(sources)}
+        missing = [f"{', '.join(models)}: {why}" for why, models in untestable.items()]
+        yield {"number": number, **claim._asdict(), "rows": rows} | {
+            "untestable": missing,
+            "sources": list(sources),
+        }
 
 
 def _failures(run: Run) -> Record:

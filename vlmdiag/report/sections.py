@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vlmdiag.cli import UsageError
@@ -31,11 +32,11 @@ class Experiment(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A figure: what it measures, and how to read it."""
+    """A figure, or the PNG of one: what it measures, and how to read it."""
 
     name: str
     title: str
-    figure: Figure
+    figure: Figure | Path
     what: str
     how: str
 
@@ -298,6 +299,43 @@ def _hallucination(runs: Runs) -> Iterator[Drawn]:
 
 
 # --- swap analysis --------------------------------------------------------------------------------
+
+SWAP_KINDS = {  # of its summary, and how each is read
+    "accuracy_group_bars": "Chance is 0.5 for one order and 0.25 for both. Whiskers: 95 %.",
+    "accuracy_strata": "No gap: depth is not read off height. Whiskers: 95 % over pictures.",
+    "sign_corrected": "Above the grey band of shuffled labels there is an axis.",
+    "cross_alignment": "Above or below the band of the null, height and depth share a direction.",
+    "vd_ei": "Compare strata before models: part of it comes from the questions' wording.",
+    "strata": "Lines that differ between strata come from the pictures, not from the wording.",
+}
+
+
+def swap_figures(folder: Path, name: str) -> Iterator[Drawn | str]:
+    """The summary that swap_analysis.py drew into a results folder."""
+    from vlmdiag.swap import index_page, saved
+
+    files = [
+        path.stem.removeprefix("pred_stats_") for path in folder.glob("json/pred_stats_*.json")
+    ]
+    entries = [
+        (index_page.entry_of(path, folder, sorted(files, key=saved.by_samples)), path)
+        for path in sorted((folder / "plots").rglob("*.png"))
+    ]
+    found = False
+    for kind, how in SWAP_KINDS.items():
+        for entry, path in entries:
+            if entry.kind == kind and entry.group in ("accuracy", "all"):
+                found = True
+                words = kind.replace("_", " ").replace("vd ei", "entanglement")
+                yield Drawn(
+                    f"swap_{name}_{entry.name}",
+                    f"{words[0].upper()}{words[1:]}: {name}, {entry.section.lower()}",
+                    path,
+                    index_page.SENTENCES[kind],
+                    how,
+                )
+    if not found:
+        yield f"{folder} has no figures; run swap_analysis.py --stage plots"
 
 
 def _tunnel(runs: Runs) -> Iterator[Drawn]:
