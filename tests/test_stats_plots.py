@@ -242,16 +242,16 @@ def test_paired_proportions_are_newcombes_with_exact_limits():
     """Limits by hand, for 20 images: both right 12, only the first 5, only the second 1, none 2."""
     first = np.array([1.0] * 17 + [0.0] * 3)
     second = np.array([1.0] * 12 + [0.0] * 5 + [1.0] + [0.0] * 2)
-    found = stats.paired_difference(first, second)
+    found = stats.paired_difference(first, second, discrete=True)
     p, q = (stats.proportion_interval(k, 20) for k in (17, 13))
     phi = max(12 * 2 - 5 * 1 - 10, 0) / (17 * 3 * 13 * 7) ** 0.5
     a, b = p.mean - p.low, q.high - q.mean
     assert found.mean == pytest.approx(0.2)
     assert found.low == pytest.approx(0.2 - (a * a - 2 * phi * a * b + b * b) ** 0.5)
-    swapped = stats.paired_difference(second, first)
+    swapped = stats.paired_difference(second, first, discrete=True)
     assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low))
     # equal answers throughout are no proof that there is no difference
-    same = stats.paired_difference(np.ones(10), np.ones(10))
+    same = stats.paired_difference(np.ones(10), np.ones(10), discrete=True)
     assert same.mean == 0 and same.low < -0.2 and same.high > 0.2
 
 
@@ -454,3 +454,11 @@ def test_a_ratio_of_means_has_the_interval_of_its_inverse_turned_over_and_covers
     np.testing.assert_allclose([1 / back.high, 1 / back.low], [found.low, found.high], rtol=1e-9)
     few = stats.ratio_interval([1.0, 0.0, 2.0, 0.0, 1.0], np.ones(5))  # no logarithm of 0
     assert few.low < few.mean == 0.8 < few.high
+
+
+def test_a_share_that_is_0_in_all_images_is_no_proportion_of_right_answers():
+    zeros = np.zeros(30)
+    found = stats.paired_difference(zeros, zeros, bounds=stats.DIFFERENCES)
+    assert (found.low, found.high) == (0.0, 0.0)
+    right = stats.paired_difference(zeros, zeros, bounds=stats.DIFFERENCES, discrete=True)
+    assert right.low < -0.05 and right.high > 0.05  # others may differ

@@ -407,7 +407,8 @@ def paired_difference(
 ) -> Interval:
     """Mean over images of a - b with its interval, a and b (n, ...) measured on the same images in
     the same order. An image that lacks either is left out. bounds: of a difference, such as -1 and
-    1 of shares."""
+    1 of shares. discrete: of few possible values; answers that are right or wrong, 0 or 1, have
+    the limits of a difference of proportions."""
     first = np.asarray(a, dtype=np.float64)
     second = np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
@@ -415,7 +416,7 @@ def paired_difference(
     found = mean_interval(first - second, level, num_resamples, seed, bounds, discrete)
     known = ~np.isnan(first - second)
     are_proportions = (((first * (first - 1) == 0) & (second * (second - 1) == 0)) | ~known).all(0)
-    are_proportions &= found.n > 1
+    are_proportions &= (found.n > 1) & discrete
     low, high = _paired_proportions(first, second, known, level)
     return found._replace(
         low=np.where(are_proportions, low, found.low)[()],

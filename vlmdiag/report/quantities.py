@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
     from vlmdiag.runs.rundirs import Run
 
+STREAMS = {  # of hidden norms
+    "user_text": "user text tokens",
+    "vision": "vision tokens",
+    "sys": "system prompt tokens",
+    "bos": "the first token",
+}
 Axis = tuple[str, Sequence[object]]  # what the cells count, and the name of each
 
 
@@ -119,15 +125,18 @@ def _of_coco(run: Run) -> Iterator[Quantity]:
     if found := _stacked(run, "group_mass"):
         ids, values = found
         groups = run.record(ids[0])["groups"]
-        axes = (("group", groups), _numbered("layer", values.shape[2]))
-        yield Quantity("attention of the answer", "share", ids, values.mean(-1), axes, stats.SHARES)
+        of_layers = values.mean(-1)
+        there = [k for k in range(len(groups)) if np.nanmax(of_layers[:, k], initial=0.0) > 0]
+        axes = (("group", [groups[k] for k in there]), _numbered("layer", values.shape[2]))
+        name = "attention of the answer"
+        yield Quantity(name, "share", ids, of_layers[:, there], axes, stats.SHARES)
     norms = {}
-    for stream in ("user_text", "vision", "sys", "bos"):
+    for stream, words in STREAMS.items():
         found = _stacked(run, f"hidden_norms_{stream}")
         if found and np.isfinite(found[1]).any():
             norms[stream] = found
             states = (_states(found[1].shape[1]),)
-            yield Quantity(f"norm of {stream.replace('_', ' ')} tokens", "L2", *found, states)
+            yield Quantity(f"norm of {words}", "L2", *found, states)
     if {"user_text", "vision"} <= set(norms):
         (ids, vision), (_, text) = norms["vision"], norms["user_text"]
         ratio = np.divide(vision, text, out=np.full_like(vision, np.nan), where=text > 0)
