@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,26 +40,10 @@ if TYPE_CHECKING:
 GROUPS = ("bos", "system", "vision", "user", "template", "generated")
 STREAMS = {"vision": "vision", "user_text": "user", "sys": "system", "bos": "bos"}
 WINDOWS = ("early", "early_mid", "mid", "mid_late", "late", "all")
-RIVALS = ("raw_attention", "rollout", "random")  # of gradient relevancy
 MISSING = "not run"
 
 
-class Claim(NamedTuple):
-    """One of the papers' claims on one model: the measured difference or ratio, and the value that
-    it must exceed, with its whole interval, to be borne out."""
-
-    value: Interval
-    bar: float
-
-    def verdict(self) -> str:
-        if not self.value.low <= self.value.high:  # NaN
-            return "undecided"
-        if self.value.low > self.bar:
-            return "yes"
-        return "no" if self.value.high < self.bar else "undecided"
-
-
-Measured = tuple[dict[str, str], dict[str, Claim]]  # cells by quantity, claims by their wording
+Cells = dict[str, str]  # by quantity
 
 
 @dataclass
@@ -137,7 +121,7 @@ def norms_before_connector(vlm: VLM, count: int = 20) -> Interval:
     return stats.mean_interval(read)
 
 
-def token_norms(study: Study) -> Measured:
+def token_norms(study: Study) -> Cells:
     """Cells of the norms with which tokens enter the decoder."""
     path = study.out / "token_norms" / study.name / "token_norms_comparison.json"
     found = json.loads(path.read_text())
@@ -150,7 +134,7 @@ def token_norms(study: Study) -> Measured:
         cells[f"norm of {group} tokens at the decoder's input"] = cell(interval, 1)
     ratio = Interval(**found["vision_over_text"])
     cells["vision / text"] = cell(ratio, 1)
-    return cells, {"vision tokens enter longer than text tokens (ratio over 1)": Claim(ratio, 1.0)}
+    return cells
 
 
 def of_coco(run: Run, name: str) -> Float[np.ndarray, "n ..."]:
@@ -171,10 +155,9 @@ def balance(run: Run) -> Interval:
     return stats.mean_interval(of_layers, bounds=stats.SHARES)
 
 
-def attention_cells(study: Study) -> Measured:
+def attention_cells(study: Study) -> Cells:
     """Cells of the balance of attention, with the system prompt and without."""
     cells: dict[str, str] = {}
-    claims: dict[str, Claim] = {}
     for name, run in (("with", study.coco()), ("without", study.coco(system_prompt=False))):
         if run is None:
             cells[f"CMB {name} system prompt, all layers"] = MISSING
@@ -182,16 +165,14 @@ def attention_cells(study: Study) -> Measured:
         chance = run.record(run.ids()[0])["chance_vision_share"]
         values = np.nanmean(of_coco(run, "head_vision_share"), (1, 2))
         cells[f"CMB {name} system prompt, all layers"] = cell(stats.mean_interval(values))
-        if not claims:
+        if "CMB if attention were even" not in cells:
             shares = group_shares(run)
             middle = len(shares["bos"].mean) // 2
             for group in ("bos", "system"):
                 of_group = f"{cell(at(shares[group], middle))}, layer {middle}"
                 cells[f"attention to {group} in the middle layer"] = of_group
             cells["CMB if attention were even"] = f"{chance:.2f}"
-            less = Claim(stats.mean_interval(chance - values), 0.0)
-            claims["the picture gets less attention than its tokens' number (chance - CMB)"] = less
-    return cells, claims
+    return cells
 
 
 def draw_attention(studies: Sequence[Study]) -> Figure:
@@ -250,7 +231,7 @@ def draw_row(studies: Sequence[Study], draw: Callable[[Axes, Study], None], ylab
     return figure
 
 
-def hidden_norm_cells(study: Study) -> Measured:
+def hidden_norm_cells(study: Study) -> Cells:
     """Cells of the lengths in the residual stream, in the middle of the decoder."""
     run = study.coco() or study.coco(system_prompt=False)
     assert run is not None
@@ -266,8 +247,7 @@ def hidden_norm_cells(study: Study) -> Measured:
     where = int(peak.mean(0).argmax())
     largest = cell(stats.mean_interval(peak[:, where]), 1)
     cells["first token / vision, where it is largest"] = f"{largest}, hidden state {where}"
-    massive = Claim(stats.mean_interval(peak[:, where]), 10.0)
-    return cells, {"the first token has a massive activation (ten times a vision token)": massive}
+    return cells
 
 
 # --- llava-interp ---------------------------------------------------------------------------------
@@ -277,15 +257,13 @@ def lens_run(study: Study) -> Run:
     return study.run("lens_accuracy", study.name, experiment="lens_accuracy")
 
 
-def lens_cells(study: Study) -> Measured:
+def lens_cells(study: Study) -> Cells:
     """Cells of the logit lens on objects."""
     shares = name_shares(lens_run(study), seed=0)
     own, shuffled = shares["own"], shares["shuffled"]
     best = best_layers(own, seed=0)["cross_fitted"]
-    # the rule of the claim: the last third of the decoder, chosen without looking
     late = own.shape[1] * 2 // 3
     state = late + int(own[:, late:].mean(0).argmax())
-    difference = own[:, late:].mean(1) - shuffled[:, late:].mean(1)
 
     def of(values: Float[np.ndarray, " n"]) -> str:
         return cell(stats.mean_interval(values, bounds=stats.SHARES, discrete=True))
@@ -298,8 +276,7 @@ def lens_cells(study: Study) -> Measured:
         "last hidden state, names of another picture": of(shuffled[:, -1]),
         "best layer, cross-fitted": f"{of(best.shares)}, {mean_state_name(best.state)}",
     }
-    claim = "late layers decode an object's patches to its name (last third, minus shuffled names)"
-    return cells, {claim: Claim(stats.mean_interval(difference), 0.0)}
+    return cells
 
 
 def draw_lens(studies: Sequence[Study]) -> Figure:
@@ -318,11 +295,10 @@ def draw_lens(studies: Sequence[Study]) -> Figure:
     return figure
 
 
-def ablation_cells(study: Study) -> Measured:
+def ablation_cells(study: Study) -> Cells:
     """Cells of token ablation: object patches, with one and two more rows around, and as many
-    random tokens; claims on one more row around."""
+    random tokens."""
     cells = {}
-    claims = {}
     for experiment in ("ablation", "ablation_vqa"):
         run, records = summary.read_interventions(study.runs / experiment / study.name)
         for setting in summary.SETTINGS[experiment]:
@@ -333,17 +309,13 @@ def ablation_cells(study: Study) -> Measured:
                 name = f"{setting}: object{f' + {around}' if around else ''}"
                 cells[f"{name}, answers destroyed"] = cell(effect.destroyed)
                 cells[f"{name}, minus as many random tokens"] = cell(effect.minus_random)
-                if around == 1:
-                    claim = f"object tokens carry the answer ({setting}; destroyed, minus random)"
-                    claims[claim] = Claim(effect.minus_random, 0.0)
-    return cells, claims
+    return cells
 
 
-def knockout_cells(study: Study) -> Measured:
+def knockout_cells(study: Study) -> Cells:
     """Cells of attention knockout in each window of layers: what stays right where the object, or
-    everything else, is hidden from the last token. The claim: the object's last windows matter more
-    than the first ones."""
-    run, records = summary.read_interventions(study.runs / "knockout" / study.name)
+    everything else, is hidden from the last token."""
+    _, records = summary.read_interventions(study.runs / "knockout" / study.name)
     effects = summary.summarise(records, "vqa")
     cells = {}
     for source in ("object+1", "other"):
@@ -352,43 +324,25 @@ def knockout_cells(study: Study) -> Measured:
             cells[f"{source} to last token, {window.replace('_', '-')} layers"] = cell(
                 effect.relative_accuracy
             )
-    early, late = (
-        summary.per_picture(
-            records,
-            "vqa",
-            [f"object+1:last_token:{window}" for window in windows],
-            lambda result, _: float(result["vqa"]["correct"]),
-        )
-        for windows in (WINDOWS[:2], WINDOWS[2:5])
-    )
-    claim = "object to last token matters in late layers (right under early cuts, minus late)"
-    return cells, {claim: Claim(stats.paired_difference(early, late), 0.0)}
+    return cells
 
 
 # --- relevancy ------------------------------------------------------------------------------------
 
 
-def relevancy_cells(study: Study) -> Measured:
-    """Cells of the perturbation test, claims by rival of gradient relevancy."""
-    from vlmdiag.relevancy.evaluation_tables import Evaluation, against
+def relevancy_cells(study: Study) -> Cells:
+    """Cells of the perturbation test."""
+    from vlmdiag.relevancy.evaluation_tables import Evaluation
 
     run = study.run("evaluate_relevancy", study.name, experiment="evaluate_relevancy")
     evaluation = Evaluation(run)
     chosen = evaluation.tokens("all", 1.0)
     values = evaluation.areas("mean", chosen, "ratio")  # (n, M, 3)
     gaps = stats.mean_interval(values[..., 2])
-    cells = {
+    return {
         method.replace("_", " "): cell(at(gaps, index))
         for index, method in enumerate(evaluation.methods)
     }
-    claims = {}
-    own = evaluation.methods.index("relevancy")
-    for rival in RIVALS:
-        change = against(values, evaluation.methods, rival)
-        assert change is not None
-        name = f"gradient relevancy is more faithful than {rival.replace('_', ' ')} (gap)"
-        claims[name] = Claim(Interval(*(array[own, 2] for array in change)), 0.0)
-    return cells, claims
 
 
 # --- swap analysis --------------------------------------------------------------------------------
@@ -428,20 +382,17 @@ def _limits(numbers: Fields | None) -> str:
 # --- Volcano --------------------------------------------------------------------------------------
 
 
-def volcano_cells(study: Study) -> Measured:
+def volcano_cells(study: Study) -> Cells:
     """Cells of attention to the picture in feedback and revision over that in the first answer."""
     path = study.runs / "volcano" / study.name / "analysis" / "attention_by_stage.json"
     found = json.loads(path.read_text())
-    cells, claims = {}, {}
+    cells = {}
     for stage, comparison in found["comparisons"].items():
         for name in STATISTICS:
             ratio = comparison["statistics"][name]["ratio"]
             value = interval_of(ratio["mean"], ratio["low"], ratio["high"], comparison["images"])
             cells[f"{stage} / first answer, {name.replace('_', ' ')}"] = cell(value)
-            if name == "equal_length":
-                name = f"{stage} looks more at the picture than the first answer (equal length)"
-                claims[name] = Claim(value, 1.0)
-    return cells, claims
+    return cells
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -461,9 +412,11 @@ Means over pictures with 95 % intervals, which are bands in the figures; n count
 CLAIMS = """\
 ## What the papers claim, and what is seen here
 
-A claim is borne out (yes) or not (no) if the whole interval lies on one side of its bar, else it is
-undecided. These are shapes on a floor and two small models; the papers speak of photographs and of
-models with 7 billion parameters."""
+The claims of the papers, each as a quantity and the range in which it holds, fixed beforehand from
+the papers' own numbers ([checkup](checkup.md#the-claims)). Intervals are over pictures and
+simultaneous over the table: with few pictures they are wide, and a claim is then not decided. These
+are shapes on a floor and two small models; the papers speak of photographs and of models with 7
+billion parameters."""
 NORMS = """\
 Norms with which tokens enter the decoder (Beyond Semantics, figure 1). Nothing in the training asks
 for their length."""
@@ -500,33 +453,48 @@ Attention to the picture while the model criticises and revises its answer, over
 answer (ratio; 1: as much). Only equal_length is fair to texts of different lengths."""
 
 
-def gather(
-    studies: Sequence[Study], measure: Callable[[Study], Measured]
-) -> tuple[dict[str, list[str]], dict[str, list[Claim | None]]]:
-    """A row of cells for each quantity and of claims for each wording, a column for each model."""
+def gather(studies: Sequence[Study], measure: Callable[[Study], Cells]) -> dict[str, list[str]]:
+    """A row of cells for each quantity, a column for each model."""
     rows: dict[str, list[str]] = {}
-    claims: dict[str, list[Claim | None]] = {}
     for column, study in enumerate(studies):
-        cells, claimed = measure(study)
-        for name, value in cells.items():
+        for name, value in measure(study).items():
             rows.setdefault(name, [MISSING] * len(studies))[column] = value
-        for name, claim in claimed.items():
-            claims.setdefault(name, [None] * len(studies))[column] = claim
-    return rows, claims
+    return rows
+
+
+def claims_table(studies: Sequence[Study]) -> list[str]:
+    """The verdict on each part of the papers' claims, of the models' runs."""
+    from vlmdiag.report import catalog, claims
+    from vlmdiag.report.page import range_text, value_text
+
+    runs, _ = catalog.find(studies[0].runs)
+    results = studies[0].swap.parent
+    subjects = catalog.subjects(runs, results, [study.name for study in studies])
+    found = claims.findings(subjects)
+    rows = []
+    for part in claims.PARTS:
+        of_part = {finding.model: finding for finding in found if finding.part is part}
+        if not of_part:
+            continue
+        cells = []
+        for study in studies:
+            finding = of_part[study.name]
+            value = f": {value_text(finding.interval)}" if finding.interval else ""
+            n = f" (n = {int(finding.interval.n)})" if finding.interval else ""
+            cells.append(f"{finding.verdict}{value}{n}")
+        rows.append([f"{part.claim}. {part.quantity}", range_text(part.low, part.high), *cells])
+    return table(["measured", "holds where it is", *(study.name for study in studies)], rows)
 
 
 def write(studies: Sequence[Study], lens: Sequence[Study], folder: Path) -> str:
     """The page. lens: the models of the logit lens; folder: where its figures go, beside it."""
-    claims: dict[str, list[Claim | None]] = {}
     body: list[str] = []
 
     def section(title: str, text: str) -> None:
         body.extend(["", f"## {title}", "", text, ""])
 
-    def numbers(measure: Callable[[Study], Measured], models: Sequence[Study] = studies) -> None:
-        rows, claimed = gather(models, measure)
-        body.extend(side_by_side(rows, models))
-        claims.update({name: found[: len(studies)] for name, found in claimed.items()})
+    def numbers(measure: Callable[[Study], Cells], models: Sequence[Study] = studies) -> None:
+        body.extend(side_by_side(gather(models, measure), models))
 
     def figure(name: str, drawn: Figure, alternative: str) -> None:
         plots.save(drawn, folder / f"smol_{name}.png", {"page": "docs/smol_llava.md"})
@@ -559,9 +527,4 @@ def write(studies: Sequence[Study], lens: Sequence[Study], folder: Path) -> str:
     section("Critique and revision", VOLCANO)
     numbers(volcano_cells)
 
-    verdicts = [
-        [name, *("not run" if c is None else f"{c.verdict()}: {cell(c.value)}" for c in found)]
-        for name, found in claims.items()
-    ]
-    summary_table = table(["claim", *(study.name for study in studies)], verdicts)
-    return "\n".join([INTRO, "", CLAIMS, "", *summary_table, *body]) + "\n"
+    return "\n".join([INTRO, "", CLAIMS, "", *claims_table(studies), *body]) + "\n"
