@@ -15,8 +15,8 @@ Beyond Semantics (arXiv 2503.17349), table 8: 0.7 to 0.9 on LLaVA-1.5 and its va
 Without arguments it compares the tiny models of checkpoints/ on a drawn picture that they describe.
 --step producing (default) takes the row that predicted the token, query the row one step later,
 where the token itself asks. Writes attention_comparison and attention_overlay_<model> (.png, .pdf)
-and attention_<model> (.json, .npz) to --out_dir. Warm colours, on the tiny models, should lie on
-the object that the word names. In a notebook:
+and attention_<model> (.json, .npz) to --out_dir. Purple, on the tiny models, should lie on the
+object that the word names. In a notebook:
 
     from diagnostic_tools.viz_attention_image import extract_attention_for_token
     from vlmdiag.beyond_semantics.attention_overlay import visualize_attention_overlay
@@ -93,7 +93,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--strip_system_prompt", action="store_true", help="leave the system prompt out"
     )
-    parser.add_argument("--alpha", type=cli.share, default=0.55, help="opacity of the overlay")
+    parser.add_argument(
+        "--alpha", type=cli.share, default=0.85, help="opacity of the overlay where it is strongest"
+    )
     parser.add_argument("--out_dir", default=".", help="where the files go")
     parser.add_argument("--show", action="store_true", help="open the comparison in a window too")
     parser.add_argument(

@@ -6,11 +6,11 @@ and of the words of question and answer.
     python diagnostic_tools/viz_relevancy.py --run_dir runs/relevancy/tiny-llava \\
         --image_dir data/shapes/val2017 --image_key 000000000001 --token 4
 
-Reads the run of relevancy_maps.py, loads no model. Writes analysis/<id>_tokens (one overlay a token
-at --layer, one colour scale for all) or, with --token, analysis/<id>_token<i>: the map up to each
-layer, and bars for question and earlier answer. Colours show the relevancy itself, from 0
-(--ceiling sets the top). --sinks hide leaves out the vision tokens whose norm is an outlier, which
-glow whatever is asked; the title says how many.
+Reads the run of relevancy_maps.py, loads no model. Writes analysis/<id>_tokens (the picture and one
+overlay a token at --layer, one colour scale for all) or, with --token, analysis/<id>_token<i>: the
+map up to each layer, and bars for question and earlier answer. Colours show the relevancy itself,
+from 0 (--ceiling sets the top). --sinks hide leaves out the vision tokens whose norm is an outlier,
+which glow whatever is asked; the title says how many.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--ceiling",
         type=cli.number(0, 10**6, above=True),
         default=None,
-        help="relevancy at the top of the colours; None: the largest shown",
+        help=(
+            "relevancy at the top of the colours; None: what three of four tokens stay below, with"
+            " --token the largest shown"
+        ),
     )
     parser.add_argument(
         "--sinks",

@@ -19,6 +19,7 @@ from vlmdiag.answers import find_word, token_spans
 from vlmdiag.beyond_semantics import token_attention
 from vlmdiag.beyond_semantics.attention_overlay import (
     AttentionVisualizationResult,
+    plot_attention_comparison,
     save_attention_overlay,
     visualize_attention_overlay,
 )
@@ -408,6 +409,22 @@ def test_what_the_model_did_not_see_is_not_painted_and_padding_is_not_in_the_pic
         and padded.axes[0].images[1].get_clim()[1] < 0.15
     )
     plots.plt.close(padded)
+
+
+def test_compared_models_share_one_colour_range_and_leave_the_picture_its_colours():
+    results = [planted((336, 336), token) for token in (0, 8)]
+    results[1].attention_map = results[1].attention_map * 0.5
+    figure = plot_attention_comparison(results, "Where?")
+    maps = [axis.images[1] for axis in figure.axes if len(axis.images) == 2]
+    heats = [image.get_array() for image in maps]
+    ends = (min(heat.min() for heat in heats), max(heat.max() for heat in heats))
+    assert len(maps) == 2 and {image.get_clim() for image in maps} == {ends}
+    assert heats[0].max() == pytest.approx(2 * heats[1].max())
+    clear, strong = maps[0].cmap(0.0), maps[0].cmap(1.0)
+    assert clear[3] == 0 and 0.5 < strong[3] < 1  # no veil where nothing is looked at
+    assert "mean over all layers and heads" in figure.get_suptitle()
+    assert len(np.unique(np.asarray(heats[0]))) <= 36  # a patch is one square of one colour
+    plots.plt.close(figure)
 
 
 def test_an_answer_of_any_characters_can_be_drawn(tmp_path):

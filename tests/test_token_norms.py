@@ -380,7 +380,7 @@ def test_norms_that_are_one_value_are_a_line_and_not_a_bump():
         plots.plt.close(figure)
         spikes = [line for line in axis.lines if list(line.get_xdata()) == [1.0126, 1.0126]]
         places = [row for row, (_, norms) in enumerate(rows) if norms is equal]
-        assert [line.get_ydata() for line in spikes] == [
+        assert [list(line.get_ydata()) for line in spikes] == [
             [row - token_norm_figure.HALF, row + token_norm_figure.HALF] for row in places
         ]
         assert len(axis.collections) == len(rows) - len(places)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
@@ -24,12 +25,15 @@ from vlmdiag.types import Fields
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
     from vlmdiag.pictures.grid import PatchGrid
 
 PANEL = 4.6  # inches, of each panel in a comparison
+COLORS = "BuPu"
+ALPHA = 0.85  # opacity of the most attention
+AVERAGED = "Attention of one answer token in one picture, mean over all layers and heads"
 
 
 @dataclass
@@ -58,24 +62,45 @@ class AttentionVisualizationResult:
     picture_sums: list[float] = field(default_factory=list)  # attention to each picture
 
 
-def visualize_attention_overlay(
-    result: AttentionVisualizationResult, alpha: float = 0.55, axis: Axes | None = None
-) -> Figure:
-    """The attention map over the picture, min to max of what is shown, with a colour bar.
+def clearing(alpha: float) -> Colormap:
+    """Colours of attention: clear at the least, purple of opacity `alpha` at the most."""
+    colors = plt.get_cmap(COLORS)(np.linspace(0.25, 1, 256))
+    colors[:, 3] = np.linspace(0, alpha, 256)
+    return ListedColormap(colors)
 
-    alpha: opacity of the map. axis: where to draw; None: a figure of its own.
+
+def shown(
+    result: AttentionVisualizationResult,
+) -> tuple[UInt8[np.ndarray, "height width 3"], Float[np.ndarray, "height width"]]:
+    """The picture at the size of the figure, and the attention of each of its pixels."""
+    picture = overlay.at_pixel_size(Image.fromarray(result.image_array))
+    grid = result.grid.rescaled(picture.size)
+    return np.asarray(picture), grid.paint(result.attention_map.ravel(), smooth=False)
+
+
+def visualize_attention_overlay(
+    result: AttentionVisualizationResult,
+    alpha: float = ALPHA,
+    axis: Axes | None = None,
+    ends: tuple[float, float] | None = None,
+) -> Figure:
+    """The attention map over the picture in its colours, patch by patch from clear at the least to
+    `alpha` at the most, with a colour bar.
+
+    alpha: opacity of the most. axis: where to draw; None: a figure of its own. ends: the least and
+    the most, of all panels that are compared; None: of what is shown.
     """
     if axis is None:
         width = 5.4 if len(result.grids) < 2 else 2 * PANEL
         axis = plt.figure(figsize=_figsize(result.image_array, width)).subplots()
+        axis.figure.suptitle(AVERAGED, fontsize=8.5)
     figure = cast("Figure", axis.figure)
-    picture = overlay.at_pixel_size(Image.fromarray(result.image_array))
-    grid = result.grid.rescaled(picture.size)
-    overlay.show_picture(axis, np.asarray(picture))
-    heat = overlay.show_map(axis, grid.paint(result.attention_map.ravel()), "RdYlBu_r", alpha)
+    picture, heat = shown(result)
+    overlay.show_picture(axis, picture)
+    norm = Normalize(*(ends or (np.nanmin(heat), np.nanmax(heat))))
+    overlay.show_map(axis, heat, clearing(alpha), None, norm)
     beside = axis.inset_axes((1.02, 0, 0.04, 1))  # as high as the picture
-    norm = cast("Normalize", heat.norm)
-    bar = overlay.color_bar(figure, norm, heat.cmap, cax=beside)
+    bar = overlay.color_bar(figure, norm, clearing(alpha), cax=beside)
     bar.ax.tick_params(labelsize=7)
     if result.paper_compat:
         bar.set_label("attention, 0 = smallest, 1 = largest of all vision tokens", fontsize=8)
@@ -117,7 +142,7 @@ def _marked_answer(result: AttentionVisualizationResult) -> str:
 def save_attention_overlay(
     result: AttentionVisualizationResult,
     path: str | Path,
-    alpha: float = 0.55,
+    alpha: float = ALPHA,
     settings: Fields | None = None,
 ) -> list[Path]:
     """Write the overlay of one result as PNG and PDF; returns the two paths."""
@@ -126,9 +151,10 @@ def save_attention_overlay(
 
 
 def plot_attention_comparison(
-    results: Sequence[AttentionVisualizationResult], question: str, alpha: float = 0.55
+    results: Sequence[AttentionVisualizationResult], question: str, alpha: float = ALPHA
 ) -> Figure:
-    """The picture and one overlay per result, up to four panels in a row."""
+    """The picture and one overlay per result, all on one colour range, up to four panels in a
+    row."""
     panels = len(results) + 1
     is_wide = len(results[0].grids) > 1  # pictures side by side
     columns = 1 if is_wide else min(4, panels)
@@ -140,10 +166,13 @@ def plot_attention_comparison(
     overlay.show_picture(axes[0], np.asarray(picture))
     axes[0].set_title("Picture")
     axes[0].set_xlabel(_wrapped(f"Question: {question}"), fontsize=8)
+    heats = [shown(result)[1] for result in results]
+    ends = (min(map(np.nanmin, heats)), max(map(np.nanmax, heats)))
     for axis, result in zip(axes[1:], results):
-        visualize_attention_overlay(result, alpha, axis)
+        visualize_attention_overlay(result, alpha, axis, ends)
     for axis in axes[panels:]:
         axis.remove()
+    figure.suptitle(f"{AVERAGED}; one colour range for all panels", fontsize=10)
     return figure
 
 

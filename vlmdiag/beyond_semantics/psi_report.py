@@ -1,4 +1,4 @@
-"""The table, file and figure of a run of diagnostic_tools/psi.py.
+"""The table, file and figures of runs of diagnostic_tools/psi.py.
 
 Beyond Semantics (arXiv 2503.17349), table 2; docs/studies/beyond_semantics.md, section 2.8.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -15,9 +16,12 @@ import numpy as np
 from vlmdiag.beyond_semantics.position_sensitivity import summarise
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots, stats
+from vlmdiag.runs import selection
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from vlmdiag.figures.stats import Interval
@@ -63,6 +67,14 @@ def analyse(run: Run) -> Summaries:
     return summaries
 
 
+def compare(runs: Sequence[Run]) -> None:
+    """Write the figure of several runs beside the first of them."""
+    labels = selection.run_labels(runs)
+    figure = draw_comparison({label: summaries_of(run) for label, run in zip(labels, runs)})
+    path = selection.comparison_path(runs, "compare_psi")
+    plots.save(figure, path, {"runs": [str(run.path) for run in runs]})
+
+
 def table_of(label: str, summaries: Summaries) -> str:
     """The summaries as lines of text."""
     lines = [
@@ -94,53 +106,90 @@ def _plain(value: object) -> object:
 
 
 def draw(label: str, num_permutations: int, summaries: Summaries) -> Figure:
-    """Two bars per kind with intervals: accuracy in order and shuffled; PSI above them."""
-    count = len(summaries)
-    figure, axis = plt.subplots(figsize=(max(5.2, 1.8 + 1.15 * count), 4.6))
-    place = np.arange(count, dtype=float)
-    place[1:] += 0.25  # all questions stand apart from the kinds
-    in_order = (-0.2, "accuracy", "vision tokens in order", 1.0)
-    shuffled = (0.2, "accuracy_permuted", f"shuffled (mean of {num_permutations})", 0.4)
-    color = plots.color_of(label)
-    for shift, name, bar_label, opacity in (in_order, shuffled):
-        mean, low, high = (
-            np.array([summary[name][bound] for summary in summaries.values()]) for bound in range(3)
-        )
-        error = np.clip([mean - low, high - mean], 0, None)
-        x = place + shift
-        axis.bar(x, mean, 0.38, color=color, alpha=opacity, label=bar_label)
-        axis.errorbar(x, mean, error, fmt="none", ecolor="#222222", elinewidth=1, capsize=2.5)
-    for middle, summary in zip(place, summaries.values()):
-        axis.text(middle, 1.12, _score(summary["psi"]), ha="center", va="top", fontsize=7.5)
-    names = [_kind_label(kind, summary) for kind, summary in summaries.items()]
-    axis.set_xticks(place, names, fontsize=8)
-    centre = place[-1] / 2
-    axis.set(
-        xlim=(min(-0.55, centre - 1.3), max(place[-1] + 0.55, centre + 1.3)),
-        ylim=(0, 1.24),
-        ylabel="accuracy (95 % interval over images)",
-        title=f"{label}\nRight answers with vision tokens in order and shuffled",
+    """Accuracy in order and shuffled, and PSI, both with intervals; a row a kind of question."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.6, 1.7 + 0.52 * len(summaries)), sharey=True, width_ratios=(1.15, 1)
     )
-    axis.set_yticks(np.linspace(0, 1, 6))
-    axis.grid(False, axis="x")
-    axis.set_axisbelow(True)
-    axis.legend(loc="upper right", ncols=2, frameon=False, borderaxespad=0)
+    rows = np.arange(len(summaries), dtype=float)
+    color = plots.color_of(label)
+    in_order = (-0.13, "accuracy", "in order", {"color": color})
+    shuffled = (
+        0.13,
+        "accuracy_permuted",
+        f"shuffled, mean of {num_permutations}",
+        {"color": color, "markerfacecolor": "white"},
+    )
+    for shift, name, words, look in (in_order, shuffled):
+        _points(left, rows + shift, [summary[name] for summary in summaries.values()], words, look)
+    _points(
+        right, rows, [summary["psi"] for summary in summaries.values()], "PSI", {"color": color}
+    )
+    left.set(xlim=(-0.02, 1.02), xlabel="accuracy", title="Right answers")
+    left.set_yticks(rows, [_kind_label(*entry) for entry in summaries.items()], fontsize=8)
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    _psi_axis(right)
+    left.legend(loc="lower left", fontsize=8)
+    figure.suptitle(f"{label}: vision tokens in order and shuffled, 95 % intervals over images")
     return figure
 
 
-def _score(psi: Interval) -> str:
-    """PSI as it is written above the bars of a kind."""
-    if math.isnan(psi.mean):
-        return "PSI undefined\n(none right)"
-    if math.isnan(psi.low):
-        return f"PSI {psi.mean:.2f}"
-    return f"PSI {psi.mean:.2f}\n[{psi.low:.2f}, {psi.high:.2f}]"
+def draw_comparison(of_runs: dict[str, Summaries]) -> Figure:
+    """PSI of several models, a block a kind of question and a row a model in it."""
+    kinds = list(dict.fromkeys(kind for summaries in of_runs.values() for kind in summaries))
+    colors = plots.model_colors(list(of_runs))
+    figure, axis = plt.subplots(
+        figsize=(7.2, 1.8 + len(kinds) * (0.2 + 0.2 * len(of_runs)) + 0.2 * len(of_runs))
+    )
+    shift = 0.7 / len(of_runs)
+    for number, (label, summaries) in enumerate(of_runs.items()):
+        there = [kind for kind in kinds if kind in summaries]
+        rows = np.array([kinds.index(kind) for kind in there], dtype=float)
+        rows += (number - (len(of_runs) - 1) / 2) * shift
+        words = plots.with_n(label, [summaries["all"]["images"]])
+        intervals = [summaries[kind]["psi"] for kind in there]
+        _points(axis, rows, intervals, words, {"color": colors[label]})
+    first = {kind: next(s[kind] for s in of_runs.values() if kind in s) for kind in kinds}
+    names = [_kind_label(kind, summary) for kind, summary in first.items()]
+    axis.set_yticks(range(len(kinds)), names, fontsize=8)
+    axis.set_ylim(len(kinds) - 0.5, -0.5)
+    for edge in range(1, len(kinds)):
+        axis.axhline(edge - 0.5, color=plots.EVEN_COLOR, linewidth=0.5)
+    _psi_axis(axis)
+    axis.set_title("Position sensitivity by kind of question, 95 % intervals over images")
+    plots.legends([axis], below=True)
+    return figure
+
+
+def _points(
+    axis: Axes,
+    rows: Float[np.ndarray, " K"],
+    intervals: Sequence[Interval],
+    label: str,
+    look: Fields,
+) -> None:
+    """Means with their intervals, one a row; what is undefined is said."""
+    mean, low, high = (np.array([interval[end] for interval in intervals]) for end in range(3))
+    reach = np.nan_to_num(np.clip([mean - low, high - mean], 0, None))
+    axis.errorbar(mean, rows, xerr=reach, fmt="o", markersize=5, capsize=2.5, label=label, **look)
+    for row in rows[np.isnan(mean)]:
+        axis.text(0, row, " undefined: none right", va="center", fontsize=7.5)
+
+
+def _psi_axis(axis: Axes) -> None:
+    axis.axvline(0, color=plots.EVEN_COLOR, linewidth=1, linestyle="--", zorder=0)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, -0.05), max(high, 0.5))
+    axis.set(
+        title="Position sensitivity",
+        xlabel="PSI (0: order not used, 1: each right answer needs it)",
+    )
+    axis.grid(axis="y", visible=False)
 
 
 def _kind_label(kind: str, summary: Fields) -> str:
     questions = _counted(summary["questions"], "question")
     images = _counted(summary["images"], "image")
-    return f"{kind.replace('_', ' ')}\n{questions}\n{images}"
+    return f"{kind.replace('_', ' ')}\n{questions}, {images}"
 
 
 def _counted(number: int, thing: str) -> str:

@@ -1,11 +1,13 @@
 """A map over a picture: bring picture and grid to the size at which they are shown, make the
-picture pale and grey so that colours stay apart, paint the map on it, add the colour bar.
+picture pale so that its own colours are still known and those of the map stay apart, paint the map
+on it patch by patch, add the colour bar.
 
     shown = at_pixel_size(picture)
     grid = batch.grids[0].rescaled(shown.size)
+    heat = painted(grid, values)
     show_picture(axis, pale(shown))
-    heat = show_map(axis, grid.paint(values), "viridis", opacity=0.75)
-    color_bar(figure, heat, label="attention", ax=axis)
+    show_map(axis, heat, "YlOrRd", opacity_of(heat, heat.max()))
+    color_bar(figure, norm, "YlOrRd", label="attention", ax=axis)
 """
 
 from __future__ import annotations
@@ -58,19 +60,16 @@ def at_smooth_size(
 # ---- colours ----
 
 
-def pale(picture: Image.Image, darkest: float = 0.5) -> Float[np.ndarray, "height width"]:
-    """The picture in grey of half its contrast, from `darkest` to `darkest` + 0.5 of white, so that
-    the colours of a map over it stay apart."""
-    return np.asarray(picture.convert("L"), float) / 255 * 0.5 + darkest
+def pale(picture: Image.Image, darkest: float = 0.5) -> Float[np.ndarray, "height width 3"]:
+    """The picture in its colours with half its contrast, from `darkest` to `darkest` + 0.5 of
+    white, so that the colours of a map over it stay apart."""
+    return np.asarray(picture.convert("RGB"), float) / 255 * 0.5 + darkest
 
 
 def painted(grid: PatchGrid, values: Float[np.ndarray, " P"]) -> Float[np.ndarray, "height width"]:
-    """Values of the vision tokens as a map over the picture, 0 where nothing lies.
-
-    Smooth between cell centres; cell by cell where a token has no value (NaN), which is left out.
-    """
-    smooth = not np.isnan(values).any()
-    return np.nan_to_num(grid.paint(np.nan_to_num(values), smooth=smooth))
+    """Values of the vision tokens as a map over the picture, each token's cell in one colour; 0
+    where nothing lies and where a token has no value (NaN)."""
+    return np.nan_to_num(grid.paint(np.nan_to_num(values), smooth=False))
 
 
 def opacity_of(heat: Float[np.ndarray, "*shape"], ceiling: float) -> Float[np.ndarray, "*shape"]:
@@ -80,7 +79,7 @@ def opacity_of(heat: Float[np.ndarray, "*shape"], ceiling: float) -> Float[np.nd
 
 
 def blended(
-    grey: Float[np.ndarray, "height width"],
+    ground: Float[np.ndarray, "height width 3"],
     heat: Float[np.ndarray, "height width"],
     ceiling: float,
     table: UInt8[np.ndarray, "256 3"],
@@ -91,7 +90,7 @@ def blended(
     """
     colors = table[(np.clip(heat / ceiling, 0, 1) * 255).astype(int)]
     opacity = opacity_of(heat, ceiling)[..., None]
-    pixels = 255 * grey[..., None] * (1 - opacity) + colors * opacity
+    pixels = 255 * ground * (1 - opacity) + colors * opacity
     return Image.fromarray(pixels.astype(np.uint8))
 
 
@@ -100,12 +99,11 @@ def blended(
 
 def show_picture(
     axis: Axes,
-    pixels: Float[np.ndarray, "height width"] | UInt8[np.ndarray, "height width 3"],
+    pixels: Float[np.ndarray, "height width 3"] | UInt8[np.ndarray, "height width 3"],
     frame: bool = False,
 ) -> None:
-    """Draw a picture, grey in [0, 1] or in colours, without ticks; frame: keep the axis' lines."""
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, -1)
+    """Draw a picture, its colours in [0, 1] or as bytes, without ticks; frame: keep the axis'
+    lines."""
     axis.imshow(pixels)
     axis.set(xticks=[], yticks=[])
     if not frame:
@@ -116,7 +114,7 @@ def show_picture(
 def show_map(
     axis: Axes,
     heat: Float[np.ndarray, "height width"],
-    colors: str,
+    colors: str | Colormap,
     opacity: float | Float[np.ndarray, "height width"] | None,
     norm: Normalize | None = None,
 ) -> AxesImage:

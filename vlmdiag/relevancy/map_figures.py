@@ -138,21 +138,25 @@ def shown(text: str) -> str:
 def tokens_figure(
     maps: Maps, layer: int | None, max_tokens: int, ceiling: float | None = None
 ) -> Figure:
-    """One overlay a token, one colour scale for all. layer: up to which relevancy is gathered;
-    ceiling: relevancy at the top of the colours, None: the largest shown."""
+    """The picture, then one overlay a token, all on one colour scale. layer: up to which relevancy
+    is gathered; ceiling: relevancy at the top of the colours, None: what three of four tokens do
+    not reach anywhere, so that a token of large relevancy leaves the others their colours."""
     record = maps.record
     k = maps.layer_index(layer)
     total = len(record["tokens"])
     count = min(max_tokens, total)
     width, height = maps.panel
-    columns = min(round(13.8 / width), count)
-    rows = -(-count // columns)
-    ceiling = ceiling or float(np.nanmax(maps.cells[:count, k])) or 1.0
+    columns = min(round(13.8 / width), count + 1)
+    rows = -(-(count + 1) // columns)
+    largest = np.nanmax(maps.cells[:count, k], axis=-1)
+    ceiling = ceiling or float(np.percentile(largest, 75)) or 1.0
     size = (width * columns + 0.8, height * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for token, axis in zip(range(count), axes.flat):
+    overlay.show_picture(axes.flat[0], np.asarray(maps.picture.convert("RGB")), frame=True)
+    axes.flat[0].set_title("picture", fontsize=8.5)
+    for token, axis in zip(range(count), axes.flat[1:]):
         share = record["visual_share"][token][k]
         if share is None or np.isnan(share):
             visual = "no relevancy"
@@ -161,11 +165,13 @@ def tokens_figure(
         probability = record["probabilities"][token]
         title = f"{token}: {shown(record['tokens'][token])}\np = {probability:.2f}, {visual}"
         maps.draw(axis, maps.cells[token, k], ceiling, title)
-    _bar(figure, ceiling, axes)
+    _bar(figure, ceiling, axes, clipped=largest.max() > ceiling)
     more = f", first {count} of {total} tokens" if count < total else ""
     hidden = "" if maps.hidden is None else f", {maps.hidden} sinks hidden"
     figure.suptitle(
-        f"{shown(record['question'][:90])}\nlayer {record['layers'][k]}{more}{hidden}", fontsize=9.5
+        f"{shown(record['question'][:90])}\nrelevancy gathered up to layer"
+        f" {record['layers'][k]}{more}{hidden}",
+        fontsize=9.5,
     )
     return figure
 
@@ -182,7 +188,8 @@ def token_figure(maps: Maps, token: int, layer: int | None, ceiling: float | Non
     k = maps.layer_index(layer)
     spread = np.linspace(0, len(layers) - 1, min(6, len(layers)))
     chosen = sorted({round(i) for i in spread} | {k})[-6:]
-    ceiling = ceiling or float(np.nanmax(maps.cells[token, chosen])) or 1.0
+    largest = float(np.nanmax(maps.cells[token, chosen]))
+    ceiling = ceiling or largest or 1.0
     width, height = maps.panel
     columns = min(round(13.8 / width), len(chosen))
     rows = -(-len(chosen) // columns)
@@ -195,7 +202,7 @@ def token_figure(maps: Maps, token: int, layer: int | None, ceiling: float | Non
         axis.set_axis_off()
     for axis, index in zip(axes, chosen):
         maps.draw(axis, maps.cells[token, index], ceiling, f"up to layer {layers[index]}")
-    _bar(top, ceiling, grid)
+    _bar(top, ceiling, grid, clipped=largest > ceiling)
     word_lists = maps.words_before(token)
     widths = [max(3, len(words.labels)) for words in word_lists]
     bars = bottom.subplots(1, 2, width_ratios=widths, sharey=True)
@@ -225,6 +232,10 @@ def draw_words(axis: Axes, words: Words, values: Sequence[float] | np.ndarray, l
     axis.grid(axis="x", visible=False)
 
 
-def _bar(figure: Figure | SubFigure, ceiling: float, axes: np.ndarray) -> None:
+def _bar(figure: Figure | SubFigure, ceiling: float, axes: np.ndarray, clipped: bool) -> None:
+    """The colour bar of all maps. clipped: some value lies above its top."""
     norm = Normalize(0, ceiling)
-    overlay.color_bar(figure, norm, COLORS, ax=axes, label="relevancy", shrink=0.7, aspect=25)
+    extend = "max" if clipped else "neither"
+    overlay.color_bar(
+        figure, norm, COLORS, ax=axes, label="relevancy", shrink=0.7, aspect=25, extend=extend
+    )

@@ -248,7 +248,7 @@ def _printable(text: str) -> str:
 
 
 class Canvas:
-    """A picture at the page's size with its grid, and grey for what is drawn over it.
+    """A picture at the page's size with its grid, and pale for what is drawn over it.
 
     grid: over the original picture; None: nothing can be drawn over it.
     """
@@ -258,7 +258,7 @@ class Canvas:
     ) -> None:
         self.picture = overlay.at_smooth_size(picture, longer_side, most_enlarged=4.0)
         self.grid = None if grid is None else grid.rescaled(self.picture.size)
-        self._grey = overlay.pale(self.picture)
+        self._pale = overlay.pale(self.picture)
 
     @property
     def cells(self) -> PatchGrid:
@@ -268,10 +268,10 @@ class Canvas:
         return self.grid
 
     def overlay(self, values: Float[np.ndarray, " S"], ceiling: float) -> Image.Image:
-        """Values >= 0 over the pale grey picture, from yellow to red; what has none shows the
-        picture. NaN: left out, drawn cell by cell."""
+        """Values >= 0 over the pale picture, from yellow to red, cell by cell; what has none, and
+        NaN, shows the picture."""
         heat = overlay.painted(self.cells, values)
-        return overlay.blended(self._grey, heat, ceiling or 1.0, COLORS["YlOrRd"])
+        return overlay.blended(self._pale, heat, ceiling or 1.0, COLORS["YlOrRd"])
 
     def patches(self, chosen: Iterable[int]) -> Image.Image:
         """The picture with its grid lines and the chosen cells framed."""

@@ -60,18 +60,18 @@ def draw(
     count = len(panels) + (picture is not None)
     figure, axes = panel_axes(count, _ratio(grid, picture is None))
     colors = plt.get_cmap("viridis")
-    grey = None
+    ground = None
     if picture is not None:
         picture = overlay.at_pixel_size(picture)
         grid = grid.rescaled(picture.size)
-        grey = overlay.pale(picture, darkest=0.35)
+        ground = overlay.pale(picture.convert("L"), darkest=0.35)  # the map keeps its colours
         overlay.show_picture(axes[0], np.asarray(picture))
         axes[0].set_title("Picture", fontsize=10)
         # of the colour bar: the map over the picture's mean grey
         opaque = colors(np.linspace(0, 1, 256))[:, :3]
-        colors = ListedColormap(ALPHA * opaque + (1 - ALPHA) * grey.mean())
+        colors = ListedColormap(ALPHA * opaque + (1 - ALPHA) * ground.mean())
     for axis, panel in zip(axes[count - len(panels) :], panels):
-        draw_map(axis, panel.values, grid, normalize, grey)
+        draw_map(axis, panel.values, grid, normalize, ground)
         axis.set_title(textwrap.fill(drawable(panel.title), 32), fontsize=10, parse_math=False)
         axis.set_xlabel(_coverage(panel, instance.grid), fontsize=7.5)
     bar = overlay.color_bar(
@@ -146,12 +146,12 @@ def draw_map(
     values: Float[np.ndarray, " P"],
     grid: PatchGrid,
     normalize: Normalize,
-    grey: Float[np.ndarray, "height width"] | None = None,
+    ground: Float[np.ndarray, "height width 3"] | None = None,
 ) -> None:
     """One map (P,) over the pale picture, or as plain patches where there is none."""
-    if grey is not None:
-        overlay.show_picture(axis, grey)
-        overlay.show_map(axis, grid.paint(values), "viridis", ALPHA, normalize)
+    if ground is not None:
+        overlay.show_picture(axis, ground)
+        overlay.show_map(axis, grid.paint(values, smooth=False), "viridis", ALPHA, normalize)
     elif grid.shape is not None:
         rows, columns = grid.shape
         (left, top), (right, bottom) = grid.boxes[0, :2], grid.boxes[rows * columns - 1, 2:]
