@@ -65,7 +65,8 @@ def test_families_import_no_other_room_and_pictures_none_that_reads_a_model():
 def test_only_a_users_own_family_is_loaded_by_its_path():
     for path in SOURCES:
         text = path.read_text()
-        if path.name in ("test_house.py", "warm.py"):  # warm.py stands in for an interpreter
+        # two stand in for an interpreter that is given a script, which sees what lies beside it
+        if path.name in ("test_house.py", "warm.py", "ray_actor.py"):
             continue
         assert "sys.path" not in text, path
         if path != ROOT / "vlmdiag" / "families" / "__init__.py":

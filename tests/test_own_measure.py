@@ -44,10 +44,8 @@ def commands():
     return [shlex.split(line) for line in block.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, commands):
-    """The page's files beside two pictures, after its first command."""
-    path = tmp_path_factory.mktemp("own_measure")
+def write_page(path):
+    """The page's files beside two pictures, in a folder."""
     files = re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
     assert len(files) == 3
     for name, source in files:
@@ -57,6 +55,13 @@ def folder(tmp_path_factory, commands):
     rng = random.Random(1)
     for name, objects in (("two", 2), ("four", 4)):
         render(floor_scene(rng, objects)).save(path / "pictures" / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, commands):
+    """The page's files beside two pictures, after its first command."""
+    path = tmp_path_factory.mktemp("own_measure")
+    write_page(path)
     assert "2 computed" in run(commands[0], path)
     return path
 

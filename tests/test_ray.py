@@ -364,6 +364,23 @@ def test_an_experiment_of_which_a_worker_is_killed_gives_the_same_bytes(
     assert len(wanted) > 4 and found == wanted
 
 
+def test_a_script_outside_the_checkout_finds_the_modules_beside_it(cluster, tmp_path):
+    from tests.test_own_measure import write_page
+
+    write_page(tmp_path)
+    command = [sys.executable, "run_attention_entropy.py", "--image_dir", "pictures"]
+    command += ["--model_path", "checkpoints/tiny-llava", "--out_root"]
+    address = ["--ray_workers", "2", "--ray_address", ray.get_runtime_context().gcs_address]
+    for name, flags in (("plain", []), ("ray", [*RAY, *address])):
+        done = subprocess.run(
+            [*command, name, *flags], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "2 computed" in done.stdout, done.stderr
+    assert "2 Ray workers" in done.stdout
+    found = digests(tmp_path / "ray")
+    assert len(found) == 2 * 2 + 1 and found == digests(tmp_path / "plain")
+
+
 def test_the_benchmark_runs(cluster, capsys):
     from benchmarks import bench_engine
 

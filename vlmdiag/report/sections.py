@@ -229,8 +229,20 @@ def _rope(runs: Runs) -> Iterator[Drawn]:
 def _psi(runs: Runs) -> Iterator[Drawn]:
     from vlmdiag.beyond_semantics import psi_report
 
-    for label, run in _labels(runs).items():
-        summaries = psi_report.summaries_of(run)
+    labels = _labels(runs)
+    of_runs = {label: psi_report.summaries_of(run) for label, run in labels.items()}
+    if len(labels) > 1:
+        yield Drawn(
+            "psi",
+            "Position sensitivity index of the models",
+            psi_report.draw_comparison(of_runs),
+            "The share of right answers that is lost when the vision tokens are shuffled, by kind"
+            " of question.",
+            "0: the picture is a bag of features. Where intervals of two models overlap, do not"
+            " read an order into them.",
+        )
+    for label, run in labels.items():
+        summaries = of_runs[label]
         yield Drawn(
             f"psi_{run.path.name}",
             f"Position sensitivity index: {label}",
