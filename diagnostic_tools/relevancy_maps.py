@@ -28,7 +28,7 @@ from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.pictures import chats
 from vlmdiag.pictures.questions import read_questions
-from vlmdiag.pictures.samples import Sample, list_pictures, with_pictures
+from vlmdiag.pictures.samples import Sample, samples_of, with_pictures
 from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
 EXPERIMENT = "relevancy"
@@ -94,10 +94,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
         return of_chats[: args.max_images]
     if args.question_file:
         return read_questions(args.question_file, args.image_dir)[: args.max_images]
-    return [
-        Sample(file.stem, file, args.prompt_text, extra={"image_id": file.stem})
-        for file in list_pictures(args.image_dir)[: args.max_images]
-    ]
+    return samples_of(args.image_dir, args.prompt_text, args.max_images)
 
 
 def chosen_layers(args: argparse.Namespace, depth: int) -> list[int]:

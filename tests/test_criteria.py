@@ -205,3 +205,23 @@ def test_the_first_whole_yes_or_no_decides(text, said, published):
 )
 def test_the_published_prefix_rule(token, piece, right):
     assert criteria.prefix_published(token, piece) is right
+
+
+@pytest.mark.parametrize(
+    ("category", "text"),
+    [
+        ("hair-dryer", "a hair dryer"),
+        ("dining-table", "a dining table"),
+        ("sports-ball", "two footballs"),
+        ("t-shirt", "t shirts"),
+        ("leaf", "leaves"),
+        ("coffee-table", "coffee-tables"),
+        ("scarf", "scarfs"),
+        ("tomato", "two tomatoes"),
+        ("photo", "photos"),
+        ("foot", "feet"),
+    ],
+)
+def test_names_with_hyphens_and_rarer_plurals_are_words_too(category, text):
+    assert criteria.mentions(text, category)
+    assert not criteria.mentions("hairdryertable", category)

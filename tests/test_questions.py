@@ -15,6 +15,7 @@ from data import convert_questions
 from tests.conftest import ROOT
 from vlmdiag.answers import is_right
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures.chats import read_messages
 from vlmdiag.pictures.questions import read_curated, read_mmhal, read_questions
 from vlmdiag.pictures.samples import load_image
 
@@ -165,6 +166,39 @@ def test_a_list_that_cannot_be_read_says_why_in_one_line(tmp_path, content, word
     with pytest.raises(UsageError, match=words) as caught:
         read_questions(put(tmp_path / "q.json", content))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("question", "what"),
+    [
+        (float("nan"), "a float"),
+        (5, "a int"),
+        (["a", "b"], "a list"),
+        ({}, "a dict"),
+        (" ", "empty"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_questions, read_mmhal, read_curated])
+def test_a_question_that_is_no_text_names_its_entry(tmp_path, read, question, what):
+    entries = [{"image_id": 1, "question": "a"}, {"image_id": 2, "question": question}]
+    with pytest.raises(UsageError, match=f"q.json: the question of entry 1 is {what}"):
+        read(put(tmp_path / "q.json", entries))
+
+
+def test_an_id_of_a_truth_value_is_none(tmp_path):
+    with pytest.raises(UsageError, match="True is a bool, an id was wanted"):
+        read_questions(put(tmp_path / "q.json", [{"image_id": True, "question": "a"}]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"), [(True, "Yes"), (3.0, "3"), (float("nan"), None), (["b", "a", "b"], "b")]
+)
+def test_the_answer_to_messages_is_text_as_in_a_question_list(tmp_path, answer, text):
+    entry = {"images": ["a.jpg"], "messages": [{"role": "user", "content": "Is it?"}]}
+    file = put(tmp_path / "m.json", [entry | {"answer": answer}])
+    assert read_messages(file)[0].answer == text
+    with pytest.raises(UsageError, match="m.json: entry 0: a dict"):
+        read_messages(put(file, [entry | {"answer": {"yes": 1}}]))
 
 
 def test_one_list_serves_every_reader(tmp_path):
@@ -391,3 +425,28 @@ def test_the_download_scripts_name_what_is_wrong(tmp_path, name):
     arguments = ["all"] if name == "pope" else []
     found = shell(script, *arguments, path=tmp_path)
     assert found.returncode == 2 and "neither wget nor curl" in found.stderr
+
+
+@pytest.mark.parametrize("coding", ["cp1252", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("place", ["header", "row"])
+def test_a_table_in_another_coding_than_utf8_is_one_line(tmp_path, coding, place):
+    header = "index\tquestion\timage" + "\tGröße" * (place == "header")
+    row = "0\tWo ist das Café?\ta.jpg" + "\t1" * (place == "header")
+    (tmp_path / "t.tsv").write_bytes(f"{header}\n{row}\n".encode(coding))
+    with pytest.raises(UsageError, match=r"t\.tsv is no UTF-8 table .*; save it as UTF-8"):
+        convert_questions.main([str(tmp_path / "t.tsv"), "--out", str(tmp_path / "q.json")])
+
+
+def test_a_table_whose_lines_end_with_carriage_returns_only_is_one_line(tmp_path):
+    (tmp_path / "t.tsv").write_bytes(b"index\timage\r0\ta.jpg\r")
+    with pytest.raises(UsageError, match=r"t\.tsv: its first line is no header of a table"):
+        convert_questions.main([str(tmp_path / "t.tsv"), "--out", str(tmp_path / "q.json")])
+
+
+def test_ids_that_end_like_a_second_question_stay_apart(tmp_path):
+    ids = ["a", "a", "a-1", "a-1", "a", "a-1-1"]
+    entries = [{"image_id": id, "question": f"{n}?"} for n, id in enumerate(ids)]
+    for read in (read_mmhal, read_questions):
+        found = read(put(tmp_path / "q.json", entries))
+        assert len({sample.id for sample in found}) == len(ids)
+    assert [sample.id for sample in read_mmhal(tmp_path / "q.json")][:3] == ["a", "a-1", "a-1-1"]

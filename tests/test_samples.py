@@ -19,6 +19,7 @@ from vlmdiag.pictures import deferred, samples
 from vlmdiag.pictures.coco import read_coco
 from vlmdiag.pictures.questions import read_mmhal, read_questions
 from vlmdiag.pictures.samples import Sample, annotated_as, load_image, picture_header, turn_of
+from vlmdiag.runs.rundirs import open_run
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -435,3 +436,63 @@ def test_a_damaged_picture_loads_or_raises_one_of_the_two_errors(tmp_path_factor
             assert load_image(path).mode == "RGB"
         except (ValueError, FileNotFoundError) as error:
             assert "fuzzed" in str(error)
+
+
+# ---- names of pictures ----
+
+
+def long_and_odd():
+    """Names that a folder may hold and that cannot name other files."""
+    yield from ("x" * 251 + ".jpg", "é" * 125 + ".png", "y" * 180 + ".jpg", "a\\b.jpg")
+    yield os.fsdecode(b"\xff\xfe.jpg")
+
+
+def test_pictures_of_any_name_are_items_whose_ids_name_files(tmp_path):
+    names = ["a.jpg", "a.png", "b c'd.jpg", *long_and_odd()]
+    for name in names:
+        (tmp_path / name).touch()
+    run = open_run(tmp_path / "run", "demo", {})
+    found = samples.samples_of(tmp_path, "What?")
+    assert sorted(sample.image.name for sample in found) == sorted(names)
+    for sample in found:
+        run.write(sample.id, {"name": sample.image.name})
+    assert len(run.ids()) == len(names)
+    assert {sample.id for sample in found} >= {"a.jpg", "a.png", "b c'd"}
+    assert samples.samples_of(tmp_path, "What?", 3) == found[:3]  # ids of a run that grows
+
+
+def test_a_question_about_a_picture_of_a_long_name_has_an_id(tmp_path):
+    entries = [{"image": name, "question": "What?"} for name in long_and_odd()]
+    found = read_questions(put(tmp_path / "q.json", entries))
+    run = open_run(tmp_path / "run", "demo", {})
+    for sample in found:
+        run.fail(sample.id, ValueError(sample.image.name))
+    assert len(run.failed()) == len(entries)
+
+
+# ---- orientation ----
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "tiff", "tiff_lzw"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_picture_of_any_format_is_upright_and_its_header_says_so(tmp_path, form, turn):
+    blocks = Image.fromarray(np.random.default_rng(0).integers(0, 255, (3, 4, 3), np.uint8))
+    stored = blocks.resize((80, 60), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[samples.ORIENTATION] = turn
+    path = tmp_path / "picture"
+    if form.startswith("tiff"):
+        compression = form.removeprefix("tiff_") if "_" in form else None
+        options = {"compression": f"tiff_{compression}"} if compression else {}
+        stored.save(path, "tiff", tiffinfo={samples.ORIENTATION: turn}, **options)
+    else:
+        stored.save(path, form, exif=exif, quality=100)
+    upright = stored.transpose(samples.TURN[turn]) if turn in samples.TURN else stored
+    found = load_image(path)
+    assert picture_header(path) == (found.size, turn) and turn_of(found) == turn
+    distance = np.abs(np.asarray(found, int) - np.asarray(upright, int))
+    assert found.size == upright.size and distance.mean() < 4  # JPEG and WebP lose a little
+    if turn > 1:  # and not as it is stored, nor turned twice
+        for other in (stored, upright.transpose(samples.TURN[turn])):
+            wrong = other.size != found.size
+            assert wrong or np.abs(np.asarray(found, int) - np.asarray(other, int)).mean() > 10

@@ -27,7 +27,7 @@ from vlmdiag import cli
 from vlmdiag.interp.lens_page import SCHEMA, read_facts, write_page
 from vlmdiag.pictures import chats
 from vlmdiag.pictures.mosaic import recorded
-from vlmdiag.pictures.samples import Sample, list_pictures, needed, with_pictures
+from vlmdiag.pictures.samples import Sample, needed, samples_of, with_pictures
 from vlmdiag.runs import disk, rundirs
 from vlmdiag.runs.experiment import Outcome, Worker, run_worker, worker_for
 
@@ -73,17 +73,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_folder(args: argparse.Namespace) -> list[Sample]:
-    """The chats that are given, else a Sample per picture of the folder, sorted by name; its id is
-    the name without ending (with it where two pictures share one)."""
+    """The chats that are given, else a Sample per picture of the folder."""
     if of_chats := chats.given_samples(args, args.image_dir):
         return of_chats[: args.max_images]
-    files = list_pictures(args.image_dir)[: args.max_images]
-    stems = [file.stem for file in files]
-    samples = []
-    for file in files:
-        name = file.stem if stems.count(file.stem) == 1 else file.name
-        samples.append(Sample(name, file, args.prompt_text, extra={"image_id": name}))
-    return samples
+    return samples_of(args.image_dir, args.prompt_text, args.max_images)
 
 
 def is_whole(page: Path) -> bool:

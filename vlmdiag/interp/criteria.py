@@ -123,6 +123,8 @@ IRREGULAR = {  # last word -> its plurals
     "woman": "women",
     "gentleman": "gentlemen",
     "child": "children",
+    "foot": "feet",
+    "tooth": "teeth",
     "knife": "knives",
     "calf": "calves",
     "mouse": "mice",
@@ -148,6 +150,10 @@ def plurals(name: str) -> list[str]:
     head, space, word = name.rpartition(" ")
     if word in IRREGULAR:
         return [head + space + form for form in IRREGULAR[word].split()]
+    if re.search(r"[^f]fe?$", word):  # leaves, scarfs and scarves
+        return [name + "s", re.sub(r"fe?$", "ves", name)]
+    if re.search(r"[^aeiou]o$", word):  # photos, tomatoes
+        return [name + "s", name + "es"]
     if re.search(r"(s|x|z|ch|sh)$", word):
         return [name + "es"]
     if re.search(r"[^aeiou]y$", word):
@@ -161,7 +167,8 @@ def names(category: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     plurals. A category that is not COCO's, by this or another data set's name, has no synonyms.
     Names are read as words, see categories.spoken_names()."""
     said = [name.lower() for given in (category, *extra) for name in spoken_names(given)]
-    of_coco = EQUAL.get(said[0], said[0])
+    in_words = said[0].replace("-", " ")
+    of_coco = EQUAL.get(in_words, in_words if in_words in SYNONYMS else said[0])
     singular = [*said, of_coco]
     singular += [word.replace("_", " ") for word in SYNONYMS.get(of_coco, "").split()]
     forms = [form for name in singular for form in (name, *plurals(name))]
@@ -172,7 +179,7 @@ def _whole(words: Iterable[str]) -> re.Pattern[str]:
     """Pattern of any of the words, as whole words; a hyphen may stand for the space within a
     name."""
     longest_first = sorted(words, key=len, reverse=True)
-    spelled = [re.escape(word).replace(r"\ ", r"[\s-]+") for word in longest_first]
+    spelled = [re.sub(r"\\[ -]", r"[\\s-]+", re.escape(word)) for word in longest_first]
     return re.compile(rf"(?<!\w)(?:{'|'.join(spelled)})(?!\w)")
 
 

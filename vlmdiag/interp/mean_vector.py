@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.samples import Sample, id_of
 from vlmdiag.runs import disk
 from vlmdiag.types import Fields, Record
 
@@ -153,9 +152,7 @@ def _result(block: Block, sums: Sums, unreadable: list[str]) -> Result:
 
 def failure_id(name: str) -> str:
     """A picture's name as the name of its failure file."""
-    if len(name.encode()) < 150:
-        return f"picture-{name}"
-    return f"picture-{sha256(name.encode()).hexdigest()}"
+    return f"picture-{id_of(name)}"
 
 
 def write_acts(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ docs/studies/llava_interp.md, sections 2.4 and 2.5.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,12 +202,15 @@ def _curated(args: argparse.Namespace, asked: dict[str, list[Record]]) -> Iterat
     listed = read_coco(Path(args.coco_root) / args.datatype, instances_file(args))
     by_key = {image_key(sample.extra["image_id"]): sample for sample in listed}
     annotations = read_instances(instances_file(args))
+    asked_before: Counter[str] = Counter()  # the list may write one id in several ways
     for image_id, questions in asked.items():
         sample = by_key.get(image_key(image_id))
         if sample is None:
             continue
         of_image = annotations.get(sample.extra["image_id"], [])
-        for n, entry in enumerate(questions):
+        for entry in questions:
+            n = asked_before[sample.id]
+            asked_before[sample.id] += 1
             if entry.get("category"):
                 target = _only_one_of(of_image, entry["category"])
             else:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.entries import Entry, checked_id, entries_of, read_list, text_id
-from vlmdiag.pictures.samples import Chat, Sample, Turn
+from vlmdiag.pictures.questions import as_text
+from vlmdiag.pictures.samples import Chat, Sample, Turn, id_of
 from vlmdiag.pictures.video import Frame, frames_of
 from vlmdiag.types import Fields, Record
 
@@ -45,7 +46,7 @@ def about(images: Sequence[Source], question: str) -> Sample:
     chat = Chat(tuple(images), (Turn("user", (*[None] * len(images), question)),))
     first = images[0]
     path = first.video if isinstance(first, Frame) else first
-    id = f"{path.stem}+{len(images) - 1}"
+    id = f"{id_of(path.stem)}+{len(images) - 1}"
     return Sample(id, path, question, extra={"image_id": id}, chat=chat)
 
 
@@ -74,7 +75,7 @@ def read_messages(
             raise UsageError(f"{where}: {error}") from error
         first = chat.images[0]
         image = first.video if isinstance(first, Frame) else first
-        id = entry.get("id", entry.get("image_id", f"{image.stem}-{n}"))
+        id = entry.get("id", entry.get("image_id", f"{id_of(image.stem)}-{n}"))
         id = checked_id(path, f"the id of entry {n},", id)
         extra = {"image_id": id} | {k: v for k, v in entry.items() if k not in _OF_PROMPT}
         question = chat.turns[-1].text
@@ -121,7 +122,9 @@ def _chat_of(entry: Entry, root: Path, frames: int) -> tuple[Chat, str | None]:
         raise ValueError(f"it lists {len(listed)} images, and its messages have places for others")
     if not images:
         raise ValueError("it has no picture")
-    return Chat(tuple(images), tuple(turns), system), entry.get("answer", answer)
+    if "answer" in entry:
+        answer = as_text(entry["answer"])
+    return Chat(tuple(images), tuple(turns), system), answer
 
 
 def _parts_of(message: object) -> tuple[str, list[Record]]:

@@ -80,17 +80,17 @@ def text_id(image_id: object) -> str:
 
 
 def image_key(image_id: object) -> str:
-    """What an image id says, however it is written: '6818' for 6818, 6818.0, '000000006818' and
-    COCO's own 'COCO_val2014_000000006818'."""
+    """What an image id says, however it is written: '6818' for 6818, 6818.0, '6818.0',
+    '000000006818' and COCO's own 'COCO_val2014_000000006818'."""
     if isinstance(image_id, float) and image_id.is_integer():
         image_id = int(image_id)
-    text = re.sub(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", "", str(image_id).strip())
+    text = re.sub(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)|(?<=\d)\.0+$", "", str(image_id).strip())
     return (text.lstrip("0") or "0") if text.isdecimal() else text
 
 
 def checked_id(path: str | Path, what: str, id: object) -> int | str:
     if isinstance(id, float) and id.is_integer():  # as pandas writes them
         return int(id)
-    if isinstance(id, (int, str)):
+    if isinstance(id, (int, str)) and not isinstance(id, bool):
         return id
     raise UsageError(f"{path}: {what} {id!r:.60} is a {type(id).__name__}, an id was wanted")

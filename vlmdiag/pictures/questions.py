@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from vlmdiag.cli import CHAT_COMMANDS, UsageError
 from vlmdiag.pictures.entries import Entry, checked_id, entries_of, read_list, text_id
-from vlmdiag.pictures.samples import Sample
+from vlmdiag.pictures.samples import Sample, id_of
 from vlmdiag.types import Fields, Record
 
 
@@ -74,7 +74,7 @@ def read_questions(path: str | Path, image_dir: str | Path | None = None) -> lis
         name = _picture_name(path, n, entry)
         image_id = entry.get("image_id")
         if image_id is None:
-            image_id = Path(name or "").stem
+            image_id = id_of(Path(name or "").stem)
         image_id = checked_id(path, f"the image_id of entry {n},", image_id)
         id = text_id(image_id)
         extra: Record = {"image_id": image_id}
@@ -84,7 +84,7 @@ def read_questions(path: str | Path, image_dir: str | Path | None = None) -> lis
         sample = Sample(
             f"{id}-{count.next(id)}",
             folder / (name or f"{id}.jpg"),
-            str(_first_of(entry, _QUESTION)),
+            _question(path, n, entry),
             _answer(path, f"entry {n}", entry),
             extra,
         )
@@ -103,16 +103,20 @@ def read_mmhal(path: str | Path, image_root: str | Path | None = None) -> list[S
     """
     root = Path(image_root) if image_root is not None else Path(path).parent
     samples: list[Sample] = []
-    count = _Counter()
+    count, used = _Counter(), set[str]()
     for entry, asked in zip(_asked(path), read_questions(path, root), strict=True):
         id = asked.id.rpartition("-")[0]
         n = count.next(id)
+        name = f"{id}-{n}" if n else id
+        while name in used:  # by an image whose id ends in -1
+            name = f"{id}-{count.next(id)}"
+        used.add(name)
         source = _first_of(entry, _IMAGE)
         if isinstance(source, list) or source is None:
             source = asked.image.name
         extra = _without(entry, *_QUESTION, *_ANSWER, *_IMAGE) | asked.extra
         extra["image_src"] = source
-        samples.append(replace(asked, id=f"{id}-{n}" if n else id, extra=extra))
+        samples.append(replace(asked, id=name, extra=extra))
     return samples
 
 
@@ -143,6 +147,15 @@ def _asked(path: str | Path) -> list[Entry]:
 def _first_of(entry: Fields, names: Sequence[str]) -> object:
     """The first of some fields that says something."""
     return next((entry[name] for name in names if entry.get(name) not in (None, "")), None)
+
+
+def _question(path: str | Path, n: int, entry: Fields) -> str:
+    """The text of an entry's question."""
+    question = _first_of(entry, _QUESTION)
+    if not isinstance(question, str) or not question.strip():
+        what = "empty" if isinstance(question, str) else f"a {type(question).__name__}"
+        raise UsageError(f"{path}: the question of entry {n} is {what}, a text was wanted")
+    return question
 
 
 def _picture_name(path: str | Path, n: int, entry: Fields) -> str | None:
@@ -182,12 +195,12 @@ def _answer(path: str | Path, what: str, entry: Fields) -> str | None:
     """The answer of an entry as text, None where it has none."""
     value = next((entry[name] for name in _ANSWER if entry.get(name) is not None), None)
     try:
-        return _as_text(value)
+        return as_text(value)
     except TypeError as error:
         raise UsageError(f"{path}: the answer of {what} is {error}, not an answer") from error
 
 
-def _as_text(answer: object) -> str | None:
+def as_text(answer: object) -> str | None:
     """An answer of a list as text: Yes for true, 3 for 3.0, the most frequent of several (the first
     of these), None for nothing. TypeError where it is none."""
     if answer is None or isinstance(answer, str):
@@ -198,7 +211,7 @@ def _as_text(answer: object) -> str | None:
         whole = isinstance(answer, float) and answer.is_integer()
         return None if math.isnan(answer) else str(int(answer) if whole else answer)
     if isinstance(answer, list):
-        texts = [_as_text(one["answer"] if _is_vote(one) else one) for one in answer]
+        texts = [as_text(one["answer"] if _is_vote(one) else one) for one in answer]
         counts = Counter(text for text in texts if text is not None)
         return counts.most_common(1)[0][0] if counts else None
     raise TypeError(f"a {type(answer).__name__}")

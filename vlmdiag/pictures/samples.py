@@ -4,13 +4,16 @@ samples: coco.py, questions.py, chats.py. Kept free of torch."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import math
 import os
+import re
 import stat
 import struct
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +71,7 @@ TURN = {
 
 _TURNED = "turned by EXIF orientation"  # in the info of a picture that was
 
+ID_LIMIT = 150  # bytes of a picture's name that becomes the name of other files
 AT_HAND = Path()  # the image of a sample whose picture is given beside it
 
 
@@ -140,6 +144,29 @@ def list_pictures(folder: str | Path) -> list[Path]:
     if not files:
         raise UsageError(f"{folder} has no picture ({' '.join(sorted(PICTURES))})")
     return files
+
+
+def id_of(name: str) -> str:
+    """A picture's name as the id of an item, which names files: itself, or its beginning and a
+    digest where it is long, is not text, or has what no file name of ours has."""
+    content = name.encode("utf-8", "surrogatepass")
+    is_text = content == name.encode("utf-8", "replace")
+    if is_text and len(content) <= ID_LIMIT and not re.search(r"^\.|[/\\\0]", name):
+        return name
+    beginning = re.sub(r"[^A-Za-z0-9_-]", "-", name[:60])
+    return f"{beginning}~{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def samples_of(folder: str | Path, question: str, max_images: int | None = None) -> list[Sample]:
+    """A sample per picture of a folder, sorted by name. id: the name without its ending, with it
+    where two pictures share one, see id_of(). UsageError as list_pictures()."""
+    files = list_pictures(folder)
+    stems = Counter(file.stem for file in files)
+    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    return [
+        Sample(id_of(name), file, question, extra={"image_id": id_of(name)})
+        for name, file in zip(names[:max_images], files)
+    ]
 
 
 def with_picture(item: WithImage) -> tuple[WithImage, Image.Image]:
@@ -223,17 +250,21 @@ def _decoded(path: str | Path | IO[bytes]) -> Image.Image:
         kept = _kept_size(file.size)
         is_large = kept != file.size
         with _LARGE if is_large else contextlib.nullcontext():
+            turn = _orientation(file) if _turns_itself(file) else 1
             file.load()
-            turn = _orientation(file)
+            if not _turns_itself(file):
+                turn = _orientation(file)
             # without the copy that a conversion of RGB to RGB is
             image: Image.Image = file if is_large and file.mode == "RGB" else _rgb(file)
             if is_large:
                 image = image.resize(kept, Image.Resampling.BICUBIC)
+            is_upright = _turns_itself(file)
             file.close()  # its pixels at once, not when the garbage is collected
     # no orientation stays behind for a processor to apply again
     image.info = {}
     if turn in TURN:
-        image = image.transpose(TURN[turn])
+        if not is_upright:
+            image = image.transpose(TURN[turn])
         image.info[_TURNED] = turn
     return image
 
@@ -259,7 +290,8 @@ def picture_header(path: str | Path | IO[bytes]) -> tuple[tuple[int, int], int]:
     with _opened(path) as file:
         turn = _orientation(file)
         width, height = _kept_size(file.size)
-        return ((width, height) if turn < 5 else (height, width)), turn
+        is_upright = turn < 5 or _turns_itself(file)
+        return ((width, height) if is_upright else (height, width)), turn
 
 
 def format_of(data: bytes) -> str:
@@ -322,6 +354,12 @@ def _orientation(image: Image.Image) -> int:
         return orientation if orientation in TURN else 1
     except _UNREADABLE:
         return 1  # damaged EXIF, sound picture
+
+
+def _turns_itself(image: Image.Image) -> bool:
+    """Whether Pillow turns a picture by its orientation while it is loaded; its size is that of the
+    upright one from the beginning, and the orientation is gone afterwards."""
+    return image.format == "TIFF"
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -42,6 +42,13 @@ def rows_of(path: str | Path) -> Iterator[tuple[int, Row]]:
     mark that is never closed within its row is text. UsageError where a row has not the header's
     cells, or the file is none of these.
     """
+    try:
+        yield from _rows_of(path)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 table ({error}); save it as UTF-8") from error
+
+
+def _rows_of(path: str | Path) -> Iterator[tuple[int, Row]]:
     with open(path, "rb") as file:
         if _is_json(file):
             yield from _json_rows(path, file)
@@ -150,9 +157,9 @@ class Pictures:
 
 
 def letter_of(answer: str, options: Mapping[str, str]) -> str:
-    """The letter of an answer that is a letter, an index from 0 as EmbSpatial-Bench has it, or the
-    text of an option; in capitals what is none of them. UsageError for an index past the options.
-    options {letter: text}, also of those that are not there."""
+    """The letter of an answer that is a letter, (A) or A. too, an index from 0 as EmbSpatial-Bench
+    has it, or the text of an option; in capitals what is none of them. UsageError for an index past
+    the options. options {letter: text}, also of those that are not there."""
     index = re.fullmatch(r"(\d+)(?:\.0+)?", answer)
     if index:
         if int(index[1]) >= len(options):
@@ -162,7 +169,7 @@ def letter_of(answer: str, options: Mapping[str, str]) -> str:
             )
         return list(options)[int(index[1])]
     named = [letter for letter, text in options.items() if text.lower() == answer.lower()]
-    return named[0] if len(named) == 1 else answer.upper()
+    return named[0] if len(named) == 1 else answer.strip(" ().:").upper()
 
 
 def picture_at(path: str | Path, offset: int) -> Image:
@@ -204,7 +211,10 @@ def _unreadable(offset: int, error: Exception) -> ValueError:
 
 def _columns(path: str | Path, file: BinaryIO) -> list[str]:
     header = file.readline().decode("utf-8-sig")
-    columns = [name.strip() for name in next(csv.reader([header], delimiter="\t"), [])]
+    try:
+        columns = [name.strip() for name in next(csv.reader([header], delimiter="\t"), [])]
+    except csv.Error as error:  # such as lines that end with carriage returns only
+        raise UsageError(f"{path}: its first line is no header of a table ({error})") from error
     if not columns:
         raise UsageError(f"{path} is empty")
     for name in columns:

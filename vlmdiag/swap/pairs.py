@@ -174,8 +174,6 @@ def read_pairs(
         raise UsageError(
             f"--data_path {path} cannot be read ({error.strerror or error})"
         ) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--data_path {path} is no UTF-8 table ({error})") from error
     pairs_or_reasons = [row if isinstance(row, str) else _placed(row, pictures) for row in rows]
     left_out = Counter(reason for reason in pairs_or_reasons if isinstance(reason, str))
     pairs = [pair for pair in pairs_or_reasons if not isinstance(pair, str)]
