@@ -5,6 +5,10 @@ import errno
 import io
 import os
 import pathlib
+import resource
+import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -12,9 +16,13 @@ import zipfile
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
+from vlmdiag import cli
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures.samples import list_pictures
 from vlmdiag.runs import disk, leases
-from vlmdiag.runs.rundirs import open_run
+from vlmdiag.runs.rundirs import open_run, read_run
+from vlmdiag.swap.states import open_states
 
 pytestmark = pytest.mark.fast
 
@@ -199,3 +207,81 @@ def test_a_damaged_counter_is_no_traceback(run, damage):
         open_run(run.path, "demo", {"a": 1})
     except UsageError:
         return
+
+
+# --- what the system does not let us have ---------------------------------------------------------
+
+
+def ending(main, capsys):
+    """(exit code, what is said) of a command."""
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda path: read_run(path / ("x" * 300)),
+        lambda path: open(path / ("é" * 200)),
+        lambda path: os.open(path, os.O_WRONLY),
+        lambda path: (path / "file" / "below").stat(),
+    ],
+)
+def test_a_file_that_the_system_refuses_is_one_line_in_every_command(tmp_path, capsys, act):
+    (tmp_path / "file").touch()
+    code, said = ending(lambda: act(tmp_path), capsys)
+    assert code == 2 and said.count("\n") == 1 and str(tmp_path) in said and len(said) < 500
+
+
+def test_an_error_of_ours_stays_a_traceback(tmp_path):
+    for error in (KeyError("a"), FileNotFoundError(errno.ENOENT, "x", "y"), OSError("no number")):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            cli.run(fail)
+
+
+def test_a_folder_of_pictures_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    with pytest.raises(UsageError, match="cannot be read .Permission denied"):
+        list_pictures(tmp_path)
+
+
+@pytest.mark.parametrize("room", [0, 60])
+def test_output_to_a_full_disk_ends_without_a_traceback(tmp_path, room):
+    """The standard output and the standard error in a file that may not grow."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    for script in ("print('x' * 40, flush=True); print('y' * 40)", "print('x' * 200)"):
+        code = f"from vlmdiag import cli\ncli.run(lambda: exec({script!r}))"
+        with open(tmp_path / "log", "wb") as log:
+            done = subprocess.run(
+                [sys.executable, "-c", code], stdout=log, stderr=log, preexec_fn=limit, cwd=ROOT
+            )
+        assert done.returncode == 2
+        assert b"Traceback" not in (tmp_path / "log").read_bytes()
+
+
+def test_states_that_are_damaged_or_cannot_be_written_are_named(tmp_path, monkeypatch):
+    path = tmp_path / "states.npy"
+    for content in (b"hello", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="states.npy"):
+            open_states(path, (2, 2, 1, 4), "float16", done=2)
+    path.unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(UsageError, match="the disk is full .*states.npy"):
+        open_states(path, (2, 2, 1, 4), "float16")

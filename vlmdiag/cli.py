@@ -7,7 +7,9 @@ Kept free of torch, so that --help and a mistyped flag are answered at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import io
 import math
 import os
@@ -18,6 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vlmdiag import CHECKOUT
+
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # a disk, or a quota
 
 
 class UsageError(Exception):
@@ -313,21 +317,45 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     code: int | None
     try:
         code = main()
+        sys.stdout.flush()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        _complain("interrupted; run the same command again to go on")
         code = 130
     except BrokenPipeError:  # the reader of our output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except Exception:
+    except Exception as error:
         # a broken run or our mistake? a run that was read tells whether it is as it was written
         runs = sys.modules.get("vlmdiag.runs.rundirs")
-        damage = runs and runs.damage()
-        if not damage:
+        line = _about_files(error) or (runs and runs.damage())
+        if not line:
             raise
-        print(f"error: {damage}", file=sys.stderr)
+        _complain(f"error: {line}")
         code = 2
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what is still to be printed goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code or 0)
+
+
+def _complain(line: str) -> None:
+    """Print a line to the standard error, unless a full disk is its file's too."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _about_files(error: Exception) -> str | None:
+    """The line for a file that the system does not let us have, whatever command asked for it: no
+    permission, a name of more than 255 bytes, a full disk. None for other errors."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno in FULL:
+        where = f": {error.filename}" if error.filename else ""
+        return f"the disk is full or a size limit is reached ({error.strerror}){where}"
+    if error.filename is None or isinstance(error, FileNotFoundError):
+        return None
+    return f"{str(error.filename):.300} cannot be used ({error.strerror})"

@@ -137,10 +137,13 @@ def list_pictures(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such image folder")
-    shown = (file for file in folder.iterdir() if not file.name.startswith("."))
+    try:
+        shown = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read ({error.strerror})") from error
     # a link that leads nowhere is a picture that fails; a pipe or a folder is none
     of_kind = (file for file in shown if file.suffix.lower() in PICTURES)
-    files = sorted(file for file in of_kind if file.is_file() or not file.exists())
+    files = sorted(file for file in of_kind if os.path.isfile(file) or not os.path.exists(file))
     if not files:
         raise UsageError(f"{folder} has no picture ({' '.join(sorted(PICTURES))})")
     return files

@@ -7,7 +7,6 @@ may be killed at any point and no reader sees half a file. Kept free of torch.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import io
@@ -24,11 +23,10 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from vlmdiag.cli import UsageError
+from vlmdiag.cli import FULL, UsageError
 from vlmdiag.runs import leases
 from vlmdiag.types import Record
 
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # a file of a run that is larger was not written by us: its content as JSON, its arrays in memory
 JSON_LIMIT = 2**28
 NPZ_LIMIT = 2**31

@@ -26,7 +26,7 @@ from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.model.probes import LastStates
 from vlmdiag.pictures.samples import AT_HAND, Sample
 from vlmdiag.pictures.table import picture_at
-from vlmdiag.runs.disk import cannot_write
+from vlmdiag.runs.disk import BROKEN, cannot_write
 from vlmdiag.swap.pairs import read_answer, spellings
 from vlmdiag.swap.relations import OPPOSITE, SPELLED
 from vlmdiag.types import Record
@@ -120,6 +120,23 @@ def open_states(path: Path, shape: Sequence[int], dtype: str, done: int = 0) -> 
     if done and not there:
         raise ValueError(f"{path} is missing, which has the states of {done} finished pairs")
     if not done and header.startswith(there) and (not there or path.stat().st_size < size):
+        _extend(path, header, size)
+    try:
+        found = np.load(path, mmap_mode="r")  # refuses a short file
+    except BROKEN as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if found.shape != tuple(shape) or found.dtype != states.dtype:
+        raise ValueError(
+            f"{path} has shape {found.shape} and {found.dtype}, wanted {tuple(shape)} and"
+            f" {states.dtype}"
+        )
+    return states
+
+
+def _extend(path: Path, header: bytes, size: int) -> None:
+    """Make a file that begins with a header, or extend it to a size. UsageError where it cannot be
+    written."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
@@ -128,13 +145,8 @@ def open_states(path: Path, shape: Sequence[int], dtype: str, done: int = 0) -> 
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    found = np.load(path, mmap_mode="r")  # refuses a short file
-    if found.shape != tuple(shape) or found.dtype != states.dtype:
-        raise ValueError(
-            f"{path} has shape {found.shape} and {found.dtype}, wanted {tuple(shape)} and"
-            f" {states.dtype}"
-        )
-    return states
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _beginning(path: Path, count: int) -> bytes:
