@@ -219,6 +219,15 @@ def test_an_adapter_beside_the_weights_is_merged_into_them(model, base):
     assert "leave --base_model out" in refusal(model, base_model=TINY)
 
 
+@pytest.mark.parametrize("name", [*adapters.FILES, adapters.TRAINED])
+def test_parts_of_an_adapter_beside_the_weights_are_never_passed_over(model, name):
+    tensors = {f"{Q.format(0)}.lora_A.weight": torch.zeros(4, WIDTH)}
+    (save_file if name.endswith("safetensors") else torch.save)(tensors, model / name)
+    assert f"has {name} beside whole weights, and no adapter_config.json" in refusal(model)
+    (model / name).unlink()
+    common.load_model(model, self_check=False)
+
+
 def test_the_processor_that_was_saved_with_an_adapter_is_heard(tmp_path, base, picture):
     pytest.importorskip("peft")
     pairs = lora([Q.format(0)])
@@ -435,6 +444,7 @@ FOLDERS = [
     ("projector only", {"config.json": LLAVA, "mm_projector.bin": "x"}),
     ("GGUF", {"ggml-model-q4_k.gguf": "GGUF", "mmproj-model-f16.gguf": "GGUF"}),
     ("GGUF", {"config.json": TINY_CONFIG, "model.gguf": "GGUF"}),
+    ("GGUF", {"MODEL.Q4_K_M.GGUF": "GGUF"}),
     ("diffusers", {"model_index.json": {}, "unet/diffusion_pytorch_model.safetensors": "x"}),
     ("another program", {"config.json": TINY_CONFIG, "onnx/decoder.onnx": "x"}),
     ("consolidated", {"params.json": {}, "consolidated.00.pth": "x"}),

@@ -161,7 +161,7 @@ def form_of(path: str | Path) -> str | None:
     if any(WEIGHTS.fullmatch(name) for name in names):
         return None
     for pattern, what in FORMS:
-        if any(re.fullmatch(pattern, name) for name in names):
+        if any(re.fullmatch(pattern, name, re.IGNORECASE) for name in names):
             return what
     if "config.json" in names:
         return "a config without weights: no model.safetensors, no pytorch_model.bin, no shards"
@@ -179,7 +179,7 @@ def broken_files(folder: Path, names: Sequence[str]) -> str | None:
         if not file.is_file():
             continue
         size = file.stat().st_size
-        if size < 1024 and file.read_bytes().startswith(POINTER):
+        if 0 < size < 1024 and file.read_bytes().startswith(POINTER):
             return f"{name} is a pointer of git-lfs, not the file itself: run `git lfs pull` there"
         if size == 0 and WEIGHTS.fullmatch(name):
             return f"{name} is empty: the copy or download is unfinished"

@@ -69,6 +69,7 @@ def sources_of(path: str | Path, base_model: str | Path | None, to_merge: bool =
     if find_adapter_config_file(str(path)) is None:
         if base_model is not None:
             raise UsageError(f"{path} is no adapter (no {CONFIG}), so --base_model has no use")
+        _refuse_left_overs(Path(path))
         return Sources(str(path))
     folder = Path(path) if Path(path).is_dir() else fetch(str(path), READ)
     if any(WEIGHTS.fullmatch(name) for name in names_of(folder)):
@@ -84,6 +85,17 @@ def sources_of(path: str | Path, base_model: str | Path | None, to_merge: bool =
         )
     trained = folder / TRAINED
     return Sources(base, folder, trained if trained.exists() else None)
+
+
+def _refuse_left_overs(folder: Path) -> None:
+    """UsageError for whole weights with parts of an adapter beside them, which would be passed over
+    without its config."""
+    parts = [name for name in (*FILES, TRAINED) if (folder / name).is_file()]
+    if parts and any((folder / name).is_file() for name in names_of(folder) if WEIGHTS.match(name)):
+        raise UsageError(
+            f"{folder} has {' and '.join(parts)} beside whole weights, and no {CONFIG} that says how"
+            " to apply it: copy that too, or take them out of the folder"
+        )
 
 
 def _base_of(folder: Path, base_model: str | Path | None) -> str:
