@@ -120,7 +120,7 @@ def test_an_error_of_one_item_is_that_items_failure(cluster, tmp_path):
 
 def test_a_worker_computes_a_batch_while_it_writes_the_one_before(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.syspath_prepend(tmp_path)  # what an actor adds is gone after the test
     args = stand_in.parse_args(["--out_root", str(tmp_path), "--items", "2", "--num_workers", "0"])
     actor = ray_actor.Actor(ray_actor.Call("tests/stand_in.py", "make_worker", args, ROOT, {}))
     actor.start()
