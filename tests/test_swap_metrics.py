@@ -453,6 +453,31 @@ def test_bootstrap_of_entanglement_is_the_slow_one():
         )
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 6))
+def test_limits_of_a_cosine_never_leave_what_a_cosine_can_be(seed, images):
+    """Few scenes whose deltas differ in length by orders, without some of their pairs."""
+    random = np.random.default_rng(seed)
+    pairs = [
+        (name, str(image), random.normal(size=6) * 10 ** random.uniform(-3, 3))
+        for image in range(images)
+        for name in ("above", "under", "far", "close")
+        if random.random() < 0.8
+    ]
+    if not pairs:
+        return
+    names, of_images, deltas = (np.array(part) for part in zip(*pairs, strict=True))
+    found = vd_entanglement(deltas[:, None], names, of_images, num_resamples=50, seed=seed)
+    for form in ("eq3_raw", "eq3_unit", "group_cosine_raw", "group_cosine_unit"):
+        for kind, name in (("value", ""), ("crossfit", "crossfit_")):
+            value, low, high = (found[form][key][0] for key in (kind, f"{name}low", f"{name}high"))
+            if not np.isfinite([value, low, high]).all():
+                continue
+            beyond = max(1.0, abs(value))  # of a cross-fitted value only
+            assert beyond < 1 + 1e-9 or kind == "crossfit"
+            assert -beyond - 1e-9 <= low <= high <= beyond + 1e-9
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 30))
 def test_the_two_forms_differ_by_the_factor_of_the_study_where_norms_are_equal(seed, d):

@@ -91,7 +91,7 @@ def _refuse_left_overs(folder: Path) -> None:
     """UsageError for whole weights with parts of an adapter beside them, which would be passed over
     without its config."""
     parts = [name for name in (*FILES, TRAINED) if (folder / name).is_file()]
-    if parts and any((folder / name).is_file() for name in names_of(folder) if WEIGHTS.match(name)):
+    if parts and any(WEIGHTS.fullmatch(name) for name in names_of(folder)):
         raise UsageError(
             f"{folder} has {' and '.join(parts)} beside whole weights, and no {CONFIG} that says how"
             " to apply it: copy that too, or take them out of the folder"

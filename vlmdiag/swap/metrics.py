@@ -468,10 +468,11 @@ def _with_limits(
     """One form's fields; measured, resampled: of all pairs of rows, and cross-fitted."""
     value = float(measured[0][form][0])
     crossfit = float(measured[1][form][0])
-    low, high = (math.nan, math.nan) if resampled is None else limits(resampled[0][form])
-    crossfit_low = crossfit_high = math.nan
+    low = high = crossfit_low = crossfit_high = math.nan
+    if resampled is not None:
+        low, high = _as_cosines(value, *limits(resampled[0][form]))
     if resampled is not None and np.isfinite(crossfit):
-        crossfit_low, crossfit_high = limits(resampled[1][form])
+        crossfit_low, crossfit_high = _as_cosines(crossfit, *limits(resampled[1][form]))
     return {
         "value": value,
         "crossfit": crossfit,
@@ -481,6 +482,19 @@ def _with_limits(
         "crossfit_high": crossfit_high,
         "too_few": not np.isfinite(value),
     }
+
+
+def _as_cosines(value: float, low: float, high: float) -> tuple[float, float]:
+    """Limits of a cosine, or of equation 3, which cannot leave [-1, 1]: a resample, of which pairs
+    of one drawn image count once, can. One beyond goes to the bound, or to a cross-fitted value
+    that is beyond it itself."""
+    if high > 1:
+        high = max(1.0, value)
+        low = min(low, value) if low > 1 else low
+    if low < -1:
+        low = min(-1.0, value)
+        high = max(high, value) if high < -1 else high
+    return low, high
 
 
 # --- alignment of the two deltas of one scene -----------------------------------------------------
