@@ -189,8 +189,11 @@ def first_match(text: str, alternatives: Alternatives) -> str | None:
     first = names[affirmed[0].word]
     for mention, following in zip(affirmed, affirmed[1:]):
         between = text[mention.end : following.start]
-        is_tie = _OR.fullmatch(between) or ("yes" in names and between.strip().lower() == "and")
-        is_tie = is_tie or ("none" in names and _TO.fullmatch(between))  # of numbers
+        is_tie = (
+            bool(_OR.fullmatch(between))
+            or ("yes" in names and between.strip().lower() == "and")
+            or ("none" in names and bool(_TO.fullmatch(between)))  # of numbers
+        )
         if is_tie and names[mention.word] != names[following.word]:
             return None
     return first
