@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# 200 generated pictures, three tiny trained models, every measurement of diagnostic_tools/ under
-# runs/, its figures under runs/figures: ./run_demo.sh
-# MAX_IMAGES=20 ./run_demo.sh for a first look. An interrupted demo goes on where it was.
+# The checkup of the small models that come with the repository: all five diagnoses and one report.
+#
+#     ./run_demo.sh                # about ten minutes on two cores, set-up included
+#     SIZE=paper ./run_demo.sh     # hours: as many pictures as a paper would take
+#
+# An interrupted demo goes on where it was. Variables and flags: run_checkup.sh.
 set -euo pipefail
-cd "$(dirname "$0")"
-source ./setup_env.sh
-python data/make_shapes.py --out_dir data/shapes --num_images 200 --seed 0
-export OUT=${OUT:-runs/figures}
-mkdir -p "$OUT"
-exec bash diagnostic_tools/run_beyond_semantics.sh
+unset MODEL IMAGES
+exec "$(dirname "${BASH_SOURCE[0]}")/run_checkup.sh" "$@"

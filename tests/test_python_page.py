@@ -1,14 +1,19 @@
-"""The recipes of docs/python.md, as they are printed there, on tiny-llava; their numbers against
-eager attention and plain forward passes."""
+"""The recipes of docs/python.md and the walkthrough, as they are printed, on tiny-llava; their
+numbers against eager attention and plain forward passes."""
 
+import base64
+import io
+import json
 import random
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, command_module
 from tests.test_report import plant_coco
 from vlmdiag.groups import GROUPS, VISION
 from vlmdiag.model.vision import prefill
@@ -165,3 +170,53 @@ def test_a_run_is_read_as_the_page_on_files_says(folder, monkeypatch, capsys):
     means = [run.arrays(id)["head_vision_share"].mean() for id in run.ids()]
     said = capsys.readouterr().out
     assert said.startswith(f"{np.mean(means):.3f} [") and said.endswith("n = 12\n")
+
+
+# ---- the walkthrough ----
+
+NOTEBOOK = ROOT / "diagnostic_tools" / "Diagnostic_Tools_Walkthrough.ipynb"
+
+
+def test_the_walkthrough_runs_and_the_notebook_shows_what_it_shows(tmp_path, monkeypatch):
+    """The stored notebook has the page's cells, and its numbers are those of a new run but for
+    rounding."""
+    monkeypatch.chdir(tmp_path)
+    walkthrough = command_module(ROOT / "diagnostic_tools" / "make_walkthrough.py")
+    try:
+        assert walkthrough.main(["--out", str(tmp_path / "again.ipynb")]) == 0
+    finally:
+        torch.set_grad_enabled(True)
+    again, kept = (json.loads(path.read_text()) for path in (tmp_path / "again.ipynb", NOTEBOOK))
+    assert (kept["nbformat"], kept["nbformat_minor"]) == (4, 5)
+    assert len(again["cells"]) == len(kept["cells"])
+    pictures = 0
+    for new, old in zip(again["cells"], kept["cells"], strict=True):
+        assert new["source"] == old["source"], "run python diagnostic_tools/make_walkthrough.py"
+        for one, other in zip(new.get("outputs", ()), old.get("outputs", ()), strict=True):
+            assert one.get("text") == other.get("text")
+            if "data" in one:
+                shown = [base64.b64decode(each["data"]["image/png"]) for each in (one, other)]
+                sizes = [Image.open(io.BytesIO(data)).size for data in shown]
+                assert np.allclose(*sizes, rtol=0.5)  # the process's style of figures
+                pictures += 1
+    assert pictures >= 6 and NOTEBOOK.stat().st_size < 10**6
+
+
+def test_a_cut_where_the_answer_is_read_takes_the_answer_away():
+    """The walkthrough's last look, against the same cut of other tokens."""
+    names = {}
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "walkthrough.md").read_text(), re.DOTALL
+    )
+    try:
+        for block in (blocks[0], blocks[6], blocks[7]):
+            exec(block, names)
+        assert min(names["left"].values()) < 0.1 < 0.9 < max(names["left"].values())
+        others = (names["batch"].groups == VISION) & ~names["keys"]
+        others[0, names["batch"].vision_positions(0)[names["touched"][-1] + 1 :]] = False
+        with names["edit"](names["vlm"], blocks=[names["Block"](names["queries"], others)]):
+            kept = names["generate"](names["vlm"], names["batch"], 1).first[0, names["first"]].exp()
+        assert kept > 0.9
+    finally:
+        torch.set_grad_enabled(True)
+        plt.close("all")

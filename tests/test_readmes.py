@@ -9,13 +9,11 @@ as
     ```python       README.md: run as it stands; models/README.md: test_own_model.py runs it
 Shell scripts are never run from a block, only checked with bash -n: they download, or run these
 tests. A block starts at the repository's root, `cd` counts within it, an unset variable is 0.
-diagnostic_tools/README.md is run cell by cell as the notebook that make_walkthrough.py makes from
-it.
+diagnostic_tools/README.md is run command by command, in one checkout.
 
     python tests/test_readmes.py
 
-runs its commands anew, writes the tables of numbers on the tiny models into it and makes the
-notebook.
+runs its commands anew and writes the tables of numbers on the tiny models into it.
 """
 
 import argparse
@@ -384,27 +382,22 @@ def run(words, cwd, **more):
     )
 
 
-def run_cells(checkout, python):
-    """Run the code cells of the notebook as one program, with a display() that prints the file's
-    name. Returns the finished process."""
-    stub = checkout / "stub" / "IPython"
-    stub.mkdir(parents=True)
-    (stub / "__init__.py").write_text("")
-    (stub / "display.py").write_text(
-        "Image = dict\n\n\ndef display(image):\n    print('displayed', image['filename'])\n"
-    )
-    cells = [
-        source
-        for kind, source in walkthrough().cells_of((TOOLS / "README.md").read_text())
-        if kind == "code"
+def run_commands(checkout, python):
+    """Run the commands of diagnostic_tools/README.md as one program. Returns the finished
+    process."""
+    words = [
+        words[1:]
+        for info, _, text in blocks(TOOLS / "README.md")
+        if info == "bash"
+        for _, words in steps(text)
     ]
-    (checkout / "cells.py").write_text("\n\n".join(cells) + "\n")
-    search = os.pathsep.join(filter(None, [str(stub.parent), os.environ.get("PYTHONPATH")]))
-    return run([python, checkout / "cells.py"], checkout / "diagnostic_tools", PYTHONPATH=search)
-
-
-def walkthrough():
-    return command_module(TOOLS / "make_walkthrough.py")
+    program = f"""\
+import subprocess, sys
+for words in {words!r}:
+    subprocess.run([sys.executable, *words], check=True, cwd={str(checkout)!r})
+"""
+    (checkout / "commands.py").write_text(program)
+    return run([python, "-u", checkout / "commands.py"], checkout / "diagnostic_tools")
 
 
 @pytest.fixture(scope="session")
@@ -412,7 +405,7 @@ def finished(tmp_path_factory, warm_python):
     """(checkout in which every command of diagnostic_tools/README.md was run, the finished
     process)."""
     checkout = make_checkout(tmp_path_factory.mktemp("checkout"))
-    return checkout, run_cells(checkout, warm_python)
+    return checkout, run_commands(checkout, warm_python)
 
 
 @pytest.fixture(scope="session")
@@ -426,62 +419,16 @@ def checkout(finished):
     return finished[0]
 
 
-def test_the_notebook_is_made_from_the_readme(tmp_path):
-    kept = TOOLS / "Diagnostic_Tools_Walkthrough.ipynb"
-    assert walkthrough().main(["--out", str(tmp_path / "again.ipynb")]) == 0
-    assert (tmp_path / "again.ipynb").read_bytes() == kept.read_bytes(), (
-        "run python diagnostic_tools/make_walkthrough.py"
-    )
-    content = json.loads(kept.read_text())
-    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
-    for cell in content["cells"]:
-        assert set(cell) == {"cell_type", "id", "metadata", "source"} | (
-            {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
-        )
-    executed = [
-        words
-        for info, _, text in blocks(TOOLS / "README.md")
-        if info == "bash"
-        for _, words in steps(text)
-    ]
-    code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"][1:]
-    assert [["python", *words] for words in map(words_of_cell, code)] == executed
-
-
-def words_of_cell(source):
-    called = []
-    namespace = {
-        "sys": argparse.Namespace(executable="python"),
-        "ROOT": None,
-        "show": lambda output: None,
-    }
-    fake = argparse.Namespace(
-        PIPE=None,
-        run=lambda words, **options: (
-            called.append((words, options)) or argparse.Namespace(stdout="")
-        ),
-    )
-    exec(source, namespace | {"subprocess": fake})
-    ((words, options),) = called
-    assert options["check"] is True
-    return words[1:]
-
-
-def test_the_walkthrough_runs_and_shows_its_figures(checkout, finished):
-    shown = [
-        line.removeprefix("displayed ")
-        for line in finished[1].stdout.splitlines()
-        if line.startswith("displayed ")
-    ]
-    for name in shown:
-        with Image.open(name) as picture:
-            picture.verify()
+def test_the_commands_of_the_tools_write_figures_that_can_be_read(checkout, finished):
     wrote = [
-        line
+        line.removeprefix("wrote ")
         for line in finished[1].stdout.splitlines()
         if line.startswith("wrote ") and line.endswith(".png")
     ]
-    assert len(shown) == len(wrote) >= 25
+    assert len(wrote) >= 25
+    for name in wrote:
+        with Image.open(checkout / name) as picture:
+            picture.verify()
 
 
 def test_the_readme_names_every_file_and_field(checkout):
@@ -949,13 +896,13 @@ def test_the_sizes_of_the_readme_are_those_of_the_tiny_models(checkout):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         checkout = make_checkout(Path(folder) / "checkout")
-        done = run_cells(checkout, sys.executable)
+        done = run_commands(checkout, sys.executable)
         if done.returncode:
             sys.exit(f"{done.stdout}{done.stderr}")
         readme = TOOLS / "README.md"
         readme.write_text(filled(readme.read_text(), checkout))
         print(f"wrote {readme}")
-    return walkthrough().main([])
+    return 0
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def _refuse_left_overs(folder: Path) -> None:
     parts = [name for name in (*FILES, TRAINED) if (folder / name).is_file()]
     if parts and any(WEIGHTS.fullmatch(name) for name in names_of(folder)):
         raise UsageError(
-            f"{folder} has {' and '.join(parts)} beside whole weights, and no {CONFIG} that says how"
-            " to apply it: copy that too, or take them out of the folder"
+            f"{folder} has {' and '.join(parts)} beside whole weights, and no {CONFIG} that says"
+            " how to apply it: copy that too, or take them out of the folder"
         )
 
 
