@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "evaluate_relevancy"
 GROUPS = {  # of tokens, and how a title says it
     "all": "",
-    "seeing": " that lose at least {:g} nats without the picture",
-    "knowing": " that lose less than {:g} nats without the picture",
+    "seeing": " that lose at least {} without the picture",
+    "knowing": " that lose less than {} without the picture",
     "first": " of the names' first words",
     "later": " of the names' later words",
 }
@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         places.append(tables.local_table(evaluation, label, args.dependence))
         chosen = evaluation.tokens(args.tokens, args.dependence)
         count = tables.count_of(chosen)
-        group = GROUPS[args.tokens].format(args.dependence)
+        nats = "1 nat" if args.dependence == 1 else f"{args.dependence:g} nats"
+        group = GROUPS[args.tokens].format(nats)
         if not count:
             print(f"{label}: no figures, for there are no tokens{group}")
             continue

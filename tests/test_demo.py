@@ -32,6 +32,7 @@ import common
 from diagnostic_tools.viz_attention_image import demo_scene
 from tests.conftest import in_process
 from vlmdiag.cli import UsageError
+from vlmdiag.figures import plots
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import gradients, rules
@@ -39,7 +40,7 @@ from vlmdiag.relevancy import methods as attribution
 from vlmdiag.runs import rundirs
 from vlmdiag.scenes.scene import floor_scene, render
 from vlmdiag.stethoscope import analysis as stethoscope
-from vlmdiag.stethoscope import sessions, views
+from vlmdiag.stethoscope import figures, sessions, views
 from vlmdiag.stethoscope.analysis import Analysis, Decoding, Model
 from vlmdiag.stethoscope.export import Shown, export
 from vlmdiag.stethoscope.sessions import Session
@@ -516,6 +517,35 @@ def test_the_top_candidates_of_every_layer_stand_in_its_title(analysis):
         all(len(title.splitlines()) == 1 + stethoscope.TOP for title in titles)
         and f"{lens.probs[4, -1, 0]:.4f}" in titles[-1]
     )
+
+
+def test_exported_maps_have_the_colour_ceilings_of_the_page(analysis):
+    maps = analysis.relevancy().picture[4]  # (layers, cells)
+    attention = analysis.attention(2)[4].mean(0)
+    most = float(attention.max())
+    canvas = views.Canvas(analysis.picture, analysis.place(maps.shape[-1]), figures.PICTURE)
+
+    def drawn(draw, **settings):
+        figure = draw(analysis, figures.Shown(token=4, **settings))
+        image = np.asarray(figure.axes[0].images[0].get_array())
+        plots.plt.close(figure)
+        return image
+
+    for percent in (100, 30):
+        # of the largest of the token in any layer, as the page's slider says
+        of_page = np.asarray(canvas.overlay(maps[1], float(maps.max()) * percent / 100))
+        of_layer = np.asarray(canvas.overlay(maps[1], maps[1].max()))
+        found = drawn(figures.draw_relevancy, rel_layer=1, rel_ceiling=percent)
+        assert (found == of_page).all() and (found != of_layer).any()
+        of_page = np.asarray(canvas.overlay(attention, most * percent / 100))
+        assert (drawn(figures.draw_attention, att_layer=2, att_ceiling=percent) == of_page).all()
+    both = float(max(maps[1].max(), analysis.relevancy().picture[8, 3].max())) / 2
+    compared = {"cmp_layer": 1, "cmp_token": 8, "cmp_other": 3, "cmp_ceiling": 50}
+    found = drawn(figures.draw_compare, **compared)
+    assert (found == np.asarray(canvas.overlay(maps[1], both))).all()
+    figure = figures.draw_contribution(analysis, figures.Shown(vc_ceiling=40))
+    assert figure.axes[0].images[0].get_clim() == (0, 0.4)
+    plots.plt.close(figure)
 
 
 def test_an_export_is_a_run_that_viz_relevancy_reads(analysis, tmp_path):

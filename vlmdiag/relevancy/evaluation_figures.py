@@ -31,6 +31,19 @@ COLORS = {
     "centre": "#999999",
     "object": "#332288",
 }
+WORDS = {
+    "relevancy": "relevancy",
+    "relevancy_decoder": "relevancy, decoder only",
+    "gradient_attention": "gradient x attention",
+    "raw_attention": "attention",
+    "rollout": "attention rollout",
+    "input_gradient": "input x gradient",
+    "integrated_gradients": "integrated gradients",
+    "random": "random order",
+    "centre": "distance from the centre",
+    "object": "the object's own mask",
+}
+BANDED = ("relevancy", "random")  # curves whose bands are drawn; the areas have every interval
 STYLES = {"random": "--", "centre": ":", "object": "-."}
 HOW = {
     "mean": "replaced by the picture's mean",
@@ -56,7 +69,7 @@ def at(interval: Interval, *cell: int | slice | list[int]) -> Interval:
 
 def curves_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str) -> Figure:
     """p(s) / p(0) over s: a row of axes for each way of removal, positive and negative beside each
-    other."""
+    other. Bands of BANDED only: those of all would hide each other."""
     rows = len(evaluation.removal)
     size = (10.5, 3.4 * rows + 1.6)
     figure, axes = plt.subplots(rows, 2, figsize=size, sharex=True, sharey=True, squeeze=False)
@@ -78,7 +91,7 @@ def curves_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
     )
-    figure.suptitle(f"{label}: {title}", fontsize=10.5)
+    figure.suptitle(f"{label}: {title}\nbands: 95 % intervals over images", fontsize=10.5)
     return figure
 
 
@@ -89,11 +102,13 @@ def _curve(axis: Axes, evaluation: Evaluation, method: str, interval: Interval) 
         interval.mean,
         color=color,
         linestyle=STYLES.get(method, "-"),
-        label=plots.with_n(method, interval.n),
+        linewidth=2.4 if method in BANDED else 1.3,
+        label=plots.with_n(WORDS[method], interval.n),
     )
-    axis.fill_between(
-        evaluation.shares, interval.low, interval.high, color=color, alpha=0.13, linewidth=0
-    )
+    if method in BANDED:
+        axis.fill_between(
+            evaluation.shares, interval.low, interval.high, color=color, alpha=0.18, linewidth=0
+        )
 
 
 def areas_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str) -> Figure:
@@ -162,4 +177,4 @@ def _points(axis: Axes, methods: Sequence[str], means: Interval) -> None:
             markersize=5,
         )
     axis.set_ylim(len(methods) - 0.5, -0.5)
-    axis.set_yticks(range(len(methods)), methods)
+    axis.set_yticks(range(len(methods)), [WORDS[method] for method in methods])

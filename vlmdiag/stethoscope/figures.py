@@ -31,22 +31,27 @@ PICTURE = 480  # pixels of a picture's longer side
 
 @dataclass(frozen=True)
 class Shown:
-    """Where the page's controls stand. head, att_head, pat_head: None for the mean over heads."""
+    """Where the page's controls stand. head, att_head, pat_head: None for the mean over heads; the
+    ceilings are in per cent, as on the page."""
 
     token: int = 0
     vc_layer: int = -1
     vc_mode: str = "max"
     vc_kind: str = "share"
+    vc_ceiling: float = 100
     rel_layer: int = -1
+    rel_ceiling: float = 100
     rel_hide: bool = False
     att_layer: int = -1
     att_head: int | None = None
+    att_ceiling: float = 100
     pat_source: str = "attention"
     pat_layer: int = -1
     pat_head: int | None = None
     cmp_layer: int = -1
     cmp_token: int = 0
     cmp_other: int = -1
+    cmp_ceiling: float = 100
 
 
 def looked_at(analysis: Analysis, shown: Shown, chosen: Sequence[int]) -> Float[np.ndarray, " T"]:
@@ -90,14 +95,17 @@ def draw_probabilities(analysis: Analysis, shown: Shown) -> Figure:
 def draw_contribution(analysis: Analysis, shown: Shown) -> Figure:
     """Visual contribution of tokens by layer."""
     which, labels = window(analysis, shown.token)
-    values = analysis.contribution(shown.vc_mode, shown.vc_kind)[which].T  # (L, tokens)
+    of_tokens = analysis.contribution(shown.vc_mode, shown.vc_kind)  # (T, L)
+    values = of_tokens[which].T
     image = f"{shown.vc_mode} R_img"
     text = f"{shown.vc_mode} R_text"
     is_share = shown.vc_kind == "share"
     what = f"{image} / ({image} + {text})" if is_share else f"{image} / {text}"
     figure, axis = plt.subplots(figsize=(11, 0.22 * len(values) + 2.6))
     title = f"visual contribution: {what}, gathered up to each layer"
-    top = 1 if is_share else None
+    top = shown.vc_ceiling / 100
+    if not is_share:  # of the layer that the page shows
+        top = ceiling_of(of_tokens[:, shown.vc_layer], shown.vc_ceiling)
     colored = plots.heatmap(axis, values, title, 0, top, "", cmap="Reds")
     figure.colorbar(colored, ax=axis, label=what).ax.grid(False)
     _token_axis(axis, labels)
@@ -111,7 +119,8 @@ def draw_evolution(analysis: Analysis, shown: Shown) -> Figure:
     tops = lens.probs[which, :, 0].T  # (L + 1, tokens)
     ids = lens.ids[which, :, 0].T
     words = np.vectorize(lambda id: label(lens.words[int(id)])[:9], otypes=[object])(ids)
-    figure, axis = plt.subplots(figsize=(12, 0.3 * len(tops) + 2.2))
+    size = (2.2 + 0.78 * len(which), 0.36 * len(tops) + 2.2)
+    figure, axis = plt.subplots(figsize=size)
     sns.heatmap(
         tops,
         vmin=0,
@@ -119,7 +128,7 @@ def draw_evolution(analysis: Analysis, shown: Shown) -> Figure:
         cmap="Blues",
         annot=words,
         fmt="",
-        annot_kws={"fontsize": 6.5},
+        annot_kws={"fontsize": 9},
         cbar_kws={"label": "probability"},
         ax=axis,
     )
@@ -135,39 +144,41 @@ def draw_evolution(analysis: Analysis, shown: Shown) -> Figure:
 def draw_relevancy(analysis: Analysis, shown: Shown) -> Figure | None:
     """Relevancy of the chosen token; None where its place in the picture is unknown."""
     layer = shown.rel_layer % analysis.model.depth
-    return _relevancy_columns(analysis, [(shown.token, layer)], shown.rel_hide)
+    ceiling = ceiling_of(analysis.relevancy().picture[shown.token], shown.rel_ceiling)
+    return _relevancy_rows(analysis, [(shown.token, layer)], ceiling, shown.rel_hide)
 
 
 def draw_compare(analysis: Analysis, shown: Shown) -> Figure | None:
     """Relevancy of two tokens or layers; None where its place in the picture is unknown."""
     depth = analysis.model.depth
-    first = (shown.token, shown.cmp_layer % depth)
-    second = (shown.cmp_token, shown.cmp_other % depth)
-    return _relevancy_columns(analysis, [first, second])
+    pairs = [(shown.token, shown.cmp_layer % depth), (shown.cmp_token, shown.cmp_other % depth)]
+    largest = [analysis.relevancy().picture[pair].max() for pair in pairs]
+    return _relevancy_rows(analysis, pairs, ceiling_of(largest, shown.cmp_ceiling))
 
 
-def _relevancy_columns(
-    analysis: Analysis, pairs: Sequence[tuple[int, int]], hide: bool = False
+def _relevancy_rows(
+    analysis: Analysis, pairs: Sequence[tuple[int, int]], ceiling: float, hide: bool = False
 ) -> Figure | None:
-    """A column for each (token, layer): relevancy over the picture, and over words. hide: leave
-    out vision tokens of outlying norm."""
+    """A row for each (token, layer): relevancy over the picture, and over words. ceiling: of the
+    colours; hide: leave out vision tokens of outlying norm."""
     relevancy = analysis.relevancy()
     maps = [views.relevancy_map(analysis, token, layer, hide)[0] for token, layer in pairs]
     if analysis.place(len(maps[0])) is None:
         return None
-    ceiling = ceiling_of([values[np.isfinite(values)].max() for values in maps], 100)
     words = max(
         float(relevancy.rows[token, layer][analysis.visible_text(token)].max())
         for token, layer in pairs
     )
-    figure, axes = plt.subplots(2, len(pairs), figsize=(6 * len(pairs), 7.5), squeeze=False)
-    for (token, layer), values, (top, bottom) in zip(pairs, maps, axes.T, strict=True):
+    figure, axes = plt.subplots(
+        len(pairs), 2, figsize=(11.5, 4.3 * len(pairs)), squeeze=False, width_ratios=(1, 1.5)
+    )
+    for (token, layer), values, (left, right) in zip(pairs, maps, axes, strict=True):
         share = float(analysis.contribution("max", "share")[token, layer])
         title = (
             f"relevancy of {named(analysis, token)}, layer {layer}\nvisual contribution {share:.2f}"
         )
-        _over_picture(top, analysis, values, ceiling, title)
-        _words(bottom, analysis, relevancy.rows[token, layer], token, words)
+        _over_picture(left, analysis, values, ceiling, title)
+        _words(right, analysis, relevancy.rows[token, layer], token, words)
     return figure
 
 
@@ -181,7 +192,7 @@ def draw_attention(analysis: Analysis, shown: Shown) -> Figure | None:
     head = views.head_name(shown.att_head)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
     title = f"attention of {named(analysis, shown.token)}\nlayer {layer}, {head}"
-    _over_picture(left, analysis, values, ceiling_of(values, 100), title)
+    _over_picture(left, analysis, values, ceiling_of(values, shown.att_ceiling), title)
     right.bar(range(len(maps)), maps.sum(-1), color=plots.BLUE)
     right.set(
         title=f"attention to the picture by head, layer {layer}",
@@ -228,7 +239,10 @@ def _over_picture(
     canvas = Canvas(analysis.picture, analysis.place(len(values)), PICTURE)
     overlay.show_picture(axis, np.asarray(canvas.overlay(values, ceiling)), frame=True)
     axis.set_title(title.replace("$", r"\$"), fontsize=9)
-    overlay.color_bar(axis.figure, Normalize(0, ceiling), "YlOrRd", ax=axis, shrink=0.7)
+    clipped = "max" if np.nanmax(values) > ceiling else "neither"
+    overlay.color_bar(
+        axis.figure, Normalize(0, ceiling), "YlOrRd", ax=axis, shrink=0.7, extend=clipped
+    )
 
 
 def _words(

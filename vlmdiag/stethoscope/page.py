@@ -738,19 +738,25 @@ class Page:
 
     def _shown(self, now: Values) -> Shown:
         """Where the controls stand."""
+        token = now[self.tokens] or 0
+        other = now[self.compare.token]
         return Shown(
-            token=now[self.tokens] or 0,
+            token=token,
             vc_layer=now[self.contribution.layer],
             vc_mode=now[self.contribution.mode],
             vc_kind=now[self.contribution.kind],
+            vc_ceiling=now[self.contribution.ceiling],
             rel_layer=now[self.relevancy.layer],
+            rel_ceiling=now[self.relevancy.ceiling],
             rel_hide=now[self.relevancy.hide],
             att_layer=now[self.attention.layer],
             att_head=head_of(now[self.attention.head]),
+            att_ceiling=now[self.attention.ceiling],
             pat_source=now[self.patches.source],
             pat_layer=now[self.patches.layer],
             pat_head=head_of(now[self.patches.head]),
             cmp_layer=now[self.compare.layer],
-            cmp_token=now[self.compare.token] or 0,
+            cmp_token=token if other is None else other,
             cmp_other=now[self.compare.other],
+            cmp_ceiling=now[self.compare.ceiling],
         )
