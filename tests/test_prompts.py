@@ -217,6 +217,14 @@ def test_values_of_a_prompt_template_are_taken_as_they_are(with_template):
     assert prompt_for(vlm, "Why {image}?").text == "A {question}\\n|<image>|Why {image}?\n:"
 
 
+@pytest.mark.parametrize("name", ["0", "instruction", "Question"])
+def test_braces_that_are_no_field_of_a_prompt_template_are_said(with_template, capsys, name):
+    vlm = with_template(CHATML, prompt_template=f"{{{name}}} {{image}} {{question}} \\boxed{{}}")
+    assert prompt_for(vlm, "Why?").text == f"{{{name}}} <image> Why? \\boxed{{}}"
+    said = capsys.readouterr().out
+    assert said.count(f"{{{name}}} is no field") == 1 and said.count("no field") == 1
+
+
 def test_the_sentence_of_llava_can_be_left_out(capsys):
     vlm = common.load_model(TINY, self_check=False)
     assert prompt_for(vlm, QUESTION).text.startswith(SYSTEM)

@@ -127,6 +127,9 @@ def _template_renderer(template: str, image_token: str) -> Callable[[str, str | 
             f"--prompt_template has {template.count('{image}')} places for a picture, {{image}} is"
             " wanted once"
         )
+    for name in re.findall(r"\{(\w+)\}", template):
+        if not FIELDS.fullmatch(f"{{{name}}}"):
+            _say_once(f"--prompt_template: {{{name}}} is no field of it, and stays as it is")
     with_breaks = template.replace("\\n", "\n")
 
     def render(question: str, system: str | None) -> str:
