@@ -46,7 +46,7 @@ from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.coco import read_coco
-from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.entries import image_key, read_json
 from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
@@ -223,16 +223,17 @@ def read_captions(path: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
             f"{path} has no list 'annotations' of objects with image_id and caption, so it is no"
             " captions file"
         )
-    captions: dict[object, list[str]] = {sample.extra["image_id"]: [] for sample in samples}
+    captions: dict[str, list[str]] = {image_key(one.extra["image_id"]): [] for one in samples}
     for entry in annotations:
-        if entry["image_id"] in captions and isinstance(entry.get("caption"), str):
-            captions[entry["image_id"]].append(entry["caption"])
+        key = image_key(entry["image_id"])
+        if key in captions and isinstance(entry.get("caption"), str):
+            captions[key].append(entry["caption"])
     if not any(captions.values()):
         raise UsageError(
             f"{path} has no caption of the first {len(samples)} images; give a captions file with"
             " --caption_file"
         )
-    return {sample.id: captions[sample.extra["image_id"]] for sample in samples}
+    return {sample.id: captions[image_key(sample.extra["image_id"])] for sample in samples}
 
 
 def measure_model(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import common
+from diagnostic_tools.vlm_token_norms import read_captions
 from tests.building import build_llava, build_qwen
 from tests.test_llava_original import (
     sources,  # noqa: F401 -- a fixture
@@ -404,3 +405,24 @@ def upper_half(outline, row):
     upper = outline[outline[:, 1] >= row]
     order = upper[:, 0].argsort()
     return np.log10(upper[order, 0]), upper[order, 1] - row
+
+
+@pytest.mark.fast
+def test_a_scale_that_would_take_the_memory_fails_the_picture(tmp_path):
+    Image.new("RGB", (400, 300)).save(tmp_path / "a.png")
+    for scale, size in ((11, (4400, 3300)), (12, None)):
+        found = token_norms.open_picture(Sample("a", tmp_path / "a.png", ""), scale)
+        if size is None:
+            assert isinstance(found, ValueError) and "more than 16 million" in str(found)
+        else:
+            assert found.size == size
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("id", [139, "139", "000000000139", 139.0])
+def test_captions_find_their_picture_however_its_id_is_written(tmp_path, id):
+    others = [{"image_id": odd, "caption": "no"} for odd in ([1], {}, None, 5)]
+    content = {"annotations": [*others, {"image_id": id, "caption": "yes"}]}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    sample = Sample("000000000139", tmp_path / "a.png", "", extra={"image_id": 139})
+    assert read_captions(str(tmp_path / "c.json"), [sample]) == {sample.id: ["yes"]}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
-from vlmdiag.pictures.samples import load_image
+from vlmdiag.pictures.samples import KEPT_PIXELS, load_image
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
@@ -43,10 +43,15 @@ class ImageNorms(NamedTuple):
 
 
 def enlarged(image: Image.Image, scale: float) -> Image.Image:
-    """The picture, each side so many times as long."""
+    """The picture, each side so many times as long. ValueError where that takes the memory."""
     if scale == 1:
         return image
     width, height = (max(1, round(side * scale)) for side in image.size)
+    if width * height > KEPT_PIXELS:
+        raise ValueError(
+            f"enlarged by --scale {scale:g} it has {width} x {height} pixels, more than"
+            f" {KEPT_PIXELS // 10**6} million"
+        )
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
