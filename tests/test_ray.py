@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -282,13 +283,14 @@ def test_ctrl_c_leaves_a_run_that_goes_on_and_blames_no_item(cluster, tmp_path):
 
 
 def test_without_an_address_ray_starts_and_ends_with_the_call(cluster, tmp_path):
-    started = {path.name for path in Path("/tmp/ray").glob("session_2*")}
+    sessions = Path(tempfile.gettempdir(), "ray")
+    started = {path.name for path in sessions.glob("session_2*")}
     driver = start(tmp_path, "--items", 5, "--ray_workers", 1, address=False)
     said, errors = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 0 and "5 computed" in said, errors
     assert "torch in this process: False" in said  # nor a model: the call itself stays small
     assert not errors
-    (session,) = {path.name for path in Path("/tmp/ray").glob("session_2*")} - started
+    (session,) = {path.name for path in sessions.glob("session_2*")} - started
 
     def is_running(process):
         with contextlib.suppress(OSError):
