@@ -359,7 +359,7 @@ def process(batch):
     return [({}, {})] * len(batch)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run = open_run(sys.argv[2], "worst", {})
-counts = run_items(run, items, with_picture, process, batch_size=24, num_workers=4)
+counts = run_items(run, items, with_picture, process, batch_size=20, num_workers=4)
 assert counts["done"] == len(items), counts
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -367,10 +367,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory in KiB")
 def test_a_batch_of_many_large_pictures_takes_no_more_than_a_few(tmp_path):
-    """24 pictures of 64 MB each as they are kept, 1.5 GB, and a second batch of as many."""
+    """20 pictures of 64 MB each as they are kept, 1.3 GB, and the beginning of another batch."""
     (tmp_path / "pictures").mkdir()
     first = saved(tmp_path / "pictures" / "00.png", Image.new("1", (6000, 5000)))
-    for n in range(1, 48):
+    for n in range(1, 24):
         os.link(first, tmp_path / "pictures" / f"{n:02d}.png")
     folders = [str(tmp_path / name) for name in ("pictures", "run")]
     done = subprocess.run(
