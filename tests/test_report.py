@@ -1,6 +1,7 @@
 """The report, the claims and comparisons of runs whose numbers are planted: what they say is what
 was planted, of the pictures that count, and nothing that came from outside runs in the page."""
 
+import base64
 import json
 import re
 
@@ -353,6 +354,16 @@ def test_nothing_is_wider_than_the_window(browser, written, width):
     browser.get((written / "out" / "index.html").as_uri())
     inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert inner[0] <= inner[1]
+
+
+def test_it_prints_without_its_navigation(browser, written):
+    browser.get((written / "out" / "index.html").as_uri())
+    data = base64.b64decode(browser.print_page())
+    assert data.startswith(b"%PDF")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert not browser.find_element(By.TAG_NAME, "nav").is_displayed()
+    assert browser.find_element(By.TAG_NAME, "figure").is_displayed()
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_claims_are_json_for_other_programs(written):
