@@ -13,6 +13,11 @@ import pytest
 
 from data import make_shapes
 from tests.conftest import ROOT, in_process
+from vlmdiag.figures import plots
+from vlmdiag.figures.stats import Interval
+from vlmdiag.interp import figures
+from vlmdiag.interp.knockout_pairs import GROUP_NAMES
+from vlmdiag.interp.summary import Effect
 from vlmdiag.runs import rundirs
 
 SCRIPTS = ROOT / "scripts"
@@ -393,6 +398,49 @@ def planted(folder, experiment, records, **settings):
 
 def part(right, logprob=0.0, tokens=4):
     return {"vqa": {"correct": right, "logprob_first_token": logprob}, "tokens": tokens}
+
+
+def effect(tokens, share=0.5):
+    interval = Interval(share, share - 0.2, share + 0.3, 10)
+    return Effect(tokens, interval, interval, None, None)
+
+
+def test_ablation_bars_stand_by_their_tokens_in_words_with_intervals():
+    tokens = {
+        "all": 144,
+        "random_matched_1": 19.4,  # of one picture less than the object's
+        "gradient_matched_0": 6,
+        "random_20": 20,
+        "patch_1": 20,
+        "patch_0": 6,
+        "blob_matched_0": 6,
+    }
+    effects = {name: effect(count) for name, count in tokens.items()}
+    figure = figures.draw_ablation({"run": {"generative": effects, "polling": effects}})
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "object (6 tokens)",
+        "as many, highest gradient (6 tokens)",
+        "as many, one piece elsewhere (6 tokens)",
+        "object and 1 patch around it (20 tokens)",
+        "as many, at random elsewhere (19 tokens)",
+        "all tokens of the picture (144 tokens)",
+    ]
+    assert axis.yaxis_inverted() and axis.get_xlim()[0] == 0  # the fewest tokens at the top
+    lines = [line for bars in axis.containers[1::2] for line in bars.errorbar[2]]
+    ends = [segment[:, 0].tolist() for line in lines for segment in line.get_segments()]
+    np.testing.assert_allclose(ends, [[0.3, 0.8]] * 12)
+    plots.plt.close(figure)
+
+
+def test_every_cell_of_a_knockout_says_its_interval_and_every_place_has_words():
+    effects = {f"{source}:last_token:all": effect(4, 0.6) for source in GROUP_NAMES[:-1]}
+    figure = figures.draw_knockout({"run": effects}, {"run": {"all": [0, 5]}})
+    axis = figure.axes[0]
+    assert {text.get_text() for text in axis.texts} == {"0.60\n0.40 to 0.90"}
+    words = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(set(words)) == len(effects) and not re.search("[_+]", "".join(words))
+    plots.plt.close(figure)
 
 
 def test_tables_hold_the_planted_shares(tmp_path):

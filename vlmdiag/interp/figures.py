@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vlmdiag.figures import plots
 from vlmdiag.figures.layers import OUTPUT_AXIS, mean_state_name, state_tick
@@ -72,37 +72,75 @@ Ablations = Mapping[str, Mapping[str, "Effects"]]  # run -> setting -> effects
 
 
 def draw_ablation(runs: Ablations) -> Figure:
-    """Bars with intervals, one panel a run: conditions that are no plain count, by setting."""
-    figure, axes = plt.subplots(len(runs), 1, figsize=(11, 4.2 * len(runs)), squeeze=False)
+    """Bars with intervals, one panel a run: conditions that are no plain count, those with the
+    fewest tokens first, by setting."""
+    heights = [1.5 + 0.34 * len(_in_order(settings)) for settings in runs.values()]
+    figure, axes = plt.subplots(
+        len(runs), 1, figsize=(9, sum(heights)), squeeze=False, height_ratios=heights
+    )
     for axis, (label, settings) in zip(axes[:, 0], runs.items()):
         of_first = next(iter(settings.values()))
-        names = [name for name in of_first if not is_count(name)]
-        width = 0.8 / len(settings)
+        names = _in_order(settings)
+        height = 0.8 / len(settings)
         for k, (setting, effects) in enumerate(settings.items()):
             shares = [effects[name].destroyed for name in names]
             means = np.array([share.mean for share in shares])
             below = means - [share.low for share in shares]
             above = [share.high for share in shares] - means
-            axis.bar(
-                np.arange(len(names)) + (k - (len(settings) - 1) / 2) * width,
+            axis.barh(
+                np.arange(len(names)) + (k - (len(settings) - 1) / 2) * height,
                 means,
-                width,
-                yerr=np.clip([below, above], 0, None),
+                height,
+                xerr=np.clip([below, above], 0, None),
                 color=SETTING_COLORS[setting],
                 label=plots.with_n(setting, [share.n for share in shares]),
                 error_kw={"elinewidth": 1, "capsize": 2},
             )
-        ticks = [
-            f"{name.replace('_', ' ')}\n({of_first[name].tokens:.0f} tokens)" for name in names
-        ]
-        axis.set_xticks(np.arange(len(names)), ticks, rotation=45, ha="right", fontsize=8)
+        rows = [f"{condition_words(name)} ({of_first[name].tokens:.0f} tokens)" for name in names]
+        axis.set_yticks(range(len(names)), rows, fontsize=9)
         axis.set(
             title=f"Token ablation: {label}",
-            ylabel="destroyed share of the\ninitially correct answers",
-            ylim=(0, 1.2),
+            xlabel="destroyed share of the answers that were right\n(95 % interval over pictures)",
+            xlim=(0, 1.02),
+            ylim=(len(names) - 0.4, -0.6),
         )
-        axis.legend(loc="upper right", ncols=2)
+        axis.grid(axis="y", visible=False)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return figure
+
+
+def _in_order(settings: Mapping[str, Effects]) -> list[str]:
+    """The conditions that are no plain count, by their number of tokens; behind the object the sets
+    of as many tokens that it is compared with."""
+    effects = next(iter(settings.values()))
+
+    def place(name: str) -> tuple[float, int]:
+        matched = f"patch_{name[-1]}" if "_matched_" in name else name
+        return effects.get(matched, effects[name]).tokens, KINDS.index(_kind(name))
+
+    return sorted((name for name in effects if not is_count(name)), key=place)
+
+
+KINDS = ("register", "patch", "gradient", "blob", "random", "all")
+
+
+def _kind(name: str) -> str:
+    return name.split("_")[0]
+
+
+def condition_words(name: str) -> str:
+    """What a condition of conditions.py replaces: 'object and 1 patch around it' of patch_1."""
+    words = {
+        "patch_0": "object",
+        "patch_1": "object and 1 patch around it",
+        "patch_2": "object and 2 patches around it",
+        "gradient": "as many, highest gradient",
+        "blob": "as many, one piece elsewhere",
+        "random": "as many, at random elsewhere",
+        "register": "register tokens (outlying norm)",
+        "all": "all tokens of the picture",
+    }
+    return words.get(name) or words[_kind(name)]
 
 
 def has_counts(runs: Ablations) -> bool:
@@ -116,19 +154,24 @@ def draw_counts(runs: Ablations) -> Figure:
     sets as points; one panel a run."""
     figure, axes = plt.subplots(1, len(runs), figsize=(6.5 * len(runs), 4.6), squeeze=False)
     for axis, (label, settings) in zip(axes[0], runs.items()):
-        for setting, effects in settings.items():
-            _draw_counts_of(axis, setting, effects)
+        for k, (setting, effects) in enumerate(settings.items()):
+            _draw_counts_of(axis, setting, effects, 1.04 ** (k - (len(settings) - 1) / 2))
         axis.set(
             title=f"Token ablation by number of tokens: {label}",
-            xlabel="ablated tokens",
-            ylabel="destroyed share",
-            ylim=(-0.02, 1.05),
+            xlabel="ablated tokens (log scale)",
+            ylabel="destroyed share, 95 % interval over pictures",
+            xscale="log",
+            ylim=(-0.02, 1.02),
         )
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
     plots.legends(list(axes[0]), below=True)
     return figure
 
 
-def _draw_counts_of(axis: Axes, setting: str, effects: Effects) -> None:
+def _draw_counts_of(axis: Axes, setting: str, effects: Effects, aside: float) -> None:
+    """The curves of one setting; its points stand aside by a factor, so that none hides another."""
     color = SETTING_COLORS[setting]
     for kind, line in (("gradient", "-"), ("random", "--")):
         of_kind = [
@@ -141,38 +184,61 @@ def _draw_counts_of(axis: Axes, setting: str, effects: Effects) -> None:
             tokens = [effect.tokens for effect in of_kind]
             plots.line_with_band(axis, tokens, curve, f"{setting}, {kind}", color, linestyle=line)
     patches = [effect for name, effect in effects.items() if name.startswith("patch_")]
-    axis.scatter(
-        [effect.tokens for effect in patches],
-        [effect.destroyed.mean for effect in patches],
+    means = np.array([effect.destroyed.mean for effect in patches])
+    ends = np.array([(effect.destroyed.low, effect.destroyed.high) for effect in patches])
+    axis.errorbar(
+        [aside * effect.tokens for effect in patches],
+        means,
+        yerr=np.clip([means - ends[:, 0], ends[:, 1] - means], 0, None) if patches else None,
+        fmt="D",
         color=color,
-        marker="D",
+        markerfacecolor="white",
+        capsize=2.5,
+        elinewidth=1,
         zorder=3,
-        label=f"{setting}, object with 0 to 2 buffers",
+        label=f"{setting}, object with 0 to 2 patches around it",
     )
 
 
 # --- attention knockout ---------------------------------------------------------------------------
 
 
+PLACES = {
+    "object": "object",
+    "object+1": "object and 1 patch around it",
+    "object+2": "object and 2 patches around it",
+    "other": "other patches",
+    "image": "image",
+    "image-last_row": "image without its last row",
+    "last_row": "last row of the image",
+    "question": "question",
+    "template": "role strings",
+    "last_token": "last token",
+}
+
+
 def draw_knockout(
     runs: Mapping[str, Effects], windows: Mapping[str, Mapping[str, list[int]]]
 ) -> Figure:
-    """Relative accuracy, pairs x windows, one panel a run. windows {run: {window: (first,
-    last)}}."""
+    """Relative accuracy with its interval, pairs x windows, one panel a run. windows {run: {window:
+    (first, last)}}."""
     keys = [key.split(":", 2) for effects in runs.values() for key in effects]
     pairs = list(dict.fromkeys((source, target) for source, target, _ in keys))
     names = list(dict.fromkeys(window for _, _, window in keys))
-    height = 1.6 + 0.5 * len(pairs)
-    width = max(7.0, 1.5 + 1.1 * len(names))
     has_room = len(names) <= MOST_WINDOWS
+    height = 1.6 + 0.52 * len(pairs)
+    width = max(8.0, 3.4 + 1.15 * len(names)) if has_room else 8 + 0.2 * len(names)
     figure, axes = plt.subplots(len(runs), 1, figsize=(width, height * len(runs)), squeeze=False)
     for axis, (label, effects) in zip(axes[:, 0], runs.items()):
         matrix = np.full((len(pairs), len(names)), np.nan)
+        texts = np.full(matrix.shape, "", dtype=object)
         for row, (source, target) in enumerate(pairs):
             for column, window in enumerate(names):
                 effect = effects.get(f"{source}:{target}:{window}")
                 if effect is not None:
-                    matrix[row, column] = effect.relative_accuracy.mean
+                    mean, low, high, _ = effect.relative_accuracy
+                    matrix[row, column] = mean
+                    texts[row, column] = f"{mean:.2f}\n{low:.2f} to {high:.2f}"
         n = plots.with_n(label, [effect.relative_accuracy.n for effect in effects.values()])
         ticks = names
         if has_room:
@@ -186,17 +252,21 @@ def draw_knockout(
             vmin=0,
             vmax=1,
             cmap="viridis",
-            annot=has_room,
-            fmt=".2f",
+            annot=texts if has_room else False,
+            fmt="",
+            annot_kws={"fontsize": 7.5},
             ax=axis,
             xticklabels=ticks,
-            yticklabels=[f"{a} \u2192 {b}".replace("_", " ") for a, b in pairs],
+            yticklabels=[f"{PLACES[a]} \u2192 {PLACES[b]}" for a, b in pairs],
             cbar_kws={"label": "share that stays right"},
         )
         axis.set_xticklabels(ticks, rotation=0 if has_room else 90)
         axis.set_facecolor(plots.MISSING)
+        axis.grid(False)
+        what = ", 95 % intervals" if has_room else ""
         axis.set(
-            title=f"Accuracy under attention knockout: {n}",
+            title=f"Accuracy under attention knockout: {n}{what}",
             xlabel="layers in which attention is cut, from 0",
+            ylabel="hidden keys \u2192 rows that do not see them",
         )
     return figure
