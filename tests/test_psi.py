@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from diagnostic_tools import psi
 from vlmdiag.answers import is_right, read
-from vlmdiag.beyond_semantics import position_sensitivity
+from vlmdiag.beyond_semantics import position_sensitivity, psi_report
 from vlmdiag.beyond_semantics.position_sensitivity import psi as index
 from vlmdiag.beyond_semantics.position_sensitivity import psi_interval
 from vlmdiag.cli import UsageError
@@ -498,3 +498,26 @@ def test_the_real_command_line_measures_a_model(folders, questions, tmp_path, wa
     folder = tmp_path / "runs/psi/llava__half"
     assert len(records_of(folder)) == 3 and (folder / "analysis/psi.png").exists()
     assert json.loads((folder / "meta.json").read_text())["settings"]["vision_scale"] == 0.5
+
+
+def test_models_are_rows_of_one_figure_with_the_interval_of_their_psi():
+    def summary(psi):
+        interval = stats.Interval(psi, psi - 0.1, psi + 0.2, 9)
+        return {"psi": interval, "questions": 12, "images": 9}
+
+    undefined = summary(0.0) | {"psi": stats.Interval(np.nan, np.nan, np.nan, 9)}
+    figure = psi_report.draw_comparison(
+        {"first": {"all": summary(0.1), "far_close": summary(0.3)}, "second": {"all": undefined}}
+    )
+    (axis,) = figure.axes
+    names = [label.get_text().split("\n")[0] for label in axis.get_yticklabels()]
+    assert names == ["all", "far close"] and axis.yaxis_inverted()
+    drawn = {bars.get_label(): bars for bars in axis.containers}
+    assert list(drawn) == ["first (n = 9)", "second (n = 9)"]
+    points, _, (reach,) = drawn["first (n = 9)"].lines
+    np.testing.assert_allclose(points.get_xdata(), [0.1, 0.3])
+    ends = [segment[:, 0] for segment in reach.get_segments()]
+    np.testing.assert_allclose(ends, [[0.0, 0.3], [0.2, 0.5]])
+    assert [round(row) for row in points.get_ydata()] == [0, 1]
+    assert "none right" in "".join(text.get_text() for text in axis.texts)
+    psi_report.plots.plt.close(figure)

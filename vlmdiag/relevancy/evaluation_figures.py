@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from vlmdiag.figures import plots, stats
 from vlmdiag.relevancy import perturbation
@@ -84,6 +85,8 @@ def curves_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str
             axis.set_ylabel("p(s) / p(0) of the token" if way == 0 else "")
     for axis in axes[-1]:
         axis.set_xlabel("share s of the vision tokens removed")
+    top = max(line.get_ydata().max() for axis in axes.flat for line in axis.lines)
+    axes[0, 0].set_ylim(0, 1.08 * top)  # of the means; an interval of few images may reach beyond
     handles = {}
     for axis in axes[:, 0]:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -120,7 +123,10 @@ def areas_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str)
         values = evaluation.areas(removal, chosen)  # (n, M, 3)
         means = stats.mean_interval(values)
         for index, axis in enumerate(axis_row[:3]):
-            _points(axis, evaluation.methods, at(means, slice(None), index))
+            of_measure = at(means, slice(None), index)
+            if index < 2:  # no ratio of probabilities is below 0
+                of_measure = of_measure._replace(low=np.maximum(of_measure.low, 0))
+            _points(axis, evaluation.methods, of_measure)
         change = against(values, evaluation.methods, "random")
         if change is not None:
             _points(axis_row[3], evaluation.methods, at(change, slice(None), 2))
@@ -141,7 +147,7 @@ def local_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str)
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
     for axis, (measure, xlabel) in zip(axes, LOCAL.items(), strict=True):
         values, prior = evaluation.located(measure, chosen)
-        means = stats.mean_interval(values, bounds=stats.SHARES)
+        means = stats.mean_interval(values, bounds=stats.SHARES, discrete=measure == "pointing")
         _points(axis, methods, at(means, rows))
         colors = [COLORS[method] for method in methods]
         axis.barh(range(len(methods)), means.mean[rows], color=colors, alpha=0.45)
