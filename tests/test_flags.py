@@ -162,3 +162,26 @@ def test_a_default_that_says_nothing_is_not_shown():
 def test_the_plotting_scripts_of_saved_results_share_their_flags():
     with pytest.raises(SystemExit):
         saved.parse_args("doc", ["--help"])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--run_dirs", "a"], "--run_dirs; did you mean --run_dir?"),
+        (["--run_dri=a", "--max_images", "3"], "--run_dri; did you mean --run_dir?"),
+        (["--max_image", "3"], "--max_image; did you mean --max_images?"),
+        (["--nothing_like_it", "3"], "--nothing_like_it; the following"),
+    ],
+)
+def test_a_mistyped_flag_is_named_while_another_is_missing(capsys, given, named):
+    parser = cli.parser(None)
+    parser.add_argument("--run_dir", required=True, help="first")
+    parser.add_argument("--max_images", type=cli.positive, help="second")
+    for arguments in (given, ["--max_images", "2"]):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(arguments)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1
+        assert "the following arguments are required: --run_dir" in line
+        assert (f"unrecognized arguments: {named}" in line) is (arguments is given)
+        assert ("unrecognized" in line) is (arguments is given)

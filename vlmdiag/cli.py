@@ -43,6 +43,8 @@ def _spellings(flag: str) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
+    _given: Sequence[str] = ()  # what is being parsed
+
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
         """Every long flag is accepted in both spellings: --model_path and --model-path."""
         if flags and flags[0].startswith("--"):
@@ -51,11 +53,22 @@ class _Parser(argparse.ArgumentParser):
             options.setdefault("dest", flags[0][2:].replace("-", "_"))
         return super().add_argument(*flags, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Keeps what is given, for error()."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """One line that names the nearest flag for a mistyped one; exit code 2."""
+        """One line that names the nearest flag for a mistyped one, which may be the very one that
+        is missing; exit code 2."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             message += self._nearest(message.removeprefix(prefix).split())
+        elif message.startswith("the following arguments are required: "):
+            flags = [word.split("=")[0] for word in self._given if word.startswith("--")]
+            unknown = [flag for flag in flags if flag not in self._option_string_actions]
+            if unknown:
+                message = f"{prefix}{' '.join(unknown)}{self._nearest(unknown)}; {message}"
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
     def _nearest(self, words: list[str]) -> str:
