@@ -90,12 +90,17 @@ def sums_of_run(directory: Path) -> tuple[Sums, dict[str, Any]]:
     records = [run.record(id) for id in ids]
 
     def blocks() -> Iterator[Sums]:
-        for id in tqdm(ids, desc="blocks", disable=None):
+        counted = [record["vectors"] for record in records]
+        for id, vectors in zip(tqdm(ids, desc="blocks", disable=None), counted, strict=True):
             arrays = run.arrays(id)
             if not np.isfinite(arrays["mean"]).all():
                 raise UsageError(
                     f"{run.path / 'per_image' / id}.npz: the activations of this block are not"
                     " finite; compute them with --dtype float32"
+                )
+            if int(arrays["count"]) != vectors or not (arrays["m2"] >= 0).all():
+                raise UsageError(
+                    f"{run.path / 'per_image' / id}.npz does not fit its record; {disk.AGAIN}"
                 )
             yield Sums(int(arrays["count"]), arrays["mean"], arrays["m2"])
 

@@ -144,6 +144,7 @@ RECORDS = {
     "empty": lambda record: {},
     "lists cut": lambda record: {k: v[:1] if isinstance(v, list) else v for k, v in record.items()},
     "text": lambda record: {k: "x" if not isinstance(v, str) else v for k, v in record.items()},
+    "nulls, digests too": lambda record: dict.fromkeys([*record, "checks"]),
 }
 ARRAYS = {
     "turned": lambda arrays: {name: swapped(array) for name, array in arrays.items()},
@@ -187,7 +188,7 @@ def test_readers_of_tampered_runs_name_the_file_in_one_line(name, runs, tmp_path
         if ending == "json":
             record = json.loads(file.read_text())
             checks = {"checks": record.pop("checks")} if how != "empty" else {}
-            file.write_bytes(disk.json_bytes(change(record) | checks))
+            file.write_bytes(disk.json_bytes(checks | change(record)))
         else:
             file.write_bytes(disk.npz_bytes(change(disk.read_npz(file))))
         places = {"runs": work, "coco": work / "tiny-llava__sp-0", "out": tmp_path}
@@ -211,6 +212,8 @@ def test_a_mean_vector_that_is_not_the_one_it_was_written_as_is_refused(tmp_path
         (torch.full((4,), torch.nan), "finite"),
         (torch.zeros(4, dtype=torch.complex64), "real numbers"),
         (torch.zeros(4, device="meta"), "real numbers|cannot be read"),
+        (torch.ones(4).to_sparse(), "real numbers"),
+        (torch.ones(4, dtype=torch.int8), "real numbers"),
         (torch.zeros(5), "shape"),
     ):
         torch.save(mean, path)
@@ -239,3 +242,20 @@ def test_a_place_for_results_that_is_none_is_said_before_anything_is_computed(tm
     for place in ("file", "file/below"):
         with pytest.raises(UsageError, match="cannot write"):
             disk.out_folder(tmp_path / place)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("change", [{"count": -5}, {"count": 7}, {"m2": -np.ones(4)}, {}])
+def test_sums_that_do_not_fit_their_record_give_no_mean(tmp_path, change):
+    from scripts.calculate_mean_vector import sums_of_run
+
+    run = open_run(tmp_path / "run", "mean_vector", {"pictures": 1, "block": 32})
+    record = {"pictures": 1, "vectors": 9, "unreadable": []}
+    sums = {"count": np.array(9), "mean": np.ones(4), "m2": np.ones(4)}
+    run.write("block-000000", record, sums)
+    run.files("block-000000")[1].write_bytes(disk.npz_bytes(sums | change))
+    if not change:
+        assert sums_of_run(run.path)[0].n == 9
+        return
+    with pytest.raises(UsageError, match="block-000000.npz does not fit its record"):
+        sums_of_run(run.path)

@@ -67,8 +67,10 @@ def load_mean(path: str | Path, width: int) -> tuple[Float[Tensor, " d"], object
     except Exception as error:  # noqa: BLE001 -- pickle errors of every kind
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--mean_tensor {path} cannot be read ({reason})") from error
-    if torch.is_tensor(mean) and (mean.is_meta or not mean.is_floating_point()):
-        raise UsageError(f"--mean_tensor {path}: real numbers were wanted, found {mean.dtype}")
+    is_dense = torch.is_tensor(mean) and not mean.is_meta and mean.layout == torch.strided
+    if torch.is_tensor(mean) and not (is_dense and mean.is_floating_point()):
+        kind = mean.dtype if is_dense else f"a tensor of {mean.layout} on {mean.device}"
+        raise UsageError(f"--mean_tensor {path}: real numbers were wanted, found {kind}")
     if not torch.is_tensor(mean) or mean.shape != (width,):
         kind = tuple(getattr(mean, "shape", ())) or type(mean).__name__
         raise UsageError(

@@ -812,15 +812,15 @@ def damage() -> str | None:
                 arrays = disk.read_npz(files[1], None, npz) or {}
             except UsageError as error:
                 return str(error)
-            checks = content.pop(CHECKS, None)
+            checks = content.pop(CHECKS, {})  # an older version wrote none
             fields[id] = (*sorted(content), *sorted(arrays))
             if not isinstance(checks, dict):
-                continue
+                return f"{files[0]} is not as it was written; {disk.AGAIN}"
             if npz is None:
                 npz = files[1].read_bytes()
             contents = (disk.json_bytes(content), npz)
             for file, data, name in zip(files, contents, ("record", "npz"), strict=True):
-                if checks.get(name) != _digest(data):
+                if checks and checks.get(name) != _digest(data):
                     return f"{file} is not as it was written; {disk.AGAIN}"
         usual = Counter(fields.values()).most_common(1)
         for id, names in fields.items():
