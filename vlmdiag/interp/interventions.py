@@ -69,12 +69,12 @@ def load_mean(path: str | Path, width: int) -> tuple[Float[Tensor, " d"], object
         raise UsageError(f"--mean_tensor {path} cannot be read ({reason})") from error
     is_dense = torch.is_tensor(mean) and not mean.is_meta and mean.layout == torch.strided
     if torch.is_tensor(mean) and not (is_dense and mean.is_floating_point()):
-        kind = mean.dtype if is_dense else f"a tensor of {mean.layout} on {mean.device}"
-        raise UsageError(f"--mean_tensor {path}: real numbers were wanted, found {kind}")
+        found = str(mean.dtype) if is_dense else f"a tensor of {mean.layout} on {mean.device}"
+        raise UsageError(f"--mean_tensor {path}: real numbers were wanted, found {found}")
     if not torch.is_tensor(mean) or mean.shape != (width,):
-        kind = tuple(getattr(mean, "shape", ())) or type(mean).__name__
+        found = str(tuple(getattr(mean, "shape", ())) or type(mean).__name__)
         raise UsageError(
-            f"--mean_tensor {path}: a tensor of shape ({width},) was wanted, found {kind}"
+            f"--mean_tensor {path}: a tensor of shape ({width},) was wanted, found {found}"
         )
     if not mean.isfinite().all():
         raise UsageError(f"--mean_tensor {path}: not all of its numbers are finite")
