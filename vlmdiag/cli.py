@@ -53,7 +53,9 @@ class _Parser(argparse.ArgumentParser):
             options.setdefault("dest", flags[0][2:].replace("-", "_"))
         return super().add_argument(*flags, **options)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # typeshed's is for any class of namespace
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Keeps what is given, for error()."""
         self._given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -273,7 +273,7 @@ def _of_volcano(run: Run) -> Iterator[Quantity]:
         yield Quantity(name, "share", sorted(set(images)), of_image, axes)
 
 
-READERS: dict[str, Callable[[Any], Iterator[Quantity]]] = {
+READERS: dict[str, Callable[[Run], Iterator[Quantity]]] = {
     rundirs.COCO: _of_coco,
     "psi": _of_psi,
     "ablation": _of_interventions,
