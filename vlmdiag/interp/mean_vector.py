@@ -155,12 +155,17 @@ def failure_id(name: str) -> str:
     return f"picture-{id_of(name)}"
 
 
+def key_of(name: str) -> str:
+    """A picture's name as its tensor's, which is text: \\udcff for a byte that is none."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def write_acts(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One block's activations, {file name: (P, d)}, in one step."""
     path.parent.mkdir(exist_ok=True)
     try:
         with disk.in_one_step(path) as temporary:
-            save_file(dict(tensors), temporary)
+            save_file({key_of(name): tensor for name, tensor in tensors.items()}, temporary)
     except SafetensorError as error:
         raise UsageError(
             f"cannot write {path} ({error}); finished blocks are kept, the same command goes on"
@@ -172,7 +177,7 @@ def has_acts(run: Run, block: Block, names: Set[str]) -> bool:
     """Whether the activations of these pictures of a block are there, in a whole file."""
     try:
         with safe_open(run.path / "acts" / f"{block.id}.safetensors", "pt") as file:
-            return set(file.keys()) == names
+            return set(file.keys()) == {key_of(name) for name in names}
     except (OSError, SafetensorError):
         return False
 
