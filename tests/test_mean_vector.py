@@ -746,14 +746,17 @@ def test_the_real_command_line_of_the_estimate(folder, warm_python):
     assert (done.returncode, done.stderr) == (0, "") and "activations of a picture" in done.stdout
 
 
-def test_activations_of_pictures_whose_names_are_no_text_are_kept(tmp_path):
+def test_activations_of_equal_pictures_and_of_names_that_are_no_text_are_kept(tmp_path):
     from vlmdiag.interp.mean_vector import Block, has_acts, write_acts
 
     run = open_run(tmp_path / "run", "mean_vector", {})
     names = (os.fsdecode(b"\xff.jpg"), "x" * 251 + ".jpg", "é.jpg")
     tensors = {name: torch.full((2, 3), float(n)) for n, name in enumerate(names)}
+    tensors["copy of é.jpg"] = tensors["é.jpg"]
+    names = (*names, "copy of é.jpg")
     write_acts(run.path / "acts" / "block-000000.safetensors", tensors)
     block = Block("block-000000", names)
     assert has_acts(run, block, set(names)) and not has_acts(run, block, set(names[1:]))
     kept = load_file(run.path / "acts" / "block-000000.safetensors")
-    assert kept["\\udcff.jpg"].eq(0).all() and kept["é.jpg"].eq(2).all()
+    assert kept["\\udcff.jpg"].eq(0).all()
+    assert kept["é.jpg"].eq(2).all() and kept["copy of é.jpg"].eq(2).all()

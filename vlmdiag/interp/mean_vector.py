@@ -163,9 +163,11 @@ def key_of(name: str) -> str:
 def write_acts(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One block's activations, {file name: (P, d)}, in one step."""
     path.parent.mkdir(exist_ok=True)
+    # equal pictures share a tensor, which safetensors takes for a mistake
+    own = {key_of(name): tensor.clone() for name, tensor in tensors.items()}
     try:
         with disk.in_one_step(path) as temporary:
-            save_file({key_of(name): tensor for name, tensor in tensors.items()}, temporary)
+            save_file(own, temporary)
     except SafetensorError as error:
         raise UsageError(
             f"cannot write {path} ({error}); finished blocks are kept, the same command goes on"
