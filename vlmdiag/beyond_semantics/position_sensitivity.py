@@ -61,8 +61,9 @@ def psi_interval(
     """PSI of the mean accuracies with its interval. original, permuted (n,): the accuracy of each
     image, in the same order.
 
-    1 - stats.ratio_interval(), whole images drawn; where all images lost the same share, what their
-    difference allows for others (stats.paired_difference()). Within what accuracies allow.
+    1 - stats.ratio_interval(), whole images drawn; where all images lost the same share, or so few
+    lost any that resamples give no end, what their difference allows for others
+    (stats.paired_difference()). Within what accuracies allow.
     """
     original = np.asarray(original, float)
     permuted = np.asarray(permuted, float)
@@ -73,11 +74,14 @@ def psi_interval(
         return stats.interval_of(value, np.nan, np.nan, images)
     kept = stats.ratio_interval(permuted, original, level, num_resamples, seed)
     low, high = 1 - float(kept.high), 1 - float(kept.low)
-    if not low < high:
-        lost = stats.paired_difference(
-            original, permuted, level, num_resamples, seed, stats.DIFFERENCES, discrete=True
-        )
-        low, high = (float(end / original.mean()) for end in (lost.low, lost.high))
+    lost = stats.paired_difference(
+        original, permuted, level, num_resamples, seed, stats.DIFFERENCES, discrete=True
+    )
+    of_lost = [float(end / original.mean()) for end in (lost.low, lost.high)]
+    is_same = not low < high
+    low = of_lost[0] if is_same or np.isinf(low) else low
+    # on the logarithm's scale the end that is missing is a ratio of 0
+    high = of_lost[1] if is_same or np.isinf(high) or kept.low == 0 else high
     least = 1 - 1 / float(original.mean())
     return stats.interval_of(value, min(value, max(low, least)), max(value, min(high, 1.0)), images)
 
