@@ -79,11 +79,7 @@ def measured(tunnels, tmp_path_factory):
 
 
 def contents(run):
-    files = [
-        *(run.path / "per_image").iterdir(),
-        *(run.path / "analysis").glob("*.json"),
-        run.path / "preds.json",
-    ]
+    files = [*(run.path / "per_image").iterdir(), *(run.path / "analysis").glob("*.json")]
     return {path.name: path.read_bytes() for path in files}
 
 
