@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ from vlmdiag.stethoscope.limits import SESSION_MEMORY, SESSION_MINUTES, TOKEN_LI
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSWORD = "STETHOSCOPE_AUTH"  # the environment's user:password
+# flags of the model that a calibration depends on
+OF_MODEL = (
+    "dtype quantize_type base_model vision_tower_path conv_mode system_prompt prompt_template"
+    " image_aspect family trust_remote_code"
+).split()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -196,6 +202,29 @@ def loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def to_calibrate(args: argparse.Namespace) -> str:
+    """The command that calibrates the hallucination warning of this model. Visitors of a page with
+    a password are not at this machine: they see no path of it."""
+    if args.auth is not None:
+        return "whoever runs this page runs hallucination_warning.py fit first"
+    plain = parse_args([])
+    data = ROOT / "data" / "COCO"
+    first = ["bash", str(ROOT / "data" / "download_coco.sh"), "val", "annotations"]
+    if Path(args.model_name).resolve().parent == ROOT / "checkpoints":  # know drawn shapes only
+        data = ROOT / "data" / "shapes"
+        first = ["python", str(ROOT / "data" / "make_shapes.py"), "--out_dir", str(data)]
+    command = ["python", str(Path(__file__).with_name("hallucination_warning.py")), "fit"]
+    command += ["--model_path", args.model_name, "--out_root", str(Path(args.out_root).resolve())]
+    command += ["--image_dir", str(data / "val2017")]
+    command += ["--ann_file", str(data / "annotations" / "instances_val2017.json")]
+    for name in OF_MODEL:
+        value = getattr(args, name)
+        if value != getattr(plain, name):
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    lines = [] if data.exists() else [shlex.join(first)]
+    return "\n".join(["run this, and start the page again:", *lines, shlex.join(command)])
+
+
 def serve(args: argparse.Namespace) -> None:
     """Load the model, start the page, and wait until it is ended."""
     from vlmdiag.stethoscope import server
@@ -210,7 +239,7 @@ def serve(args: argparse.Namespace) -> None:
     except UsageError as error:
         print(f"hallucination warning off: {error}")
         calibration = None
-    model = Model(vlm, calibration)
+    model = Model(vlm, calibration, to_calibrate(args))
     if args.part_on_cpu and not part_on_cpu(vlm):
         print("--part-on-cpu: the whole model is on the CPU already")
     hosts = [args.host, *args.allowed_host]

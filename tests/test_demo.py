@@ -3,12 +3,14 @@ works in a real browser for two people at once.
 
 The browser is Debian's Chromium; without it these tests fail."""
 
+import base64
 import contextlib
 import importlib
 import io
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -29,11 +31,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 import common
+from diagnostic_tools import demo_meta, hallucination_warning
 from diagnostic_tools.viz_attention_image import demo_scene
 from tests.conftest import in_process
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import plots
 from vlmdiag.model.decoding import extended, generate
+from vlmdiag.pictures import overlay
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import gradients, rules
 from vlmdiag.relevancy import methods as attribution
@@ -267,6 +271,48 @@ def test_visual_contribution_counts_the_text_that_a_token_sees(analysis):
     )  # but a mean
 
 
+def test_heads_are_compared_by_what_they_give_to_picture_and_question(analysis):
+    vlm, whole = analysis.model.vlm, extended(analysis.batch, analysis.ids)
+    vlm.model.set_attn_implementation("eager")
+    try:
+        maps = vlm.model(
+            input_ids=whole.input_ids,
+            attention_mask=whole.attention_mask,
+            pixel_values=whole.image_inputs["pixel_values"],
+            output_attentions=True,
+        ).attentions
+    finally:
+        vlm.model.set_attn_implementation("sdpa")
+    rows = np.stack([of_layer[0].detach().numpy() for of_layer in maps])  # (L, H, N, N)
+    rows = rows[:, :, analysis.producing].transpose(2, 0, 1, 3)  # (T, L, H, N)
+    picture = rows[..., analysis.groups == "vision"].sum(-1)
+    question = rows[..., np.isin(analysis.groups, ("user", "template"))].sum(-1)
+    with_answer = question + rows[..., analysis.groups == "generated"].sum(-1)
+    heads = analysis.looking_heads()
+    assert heads.mass.shape == (len(analysis.ids), analysis.model.depth, analysis.model.heads)
+    assert np.allclose(heads.mass, picture, atol=1e-5)
+    assert np.allclose(heads.balance, picture / (picture + question), atol=1e-5)
+    assert not np.allclose(heads.balance, picture / (picture + with_answer), atol=1e-3)
+    counts = [(analysis.groups == name).sum() for name in ("vision", "user", "template")]
+    assert heads.chance == pytest.approx(counts[0] / sum(counts))
+
+
+def test_the_map_of_heads_does_not_depend_on_the_memory_for_maps(model, analysis, monkeypatch):
+    some = asked(model, analysis.picture)
+    monkeypatch.setattr(stethoscope, "ATTENTION_BUDGET", analysis.attention(0).nbytes)
+    some.attention(2)
+    assert np.allclose(some.looking_heads().mass, analysis.looking_heads().mass, atol=1e-6)
+    assert list(some._attention) == [2]
+
+
+def test_entropy_is_that_of_the_models_own_distribution(analysis, run):
+    probs = run.logits.double().softmax(-1)
+    bits = -(probs * probs.clamp_min(1e-300).log2()).sum(-1)
+    assert np.allclose(analysis.evolution().entropy[:, -1], bits, atol=1e-4)
+    nats = bits * np.log(2)
+    assert not np.allclose(analysis.evolution().entropy[:, -1], nats, atol=1e-4)
+
+
 def test_words_that_looked_at_patches_are_those_whose_rows_did(analysis):
     chosen, layer = {40, 41, 52}, 3
     maps = analysis.attention(layer)
@@ -484,6 +530,7 @@ def test_text_from_outside_is_text_in_the_page(model, analysis):
         views.evolution_panel(some, 0),
         *views.relevancy_panel(some, 1, 1, 100, True),
         views.attention_panel(some, 0, 0, 1, 100),
+        views.heads_panel(some, 0, 0, 1, "balance"),
         *views.patch_panel(some, "attention", 0, None),
         views.compare_panel(some, (0, 0), (1, 1), 100),
     ]
@@ -503,6 +550,112 @@ def test_text_from_outside_is_text_in_the_page(model, analysis):
         and views.shown("") == "∅"
         and "\u202e" not in views.shown(HOSTILE)
     )
+
+
+def test_every_token_has_the_colour_of_the_chosen_measure(analysis):
+    ends = {"probability": 1, "contribution": 1, "entropy": analysis.evolution().entropy[:, -1]}
+    values = {
+        "probability": analysis.probabilities,
+        "contribution": analysis.contribution("max", "share")[:, -1],
+        "entropy": analysis.evolution().entropy[:, -1],
+    }
+    sheets = []
+    for by, (colors, what) in views.MEASURES.items():
+        page = views.token_colors(analysis, by)
+        found = re.findall(r"#tokens label:nth-child\((\d+)\)\{background:rgb\(([\d,]+)\)", page)
+        assert [int(number) for number, _ in found] == [*range(1, len(analysis.ids) + 1)]
+        wanted = views.color(values[by], np.max(ends[by]), colors)
+        assert [tuple(map(int, rgb.split(","))) for _, rgb in found] == [*map(tuple, wanted)]
+        assert what in page
+        sheets.append([rgb for _, rgb in found])
+    assert sheets[0] != sheets[1] != sheets[2]
+
+
+def test_every_alternative_is_seen_on_the_log_axis_and_read_as_a_number(analysis):
+    page, lens = views.probability_panel(analysis, 4), analysis.evolution()
+    page = page[page.index("Alternatives") :]
+    widths = [
+        float(width) for width in re.findall(r'class="bar" style="[^"]*width:([\d.]+)%', page)
+    ]
+    probs = lens.probs[4, -1]
+    decades = np.ceil(-np.log10(probs.min()))
+    assert np.allclose(widths, 100 * (1 + np.log10(probs) / decades), atol=0.06)
+    assert (np.diff(widths) <= 0).all() and (100 * probs < 1).sum() == 9  # a linear axis hid nine
+    assert sum(width > 1 for width in widths) >= 9
+    assert "0.992" in page and all(views.probability(float(p)) in page for p in probs)
+    assert re.findall(r'<span style="left:0.0%">1e-(\d+)<', page) == [f"{decades:.0f}"]
+
+
+def test_the_map_of_heads_has_a_cell_per_head_and_frames_the_chosen_one(analysis):
+    heads, token = analysis.looking_heads(), 4
+    for measure, values in (("mass", heads.mass[token]), ("balance", heads.balance[token])):
+        page = views.heads_panel(analysis, token, 3, 2, measure)
+        written = re.search('data-values="([^"]*)"', page)[1].split()
+        assert np.allclose(np.array(written, float).reshape(values.shape), values, atol=6e-4)
+        data = re.search('base64,([^"]*)', page)[1]
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), float)
+        side = image.shape[0] // len(values)
+        assert image.shape[:2] == (side * values.shape[0], side * values.shape[1])
+        centres = image[side // 2 :: side, side // 2 :: side]
+        if measure == "mass":
+            wanted = views.color(values, values.max(), "Blues")
+        else:
+            reach = min(heads.chance, 1 - heads.chance)
+            wanted = views.color(values - heads.chance + reach, 2 * reach, "RdBu")
+        assert np.abs(centres - wanted).max() < 12  # JPEG
+        edges = image[1::side, side // 2 :: side]  # of the upper ends of cells
+        far = np.abs(edges - np.array(views.CHOSEN)).sum(-1)
+        assert np.unravel_index(far.argmin(), far.shape) == (3, 2)
+    assert f"{(heads.balance[token] > heads.chance).sum()} of {values.size} heads" in page
+
+
+def test_maps_are_as_opaque_and_as_smooth_as_asked(analysis):
+    canvas = views.canvas(analysis, len(analysis.vision))
+    values = analysis.relevancy().picture[4, -1]
+
+    def drawn(**look):
+        return np.asarray(canvas.overlay(values, values.max(), views.Look(**look)), float)
+
+    pale = (canvas._pale * 255).astype(np.uint8)
+    assert np.abs(drawn(opacity=0) - pale).max() <= 1
+    assert (drawn() == drawn(opacity=90, smooth=False)).all()
+    away = [np.abs(drawn(opacity=percent) - pale).mean() for percent in (10, 50, 100)]
+    assert away[0] < away[1] < away[2]
+    x0, y0, x1, y1 = canvas.grid.boxes[int(values.argmax())].round().astype(int)
+    heat = overlay.painted(canvas.grid, values)[y0:y1, x0:x1]
+    smooth = overlay.painted(canvas.grid, values, smooth=True)[y0:y1, x0:x1]
+    assert np.ptp(heat) == 0 < np.ptp(smooth)
+    assert (drawn(smooth=True) != drawn()).any()
+    page = views.relevancy_panel(analysis, 4, 5, 100, False)[0]
+    assert 'alt="The picture itself"' in page  # beside the map
+
+
+def test_where_it_is_not_calibrated_the_command_is_for_this_model(tmp_path):
+    some = tmp_path / "my model"
+    args = demo_meta.parse_args(
+        [
+            "--model-name",
+            str(some),
+            "--load-4bit",
+            "--out_root",
+            str(tmp_path),
+            "--image_aspect",
+            "pad",
+        ]
+    )
+    line = demo_meta.to_calibrate(args).splitlines()[-1]
+    program, script, *flags = shlex.split(line)
+    assert program == "python" and Path(script).samefile(
+        ROOT / "diagnostic_tools" / "hallucination_warning.py"
+    )
+    fit = hallucination_warning.parse_args(flags)
+    assert (fit.command, fit.model_path, fit.out_root) == ("fit", str(some), str(tmp_path))
+    assert fit.quantize_type == "4bit" and fit.image_aspect == "pad"
+    assert fit.image_dir.endswith("COCO/val2017") and fit.ann_file.endswith("_val2017.json")
+    tiny = demo_meta.to_calibrate(demo_meta.parse_args([]))
+    assert "data/shapes/val2017" in tiny and str(TINY) in tiny
+    args.auth = "me:secret"  # visitors from elsewhere see no path of this machine
+    assert "/" not in demo_meta.to_calibrate(args)
 
 
 def test_the_top_candidates_of_every_layer_stand_in_its_title(analysis):
@@ -889,6 +1042,102 @@ def test_the_page_from_upload_to_export(page, browse, tmp_path):
         said = [entry["message"] for entry in visitor.driver.get_log("browser")]
         assert not [line for line in said if "Content Security Policy" in line]
     assert "Traceback" not in log.read_text()
+
+
+def test_the_result_is_above_the_fold_and_every_head_is_a_click_away(page, browse, tmp_path):
+    driver = browse()
+    size = {"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    one = Visitor(driver, page[0])
+    render(demo_scene()).save(tmp_path / "picture.png")
+    one.upload(tmp_path / "picture.png")
+    one.until(lambda: one.all("#preview img"))
+    one.ask(QUESTION)
+    one.until(lambda: one.all("#probability .cell") and one.all("#token_colors style"))
+
+    def box(css):
+        return driver.execute_script(
+            "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", css
+        )
+
+    def background(index):
+        labels = one.all("#tokens label")
+        rgb = labels[index].value_of_css_property("background-color")
+        return [int(number) for number in re.findall(r"\d+", rgb)[:3]]
+
+    assert driver.execute_script("return scrollY") == 0
+    for css in ("#preview img", "#ask", "#answer", "#tokens", "#probability .bars"):
+        assert box(css)["top"] >= 0 and box(css)["bottom"] <= 900, css
+    assert box("#tokens")["left"] > box("#preview img")["right"]  # beside the picture
+    assert abs(box("#upload")["left"] - box("#examples")["left"]) < 2  # in one column with it
+    assert box("#preview img")["right"] < box("#upload")["right"] + 2
+    assert 0 < box("#preview")["top"] - box("#examples")["bottom"] < 40  # without a hole
+    for width in (900, 420):
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size | {"width": width})
+        one.until(lambda width=width: box("body")["width"] <= width)
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    sure = background(4)
+    assert np.allclose(background(0), (0, 68, 27), atol=4)  # a probability near 1 in Greens
+    one.click("#color_by input", 1)
+    one.until(lambda: "from the picture" in one.text("token_colors"))
+    one.until(lambda: background(4) != sure)
+    assert background(4) != background(5)  # green comes from the picture, square from green
+
+    one.tab("Raw Attention")
+    one.until(lambda: one.all("#att_heads .heads img") and one.all("#attention img"))
+    assert "layer 5, mean over heads" in one.text("attention")
+    grid = one.all("#att_heads .heads img")[0]
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", grid)
+    width, height = grid.rect["width"], grid.rect["height"]
+    place = ((3 + 0.5) / 4 - 0.5) * width, ((2 + 0.5) / 6 - 0.5) * height
+    ActionChains(driver).move_to_element_with_offset(grid, *map(round, place)).click().perform()
+    one.until(lambda: "layer 2, head 3" in one.text("attention"))
+
+    def controls():
+        ranges = [one.all(f"#{id} input[type=range]")[0] for id in ("att_layer", "att_head")]
+        return [slider.get_attribute("value") for slider in ranges]
+
+    one.until(lambda: controls() == ["2", "3"])
+    driver.execute_script("document.querySelector('#att_heads .heads').focus()")
+    for key, title in (
+        (Keys.ARROW_UP, "layer 1, head 3"),
+        (Keys.ARROW_LEFT, "layer 1, head 2"),
+        (Keys.ARROW_DOWN, "layer 2, head 2"),
+    ):
+        ActionChains(driver).send_keys(key).perform()  # the map keeps the keyboard
+        one.until(lambda title=title: title in one.text("attention"))
+    one.until(lambda: controls() == ["2", "2"])
+    one.click("#att_measure input", 1)
+    one.until(lambda: "chance" in one.text("att_heads"))
+    assert "layer 2, head 2" in one.text("attention")
+
+    for control in ("#map_opacity input[type=range]", "#map_drawn_as input"):
+        before = one.html("attention")
+        if control.endswith("range]"):
+            one.move("map_opacity")
+        else:
+            one.click(control, 1)
+        one.until(lambda before=before: one.html("attention") != before)
+    shown = (
+        "return [...document.querySelectorAll('.help')].filter(e => e.offsetParent)"
+        ".map(e => e.textContent.trim())"
+    )
+    helps = set()
+
+    def read_another():
+        before = len(helps)
+        helps.update(driver.execute_script(shown))
+        return len(helps) > before
+
+    for button in one.all("button[role=tab]"):
+        driver.execute_script("arguments[0].click()", button)
+        one.until(read_another)
+    assert len(helps) == 8 and all(text.endswith(".") for text in helps)
+    assert one.value("warning").splitlines()[-1].startswith("python ")
+    said = [entry["message"] for entry in driver.get_log("browser")]
+    assert not [line for line in said if "Content Security Policy" in line]
 
 
 def test_a_password_is_asked_for_and_stop_ends_an_answer(tmp_path, folders, browse):

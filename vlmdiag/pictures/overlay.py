@@ -66,16 +66,21 @@ def pale(picture: Image.Image, darkest: float = 0.5) -> Float[np.ndarray, "heigh
     return np.asarray(picture.convert("RGB"), float) / 255 * 0.5 + darkest
 
 
-def painted(grid: PatchGrid, values: Float[np.ndarray, " P"]) -> Float[np.ndarray, "height width"]:
-    """Values of the vision tokens as a map over the picture, each token's cell in one colour; 0
-    where nothing lies and where a token has no value (NaN)."""
-    return np.nan_to_num(grid.paint(np.nan_to_num(values), smooth=False))
+def painted(
+    grid: PatchGrid, values: Float[np.ndarray, " P"], smooth: bool = False
+) -> Float[np.ndarray, "height width"]:
+    """Values of the vision tokens as a map over the picture, each token's cell in one colour, or
+    smooth between the cells' centres; 0 where nothing lies and where a token has no value (NaN).
+    """
+    return np.nan_to_num(grid.paint(np.nan_to_num(values), smooth=smooth))
 
 
-def opacity_of(heat: Float[np.ndarray, "*shape"], ceiling: float) -> Float[np.ndarray, "*shape"]:
-    """How much of a map is seen over the picture, in [0, 0.9]: what has no value shows the
+def opacity_of(
+    heat: Float[np.ndarray, "*shape"], ceiling: float, most: float = 0.9
+) -> Float[np.ndarray, "*shape"]:
+    """How much of a map is seen over the picture, in [0, most]: what has no value shows the
     picture. The root lets small values be seen too."""
-    return 0.9 * np.sqrt(np.clip(heat / ceiling, 0, 1))
+    return most * np.sqrt(np.clip(heat / ceiling, 0, 1))
 
 
 def blended(
@@ -83,13 +88,14 @@ def blended(
     heat: Float[np.ndarray, "height width"],
     ceiling: float,
     table: UInt8[np.ndarray, "256 3"],
+    most: float = 0.9,
 ) -> Image.Image:
     """A map over the pale picture as a picture itself.
 
-    table: colours of the values from 0 to the ceiling.
+    table: colours of the values from 0 to the ceiling; most: opacity of the ceiling's.
     """
     colors = table[(np.clip(heat / ceiling, 0, 1) * 255).astype(int)]
-    opacity = opacity_of(heat, ceiling)[..., None]
+    opacity = opacity_of(heat, ceiling, most)[..., None]
     pixels = 255 * ground * (1 - opacity) + colors * opacity
     return Image.fromarray(pixels.astype(np.uint8))
 

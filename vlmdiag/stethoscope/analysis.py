@@ -20,6 +20,7 @@ answer, S cells of a map over the picture.
 from __future__ import annotations
 
 import io
+import math
 import queue
 import threading
 from collections import OrderedDict
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmdiag.answers import token_spans
+from vlmdiag.beyond_semantics.balance import chance_vision_share, user_text
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
@@ -81,13 +83,15 @@ class Decoding:
 class Model:
     """A loaded VLM, the lock around its passes, and its path from hidden states to words.
 
-    calibration: of hallucination_warning.py fit. UsageError for models that are not decoder-only.
+    calibration: of hallucination_warning.py fit; to_calibrate: what to do where there is none.
+    UsageError for models that are not decoder-only.
     """
 
-    def __init__(self, vlm: VLM, calibration: Record | None = None) -> None:
+    def __init__(self, vlm: VLM, calibration: Record | None = None, to_calibrate: str = "") -> None:
         vlm.need("decoder-only", "every-layer")
         self.vlm = vlm
         self.calibration = calibration
+        self.to_calibrate = to_calibrate
         self.lock = threading.RLock()
         self.lens = Lens(vlm)
         text_config = vlm.model.config.get_text_config()
@@ -202,7 +206,22 @@ class Evolution:
     probs: Float[np.ndarray, "T states k"]  # their probabilities
     chosen: Float[np.ndarray, "T states"]  # probability of the token that was produced
     rank: Int[np.ndarray, "T states"]  # its rank, 1 = likeliest
+    entropy: Float[np.ndarray, "T states"]  # of the distribution over the vocabulary, in bits
     words: dict[int, str]  # text of every id
+
+
+@dataclass
+class Heads:
+    """How much each head looks at the picture while it produces each token.
+
+    mass: attention on all vision tokens, of 1. balance: CMB, mass / (mass + attention on the
+    question's tokens), NaN where a head looks at neither; chance: the balance of even attention
+    (vlmdiag/beyond_semantics/balance.py).
+    """
+
+    mass: Float[np.ndarray, "T L H"]
+    balance: Float[np.ndarray, "T L H"]
+    chance: float
 
 
 class Analysis:
@@ -354,7 +373,7 @@ class Analysis:
         vlm = self.model.vlm
         lens = self.model.lens
         ids = torch.tensor(self.answer_ids)
-        of_states = []  # of each hidden state: (ids, probs, chosen, rank), (T, ...) each
+        of_states = []  # of each hidden state what _read_off() gives, (T, ...) each
         with self.model.lock:
             whole = extended(self.batch, self.answer_ids)
             probe = ProducingStates(torch.from_numpy(self.producing))
@@ -368,8 +387,8 @@ class Analysis:
                 of_states.append([torch.cat(column).cpu().numpy() for column in columns])
             arrays = [np.stack(column, 1) for column in zip(*of_states, strict=True)]
             words = vocabulary(vlm.tokenizer, np.unique(arrays[0]).tolist())
-            ids_of, probs, chosen, rank = arrays
-            return Evolution(ids_of, probs, chosen, rank, words)
+            ids_of, probs, chosen, rank, entropy = arrays
+            return Evolution(ids_of, probs, chosen, rank, entropy, words)
 
     def relevancy(self) -> Relevancy:
         """Relevancy of all tokens at all layers."""
@@ -429,24 +448,51 @@ class Analysis:
                 self._read_attention(layer)
             return self._attention[layer]
 
+    def looking_heads(self) -> Heads:
+        """How much the heads of all layers look at the picture."""
+        if "heads" not in self._parts:
+            with self._guard:
+                if "heads" not in self._parts:
+                    self._read_attention(self.model.depth - 1)
+        return cast(Heads, self._parts["heads"])
+
     @torch.no_grad()
     def _read_attention(self, layer: int) -> None:
-        """One pass for all layers where they fit, else for the one that is asked for."""
+        """One pass that keeps the maps of all layers where they fit, else of the one that is asked
+        for. The first pass also sums up all heads."""
         size = 4 * len(self.answer_ids) * self.model.heads * len(self.vision)
         room = max(1, ATTENTION_BUDGET // max(1, size))
-        layers = range(self.model.depth) if room >= self.model.depth else [layer]
+        every_layer = range(self.model.depth)
+        kept = every_layer if room >= self.model.depth else [layer]
+        sums = []  # of each layer: (H, T, groups)
         with self.model.lock:
             run = trace(self.model.vlm, self.batch, self.answer_ids, tower=False)
-            for index in layers:
+            in_group = torch.from_numpy(np.array(GROUPS) == self.groups[:, None]).float()
+            for index in kept if "heads" in self._parts else every_layer:
                 block = run.layers[index]
                 call = block.run(block.input.detach())[1][0]
                 of_heads = []
+                of_groups = []
                 for head in range(call.query.shape[1]):
-                    weights = call.weights(head)[0]
-                    of_heads.append(weights[run.rows][:, run.vision])
-                self._attention[index] = torch.stack(of_heads, 1).float().cpu().numpy()
+                    rows = call.weights(head)[0][run.rows].float()  # (T, N)
+                    of_heads.append(rows[:, run.vision])
+                    of_groups.append(rows @ in_group.to(rows.device))
+                sums.append(torch.stack(of_groups).cpu())
+                if index in kept:
+                    self._attention[index] = torch.stack(of_heads, 1).cpu().numpy()
+        if "heads" not in self._parts:
+            self._parts["heads"] = self._heads(torch.stack(sums).permute(2, 0, 1, 3))
         while len(self._attention) > room:
             self._attention.popitem(last=False)
+
+    def _heads(self, mass: Float[Tensor, "T L H G"]) -> Heads:
+        """From the attention of every head to each group of tokens."""
+        picture = mass[..., GROUPS.index("vision")]
+        both = picture + user_text(mass)
+        names, counts = np.unique(self.groups[: self.prompt_length], return_counts=True)
+        chance = chance_vision_share(dict(zip(names.tolist(), counts.tolist(), strict=True)))
+        balance = (picture / both).where(both > 1e-8, float("nan"))
+        return Heads(picture.numpy(), balance.numpy(), chance)
 
     # ---- what follows from the parts ----
 
@@ -537,13 +583,15 @@ class Analysis:
 
 def _read_off(
     lens: Lens, states: Float[Tensor, "t d"], produced: Int[Tensor, " t"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(likeliest ids (t, k), their probabilities (t, k), probability (t,) and rank (t,) of the
-    tokens that were produced) by the lens."""
+    tokens that were produced, entropy (t,) in bits) by the lens."""
     probs = lens.logits(states).softmax(-1)
     best = probs.topk(min(TOP, probs.shape[-1]))
     chosen = probs.gather(-1, produced.to(probs.device)[:, None])
-    return best.indices, best.values, chosen[:, 0], (probs > chosen).sum(-1) + 1
+    rank = (probs > chosen).sum(-1) + 1
+    entropy = torch.special.entr(probs).sum(-1) / math.log(2)
+    return best.indices, best.values, chosen[:, 0], rank, entropy
 
 
 def joined(chunks: Sequence[Relevancy]) -> Relevancy:
@@ -564,7 +612,7 @@ def hallucination_warning(analysis: Analysis) -> str:
     model = analysis.model
     calibration = model.calibration
     if calibration is None:
-        return "not calibrated: run hallucination_warning.py fit for this model"
+        return f"not calibrated: {model.to_calibrate}"
 
     def make() -> list[Record]:
         with model.lock:

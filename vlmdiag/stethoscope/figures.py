@@ -52,6 +52,13 @@ class Shown:
     cmp_token: int = 0
     cmp_other: int = -1
     cmp_ceiling: float = 100
+    map_opacity: float = 90
+    map_smooth: bool = False
+
+    @property
+    def look(self) -> views.Look:
+        """Of all maps over the picture."""
+        return views.Look(self.map_opacity, self.map_smooth)
 
 
 def looked_at(analysis: Analysis, shown: Shown, chosen: Sequence[int]) -> Float[np.ndarray, " T"]:
@@ -81,12 +88,15 @@ def draw_probabilities(analysis: Analysis, shown: Shown) -> Figure:
     _token_axis(left, labels)
     left.set(title="probability of the token that was produced", ylabel="probability", ylim=(0, 1))
     others = [label(lens.words[int(i)]) for i in lens.ids[shown.token, -1]]
-    right.barh(range(len(others)), lens.probs[shown.token, -1], color=plots.SKY)
-    right.set_yticks(range(len(others)), others, fontsize=8)
+    probs = lens.probs[shown.token, -1]
+    right.barh(range(len(others)), probs, color=plots.SKY)
+    numbers = [views.probability(float(p)) for p in probs]
+    right.set_yticks(range(len(others)), [f"{a}  {b}" for a, b in zip(others, numbers)], fontsize=8)
     right.set(
         title=f"alternatives to {label(named(analysis, shown.token))}",
-        xlabel="probability",
-        xlim=(0, 1),
+        xlabel="probability (log axis)",
+        xscale="log",
+        xlim=(10.0 ** -views.log_decades(probs), 1),
     )
     right.invert_yaxis()
     return figure
@@ -145,7 +155,8 @@ def draw_relevancy(analysis: Analysis, shown: Shown) -> Figure | None:
     """Relevancy of the chosen token; None where its place in the picture is unknown."""
     layer = shown.rel_layer % analysis.model.depth
     ceiling = ceiling_of(analysis.relevancy().picture[shown.token], shown.rel_ceiling)
-    return _relevancy_rows(analysis, [(shown.token, layer)], ceiling, shown.rel_hide)
+    pairs = [(shown.token, layer)]
+    return _relevancy_rows(analysis, pairs, ceiling, shown.look, shown.rel_hide)
 
 
 def draw_compare(analysis: Analysis, shown: Shown) -> Figure | None:
@@ -153,11 +164,15 @@ def draw_compare(analysis: Analysis, shown: Shown) -> Figure | None:
     depth = analysis.model.depth
     pairs = [(shown.token, shown.cmp_layer % depth), (shown.cmp_token, shown.cmp_other % depth)]
     largest = [analysis.relevancy().picture[pair].max() for pair in pairs]
-    return _relevancy_rows(analysis, pairs, ceiling_of(largest, shown.cmp_ceiling))
+    return _relevancy_rows(analysis, pairs, ceiling_of(largest, shown.cmp_ceiling), shown.look)
 
 
 def _relevancy_rows(
-    analysis: Analysis, pairs: Sequence[tuple[int, int]], ceiling: float, hide: bool = False
+    analysis: Analysis,
+    pairs: Sequence[tuple[int, int]],
+    ceiling: float,
+    look: views.Look,
+    hide: bool = False,
 ) -> Figure | None:
     """A row for each (token, layer): relevancy over the picture, and over words. ceiling: of the
     colours; hide: leave out vision tokens of outlying norm."""
@@ -177,7 +192,7 @@ def _relevancy_rows(
         title = (
             f"relevancy of {named(analysis, token)}, layer {layer}\nvisual contribution {share:.2f}"
         )
-        _over_picture(left, analysis, values, ceiling, title)
+        _over_picture(left, analysis, values, ceiling, title, look)
         _words(right, analysis, relevancy.rows[token, layer], token, words)
     return figure
 
@@ -192,7 +207,8 @@ def draw_attention(analysis: Analysis, shown: Shown) -> Figure | None:
     head = views.head_name(shown.att_head)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
     title = f"attention of {named(analysis, shown.token)}\nlayer {layer}, {head}"
-    _over_picture(left, analysis, values, ceiling_of(values, shown.att_ceiling), title)
+    ceiling = ceiling_of(values, shown.att_ceiling)
+    _over_picture(left, analysis, values, ceiling, title, shown.look)
     right.bar(range(len(maps)), maps.sum(-1), color=plots.BLUE)
     right.set(
         title=f"attention to the picture by head, layer {layer}",
@@ -233,11 +249,16 @@ def _token_axis(axis: Axes, labels: Sequence[str]) -> None:
 
 
 def _over_picture(
-    axis: Axes, analysis: Analysis, values: Float[np.ndarray, " S"], ceiling: float, title: str
+    axis: Axes,
+    analysis: Analysis,
+    values: Float[np.ndarray, " S"],
+    ceiling: float,
+    title: str,
+    look: views.Look,
 ) -> None:
     """A map over the picture with its colour bar."""
     canvas = Canvas(analysis.picture, analysis.place(len(values)), PICTURE)
-    overlay.show_picture(axis, np.asarray(canvas.overlay(values, ceiling)), frame=True)
+    overlay.show_picture(axis, np.asarray(canvas.overlay(values, ceiling, look)), frame=True)
     axis.set_title(title.replace("$", r"\$"), fontsize=9)
     clipped = "max" if np.nanmax(values) > ceiling else "neither"
     overlay.color_bar(

@@ -57,9 +57,53 @@ CLICKS = """element.addEventListener('click', event => {
     y: (event.clientY - box.top) / box.height,
   });
 });"""
+# a cell of the map of heads was clicked, or reached by an arrow key; it is drawn anew each time
+HEADS = """const grid = () => element.querySelector('.heads');
+let keyboard = false;
+const choose = (layer, head) => {
+  const {layers, heads} = grid().dataset;
+  layer = Math.max(0, Math.min(layers - 1, layer));
+  head = Math.max(0, Math.min(heads - 1, head));
+  Object.assign(grid().dataset, {layer, head});
+  trigger('click', {layer, head});
+};
+const under = event => {
+  const image = event.target.closest('.heads img');
+  if (!image) return null;
+  const box = image.getBoundingClientRect();
+  const {layers, heads} = grid().dataset;
+  return [
+    Math.floor((event.clientY - box.top) / box.height * layers),
+    Math.floor((event.clientX - box.left) / box.width * heads),
+  ];
+};
+element.addEventListener('click', event => {
+  const cell = under(event);
+  if (cell) choose(...cell);
+});
+element.addEventListener('pointermove', event => {
+  const cell = under(event);
+  if (!cell) return;
+  const {heads, values} = grid().dataset;
+  const value = values.split(' ')[cell[0] * heads + cell[1]];
+  event.target.title = `layer ${cell[0]}, head ${cell[1]}: ${value}`;
+});
+element.addEventListener('keydown', event => {
+  const steps = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
+  const step = steps[event.key];
+  if (!step || !grid()) return;
+  event.preventDefault();
+  const {layer, head} = grid().dataset;
+  choose(Number(layer) + step[0], Number(head) + step[1]);
+});
+for (const kind of ['focusin', 'pointerdown'])
+  document.addEventListener(kind, event => { keyboard = element.contains(event.target); });
+new MutationObserver(() => {
+  if (keyboard && document.activeElement === document.body) grid()?.focus({preventScroll: true});
+}).observe(element, {childList: true, subtree: true});"""
 CSS = """
 .st { color: var(--body-text-color); font-size: 15px; line-height: 1.45; }
-.st h4 { margin: 14px 0 6px; font-size: 15px; }
+.st h4 { margin: 8px 0 6px; font-size: 15px; }
 .st .note {
   color: var(--body-text-color) !important;
   opacity: .85;
@@ -91,10 +135,46 @@ CSS = """
 .st .pair { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
 .st .pair > div { flex: 1 1 320px; min-width: 0; }
 .st img { max-width: 100%; height: auto; display: block; }
+.st .pair.maps { gap: 8px; }
+.st .pair.maps > div { flex: 1 1 120px; }
+.st .axis { position: relative; height: 18px; font-size: 12.5px; border-top: 1px solid #8888; }
+.st .axis span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
+.st .axis span:first-child { transform: translateX(-100%); }
+.st .heads {
+  display: grid;
+  grid-template-columns: auto minmax(0, 270px);
+  justify-content: start;
+  gap: 2px 6px;
+  font-size: 12.5px;
+}
+.st .heads:focus-visible { outline: 2px solid #0072B2; outline-offset: 3px; }
+.st .heads img { width: 100%; height: 250px; cursor: pointer; }
+.st .heads .rows, .st .heads .columns { display: flex; justify-content: space-between; }
+.st .heads .rows { flex-direction: column; text-align: right; }
+.st .heads .columns { grid-column: 2; }
 .st p.answer { font-size: 17px; line-height: 2; margin: 6px 0; }
 .st p.answer span { padding: 3px 1px; border-radius: 3px; white-space: pre-wrap; }
 #pat_picture img { cursor: crosshair; }
 #examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+#examples .grid-wrap { overflow: hidden; }
+#upload .icon-wrap { display: none; }
+#upload .wrap { font-size: 14px; line-height: 1.3; min-height: 0; padding: 0; }
+#preview img { max-height: 36vh; width: auto; margin: 0 auto; }
+#tokens label { position: relative; padding: 4px 8px; gap: 0; }
+#tokens label span { margin: 0; color: inherit; }
+#tokens label input { position: absolute; opacity: 0; }
+#tokens label.selected { outline: 3px solid #D55E00; }
+#tokens label:focus-within { box-shadow: 0 0 0 5px #56B4E9; }
+#coloring { align-items: center; flex-wrap: wrap; gap: 2px 14px; padding: 0 12px; }
+#coloring > * { flex: 0 1 auto !important; min-width: 0 !important; width: auto !important; }
+#coloring .html-container { padding: 0 !important; }
+#color_by label { padding: 4px 8px; }
+button[role=tab] { padding: 4px 6px !important; font-size: 13.5px !important; }
+.tabitem > .column, #result { gap: 10px; }
+.help .html-container { padding: 4px 12px 0 !important; }
+@media (min-width: 800px) and (min-height: 760px) {
+  #asking { position: sticky; top: 8px; align-self: flex-start; }
+}
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # events that only draw what is kept, and those that compute
@@ -186,16 +266,16 @@ def gone(session: Session) -> str:
 # ---- controls ----
 
 
-def layer_slider(depth: int, elem_id: str, label: str = "LLM Layer (from 0)") -> Component:
+def layer_slider(depth: int, elem_id: str, label: str = "Layer (from 0)") -> Component:
     return gr.Slider(0, depth - 1, depth - 1, step=1, label=label, elem_id=elem_id)
 
 
-def ceiling_slider(elem_id: str, label: str = "Colour ceiling, % of the largest") -> Component:
+def ceiling_slider(elem_id: str, label: str = "Darkest colour at, %") -> Component:
     return gr.Slider(5, 100, 100, step=1, label=label, elem_id=elem_id)
 
 
 def head_slider(heads: int, elem_id: str) -> Component:
-    return gr.Slider(-1, heads - 1, -1, step=1, label="Head (-1: mean over heads)", elem_id=elem_id)
+    return gr.Slider(-1, heads - 1, -1, step=1, label="Head (-1: mean)", elem_id=elem_id)
 
 
 def head_of(value: float) -> int | None:
@@ -213,12 +293,20 @@ class Panel:
     id: str
     title: str
 
-    def __init__(self, depth: int, heads: int) -> None:
+    help: str  # one or two sentences: what is shown, and how to read it
+
+    def __init__(self, depth: int, heads: int, look: Sequence[Component]) -> None:
         self.depth = depth
         self.heads = heads
+        self.opacity, self.drawn_as = look
         self.controls: list[Component] = []
         self.outputs: list[Component] = []
+        gr.HTML(views.page(views.note(self.help)), elem_classes="help")
         self.layout()
+
+    def look(self, now: Values) -> views.Look:
+        """How maps lie over the picture."""
+        return views.Look(now[self.opacity], now[self.drawn_as] == "smooth")
 
     def layout(self) -> None:
         """Make the panel's components."""
@@ -238,6 +326,11 @@ class Probabilities(Panel):
 
     id = "probability"
     title = "Answer Probabilities"
+    help = (
+        "How sure the model was of each token that it wrote: dark green is sure, pale is a guess."
+        " Point at a token to see what else it could have said; choose one above to see that as"
+        " bars, each step of whose axis is ten times less likely."
+    )
 
     def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
         return [views.probability_panel(analysis, token)]
@@ -248,19 +341,26 @@ class Contribution(Panel):
 
     id = "contribution"
     title = "Visual Contribution"
+    help = (
+        "Did a token come from the picture or from the words before it? 1 (dark red): from the"
+        " picture alone; 0: from words alone; 0.5: from both alike."
+    )
 
     def layout(self) -> None:
         with gr.Row():
             self.layer = layer_slider(self.depth, "vc_layer")
             self.mode = gr.Dropdown(
-                ["max", "sum", "mean"], value="max", label="Calculation mode", elem_id="vc_mode"
+                [("strongest of them", "max"), ("all together", "sum"), ("average one", "mean")],
+                value="max",
+                label="Patches and words count by the",
+                elem_id="vc_mode",
             )
             self.kind = gr.Radio(
-                [("share of image and text", "share"), ("ratio, as published", "ratio")],
+                [("picture of picture + words", "share"), ("picture / words", "ratio")],
                 value="share",
-                label="Measure",
+                label="Measure (the second as published)",
             )
-            self.ceiling = ceiling_slider("vc_ceiling", "Max vc, % of the scale")
+            self.ceiling = ceiling_slider("vc_ceiling")
         self.controls = [self.layer, self.mode, self.kind, self.ceiling]
         super().layout()
 
@@ -277,6 +377,11 @@ class PredictionEvolution(Panel):
 
     id = "evolution"
     title = "Prediction Evolution in LLM"
+    help = (
+        "What the model would have said had it stopped after each layer: where the right word"
+        " appears, the model has made up its mind. The first box, embeddings, is before any layer:"
+        " there it has only the token that it read last, and often reads just that back."
+    )
 
     def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
         return [views.evolution_panel(analysis, token)]
@@ -287,14 +392,21 @@ class RelevancyAnalysis(Panel):
 
     id = "relevancy"
     title = "Relevancy Analysis"
+    help = (
+        "Which patches of the picture, and which words, made the model say this token: red"
+        " mattered most. A pale map means that the token came from words rather than from the"
+        " picture."
+    )
 
     def layout(self) -> None:
         with gr.Row():
             self.layer = layer_slider(self.depth, "rel_layer")
-            self.ceiling = ceiling_slider(
-                "rel_ceiling", "Colour ceiling, % of the token's largest in any layer"
+            self.ceiling = ceiling_slider("rel_ceiling", "Darkest colour at, % of its largest")
+            self.hide = gr.Checkbox(
+                False,
+                label="Leave out patches that glow for every word",
+                info="vision tokens much longer than the others",
             )
-            self.hide = gr.Checkbox(False, label="Leave out vision tokens of outlying norm")
         with gr.Row():
             picture = gr.HTML(elem_id="rel_picture", scale=3, min_width=320)
             words = gr.HTML(elem_id="rel_words", scale=2, min_width=280)
@@ -306,7 +418,7 @@ class RelevancyAnalysis(Panel):
 
     def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
         layer, percent, hide = (now[control] for control in self.controls)
-        return views.relevancy_panel(analysis, token, layer, percent, hide)
+        return views.relevancy_panel(analysis, token, layer, percent, hide, self.look(now))
 
 
 class RawAttention(Panel):
@@ -314,18 +426,37 @@ class RawAttention(Panel):
 
     id = "attention"
     title = "Raw Attention"
+    help = (
+        "Where a head looks while the model writes this token. The small map has every head of"
+        " every layer: click a cell, or step through it with the arrow keys, to see that head."
+        " Looking is not using: what mattered is in Relevancy Analysis."
+    )
 
     def layout(self) -> None:
         with gr.Row():
             self.layer = layer_slider(self.depth, "att_layer")
             self.head = head_slider(self.heads, "att_head")
             self.ceiling = ceiling_slider("att_ceiling")
-        self.controls = [self.layer, self.head, self.ceiling]
-        super().layout()
+        with gr.Row():
+            picture = gr.HTML(elem_id="attention", scale=2, min_width=280)
+            with gr.Column(scale=1, min_width=260):
+                self.measure = gr.Radio(
+                    [("attention on it", "mass"), ("against chance (CMB)", "balance")],
+                    value="mass",
+                    label="Which heads look at the picture, by",
+                    elem_id="att_measure",
+                )
+                self.overview = gr.HTML(elem_id="att_heads", js_on_load=HEADS)
+        self.controls = [self.layer, self.head, self.ceiling, self.measure]
+        self.outputs = [picture, self.overview]
 
     def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
-        layer, head, percent = (now[control] for control in self.controls)
-        return [views.attention_panel(analysis, token, layer, head_of(head), percent)]
+        layer, head, percent, measure = (now[control] for control in self.controls)
+        head = head_of(head)
+        return [
+            views.attention_panel(analysis, token, layer, head, percent, self.look(now)),
+            views.heads_panel(analysis, token, layer, head, measure),
+        ]
 
 
 class PatchSelector(Panel):
@@ -333,6 +464,10 @@ class PatchSelector(Panel):
 
     id = "patches"
     title = "Patch Selector"
+    help = (
+        "The other way round: click patches of the picture to see which words of the answer looked"
+        " there (red: most). Click a patch again to take it out."
+    )
 
     def layout(self) -> None:
         with gr.Row():
@@ -368,6 +503,10 @@ class Compare(Panel):
 
     id = "compare"
     title = "Compare"
+    help = (
+        "Two tokens, or one token at two layers, side by side. Equal colours are equal relevancy,"
+        " so the two maps can be compared."
+    )
 
     def layout(self) -> None:
         with gr.Row():
@@ -384,7 +523,8 @@ class Compare(Panel):
     def draw(self, analysis: Analysis, token: int, now: Values) -> Sequence[str]:
         layer, other_token, other_layer, percent = (now[control] for control in self.controls)
         other = (token if other_token is None else other_token, other_layer)
-        return [views.compare_panel(analysis, (token, layer), other, percent)]
+        look = self.look(now)
+        return [views.compare_panel(analysis, (token, layer), other, percent, look)]
 
 
 class Export(Panel):
@@ -392,6 +532,7 @@ class Export(Panel):
 
     id = "export"
     title = "Export"
+    help = "All that the panels show now, as files: the numbers, the figures and the picture."
 
     def layout(self) -> None:
         self.button = gr.Button("Export everything", variant="primary", elem_id="export_all")
@@ -419,12 +560,12 @@ class Page:
         with self.blocks:
             gr.HTML(str(views.templates.title(self.name)))
             with gr.Row():
-                with gr.Column(scale=2, min_width=300):
+                with gr.Column(scale=1, min_width=260, elem_id="asking"):
                     self._lay_out_picture()
-                with gr.Column(scale=4, min_width=360):
                     self._lay_out_question()
-            self.tokens = gr.Radio([], label="Answer Tokens for Selection", elem_id="tokens")
-            self._lay_out_panels()
+                with gr.Column(scale=3, min_width=480, elem_id="result"):
+                    self._lay_out_answer()
+                    self._lay_out_panels()
             self._connect()
 
     def app(self, auth: str | None) -> tuple[ASGIApp, App, set[str]]:
@@ -457,13 +598,18 @@ class Page:
 
     def _lay_out_picture(self) -> None:
         self.upload = gr.File(
-            label="Upload a picture", file_count="single", height=120, elem_id="upload"
+            label="Upload a picture",
+            file_count="single",
+            height=70,
+            show_label=False,
+            elem_id="upload",
         )
         self.gallery = gr.Gallery(
             self.pictures,
-            label="or pick an example",
+            label="Examples",
+            show_label=False,
             columns=3,
-            height=165,
+            height=124,
             allow_preview=False,
             interactive=False,
             buttons=[],
@@ -475,21 +621,54 @@ class Page:
 
     def _lay_out_question(self) -> None:
         self.question = gr.Textbox(
-            QUESTION, label="User", max_length=QUESTION_LIMIT, lines=2, elem_id="question"
+            QUESTION, label="User", max_length=QUESTION_LIMIT, lines=1, elem_id="question"
         )
         with gr.Row():
-            self.ask = gr.Button("Ask", variant="primary", elem_id="ask")
-            self.stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=110)
+            self.ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=120)
+            self.stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=80)
         with gr.Accordion("Decoding", open=False):
             self._lay_out_decoding()
-        self.answer = gr.Textbox(
-            label=f"{self.name} (every question stands alone)",
-            lines=3,
-            interactive=False,
-            elem_id="answer",
-        )
-        self.warning = gr.Textbox(
-            label="Hallucination warning", interactive=False, elem_id="warning"
+        with gr.Accordion("Maps over the picture", open=True):
+            self.drawn_as = gr.Radio(
+                ["patches", "smooth"], value="patches", label="Drawn as", elem_id="map_drawn_as"
+            )
+            self.opacity = gr.Slider(
+                0, 100, 90, step=1, label="Opacity of the colours, %", elem_id="map_opacity"
+            )
+
+    def _lay_out_answer(self) -> None:
+        with gr.Row():
+            self.answer = gr.Textbox(
+                label=f"{self.name} (every question stands alone)",
+                lines=2,
+                interactive=False,
+                scale=3,
+                elem_id="answer",
+            )
+            self.warning = gr.Textbox(
+                label="Hallucination warning",
+                lines=2,
+                max_lines=4,
+                interactive=False,
+                scale=2,
+                elem_id="warning",
+            )
+        with gr.Row(elem_id="coloring"):
+            text = views.page(views.note("Answer tokens, coloured by"))
+            gr.HTML(text, scale=0, min_width=190)
+            self.color_by = gr.Radio(
+                ["probability", ("visual contribution", "contribution"), "entropy"],
+                value="probability",
+                label="Colour of the answer's tokens",
+                show_label=False,
+                container=False,
+                scale=0,
+                min_width=375,
+                elem_id="color_by",
+            )
+            self.colors = gr.HTML(elem_id="token_colors", scale=1, min_width=240)
+        self.tokens = gr.Radio(
+            [], label="Answer Tokens for Selection", show_label=False, elem_id="tokens"
         )
 
     def _lay_out_decoding(self) -> None:
@@ -518,7 +697,7 @@ class Page:
 
     def _tab(self, kind: type[SomePanel]) -> SomePanel:
         with gr.Tab(kind.title, id=kind.id):
-            panel = kind(self.model.depth, self.model.heads)
+            panel = kind(self.model.depth, self.model.heads, (self.opacity, self.drawn_as))
         self.panels[kind.id] = panel
         return panel
 
@@ -526,6 +705,7 @@ class Page:
 
     def _connect(self) -> None:
         controls = [control for panel in self.panels.values() for control in panel.controls]
+        controls += [self.opacity, self.drawn_as]
         self.outputs = [output for panel in self.panels.values() for output in panel.outputs]
         # a set: Gradio then hands in {component: value}
         everything = {self.tokens, *controls}
@@ -534,6 +714,7 @@ class Page:
             self.tokens,
             self.compare.token,
             self.warning,
+            self.colors,
             self.export.files,
         ]
         of_a_picture = [self.preview, *of_an_answer, *self.outputs]
@@ -551,6 +732,8 @@ class Page:
             **SLOW,
         )
         asked.success(self.show, everything, self.outputs, **FAST)
+        for chosen in (asked.success, self.color_by.input):
+            chosen(self.color_tokens, [self.color_by], [self.colors], **FAST)
         self.stop.click(None, None, None, cancels=[asked], api_visibility="private")
         changed = [self.tokens.input, *(control.input for control in controls)]
         gr.on(changed, self.show, everything, self.outputs, **FAST)
@@ -558,6 +741,8 @@ class Page:
             tab.select(self._opening(tab.id), everything, self.outputs, **FAST)
         every_click = FAST | {"trigger_mode": "multiple"}
         self.patches.picture.click(self.click_patch, everything, self.outputs, **every_click)
+        of_heads = [self.attention.layer, self.attention.head, *self.outputs]
+        self.attention.overview.click(self.choose_head, everything, of_heads, **FAST)
         self.patches.clear.click(self.clear_patches, everything, self.outputs, **FAST)
         exporting = SLOW | {"preprocess": False}
         self.export.button.click(self.export_files, everything, self.export.files, **exporting)
@@ -611,6 +796,7 @@ class Page:
             self.preview: views.page(views.figure(small, "The chosen picture")),
             self.answer: "",
             self.warning: "",
+            self.colors: "",
             self.tokens: gr.update(choices=[], value=None),
             self.compare.token: gr.update(choices=[], value=None),
             self.export.files: "",
@@ -682,8 +868,35 @@ class Page:
                 self.tokens: gr.update(choices=choices, value=0),
                 self.compare.token: gr.update(choices=choices, value=min(1, len(choices) - 1)),
                 self.warning: " ".join([hallucination_warning(analysis), *analysis.missing()]),
+                self.colors: "",
                 self.export.files: "",
             }
+
+    @told
+    def color_tokens(self, by: str, request: gr.Request) -> Iterator[Values]:
+        """A measure of the tokens was chosen, or there are new tokens."""
+        by = checked({self.color_by: by})[self.color_by]
+        with self.sessions.at(visitor_of(request)) as session:
+            analysis = session.current
+            if analysis is None:
+                yield {self.colors: ""}
+                return
+            if by == "contribution":
+                for share in analysis.relevancy_steps():
+                    yield {self.colors: views.progress(share, "Computing relevancy")}
+            yield {self.colors: views.token_colors(analysis, by)}
+
+    @told
+    def choose_head(
+        self, now: Values, event: gr.EventData, request: gr.Request
+    ) -> Iterator[Values]:
+        """A cell of the map of heads was chosen."""
+        chosen = {self.attention.layer: event.layer, self.attention.head: event.head}
+        now = checked(now | chosen)
+        with self.sessions.at(visitor_of(request)) as session:
+            controls = {control: now[control] for control in chosen}
+            for drawn in self._drawn(session, now):
+                yield controls | drawn
 
     @told
     def click_patch(
@@ -759,4 +972,6 @@ class Page:
             cmp_token=token if other is None else other,
             cmp_other=now[self.compare.other],
             cmp_ceiling=now[self.compare.ceiling],
+            map_opacity=now[self.opacity],
+            map_smooth=now[self.drawn_as] == "smooth",
         )

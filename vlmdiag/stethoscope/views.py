@@ -2,7 +2,8 @@
 escaped by the templates of panels.html; nothing is loaded from anywhere.
 
 Colours show the value itself from 0 to a ceiling: Greens probability, Reds visual contribution,
-Blues the lens, yellow to red what lies over the picture.
+Purples entropy, Blues the lens and what a head gives to the picture, yellow to red what lies over
+the picture; red to blue, white at chance, the balance of picture and question.
 
 Shapes: T tokens of the answer, P vision tokens, S cells of a map over the picture, N positions.
 """
@@ -10,6 +11,7 @@ Shapes: T tokens of the answer, P vision tokens, S cells of a map over the pictu
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
     from vlmdiag.pictures.grid import PatchGrid
     from vlmdiag.stethoscope.analysis import Analysis
 
-SHOWN = 520  # pixels of the longer side of a picture in the page
+SHOWN = 420  # pixels of the longer side of a picture in the page
 MARK = (0, 114, 178)  # selected patches
+CHOSEN = (213, 94, 0)  # the chosen head
+MOST_DECADES = 12  # of a log axis
 COLORS = {  # by matplotlib's name, (256, 3) uint8 from 0 to the ceiling
     name: (matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
-    for name in ("Greens", "Reds", "Blues", "YlOrRd")
+    for name in ("Greens", "Reds", "Purples", "Blues", "YlOrRd", "RdBu")
 }
 _loader = jinja2.FileSystemLoader(Path(__file__).parent)
 _environment = jinja2.Environment(loader=_loader, autoescape=True)
@@ -111,12 +115,23 @@ class Bar(NamedTuple):
     title: str
 
 
+class Look(NamedTuple):
+    """How maps lie over the picture. opacity: of the largest value, in per cent; smooth: between
+    the patches' centres, else patch by patch."""
+
+    opacity: float = 90
+    smooth: bool = False
+
+
 class Piece(NamedTuple):
     """A coloured piece of the answer's text."""
 
     text: str
     style: str
     title: str
+
+
+PLAIN = Look()
 
 
 def page(*pieces: str) -> str:
@@ -137,10 +152,10 @@ def progress(share: float, what: str) -> str:
     return page(templates.progress(f"{share:.3f}", f"{share:.0%}", what))
 
 
-def scale(ceiling: float, name: str, what: str) -> Markup:
-    """The colours from 0 to the ceiling, and what they show."""
+def scale(ceiling: float, name: str, what: str, floor: float = 0) -> Markup:
+    """The colours from the floor to the ceiling, and what they show."""
     stops = ["rgb({},{},{})".format(*COLORS[name][i]) for i in (0, 64, 128, 191, 255)]
-    return templates.scale(",".join(stops), number(ceiling), what)
+    return templates.scale(",".join(stops), f"{floor:g}", number(ceiling), what)
 
 
 def strip(
@@ -177,6 +192,35 @@ def bars(
         width = 100 * min(1, max(0, float(value)) / ceiling)
         rows.append(Bar(shown(label), number(float(value)), f"{width:.1f}", title))
     return templates.bars(rows, fill)
+
+
+def log_bars(
+    labels: Sequence[str], values: Float[np.ndarray, " K"], fill: str = "#E69F00"
+) -> Markup:
+    """Horizontal bars of probabilities on a log axis, from the power of ten below the smallest (at
+    least MOST_DECADES below 1 are not shown) to 1, and the numbers themselves."""
+    decades = log_decades(values)
+    rows = []
+    for label, value in zip(labels, np.asarray(values, float), strict=True):
+        width = 100 * (1 + math.log10(max(float(value), 10.0**-decades)) / decades)
+        rows.append(Bar(shown(label), probability(float(value)), f"{width:.1f}", shown(label)))
+    step = -(-decades // 6)
+    ticks = [
+        (f"{100 * (1 - power / decades):.1f}", "1" if power == 0 else f"1e-{power}")
+        for power in range(0, decades + 1, step)
+    ]
+    return templates.bars(rows, fill, ticks)
+
+
+def log_decades(values: Float[np.ndarray, " K"]) -> int:
+    """Powers of ten below 1 that a log axis of probabilities has."""
+    least = max(float(np.min(values, initial=1.0)), 10.0**-MOST_DECADES)
+    return max(1, math.ceil(-math.log10(least)))
+
+
+def probability(value: float) -> str:
+    """A probability with three digits, however small."""
+    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.1e}"
 
 
 def candidates(
@@ -267,11 +311,20 @@ class Canvas:
             raise ValueError("where the cells lie in the picture is unknown")
         return self.grid
 
-    def overlay(self, values: Float[np.ndarray, " S"], ceiling: float) -> Image.Image:
-        """Values >= 0 over the pale picture, from yellow to red, cell by cell; what has none, and
-        NaN, shows the picture."""
-        heat = overlay.painted(self.cells, values)
-        return overlay.blended(self._pale, heat, ceiling or 1.0, COLORS["YlOrRd"])
+    @functools.cached_property
+    def original(self) -> Markup:
+        """The picture itself."""
+        return figure(self.picture, "The picture itself")
+
+    def overlay(
+        self, values: Float[np.ndarray, " S"], ceiling: float, look: Look = PLAIN
+    ) -> Image.Image:
+        """Values >= 0 over the pale picture, from yellow to red; what has none, and NaN, shows the
+        picture."""
+        heat = overlay.painted(self.cells, values, look.smooth)
+        return overlay.blended(
+            self._pale, heat, ceiling or 1.0, COLORS["YlOrRd"], look.opacity / 100
+        )
 
     def patches(self, chosen: Iterable[int]) -> Image.Image:
         """The picture with its grid lines and the chosen cells framed."""
@@ -308,15 +361,23 @@ def figure(image: Image.Image, alt: str) -> Markup:
 
 
 def over_picture(
-    canvas: Canvas, values: Float[np.ndarray, " S"], ceiling: float, alt: str, what: str
+    canvas: Canvas,
+    values: Float[np.ndarray, " S"],
+    ceiling: float,
+    alt: str,
+    what: str,
+    look: Look = PLAIN,
+    beside: bool = True,
 ) -> Markup:
-    """A map over the picture with its scale, or a note where its place is unknown."""
+    """A map over the picture with its scale, or a note where its place is unknown. beside: with
+    the picture itself beside it."""
     if canvas.grid is None:
         return note(
             "Where this model's image tokens lie in the picture is unknown, so nothing is drawn"
             " on it."
         )
-    return figure(canvas.overlay(values, ceiling), alt) + scale(ceiling, "YlOrRd", what)
+    drawn = [figure(canvas.overlay(values, ceiling, look), alt), scale(ceiling, "YlOrRd", what)]
+    return templates.pair([drawn, [canvas.original]], "maps") if beside else drawn[0] + drawn[1]
 
 
 def word_bars(
@@ -382,6 +443,29 @@ def head_name(head: int | None) -> str:
     return "mean over heads" if head is None else f"head {head}"
 
 
+MEASURES = {  # of the answer's tokens: (its colours, what they show)
+    "probability": ("Greens", "probability (pale: not sure)"),
+    "contribution": ("Reds", "of it from the picture, not words"),
+    "entropy": ("Purples", "bits of entropy (dark: a guess)"),
+}
+
+
+def token_colors(analysis: Analysis, by: str) -> str:
+    """A style sheet that colours the tokens to choose from by one of MEASURES, and its legend. The
+    contribution is the maximum's share at the last layer."""
+    name, what = MEASURES[by]
+    ceiling = 1.0
+    if by == "contribution":
+        values = analysis.contribution("max", "share")[:, -1]
+    elif by == "entropy":
+        values = analysis.evolution().entropy[:, -1]
+        ceiling = ceiling_of(values, 100)
+    else:
+        values = analysis.probabilities
+    styles = [style(rgb) for rgb in color(values, ceiling, name)]
+    return page(templates.token_styles(styles), scale(ceiling, name, what))
+
+
 def probability_panel(analysis: Analysis, token: int) -> str:
     """Strip of the produced tokens' probabilities, alternatives of each on hover, and of the chosen
     token as bars."""
@@ -405,11 +489,8 @@ def probability_panel(analysis: Analysis, token: int) -> str:
             "probability of the token that was produced",
         ),
         heading(f"Alternatives to token {token}: {shown(analysis.tokens[token])}"),
-        bars(
-            [words[int(i)] for i in evolution.ids[token, -1]],
-            evolution.probs[token, -1],
-            1.0,
-            "#009E73",
+        log_bars(
+            [words[int(i)] for i in evolution.ids[token, -1]], evolution.probs[token, -1], "#009E73"
         ),
         note(
             f"The token that was produced is {place}. Probabilities are the model's own, before"
@@ -457,7 +538,7 @@ def relevancy_map(
 
 
 def relevancy_panel(
-    analysis: Analysis, token: int, layer: int, percent: float, hide: bool
+    analysis: Analysis, token: int, layer: int, percent: float, hide: bool, look: Look = PLAIN
 ) -> tuple[str, str]:
     """(overlay, word bars)"""
     relevancy = analysis.relevancy()
@@ -481,6 +562,7 @@ def relevancy_panel(
         ceiling_of(relevancy.picture[token], percent),
         f"Relevancy to Image of {named(analysis, token)}, layer {layer}",
         f"relevancy, gathered up to layer {layer}",
+        look,
     )
     pieces = [heading(f"Relevancy to Image, {named(analysis, token)}"), overlaid, note(text)]
     if relevancy.instruction is not None:
@@ -495,7 +577,7 @@ def relevancy_panel(
 
 
 def attention_panel(
-    analysis: Analysis, token: int, layer: int, head: int | None, percent: float
+    analysis: Analysis, token: int, layer: int, head: int | None, percent: float, look: Look = PLAIN
 ) -> str:
     """Raw attention over the picture, and how much each head looks at it. head: None for the
     mean."""
@@ -505,16 +587,53 @@ def attention_panel(
     title = f"Attention of {named(analysis, token)}, layer {layer}, {head_name(head)}"
     ceiling = ceiling_of(values, percent)
     view = canvas(analysis, len(values))
-    left = [
+    return page(
         heading(title),
-        over_picture(view, values, ceiling, title, "attention weight"),
+        over_picture(view, values, ceiling, title, "attention weight", look),
         note(f"On the whole picture: {number(float(values.sum()))} of 1."),
-    ]
-    right = [
         heading(f"Attention to the picture by head, layer {layer}"),
         bars([f"head {h}" for h in range(len(of_heads))], of_heads, 1.0, "#0072B2"),
-    ]
-    return page(templates.pair([left, right]))
+    )
+
+
+def heads_panel(analysis: Analysis, token: int, layer: int, head: int | None, measure: str) -> str:
+    """All heads of all layers as one small map, with the chosen ones framed. measure: 'mass', how
+    much of a head's attention lies on the picture, or 'balance', CMB against chance."""
+    heads = analysis.looking_heads()
+    if measure == "mass":
+        values = heads.mass[token]
+        ceiling = ceiling_of(values, 100)
+        colors = color(values, ceiling, "Blues")
+        legend = scale(ceiling, "Blues", "of a head's attention is on the picture")
+        text = f"Mean over all heads: {number(float(values.mean()))}."
+    else:
+        values = heads.balance[token]
+        reach = min(heads.chance, 1 - heads.chance) or 0.01
+        away = np.nan_to_num(values - heads.chance)
+        colors = color(away + reach, 2 * reach, "RdBu")
+        legend = scale(
+            heads.chance + reach,
+            "RdBu",
+            "picture / (picture + question)",
+            round(heads.chance - reach, 3),
+        )
+        above = int((away > 0).sum())
+        text = (
+            f"White: chance ({heads.chance:.3f}, the picture's share of the tokens). Blue: {above}"
+            f" of {values.size} heads look at the picture more than that; red: less."
+        )
+    side = max(4, SHOWN // max(values.shape))
+    enlarged = np.repeat(np.repeat(colors, side, 0), side, 1)
+    image = Image.fromarray(enlarged)
+    left, right = (0, values.shape[1]) if head is None else (head, head + 1)
+    frame = (left * side, layer * side, right * side - 1, (layer + 1) * side - 1)
+    ImageDraw.Draw(image).rectangle(frame, outline=CHOSEN, width=max(2, side // 10))
+    alt = f"Heads of all layers, layer {layer}, {head_name(head)} chosen"
+    chosen = (layer, -1 if head is None else head)
+    written = " ".join("none" if np.isnan(value) else f"{value:.3f}" for value in values.flat)
+    return page(
+        templates.heads(figure(image, alt), *values.shape, *chosen, written), legend, note(text)
+    )
 
 
 def cells_of(analysis: Analysis, source: str) -> int:
@@ -570,7 +689,11 @@ def _looked_at(
 
 
 def compare_panel(
-    analysis: Analysis, first: tuple[int, int], second: tuple[int, int], percent: float
+    analysis: Analysis,
+    first: tuple[int, int],
+    second: tuple[int, int],
+    percent: float,
+    look: Look = PLAIN,
 ) -> str:
     """Two (token, layer) side by side, on one colour scale."""
     relevancy = analysis.relevancy()
@@ -586,15 +709,13 @@ def compare_panel(
         share = float(analysis.contribution("max", "share")[token, layer])
         title = f"{named(analysis, token)}, layer {layer}"
         view = canvas(analysis, len(values), SHOWN // 2)
-        probability = analysis.probabilities[token]
+        p = probability(float(analysis.probabilities[token]))
+        alt = f"Relevancy of {title}"
         columns.append(
             [
                 heading(title),
-                over_picture(view, values, ceiling, f"Relevancy of {title}", "relevancy"),
-                note(
-                    f"p = {probability:.3f}, visual contribution {number(share)} (share of the"
-                    " maximum)"
-                ),
+                over_picture(view, values, ceiling, alt, "relevancy", look, beside=False),
+                note(f"p = {p}, visual contribution {number(share)} (share of the maximum)"),
                 heading("Prediction evolution"),
                 evolution_strip(analysis, token),
                 word_bars(analysis, relevancy.rows[token, layer], token, words),
