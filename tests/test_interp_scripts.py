@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from common import capture, load_image, load_model
 from data import make_shapes
 from tests.conftest import ROOT, in_process
 from vlmdiag.figures import plots
@@ -18,6 +20,11 @@ from vlmdiag.figures.stats import Interval
 from vlmdiag.interp import figures
 from vlmdiag.interp.knockout_pairs import GROUP_NAMES
 from vlmdiag.interp.summary import Effect
+from vlmdiag.model.decoding import extended, generate
+from vlmdiag.model.lens import Lens
+from vlmdiag.model.probes import HiddenStates
+from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import rundirs
 
 SCRIPTS = ROOT / "scripts"
@@ -339,6 +346,25 @@ def test_lens_pages_are_made_once_and_from_the_run(coco, tmp_path):
         and (np.diff(arrays["probs"], axis=2) <= 0).all()
     )
     assert record["groups"].count("vision") == len(arrays["boxes"]) == 144
+    answer = record["answer"]["labels"]
+    assert arrays["answer_ids"].shape == arrays["answer_probs"].shape == (7, len(answer) - 1, 3)
+    # greedy: what each position before a token predicts in the end, the prompt's last one first
+    best = [arrays["ids"][-1, -1, 0], *arrays["answer_ids"][-1, :, 0]]
+    assert [record["vocabulary"][str(id)] for id in best] == answer and len(answer) > 8
+    assert record["answer"]["text"] == "".join(answer[:-1]).strip()
+    vlm = load_model(TINY, self_check=False)
+    picture = load_image(coco / "train2017" / record["file_name"])
+    batch = vlm.encode([Sample("0", None, "Describe the image.")], [picture])
+    written = generate(vlm, batch, 32).ids[0]
+    with torch.inference_mode(), capture(vlm, [probe := HiddenStates()]):
+        prefill(vlm, extended(batch, written))  # in one pass, not token by token
+        wanted = [Lens(vlm).top_k(probe.states[i], 3)[1][0, -len(written) : -1] for i in range(7)]
+        shifted = [Lens(vlm).top_k(probe.states[i], 3)[1][0, 1 - len(written) :] for i in range(7)]
+    assert np.allclose(arrays["answer_probs"], torch.stack(wanted), atol=1e-4)
+    assert not np.allclose(arrays["answer_probs"], torch.stack(shifted), atol=1e-2)
+    page = pages[0].read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["answer"] == answer and data["shape"][1] == len(record["labels"] + answer[1:])
     before = [page.read_bytes() for page in pages]
     pages[0].unlink()
     assert (

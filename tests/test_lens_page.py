@@ -590,8 +590,16 @@ def test_the_slider_changes_the_map_and_says_which_layer_it_is(show, small):
         assert one(driver, ".word").text.strip() == top(given, layer, 5)[0][0].strip("·")
     one(driver, "#show-words").click()
     assert not one(driver, ".word").is_displayed()
+    box = one(driver, ".box")
+    shade = given[5][2, 5, 0] ** 0.5  # of the layer shown
+    assert box.value_of_css_property("fill-opacity") == "0"  # the picture keeps its colours
+    assert float(box.value_of_css_property("stroke-opacity")) == pytest.approx(
+        0.06 + 0.8 * shade, abs=2e-3
+    )
     one(driver, "#show-colors").click()
-    assert one(driver, ".box").value_of_css_property("fill-opacity") == "0"
+    assert float(box.value_of_css_property("fill-opacity")) == pytest.approx(0.62 * shade, abs=2e-3)
+    one(driver, "#show-colors").click()
+    assert box.value_of_css_property("fill-opacity") == "0"
     one(driver, "#table thead button[data-layer='3']").click()
     assert one(driver, "#layer").get_attribute("value") == "3"
 
@@ -688,6 +696,125 @@ def test_search_marks_and_counts_the_cells(show, small, mode, depth):
         lambda d: "none of the 8 text positions" in one(d, "#search-summary").text
     )
     assert not found()
+
+
+def test_search_goes_to_the_first_hit_and_steps_through_all(show, big):
+    driver = show(big)
+    _, data = blocks(big)
+    ids = arrays(data)[0]
+    rare = [i for i in np.unique(ids) if 3 <= (ids[:, 30:606] == i).any((0, 2)).sum() <= 6]
+    word = next(f"w{i}x" for i in rare if (ids[:, 30:606] == i).any((0, 2)).nonzero()[0][0] > 100)
+    wanted = 30 + np.flatnonzero((ids[:, 30:606] == int(word[1:-1])).any((0, 2)))
+    one(driver, "#search").send_keys(word)
+
+    def at_hit(i):
+        count = f"{i + 1} of {len(wanted)} positions"
+        WebDriverWait(driver, 5).until(lambda d: one(d, "#search-count").text == count)
+        assert panel_position(driver) == str(wanted[i])
+        seen = driver.execute_script(
+            "let s = document.getElementById('scroller').getBoundingClientRect(), r ="
+            " document.querySelector(`tr[data-position='${arguments[0]}']`)"
+            ".getBoundingClientRect(); return s.top <= r.top && r.bottom <= s.bottom",
+            int(wanted[i]),
+        )
+        assert seen, wanted[i]
+        assert [*map(int, driver.execute_script(FOUND, int(wanted[i])))] == np.flatnonzero(
+            (ids[:, wanted[i]] == int(word[1:-1])).any(1)
+        ).tolist()
+
+    at_hit(0)
+    for i in [*range(1, len(wanted)), 0]:  # after the last one comes the first
+        keys(driver, Keys.ENTER)
+        at_hit(i)
+    ActionChains(driver).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+    at_hit(len(wanted) - 1)
+    one(driver, "#search-back").click()
+    at_hit(len(wanted) - 2)
+    assert one(driver, "#layer").get_attribute("value") == "32"  # the layer stays
+
+
+FOUND = (
+    "return [...document.querySelectorAll(`tr[data-position='${arguments[0]}'] td.found`)].map(c =>"
+    " c.dataset.layer)"
+)
+
+
+def answered(**changes):
+    """Arguments of write_page with an answer of four tokens, three of them read."""
+    given = planted(text=(5, 6), **changes)
+    given[3][-3:] = ["generated"] * 3
+    return [*given, None, [" red", " circle", HOSTILE[1], "</s>"]]
+
+
+def test_the_answer_is_shown_at_the_positions_that_predict_it(show, tmp_path):
+    given = answered()
+    T = len(given[2])
+    driver = show(page.write_page(tmp_path / "a.html", *given))
+    chips = many(driver, "#answer button")
+    assert [chip.text for chip in chips] == ["·red", "·circle", HOSTILE[1], "</s>"]
+    assert [int(chip.get_attribute("data-answer")) for chip in chips] == [*range(T - 4, T)]
+    assert panel_position(driver) == str(T - 4)  # the end of the prompt predicts the first token
+    assert bars(driver, "#panel-top") == top(given, 4, T - 4)
+    assert many(driver, "#answer .now") == chips[:1]
+    chips[2].click()
+    assert panel_position(driver) == str(T - 2) and many(driver, "#answer .now") == [chips[2]]
+    assert one(driver, f"tr[data-position='{T - 2}'] .dot").get_attribute("data-group") == (
+        "generated"
+    )
+
+
+def test_a_page_without_an_answer_begins_at_the_last_position(show, small):
+    driver = show(small[0])
+    assert panel_position(driver) == "20" and not one(driver, "#answer").is_displayed()
+
+
+def test_a_word_is_followed_by_rank_and_probability_through_the_layers(show, small):
+    path, given = small
+    ids, probs = given[4], given[5]
+    driver = show(path)
+    hover(driver, ".box[data-position='9']")
+    one(driver, ".box[data-position='9']").click()
+
+    def ranks():
+        return driver.execute_script(
+            "return [...document.querySelectorAll('#panel-list .rank')].map(n => n.textContent)"
+        )
+
+    def wanted(id):
+        texts = []
+        for layer in range(5):
+            where = np.flatnonzero(ids[layer, 9] == id)
+            known = f"{where[0] + 1}. {probs[layer, 9, where[0]]:.3f}" if len(where) else None
+            texts.append(known or "below top 3")
+        return texts
+
+    assert ranks() == wanted(ids[4, 9, 0])  # unchosen: the likeliest at the end
+    assert "below top 3" in ranks()
+    many(driver, "#panel-top button")[2].click()
+    assert ranks() == wanted(ids[4, 9, 2]) != wanted(ids[4, 9, 0])
+    assert one(driver, "#panel-word").text == given[6][ids[4, 9, 2]].replace(" ", "·")
+    many(driver, "#panel-top button")[2].click()  # again: no longer
+    assert ranks() == wanted(ids[4, 9, 0])
+
+
+@pytest.mark.parametrize("name", ["small", "big"])
+def test_the_embeddings_column_is_whole_when_the_page_opens(show, name, request):
+    made = request.getfixturevalue(name)
+    driver = show(made if name == "big" else made[0])
+    label, cell = (
+        driver.execute_script(
+            "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", css
+        )
+        for css in ("#body tr[data-position] th", "#body tr[data-position] td[data-layer='0']")
+    )
+    assert cell["left"] >= label["right"] - 1
+    for _ in range(3):  # and no column is cut at the left when the layer moves
+        keys(driver, Keys.ARROW_LEFT)
+    scrolled, width = driver.execute_script(
+        "return [document.getElementById('scroller').scrollLeft,"
+        " document.querySelector('td[data-layer]').getBoundingClientRect().width]"
+    )
+    assert scrolled % width == pytest.approx(0, abs=1) or scrolled % width > width - 1
 
 
 def test_rows_are_filtered_and_only_those_in_view_exist(show, small, big):

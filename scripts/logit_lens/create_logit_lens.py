@@ -9,8 +9,9 @@ pictures, one interactive page each.
 p = softmax(W_U norm(h)) for every hidden state h of every position (0: embeddings, l + 1: output of
 layer l), in float32; the final norm exactly once at each, so that the last layer's is the model's
 own next-token distribution. arXiv 2410.07149; docs/studies/llava_interp.md, section 2.2. Pages work
-offline: layer slider and map of the likeliest tokens over the picture, hover, lock, search. They
-are <out_dir>/<model>_<picture>_logit_lens.html and are drawn from the run directory
+offline: layer slider and map of the likeliest tokens over the picture, hover, lock, search, and the
+greedy answer's first 32 tokens, each with the position that predicts it. They are
+<out_dir>/<model>_<picture>_logit_lens.html and are drawn from the run directory
 <out_root>/logit_lens/<model>[__<run_name>]/, which holds ids and probabilities (arrays (L + 1, T,
 k)); an interrupted call goes on by the same command."""
 
@@ -91,6 +92,8 @@ def is_whole(page: Path) -> bool:
 def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, again: bool) -> int:
     """A page for every finished picture that has none of this form, a damaged one, or one older
     than its numbers. Returns how many were written."""
+    import numpy as np
+
     settings = {name: run.meta["settings"][name] for name in ("dtype", "top_k", "image_aspect")}
     written = 0
     for sample in samples:
@@ -110,19 +113,29 @@ def write_pages(run: Run, samples: Sequence[Sample], folder: Path, model: str, a
             "picture": " ".join(Path(name).name for name in record.get("images", [sample.image])),
             "prompt": record["prompt"],
             "question": sample.question,
-            "settings": json.dumps(settings),
         }
+        labels, groups, turns = record["labels"], record["groups"], turns_of(record)
+        ids, probs = arrays["ids"], arrays["probs"]
+        answer = record.get("answer", {"labels": [], "text": ""})  # older runs have none
+        if answer["labels"]:
+            read = answer["labels"][:-1]
+            labels, groups = labels + read, groups + ["generated"] * len(read)
+            turns = None if turns is None else turns + [max(turns)] * len(read)
+            ids = np.concatenate([ids, arrays["answer_ids"]], 1)
+            probs = np.concatenate([probs, arrays["answer_probs"]], 1)
+            facts["answer"] = answer["text"]
         write_page(
             page,
             picture,
             grid,
-            record["labels"],
-            record["groups"],
-            arrays["ids"],
-            arrays["probs"],
+            labels,
+            groups,
+            ids,
+            probs,
             {int(id): word for id, word in record["vocabulary"].items()},
-            facts,
-            turns_of(record),
+            facts | {"settings": json.dumps(settings)},
+            turns,
+            answer["labels"],
         )
         written += 1
     return written

@@ -8,7 +8,7 @@ prompt length, P vision tokens, k tokens per position, n pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,9 @@ from vlmdiag.groups import GROUPS
 from vlmdiag.interp.criteria import names
 from vlmdiag.interp.targets import Item, LoadedItem, tokens_of
 from vlmdiag.model.attention import capture
+from vlmdiag.model.decoding import generate
 from vlmdiag.model.lens import Lens, vocabulary
-from vlmdiag.model.probes import HiddenStates
+from vlmdiag.model.probes import HiddenStates, Probe
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.chats import record_of
 from vlmdiag.types import Record
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from vlmdiag.types import VLM
 
 LEAST = 3  # letters of a piece that stands for a word
+ANSWER = 32  # most tokens of the answer that a page shows
 
 Arrays = dict[str, "np.ndarray"]
 Result = tuple[Record, Arrays]
+TopK = tuple[Tensor, Tensor]  # ids and probabilities, (B, L + 1, positions, k) each
 
 
 def _hidden_states(vlm: VLM, lens: Lens, batch: Batch) -> dict[int, Float[Tensor, "B T d"]]:
@@ -52,27 +55,44 @@ def _hidden_states(vlm: VLM, lens: Lens, batch: Batch) -> dict[int, Float[Tensor
 # --- the page of a picture ------------------------------------------------------------------------
 
 
+class AnswerStates(Probe):
+    """The residual stream of the answer's tokens as they are read: states[index] holds (B, 1, d) of
+    each, after an empty (B, 0, d) of the prompt."""
+
+    wants_hidden = True
+
+    def __init__(self) -> None:
+        self.states: dict[int, list[Float[Tensor, "B n d"]]] = {}
+
+    def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
+        read = states if self.step > 0 else states[:, :0]
+        self.states.setdefault(index, []).append(read)
+
+
 def make_page_process(
     vlm: VLM, top_k: int
 ) -> Callable[[Sequence[tuple[Sample, Pictures]]], list[Result]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...]: the k likeliest tokens of every
-    position and layer, ids and probs (L + 1, T, k)."""
+    position and layer, ids and probs (L + 1, T, k); and those of the greedy answer's tokens but the
+    last, which the model does not read, answer_ids and answer_probs (L + 1, A - 1, k)."""
     lens = Lens(vlm)
+
+    def of_layers(states: Iterable[Float[Tensor, "B T d"]]) -> TopK:
+        found = [lens.top_k(of_index, top_k) for of_index in states]
+        ids, probs = ([part.cpu() for part in parts] for parts in zip(*found, strict=True))
+        return torch.stack(ids, 1), torch.stack(probs, 1)
 
     @torch.inference_mode()
     def process(loaded: Sequence[tuple[Sample, Pictures]]) -> list[Result]:
         samples, images = zip(*loaded, strict=True)
         batch = vlm.encode(samples, images)
         states = _hidden_states(vlm, lens, batch)
-        ids, probs = [], []
-        for index in sorted(states):
-            likeliest, probabilities = lens.top_k(states.pop(index), top_k)
-            ids.append(likeliest.to(vlm.device))
-            probs.append(probabilities.to(vlm.device))
-        all_ids = torch.stack(ids, 1).cpu()  # (B, L + 1, T, k)
-        all_probs = torch.stack(probs, 1).cpu()
+        prompts = of_layers(states.pop(index) for index in sorted(states))
+        with capture(vlm, [probe := AnswerStates()]):
+            answers = generate(vlm, batch, ANSWER).ids
+        read = of_layers(torch.cat(probe.states[index], 1) for index in sorted(probe.states))
         return [
-            _page_result(vlm, batch, row, all_ids[row], all_probs[row])
+            _page_result(vlm, batch, row, prompts, answers[row], read)
             for row in range(len(samples))
         ]
 
@@ -80,14 +100,17 @@ def make_page_process(
 
 
 def _page_result(
-    vlm: VLM, batch: Batch, row: int, ids: Int[Tensor, "L+1 T k"], probs: Float[Tensor, "L+1 T k"]
+    vlm: VLM, batch: Batch, row: int, prompts: TopK, answer: list[int], read: TopK
 ) -> Result:
+    """Record and arrays of a row. answer: its ids; read: at those that the model read."""
     sample = batch.samples[row]
     places, arrays = batch.places(row)
     in_prompt = slice(batch.groups.shape[1] - batch.lengths[row], None)  # without its padding
-    ids, probs = ids[:, in_prompt], probs[:, in_prompt]
+    ids, probs = (part[row, :, in_prompt] for part in prompts)
+    answer_ids, answer_probs = (part[row, :, : len(answer) - 1] for part in read)
     prompt = batch.input_ids[row, in_prompt].tolist()
-    words = vocabulary(vlm.tokenizer, {*ids.unique().tolist(), *prompt})
+    likeliest = torch.cat([ids, answer_ids], 1).unique().tolist()
+    words = vocabulary(vlm.tokenizer, {*likeliest, *prompt, *answer})
     record = {
         "image_id": sample.extra["image_id"],
         "file_name": sample.image.name,
@@ -96,11 +119,21 @@ def _page_result(
         "labels": [words[id] for id in prompt],
         "groups": [GROUPS[code] for code in batch.groups[row, in_prompt].tolist()],
         "vocabulary": words,
+        "answer": {
+            "text": vlm.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            "labels": [words[id] for id in answer],
+        },
         **places,
         **record_of(sample),
         **batch.parts(row),
     }
-    return record, {"ids": ids.int().numpy(), "probs": probs.numpy(), **arrays}
+    found = {
+        "ids": ids.int().numpy(),
+        "probs": probs.numpy(),
+        "answer_ids": answer_ids.int().numpy(),
+        "answer_probs": answer_probs.numpy(),
+    }
+    return record, {**found, **arrays}
 
 
 # --- accuracy on objects --------------------------------------------------------------------------

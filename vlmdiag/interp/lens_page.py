@@ -43,7 +43,7 @@ THUMBNAIL_BYTES = 6000  # of the overview's picture, as data URI
 THUMBNAILS = ((160, 80), (160, 60), (160, 35), (96, 50), (64, 35), (32, 30))
 HEAD_TEXT = 2000  # characters of each fact in the head
 HEAD_BYTES = 1 << 18  # the facts end within these
-SCHEMA = 2  # of pages: 1 called the embeddings layer 0
+SCHEMA = 3  # of pages: 1 called the embeddings layer 0, 2 had no answer
 HEAD_FACTS = ("title", "model", "picture", "prompt", "question")
 FACTS = re.compile(rb'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
 
@@ -59,6 +59,7 @@ def write_page(
     vocabulary: Mapping[int, str],
     facts: Mapping[str, object],
     turns: Sequence[int] | None = None,
+    answer: Sequence[str] = (),
 ) -> Path:
     """Write the page of one picture and prompt to path, in one step; equal input gives equal bytes.
 
@@ -67,7 +68,9 @@ def write_page(
     probs: entry 0 = embeddings, l + 1 = after layer l. vocabulary: {id: string} with every id that
     occurs; facts: {name: string or number}, shown as a table; title, model, picture, prompt and
     question also go to the overview. turns: of a conversation the turn of each position, -1 before
-    the first. A grid of several pictures is a Mosaic. ValueError where these do not fit.
+    the first. answer: the answer's tokens; all but the last, which the model did not read, are the
+    last positions too, and the first is what the position before them predicts. A grid of several
+    pictures is a Mosaic. ValueError where these do not fit.
     """
     ids, probs = np.asarray(ids), np.asarray(probs)
     _check(ids, probs, labels, groups, grid, image)
@@ -95,6 +98,7 @@ def write_page(
         "size": image.size,
         "facts": list(shown.items()),
         "picture": picture_uri(image),
+        "answer": [str(token) for token in answer],
     }
     if isinstance(grid, Mosaic):
         data["pictures"] = [[len(part.boxes), part.shape] for part, _ in grid.parts]
