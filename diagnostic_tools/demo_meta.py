@@ -203,26 +203,38 @@ def loopback(host: str) -> bool:
 
 
 def to_calibrate(args: argparse.Namespace) -> str:
-    """The command that calibrates the hallucination warning of this model. Visitors of a page with
-    a password are not at this machine: they see no path of it."""
+    """The command that calibrates the hallucination warning of this model, to be run where the page
+    was started. Visitors of a page with a password are not at this machine: they see no path."""
     if args.auth is not None:
         return "whoever runs this page runs hallucination_warning.py fit first"
     plain = parse_args([])
     data = ROOT / "data" / "COCO"
-    first = ["bash", str(ROOT / "data" / "download_coco.sh"), "val", "annotations"]
+    first = ["bash", from_here(ROOT / "data" / "download_coco.sh"), "val", "annotations"]
     if Path(args.model_name).resolve().parent == ROOT / "checkpoints":  # know drawn shapes only
         data = ROOT / "data" / "shapes"
-        first = ["python", str(ROOT / "data" / "make_shapes.py"), "--out_dir", str(data)]
-    command = ["python", str(Path(__file__).with_name("hallucination_warning.py")), "fit"]
-    command += ["--model_path", args.model_name, "--out_root", str(Path(args.out_root).resolve())]
-    command += ["--image_dir", str(data / "val2017")]
-    command += ["--ann_file", str(data / "annotations" / "instances_val2017.json")]
-    for name in OF_MODEL:
+        first = [
+            "python",
+            from_here(ROOT / "data" / "make_shapes.py"),
+            "--out_dir",
+            from_here(data),
+        ]
+    command = ["python", from_here(Path(__file__).with_name("hallucination_warning.py")), "fit"]
+    model = args.model_name if not Path(args.model_name).exists() else from_here(args.model_name)
+    command += ["--model_path", model]
+    command += ["--image_dir", from_here(data / "val2017")]
+    command += ["--ann_file", from_here(data / "annotations" / "instances_val2017.json")]
+    for name in ("out_root", *OF_MODEL):
         value = getattr(args, name)
         if value != getattr(plain, name):
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     lines = [] if data.exists() else [shlex.join(first)]
     return "\n".join(["run this, and start the page again:", *lines, shlex.join(command)])
+
+
+def from_here(path: str | Path) -> str:
+    """A path as it is written in this folder: relative where it lies inside."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def serve(args: argparse.Namespace) -> None:

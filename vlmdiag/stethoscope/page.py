@@ -159,7 +159,7 @@ CSS = """
 #examples .grid-wrap { overflow: hidden; }
 #upload .icon-wrap { display: none; }
 #upload .wrap { font-size: 14px; line-height: 1.3; min-height: 0; padding: 0; }
-#preview img { max-height: 36vh; width: auto; margin: 0 auto; }
+#preview img { max-height: 33vh; width: auto; margin: 0 auto; }
 #tokens label { position: relative; padding: 4px 8px; gap: 0; }
 #tokens label span { margin: 0; color: inherit; }
 #tokens label input { position: absolute; opacity: 0; }
@@ -172,9 +172,7 @@ CSS = """
 button[role=tab] { padding: 4px 6px !important; font-size: 13.5px !important; }
 .tabitem > .column, #result { gap: 10px; }
 .help .html-container { padding: 4px 12px 0 !important; }
-@media (min-width: 800px) and (min-height: 760px) {
-  #asking { position: sticky; top: 8px; align-self: flex-start; }
-}
+#asking { gap: 10px; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # events that only draw what is kept, and those that compute
@@ -648,7 +646,7 @@ class Page:
             self.warning = gr.Textbox(
                 label="Hallucination warning",
                 lines=2,
-                max_lines=4,
+                max_lines=3,
                 interactive=False,
                 scale=2,
                 elem_id="warning",
