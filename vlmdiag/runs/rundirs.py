@@ -813,7 +813,8 @@ def damage() -> str | None:
             except UsageError as error:
                 return str(error)
             checks = content.pop(CHECKS, {})  # an older version wrote none
-            fields[id] = (*sorted(content), *sorted(arrays))
+            if not checks:  # nothing says what was written, but that the others have it too
+                fields[id] = (*sorted(content), *sorted(arrays))
             if not isinstance(checks, dict):
                 return f"{files[0]} is not as it was written; {disk.AGAIN}"
             if npz is None:
