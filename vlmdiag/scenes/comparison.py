@@ -425,13 +425,13 @@ READING = """\
 - **Sinks.** In smol-llava the first token takes a quarter of the attention in the middle layers and
   its state is more than a hundred times as long as a vision token's; tiny-llava has neither. So
   smol-llava's CMB lies far below chance where tiny-llava's lies at it. Both read the picture.
-- **Lens.** In smol-llava an object's name is read where the warm start planted it, at the input, is
-  gone after the first layers, and comes back in the last state alone. The control, which was pointed
-  at other words, shows next to none at the input after stage 1 and yet more in the last state than
-  all others: with the language model untouched, its last layer names objects whose names nobody
-  planted. After stage 2, which trains the decoder to answer, little of that is left. In no middle or
-  late layer but the last is a name read; the rise through the layers that the paper describes is
-  seen in tiny-llava only, whose decoder was trained from scratch on these words.
+- **Lens.** In smol-llava an object's name is read where the warm start planted it, at the input,
+  is gone after the first layers, and comes back in the last state alone. The control, which was
+  pointed at other words, shows next to none at the input after stage 1 and yet more in the last
+  state than all others: with the language model untouched, its last layer names objects whose names
+  nobody planted. After stage 2, which trains the decoder to answer, little of that is left. In no
+  middle or late layer but the last is a name read; the rise through the layers that the paper
+  describes is seen in tiny-llava only, whose decoder was trained from scratch on these words.
 - **Knockout.** Both read the answer from the object's tokens and not by way of the picture's last
   row, as the paper says. smol-llava does so in its last third, as the paper's model; tiny-llava in
   its second and third layer.
