@@ -270,7 +270,7 @@ def test_a_driver_that_is_killed_goes_on_with_other_workers(cluster, tmp_path):
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on_and_blames_no_item(cluster, tmp_path):
-    flags = ["--items", 24, "--batch_size", 2]
+    flags = ["--items", 100, "--batch_size", 2]  # 12 s, so that the signal is in time
     driver = start(tmp_path, *flags, "--seconds", 0.5, "--ray_workers", 2)
     wait_for(lambda: count(tmp_path) >= 4)
     driver.send_signal(signal.SIGINT)
@@ -279,7 +279,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_and_blames_no_item(cluster, tmp_path):
     assert said.splitlines()[-1] == "interrupted; run the same command again to go on"
     assert not [*(run_of(tmp_path) / "attempts").glob("*.txt")]
     done = call(tmp_path, *flags)
-    assert done.returncode == 0 and count(tmp_path) == 24
+    assert done.returncode == 0 and count(tmp_path) == 100
 
 
 def test_without_an_address_ray_starts_and_ends_with_the_call(cluster, tmp_path):
