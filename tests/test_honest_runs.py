@@ -13,7 +13,7 @@ from tests.conftest import ROOT, in_process
 from tests.kills import KINDS
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures.samples import Sample, list_pictures, load_image
-from vlmdiag.runs import disk, engine
+from vlmdiag.runs import disk, engine, rundirs
 from vlmdiag.runs.inputs import digest_of
 from vlmdiag.runs.rundirs import open_run
 from vlmdiag.swap.states import open_states
@@ -259,3 +259,19 @@ def test_sums_that_do_not_fit_their_record_give_no_mean(tmp_path, change):
         return
     with pytest.raises(UsageError, match="block-000000.npz does not fit its record"):
         sums_of_run(run.path)
+
+
+def test_an_item_of_other_fields_that_is_as_it_was_written_is_no_damage(tmp_path):
+    """Such as a picture that an experiment leaves out."""
+    run = rundirs.open_run(tmp_path / "run", "demo", {})
+    for number in range(4):
+        fields = {"left_out": "no object"} if number == 2 else {"right": True, "words": []}
+        run.write(str(number), fields, {"norms": np.ones(3)} if number != 2 else {})
+    rundirs.READ.clear()
+    rundirs.read_run(tmp_path / "run")
+    assert rundirs.damage() is None
+    file = tmp_path / "run" / "per_image" / "2.json"
+    record = json.loads(file.read_text())
+    del record["checks"]  # of an older version
+    file.write_bytes(disk.json_bytes(record))
+    assert "differ from the others" in rundirs.damage()

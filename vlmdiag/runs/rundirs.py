@@ -805,6 +805,7 @@ def damage() -> str | None:
     what most of them have. For a command that met what it cannot explain (cli.run)."""
     for run in READ:
         fields: dict[str, tuple[str, ...]] = {}
+        unsure: list[str] = []
         for id in run.ids():
             files = run.files(id)
             try:
@@ -813,8 +814,9 @@ def damage() -> str | None:
             except UsageError as error:
                 return str(error)
             checks = content.pop(CHECKS, {})  # an older version wrote none
+            fields[id] = (*sorted(content), *sorted(arrays))
             if not checks:  # nothing says what was written, but that the others have it too
-                fields[id] = (*sorted(content), *sorted(arrays))
+                unsure.append(id)
             if not isinstance(checks, dict):
                 return f"{files[0]} is not as it was written; {disk.AGAIN}"
             if npz is None:
@@ -824,9 +826,9 @@ def damage() -> str | None:
                 if checks and checks.get(name) != _digest(data):
                     return f"{file} is not as it was written; {disk.AGAIN}"
         usual = Counter(fields.values()).most_common(1)
-        for id, names in fields.items():
-            if names != usual[0][0]:
-                odd = sorted({*names} ^ {*usual[0][0]})
+        for id in unsure:
+            if fields[id] != usual[0][0]:
+                odd = sorted({*fields[id]} ^ {*usual[0][0]})
                 return (
                     f"{run.path / 'per_image' / id}.json and .npz differ from the others in"
                     f" {', '.join(odd[:5])}; {disk.AGAIN}"
