@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
 from vlmdiag.runs import disk, leases, rundirs
@@ -143,6 +144,8 @@ def kill_and_resume(folder):
     many were killed while they ran."""
 
     shorten_leases()
+    # tqdm's own lock is one for all forks: who is killed with it leaves it locked for ever
+    tqdm.set_lock(threading.RLock())
 
     def slow(numbers):
         time.sleep(0.005)
