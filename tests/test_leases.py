@@ -96,6 +96,13 @@ def test_age_is_counted_by_the_servers_clock(tmp_path, monkeypatch):
         assert not old.exists() and young.exists()
 
 
+def test_what_a_killed_sweep_left_goes_at_once(tmp_path):
+    """It holds nothing, so nobody can be at work on it."""
+    leave(tmp_path, "now")
+    leases.sweep(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_leftovers_of_older_versions_go_and_files_of_others_stay(tmp_path):
     ours = [".a.b.npz.host.4190001-3.tmp", ".a.json.0123456789abcdef.tmp", ".meta.json.1.lease"]
     others = [".mine.tmp", ".a.b.c.d.tmp", "notes.tmp", ".hidden.lease", "a.0123456789abcdef.tmp"]

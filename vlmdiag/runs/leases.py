@@ -44,6 +44,7 @@ SAID = 3.0  # seconds of waiting that are not worth a line
 
 # .<name>.<token>.tmp; of versions before leases .<name>.<host>.<pid>-<n>.tmp
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{16}|[^.]+\.\d+-\d+)\.tmp|\..+\.\d+\.lease", re.DOTALL)
+PROBE = ".now."  # begins the name of a file made to read the server's clock: nobody needs it after
 
 # of a file that is not there, or that was replaced on another machine while it was opened
 NOT_THERE = {errno.ENOENT, getattr(errno, "ESTALE", errno.ENOENT)}
@@ -143,8 +144,11 @@ def sweep(folder: Path) -> None:
     process removes them later, if it lives to see that nobody renews them. OSError where the folder
     cannot be written."""
     _swept.add(folder)
-    with temporary(folder / "now", "now") as file:
-        _sweep(folder, file.stat().st_mtime)
+    probe = folder / f"{PROBE}{secrets.token_hex(8)}.tmp"
+    with open(probe, "xb") as created:
+        now = os.fstat(created.fileno()).st_mtime
+    probe.unlink(missing_ok=True)
+    _sweep(folder, now)
 
 
 def _sweep(folder: Path, now: float) -> None:
@@ -155,7 +159,7 @@ def _sweep(folder: Path, now: float) -> None:
                 continue
             file = Path(entry.path)
             with contextlib.suppress(OSError):
-                if now - entry.stat().st_mtime > AGE:
+                if entry.name.startswith(PROBE) or now - entry.stat().st_mtime > AGE:
                     file.unlink()
                 elif file not in _held:
                     _suspects[file] = (look(file), time.monotonic())

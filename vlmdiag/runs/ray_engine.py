@@ -211,7 +211,7 @@ class _Driver:
         finally:
             self._dismiss()
         attempts.clear(run.path, set(self.plan.ids))
-        for name in ("per_image", "failures"):
+        for name in ("", "per_image", "failures"):
             leases.sweep(run.path / name)  # of workers that were killed
         counts = {
             "done": len(self.plan.ids) - len(self.plan.done) - len(self.failed),
