@@ -366,6 +366,15 @@ def test_a_planted_angle_between_the_axes_is_recovered(angle):
         )  # noise shortens the plain cosine
 
 
+@pytest.mark.parametrize(("count", "has_limits"), [(2, False), (4, False), (5, True)])
+def test_entanglement_of_too_few_images_has_no_interval(count, has_limits):
+    found = vd_entanglement(*planted(count, angle=60, spread=0.1, d=20))
+    for form in ("eq3_raw", "eq3_unit", "group_cosine_raw", "group_cosine_unit"):
+        assert np.isfinite(found[form]["value"][0]) and not found[form]["too_few"][0]
+        for limit in ("low", "high", "crossfit_low", "crossfit_high"):
+            assert np.isfinite(found[form][limit][0]) == has_limits, (form, limit)
+
+
 def test_noise_that_two_deltas_of_one_image_share_feigns_entanglement_only_without_crossfit():
     """Orthogonal axes, few images, strong noise common to an image's vertical and distance
     deltas."""

@@ -13,9 +13,9 @@ and 5.2. Pure numpy, one layer at a time in float64, closed forms: no n x n matr
 Deltas (n, L, d) may be a memory map. A delta that is 0 has no direction: it is left out of every
 cosine and counted as `zeros`; one with an infinity or NaN (float16 overflows at 65504) is left out
 and counted as `not_finite`. NaN stands where fewer than two are left, with too_few = True.
-Intervals are 95 % percentile bootstraps that draw whole images (resampling.py); copies of an image
-drawn twice are not paired with each other, since a copy agrees with itself and would lift every
-coherence.
+Intervals are 95 % over whole images (resampling.py, docs/intervals.md). Those of pairs of rows and
+of entanglement are NaN below FEW images; copies of an image drawn twice are not paired with each
+other there, since a copy agrees with itself and would lift every coherence.
 """
 
 from __future__ import annotations
@@ -424,7 +424,7 @@ def vd_entanglement(
     different images only: what means of two disjoint halves of the images give, averaged over all
     splits. Noise then neither shortens the cosine nor, where one image has both kinds of pairs,
     adds to it; it can exceed 1, and is NaN where a mean's direction does not repeat across images.
-    docs/studies/swap_analysis.md, sections 2 and 8.3.
+    Limits are NaN with fewer than FEW images. docs/studies/swap_analysis.md, sections 2 and 8.3.
     """
     categories, codes = checked(deltas, categories, images)
     mine = np.isin(categories, VERTICAL_AND_DISTANCE)
@@ -442,7 +442,7 @@ def vd_entanglement(
         for category, of_category in used.items():
             n[category].append(int(of_category.sum()))
         n_images.append(len(np.unique(codes[np.any(list(used.values()), axis=0)])))
-        is_resampled = n_images[-1] > 1 and num_resamples > 0
+        is_resampled = n_images[-1] >= FEW and num_resamples > 0
         for kind in ("raw", "unit"):
             of_categories = [
                 sums_by_image(

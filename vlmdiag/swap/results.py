@@ -9,8 +9,9 @@ answers. No model, no drawing.
     npz/   vectors_{scale}  cross_group_vectors_{scale}
 
 tag = all_pairs, both_correct (original and swapped question answered right). An entry with too
-little data is there with null values and too_few = true. Names as in docs/studies/swap_analysis.md,
-sections 2 and 3.1, with intervals, nulls and strata added.
+little data for a value is there with null values and too_few = true; one with a value of too few
+images for an interval has null limits, and n_images says why. Names as in
+docs/studies/swap_analysis.md, sections 2 and 3.1, with intervals, nulls and strata added.
 """
 
 from __future__ import annotations
