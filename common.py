@@ -135,16 +135,19 @@ class VLM:
             )
         return id
 
+    @cached_property
+    def _turn_end(self) -> str | None:
+        from vlmdiag.model.prompts import turn_end
+
+        return turn_end(self)  # renders the template several times
+
     @property
     def answer_ends(self) -> dict[int, list[str]]:
         """The ids that end an answer, and where each comes from: a model's files may disagree, so
         all of them do."""
-        from vlmdiag.model.prompts import turn_end
-
         ends: dict[int, list[str]] = {}
-        token = turn_end(self)
-        if token is not None:
-            of_turn = self.tokenizer.convert_tokens_to_ids(token)
+        if self._turn_end is not None:
+            of_turn = self.tokenizer.convert_tokens_to_ids(self._turn_end)
             ends[of_turn] = ["the end of a turn in the prompt's template"]
         if self.tokenizer.eos_token_id is not None:
             ends.setdefault(self.tokenizer.eos_token_id, []).append("the tokenizer's EOS")

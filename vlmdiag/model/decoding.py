@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmdiag.groups import GROUPS
+from vlmdiag.model.cache import with_room
 from vlmdiag.model.limits import steps_that_fit
 from vlmdiag.model.vision import prefill
 
@@ -132,6 +133,7 @@ def generate(
         choose = _Sampled([sample.id for sample in batch.samples], temperature, top_p, seed)
 
     output = prefill(vlm, batch, features, cache, embeds)
+    with_room(output.past_key_values)
     first = output.logits[:, -1].float().log_softmax(-1)
     mask = batch.attention_mask
     chosen: list[Tensor] = []

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import PAD, VISION
 from vlmdiag.model.attention import capture
+from vlmdiag.model.cache import RoomyLayer
 from vlmdiag.model.vision import decoder_inputs, embeddings
 from vlmdiag.types import Record
 
@@ -52,11 +53,13 @@ def first_positions(
     if any(layer.keys.shape[2] != total for layer in cache.layers):
         return None
     shared = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        keys = layer.keys if rows is None else layer.keys[rows]
-        values = layer.values if rows is None else layer.values[rows]
-        size = (count or -1, -1, -1, -1)
-        shared.update(keys[:, :, :length].expand(size), values[:, :, :length].expand(size), index)
+    size = (count or -1, -1, -1, -1)
+    for layer in cache.layers:
+        keys, values = (
+            (part if rows is None else part[rows])[:, :, :length].expand(size)
+            for part in (layer.keys, layer.values)
+        )
+        shared.layers.append(RoomyLayer(keys, values))
     return shared
 
 
