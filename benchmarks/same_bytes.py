@@ -28,7 +28,7 @@ import numpy as np
 
 from vlmdiag import CHECKOUT, cli
 
-MODEL = "{tree}/checkpoints/tiny-llava"
+MODEL = "checkpoints/tiny-llava"
 SHAPES, SWAP = "shapes", "shapes-swap"
 RUN = f"--model_path {MODEL} --out_root runs"
 COCO_FILES = f"--image_dir {SHAPES}/val2017 --ann_file {SHAPES}/annotations/captions_val2017.json"
@@ -88,9 +88,9 @@ COMMANDS = {
     ],
     "volcano": [
         f"visualize/run_volcano_with_image_attention.py {RUN} --input {SHAPES}/mmhal_shapes.json"
-        " --output-dir outputs/volcano --log runs/volcano.json --instance-idx 2"
+        " --output-dir outputs/volcano --log runs/volcano.json --instance-idx 2 --run_name both"
         " --output-visualization-tensors",
-        "visualize/analyze_attention_by_stage.py --run_dir runs/volcano/tiny-llava",
+        "visualize/analyze_attention_by_stage.py --run_dir runs/volcano/tiny-llava__both",
         "visualize/text_attention_heatmap.py --input-dir outputs/volcano"
         " --output-dir outputs/volcano --instance-idx 2",
     ],
@@ -122,7 +122,7 @@ def run_all(tree: Path, folder: Path, kinds: Sequence[str]) -> None:
     environment |= {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
     for kind in kinds:
         for command in COMMANDS[kind]:
-            script, *flags = command.format(tree=tree).split()
+            script, *flags = command.split()
             words = [sys.executable, str(tree / script), *flags]
             done = subprocess.run(
                 words, cwd=folder, env=environment, capture_output=True, text=True
@@ -180,8 +180,14 @@ def array_difference(old: Path, new: Path) -> str:
     return f"largest difference {largest:.1e}"
 
 
-def difference(old: Path, new: Path) -> str | None:
-    """How two files differ, None if they are alike."""
+def difference(name: Path, before: Path, after: Path) -> str | None:
+    """How a file of two folders differs, None if it is alike. Paths of the folders themselves in
+    JSON do not count."""
+    old, new = before / name, after / name
+
+    def content(folder: Path) -> object:
+        return json.loads((folder / name).read_text().replace(str(folder), "."))
+
     if old.name == "meta.json":
         settings = [json.loads(path.read_text())["settings"] for path in (old, new)]
         for each in settings:
@@ -190,16 +196,20 @@ def difference(old: Path, new: Path) -> str | None:
     if old.read_bytes() == new.read_bytes():
         return None
     if old.suffix == ".json":
-        found = json_difference(*(json.loads(path.read_text()) for path in (old, new)))
-        return found or "the same values in other bytes"
+        contents = [content(folder) for folder in (before, after)]
+        if json.dumps(contents[0]) == json.dumps(contents[1]):
+            return None
+        return json_difference(*contents) or "the same values in other bytes"
     if old.suffix in (".npz", ".npy"):
         return array_difference(old, new)
     return "other bytes"
 
 
 def is_list_of_times(path: Path) -> bool:
-    """Whether a file is a run's cache, which is keyed by the times of files."""
-    return path.name.startswith("stack-") or path.name == ".checked.json"
+    """Whether a file is a run's cache, which is keyed by the times of files, or says how long the
+    run took."""
+    is_cache = path.name.startswith("stack-") or path.name == ".checked.json"
+    return is_cache or path.parent.name == "counters"
 
 
 def compare(old: Path, new: Path) -> tuple[list[str], list[str], int]:
@@ -217,7 +227,7 @@ def compare(old: Path, new: Path) -> tuple[list[str], list[str], int]:
     lines = [f"{name}: written by one only" for name in sorted(files[0] ^ files[1])]
     pictures = []
     for name in sorted(files[0] & files[1]):
-        found = difference(old / name, new / name)
+        found = difference(name, old, new)
         if found is not None and name.suffix in PICTURES:
             pictures.append(str(name))
         elif found is not None:
