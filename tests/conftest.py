@@ -45,6 +45,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+def embeddings(vlm, batch, features=None):
+    """(B, T, d): what a decoder without deepstack reads."""
+    from vlmdiag.model.vision import entered, entering
+
+    vision = entered(vlm, vlm.vision(batch) if features is None else features)
+    with entering(vlm, batch, vision) as embeds:
+        return embeds
+
+
 def command_module(path):
     """A command of the checkout as a module."""
     return importlib.import_module(".".join(Path(path).relative_to(ROOT).with_suffix("").parts))

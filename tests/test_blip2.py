@@ -18,7 +18,7 @@ from transformers import (
 
 import common
 from data import make_shapes
-from tests.conftest import QUESTIONS, ROOT, in_process, without_picture_at_the_edges
+from tests.conftest import QUESTIONS, ROOT, embeddings, in_process, without_picture_at_the_edges
 from tests.test_capturing import slow_masses
 from tests.test_encode import questions
 from vlmdiag.cli import UsageError
@@ -30,7 +30,7 @@ from vlmdiag.model.decoding import generate
 from vlmdiag.model.lens import Lens
 from vlmdiag.model.probes import GroupMass, HiddenNorms, RopeShift
 from vlmdiag.model.selfcheck import check
-from vlmdiag.model.vision import embeddings, prefill
+from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import Sample
 
 NAMES = ["blip2-opt", "blip2-t5", "instructblip-llama", "instructblip-t5"]

@@ -12,7 +12,7 @@ from transformers.models.kosmos2.processing_kosmos2 import patch_index_to_coordi
 from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 
 import common
-from tests.conftest import QUESTIONS
+from tests.conftest import QUESTIONS, embeddings
 from tests.random_models import (
     aya_vision,
     deepseek_vl,
@@ -32,7 +32,7 @@ from vlmdiag.model.attention import capture
 from vlmdiag.model.lens import Lens
 from vlmdiag.model.probes import HiddenStates
 from vlmdiag.model.selfcheck import noise_picture
-from vlmdiag.model.vision import embeddings, more_inputs, prefill
+from vlmdiag.model.vision import more_inputs, prefill
 from vlmdiag.pictures.samples import Sample
 
 BUILDERS = {}

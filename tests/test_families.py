@@ -22,7 +22,6 @@ from tests.conftest import ROOT, in_process
 from tests.published.facts import MODELS as PUBLISHED
 from tests.published.facts import NOT, STAND_IN, STATES
 from vlmdiag import families as models
-from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, PAD, VISION
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
@@ -304,26 +303,25 @@ def test_decoding_is_transformers_generate(vlm, batch_of):
 
 @torch.inference_mode()
 def test_cached_keys_and_values_give_what_the_whole_prompt_gives(vlm, batch_of):
+    """From behind the picture and from its middle."""
     decoder_only(vlm)
     from vlmdiag.model.prefix import first_positions
-    from vlmdiag.model.vision import embeddings
+    from vlmdiag.model.vision import entered, entering
 
     batch = batch_of(vlm, (1,)).repeat(2)
     whole = prefill(vlm, batch)
-    start = int(batch.vision_positions(0)[-1]) + 1
-    cache = first_positions(vlm, whole.past_key_values, start)
-    assert (cache is None) >= ("causal" not in vlm.family.has)
-    if vlm.family.deepstack:
-        with pytest.raises(UsageError, match="deepstack"):
-            embeddings(vlm, batch)
-    elif cache is not None:
-        behind = prefill(vlm, batch, cache=cache, embeds=embeddings(vlm, batch))
+    places = batch.vision_positions(0)
+    starts = [int(places[-1]) + 1, int(places[len(places) // 2])]
+    caches = [first_positions(vlm, whole.past_key_values, start) for start in starts]
+    assert (caches[0] is None) >= ("causal" not in vlm.family.has)
+    if caches[0] is None:
+        return
+    vision = entered(vlm, vlm.vision(batch))
+    for cache in (None, *caches):
+        with entering(vlm, batch, vision) as embeds:
+            ours = prefill(vlm, batch, cache=cache, embeds=embeds)
         assert torch.allclose(
-            behind.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3
-        )
-        first = prefill(vlm, batch, embeds=embeddings(vlm, batch))
-        assert torch.allclose(
-            first.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3
+            ours.logits[0, -1].float(), whole.logits[0, -1].float(), atol=1e-4, rtol=1e-3
         )
 
 

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from data import make_shapes
-from tests.conftest import ROOT, in_process
+from tests.conftest import ROOT, embeddings, in_process
 from vlmdiag.model.decoding import extended, generate
-from vlmdiag.model.vision import embeddings
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.runs import rundirs
 from vlmdiag.stethoscope import calibration

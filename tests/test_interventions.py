@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import embeddings
 from vlmdiag.cli import UsageError
 from vlmdiag.families import generic
 from vlmdiag.groups import GROUPS
@@ -23,7 +24,8 @@ from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.lens import Lens, vocabulary
 from vlmdiag.model.prefix import SharedPicture, branches, first_positions
 from vlmdiag.model.probes import HiddenStates
-from vlmdiag.model.vision import embeddings, prefill
+from vlmdiag.model.vision import prefill
+from vlmdiag.pictures.samples import Sample
 
 NAMES = ["llava", "llava-gqa", "qwen"]
 
@@ -103,7 +105,7 @@ def eager_states(vlm, prompt, blocks):
 def test_branches_are_eager_passes_with_an_explicit_mask(vlm, prompt):
     ways, start = examples(vlm, prompt)
     before = [layer.keys.clone() for layer in prompt.cache.layers]
-    states = branches(vlm, prompt.batch, prompt.cache, prompt.embeds, start, ways)
+    states = branches(vlm, prompt.batch, prompt.cache, prompt.embeds, start, ways, prompt.vision)
     plain = eager_states(vlm, prompt, [])[start:]
     for found, blocks in zip(states, ways, strict=True):
         wanted = eager_states(vlm, prompt, blocks)[start:]
@@ -122,7 +124,9 @@ def test_branches_equal_a_pass_under_edit_also_in_a_padded_batch(vlm, prompt, ba
     pad = both.groups.shape[1] - prompt.embeds.shape[1]
     assert pad > 0
     for states, blocks in zip(
-        branches(vlm, prompt.batch, prompt.cache, prompt.embeds, start, ways), ways, strict=True
+        branches(vlm, prompt.batch, prompt.cache, prompt.embeds, start, ways, prompt.vision),
+        ways,
+        strict=True,
     ):
         with torch.no_grad(), edit(vlm, blocks=blocks):
             alone = prefill(vlm, prompt.batch).logits[0, -1]
@@ -158,7 +162,9 @@ def test_what_is_blocked_cannot_be_seen(vlm, prompt):
     for embeds in (prompt.embeds, changed):
         with torch.no_grad():
             cache = prefill(vlm, prompt.batch, embeds=embeds).past_key_values
-        states.append(branches(vlm, prompt.batch, cache, embeds, int(after[0]), [way])[0])
+        states.append(
+            branches(vlm, prompt.batch, cache, embeds, int(after[0]), [way], prompt.vision)[0]
+        )
     assert torch.equal(*states)
 
 
@@ -176,6 +182,7 @@ def test_a_query_without_keys_and_a_late_start_are_refused(load, batch_of):
             prompt.embeds,
             length - 1,
             [[block(length, [length - 1], range(length))]],
+            prompt.vision,
         )
     with pytest.raises(ValueError, match="before start"):
         branches(
@@ -185,6 +192,7 @@ def test_a_query_without_keys_and_a_late_start_are_refused(load, batch_of):
             prompt.embeds,
             length - 1,
             [[block(length, [length - 2], [0])]],
+            prompt.vision,
         )
 
 
@@ -328,6 +336,47 @@ def test_with_deepstack_a_replaced_token_is_gone_from_the_first_layers_too(load,
         vlm, prompt, baseline, int(prompt.logits.argmax()), steps=600, per_pass=60
     )
     assert scores.shape == (count,) and error < 0.01
+
+
+@pytest.mark.parametrize("begin", ["in the picture", "behind it"])
+def test_with_deepstack_knockouts_are_those_of_whole_passes(load, batch_of, begin):
+    vlm = load("qwen3")
+    batch = batch_of(vlm, (0,))
+    with torch.no_grad():
+        prompt = prepare(vlm, batch, vlm.vision(batch))
+    length, vision = prompt.embeds.shape[1], prompt.positions
+    first = int(vision[len(vision) // 2]) if begin == "in the picture" else length - 2
+    blocks = {
+        layers: block(length, range(first, length), vision[:5], layers)
+        for layers in (None, frozenset({0}), frozenset({1}))
+    }
+    found = knockout.knocked_out(vlm, Lens(vlm), prompt, blocks)
+    for layers, one in blocks.items():
+        with torch.no_grad(), edit(vlm, blocks=[one]):
+            wanted = prefill(vlm, batch).logits[0, -1]
+        assert torch.allclose(found[layers], wanted, atol=2e-5 * wanted.abs().max())
+    assert not torch.allclose(found[None], prompt.logits, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_with_deepstack_prompts_of_a_picture_share_its_keys_and_values(load, pictures):
+    vlm = load("qwen3")
+    rows = [0, 1, 0, 1]
+    texts = ["Is it red?", "What is it?", "Is there a circle on the left?", "Far?"]
+    samples = [Sample(str(n), None, text) for n, text in enumerate(texts)]
+    batch = vlm.encode(samples, [pictures[row] for row in rows])
+    wanted = generate(vlm, batch, 4)
+    together = SharedPicture(vlm, batch, rows)
+    one_by_one = SharedPicture(vlm, vlm.encode(samples[:2], pictures[:2]))
+    moved, inputs = one_by_one.ask(vlm.encode(samples[:2], pictures[:2]), [0, 1])
+    assert "cache" not in inputs
+    one_by_one.keep(generate(vlm, moved, 1, **inputs).cache)
+    for shared in (together, one_by_one):
+        moved, inputs = shared.ask(batch, rows)
+        assert inputs["cache"].get_seq_length() == shared.start
+        found = generate(vlm, moved, 4, **inputs)
+        assert found.ids == wanted.ids
+        assert torch.allclose(found.first, wanted.first, atol=1e-4)
 
 
 def test_prefixes_are_shared_by_causal_families_only(load, batch_of):

@@ -7,10 +7,11 @@ import torch
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection
 
 import common
+from tests.conftest import embeddings
 from tests.random_models import kosmos2, llava_next, molmo, mplug_owl2, nvila
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.selfcheck import noise_picture
-from vlmdiag.model.vision import embeddings, more_inputs
+from vlmdiag.model.vision import more_inputs
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.relevancy import attention_gradient, rules
 from vlmdiag.relevancy import methods as attribution

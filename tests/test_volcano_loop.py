@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from data import make_shapes
-from tests.conftest import ROOT, in_process
+from tests.conftest import ROOT, embeddings, in_process
 from vlmdiag.groups import GROUPS
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.prefix import SharedPicture, after_picture, first_positions
 from vlmdiag.model.probes import ImageAttention
-from vlmdiag.model.vision import embeddings
 from vlmdiag.options import chosen
 from vlmdiag.pictures.samples import Sample
 from vlmdiag.pictures.spread import normalized_entropy

@@ -276,7 +276,6 @@ def variant(config: Config) -> Family:
         features=granite_features,
         deepstack=granite_layers,
         makes_no_cache=True,
-        has=FAMILY.has - {"causal"},
     )
 
 

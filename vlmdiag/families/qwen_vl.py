@@ -83,11 +83,10 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
 
 
 def variant(config: Config) -> Family:
-    """The family of one model type: Qwen3-VL's deepstack is not causal in the input embeddings."""
+    """The family of one model type; Qwen3-VL has deepstack."""
     kind = config["model_type"] if config.get("model_type") in KINDS else "qwen2_5_vl"
     if kind.startswith("qwen3"):
-        has = FAMILY.has - {"causal"}
-        return replace(FAMILY, name=kind, deepstack=generic.first_layers, has=has)
+        return replace(FAMILY, name=kind, deepstack=generic.first_layers)
     return replace(FAMILY, name=kind)
 
 

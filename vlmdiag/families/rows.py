@@ -154,8 +154,8 @@ def positions(
 
 
 def variant(config: Config) -> Family:
-    """The family of one model: no keys and values are shared where layers keep states of their own,
-    or where deepstack adds the picture behind the input."""
+    """The family of one model: no keys and values are shared where layers keep states of their own
+    or look ahead."""
     text = config.get("text_config") or {}
     tower = config.get("vision_config") or {}
     deepstack = bool(tower.get("deepstack_visual_indexes"))
@@ -163,7 +163,7 @@ def variant(config: Config) -> Family:
     of_their_own = {*generic.NO_ATTENTION, "indexed_attention"}
     hybrid = bool(of_their_own & set(text.get("layer_types") or ()))
     sees_ahead = text.get("use_bidirectional_attention") or "gemma" in str(config.get("model_type"))
-    has = FAMILY.has - ({"causal"} if deepstack or hybrid or sees_ahead else set())
+    has = FAMILY.has - ({"causal"} if hybrid or sees_ahead else set())
     if config.get("model_type") == "hunyuan_vl":
         has -= {"rotary"}  # its keys are normalised after they are turned
     kind = config.get("model_type", "rows")

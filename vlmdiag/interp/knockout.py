@@ -118,7 +118,7 @@ def knocked_out(
                     logits[key] = _alone(vlm, prompt, blocks[key])
                 continue
             cuts = [[blocks[key]] for key in of_pass]
-            states = branches(vlm, prompt.batch, cache, prompt.embeds, start, cuts)
+            states = branches(vlm, prompt.batch, cache, prompt.embeds, start, cuts, prompt.vision)
             logits |= dict(zip(of_pass, lens.logits(states[:, -1], normed=True)))
     return logits
 

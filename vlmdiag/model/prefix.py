@@ -7,7 +7,6 @@ pass.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.groups import PAD, VISION
 from vlmdiag.model.attention import capture
 from vlmdiag.model.cache import RoomyLayer
-from vlmdiag.model.vision import decoder_inputs, embeddings
+from vlmdiag.model.vision import decoder_inputs, deepened, entering, entries
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ class SharedPicture:
         count = max(rows) + 1
         self.vlm = vlm
         self.is_causal = "causal" in vlm.family.has
-        # features (P, d) by the digest of a picture; of the last batch where prompts run whole
+        # vision tokens by the digest of a picture; features of a batch where prompts run whole
         self._features: dict[bytes, Tensor] = {}
         self._whole: tuple[list[bytes], ImageFeatures] | None = None
         self._cache: DynamicCache | None = None
@@ -151,12 +150,16 @@ class SharedPicture:
     def ask(self, batch: Batch, rows: Sequence[int]) -> tuple[Batch, Inputs]:
         """(batch to run, what prefill() and generate() get beside it) for prompts about the
         pictures `rows`. Under torch.no_grad() or inference_mode()."""
-        if not self.is_causal:
-            if self._whole is None or self._whole[0] != batch.pictures:
-                self._whole = batch.pictures, self.vlm.vision(batch)
-            return batch, {"features": self._whole[1]}
-        batch, _ = after_picture(batch, self.start)
-        return batch, {"embeds": self._embeds(batch), "cache": self.cache_of(batch, rows)}
+        cache = None
+        if self.is_causal:
+            batch, _ = after_picture(batch, self.start)
+            cache = self.cache_of(batch, rows)
+            # with deepstack embeddings say all only of what stands behind the picture
+            if cache is not None or not self.vlm.family.deepstack:
+                return batch, {"embeds": self._embeds(batch), "cache": cache}
+        if self._whole is None or self._whole[0] != batch.pictures:
+            self._whole = batch.pictures, self.vlm.vision(batch)
+        return batch, {"features": self._whole[1]}
 
     def keep(self, cache: DynamicCache) -> None:
         """Take the beginnings from the cache of a pass over the batch of ask(), one prompt a
@@ -182,25 +185,41 @@ class SharedPicture:
         return torch.equal(self._beginning(batch), self._beginnings[list(rows)])
 
     def _embeds(self, batch: Batch) -> Float[Tensor, "B T d"]:
-        """What the decoder reads, with features that were computed before where there are some."""
+        """What the decoder reads as its input, with vision tokens that were computed before where
+        there are some; with deepstack without any."""
+        if self.vlm.family.deepstack:
+            return self.vlm.model.get_input_embeddings()(batch.input_ids)
+        with entering(self.vlm, batch, torch.cat(self._vision(batch))) as embeds:
+            return embeds
+
+    def _vision(self, batch: Batch) -> list[Float[Tensor, "P d_in"]]:
+        """What the decoder gets for the vision tokens of each prompt, as vision.entered()."""
         # a connector that reads the question makes features of its own for each prompt
         if not self._features.keys() >= set(batch.pictures):
-            new = self.vlm.vision(batch).pooler_output
+            of_rows = zip(*entries(self.vlm, self.vlm.vision(batch)), strict=True)
+            new = (torch.cat(parts, -1) for parts in of_rows)
             self._features |= dict(zip(batch.pictures, new, strict=True))
-        tokens = [self._features[picture] for picture in batch.pictures]
-        return embeddings(self.vlm, batch, SimpleNamespace(pooler_output=tokens))
+        return [self._features[picture] for picture in batch.pictures]
 
     @torch.no_grad()
     def _run_beginnings(self, batch: Batch, first: list[int]) -> DynamicCache:
         """Keys and values of the first `start` positions of the prompts `first`."""
         more = decoder_inputs(self.vlm, batch)
-        output = self.vlm.parts.decoder(
-            inputs_embeds=self._embeds(batch)[first, : self.start],
-            attention_mask=batch.attention_mask[first, : self.start],
-            position_ids=batch.position_ids[..., first, : self.start],
-            use_cache=True,
-            **{name: value[first, : self.start] for name, value in more.items()},
+        tokens = self._vision(batch)
+        beginnings = replace(
+            batch,
+            input_ids=batch.input_ids[first, : self.start],
+            groups=batch.groups[first, : self.start],
         )
+        vision = torch.cat([tokens[row] for row in first])
+        with entering(self.vlm, beginnings, vision) as embeds:
+            output = self.vlm.parts.decoder(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask[first, : self.start],
+                position_ids=batch.position_ids[..., first, : self.start],
+                use_cache=True,
+                **{name: value[first, : self.start] for name, value in more.items()},
+            )
         return output.past_key_values
 
 
@@ -270,15 +289,16 @@ def branches(
     embeds: Float[Tensor, "1 T d"],
     start: int,
     blocks: Sequence[Sequence[Block]],
+    vision: Float[Tensor, "P d_in"],
 ) -> Float[Tensor, "n R d"]:
     """Hidden states after the final norm of one prompt, continued from position `start` in n ways,
     each under blocks of its own.
 
     What comes before the first query that any block names is the same in every layer, so it does
     not run again: all ways run as one packed sequence (PackedWays) behind the cached positions
-    before `start`. batch: one prompt without padding; embeds: see embeddings(); cache: of
-    first_positions(), left as it was; blocks: n lists. R = T - start. UsageError where a query row
-    is left without any key.
+    before `start`. batch: one prompt without padding; embeds, vision: of vision.entering() and
+    entered(); cache: of first_positions(), left as it was; blocks: n lists. R = T - start.
+    UsageError where a query row is left without any key.
     """
     total = embeds.shape[1]
     device = embeds.device
@@ -302,7 +322,13 @@ def branches(
         for chosen in {(), *acting}
     }
     more = decoder_inputs(vlm, batch, start)
-    with capture(vlm, mask_of=lambda layer: masks[acting[layer]]):
+    in_picture = batch.groups == VISION
+    seen_again = int(in_picture[0, start:].sum())  # vision tokens that every way reads
+    deep = vision[len(vision) - seen_again :, embeds.shape[-1] :].repeat(packed.count, 1)
+    with (
+        capture(vlm, mask_of=lambda layer: masks[acting[layer]]),
+        deepened(vlm, packed.pack(in_picture[:, start:], 1), deep, begin=start),
+    ):
         states = vlm.parts.decoder(
             inputs_embeds=packed.pack(embeds[:, start:], 1),
             attention_mask=masks[()],

@@ -112,22 +112,6 @@ def entered(vlm: VLM, features: ImageFeatures) -> Float[Tensor, "N d_in"]:
     return torch.cat([torch.cat(list(tokens)) for tokens in entries(vlm, features)], -1)
 
 
-def embeddings(
-    vlm: VLM, batch: Batch, features: ImageFeatures | None = None
-) -> Float[Tensor, "B T d"]:
-    """What the decoder reads: token embeddings with the image features in their places. UsageError
-    where that is not all that it gets."""
-    if vlm.family.deepstack:
-        raise UsageError(
-            f"{vlm.path}: {vlm.family.name} adds the picture behind layers of its decoder too"
-            " (deepstack), so embeddings alone do not show it"
-        )
-    if features is None:
-        features = vlm.vision(batch)
-    with entering(vlm, batch, entered(vlm, features)) as embeds:
-        return embeds
-
-
 def need_embeddings(vlm: VLM) -> None:
     """UsageError for a decoder that reads the ids of a prompt in its layers too (per-layer inputs):
     vectors in place of its tokens are then not all that it gets."""
@@ -155,33 +139,45 @@ def entering(
 
 @contextlib.contextmanager
 def deepened(
-    vlm: VLM, in_picture: Bool[Tensor, "B T"], vision: Float[Tensor, "N K*d"]
+    vlm: VLM, in_picture: Bool[Tensor, "B T"], vision: Float[Tensor, "N K*d"], begin: int = 0
 ) -> Iterator[None]:
     """Within the context the K vectors of each of the N vision tokens are added to the outputs of
-    the layers of Family.deepstack at its place, in passes over all T positions."""
+    the layers of Family.deepstack at its place, in passes over all T positions or, behind a cache,
+    over the last of them and any further ones.
+
+    begin: the position of the cached sequence at which in_picture begins.
+    """
+    width = vlm.model.get_input_embeddings().weight.shape[1]
+    deep = vlm.family.deepstack
+    if deep is None or not vision.shape[1]:
+        yield
+        return
+    before = 0  # positions of in_picture that a pass finds in its cache
+
+    def look(module: nn.Module, args: tuple[object, ...], kwargs: Record) -> None:
+        nonlocal before
+        cache = kwargs.get("past_key_values")
+        before = 0 if cache is None else cache.get_seq_length() - begin
 
     def adding(vectors: Float[Tensor, "N d"]) -> Callable[..., object]:
+        places = in_picture.to(vectors.device)[..., None]
+        added = vectors.new_zeros(*in_picture.shape, width).masked_scatter(places, vectors)
+
         def add(
             module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
         ) -> object:
             states = output[0] if isinstance(output, tuple) else output
-            if states.shape[:2] != in_picture.shape:  # a later step
+            more = added[:, before : before + states.shape[1]].to(states)
+            if not more.shape[1]:  # a later step
                 return None
-            places = in_picture.to(states.device)[..., None]
-            added = torch.zeros_like(states).masked_scatter(places, vectors.to(states))
-            states = states + added
+            states = states + nn.functional.pad(more, (0, 0, 0, states.shape[1] - more.shape[1]))
             return (states, *output[1:]) if isinstance(output, tuple) else states
 
         return add
 
-    width = vlm.model.get_input_embeddings().weight.shape[1]
-    deep = vlm.family.deepstack
-    numbers = deep(vlm) if deep is not None and vision.shape[1] else ()
-    of_layers = vision.split(width, -1) if vision.shape[1] else ()
-    hooks = [
-        vlm.parts.layers[number].register_forward_hook(adding(vectors))
-        for number, vectors in zip(numbers, of_layers, strict=True)
-    ]
+    hooks = [vlm.parts.decoder.register_forward_pre_hook(look, with_kwargs=True)]
+    for number, vectors in zip(deep(vlm), vision.split(width, -1), strict=True):
+        hooks.append(vlm.parts.layers[number].register_forward_hook(adding(vectors)))
     try:
         yield
     finally:
@@ -235,7 +231,7 @@ def prefill(
     """One pass over the prompt. Returns the model's output with a cache.
 
     features: vlm.vision(batch) if it was computed before. embeds: inputs in place of the batch's
-    own, see embeddings(). cache: keys and values of the first positions, which are not computed
+    own, see entering(). cache: keys and values of the first positions, which are not computed
     again (see prefix.first_positions()); the others are.
     """
     start = 0 if cache is None or embeds is None else cache.get_seq_length()
