@@ -11,7 +11,7 @@ LLaVA's conversations (one question for each turn about a picture), GQA's questi
 a table with pictures in it as VLMEvalKit and EmbSpatial-Bench write it, TSV or JSON; its pictures
 are written beside the list. Other pictures are named, relative to the list's folder or
 --image_folder of the script that reads it, and nothing is downloaded. Entries without a picture are
-left out and counted. The list: data/README.md.
+left out and counted. The list: docs/data.md.
 """
 
 from __future__ import annotations

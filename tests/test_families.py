@@ -1,7 +1,7 @@
 """The contract that every family of vlmdiag/families keeps, on small random models built from their configs
 (tests/random_models/).
 
-    python -m tests.test_families     # writes what the models have into models/README.md
+    python -m tests.test_families     # writes what the models have into docs/families.md
 """
 
 import importlib
@@ -39,7 +39,7 @@ for _module in pkgutil.iter_modules(random_models.__path__):
     FIRST.add(next(iter(_models)))
 NAMES = sorted(BUILDERS)
 STEPS = 3
-README = ROOT / "models" / "README.md"
+PAGE = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- families: written by tests/test_families.py -->\n", "<!-- end of families -->\n"
 PUBLISHED_BEGIN = "<!-- published models: written by tests/test_families.py -->\n"
 PUBLISHED_END = "<!-- end of published models -->\n"
@@ -126,14 +126,14 @@ def test_the_family_is_its_files(vlm):
     assert ("grid" in vlm.family.has) == (vlm.family.grid is not None)
 
 
-def test_the_readme_has_its_line(vlm, request):
-    assert row(request.node.callspec.params["vlm"], vlm) in README.read_text(), (
+def test_the_page_of_families_has_its_line(vlm, request):
+    assert row(request.node.callspec.params["vlm"], vlm) in PAGE.read_text(), (
         "run python -m tests.test_families"
     )
 
 
-def test_the_readme_lists_the_families_there_are():
-    text = README.read_text()
+def test_the_page_lists_the_families_there_are():
+    text = PAGE.read_text()
     listed = [
         line.split(" | ")[0].removeprefix("| ")
         for line in text[text.index(BEGIN) : text.index(END)].splitlines()
@@ -142,8 +142,8 @@ def test_the_readme_lists_the_families_there_are():
     assert listed[1:] == NAMES and checks() in text, "run python -m tests.test_families"
 
 
-def test_the_readme_says_what_was_compared_with_published_files():
-    assert published_rows() in README.read_text(), "run python -m tests.test_families"
+def test_the_page_says_what_was_compared_with_published_files():
+    assert published_rows() in PAGE.read_text(), "run python -m tests.test_families"
 
 
 class Kept(Probe):
@@ -570,11 +570,11 @@ if __name__ == "__main__":
     )
     table = head + "".join(rows) + "\n" + checks()
     head = f"| published model | file | {' | '.join(STATES)} |\n" + "|---" * 7 + "|\n"
-    text = README.read_text()
+    text = PAGE.read_text()
     for begin, content, end in (
         (BEGIN, table, END),
         (PUBLISHED_BEGIN, head + published_rows(), PUBLISHED_END),
     ):
         before, rest = text.split(begin)
         text = before + begin + content + end + rest.split(end)[1]
-    README.write_text(text)
+    PAGE.write_text(text)

@@ -13,7 +13,8 @@ diagnostic_tools/README.md is run command by command, in one checkout.
 
     python tests/test_readmes.py
 
-runs its commands anew and writes the tables of numbers on the tiny models into it.
+runs its commands anew and writes the tables of numbers on the tiny models into
+docs/measured/beyond_semantics.md, whose commands come after those of the README.
 """
 
 import argparse
@@ -44,6 +45,9 @@ from vlmdiag.runs import rundirs
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "diagnostic_tools"
+NUMBERS = (
+    ROOT / "docs" / "measured" / "beyond_semantics.md"
+)  # of its README's commands, and some more
 BENCHMARKS = ROOT / "benchmarks" / "README.md"
 READMES = [
     path
@@ -64,7 +68,14 @@ READMES = [
     if (path := ROOT / name).exists()
 ]
 # pages of the documentation whose commands stand in a README too, with what they print
-READMES += [ROOT / "docs" / "checkup.md", *sorted((ROOT / "docs" / "diagnoses").glob("*.md"))]
+READMES += [
+    ROOT / "docs" / "checkup.md",
+    ROOT / "docs" / "page.md",
+    ROOT / "docs" / "data.md",
+    ROOT / "docs" / "your_model.md",
+    *sorted((ROOT / "docs" / "diagnoses").glob("*.md")),
+    *sorted((ROOT / "docs" / "measured").glob("*.md")),
+]
 MODELS = ("tiny-llava", "tiny-llava-normWmean", "tiny-llava-multilayerNorm")
 LIMITS = {
     "--max_images": "2",
@@ -322,7 +333,8 @@ def test_a_flag_that_the_readme_names_exists():
                 command_module(path).parse_args(["--help"])
             known |= set(re.findall(r"--[\w-]+", shown.getvalue()))
     make_shapes = {"--num_images", "--seed"}
-    text = re.sub(r"^#.*$", "", (TOOLS / "README.md").read_text(), flags=re.MULTILINE)
+    pages = (TOOLS / "README.md").read_text() + NUMBERS.read_text()
+    text = re.sub(r"^#.*$", "", pages, flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known - make_shapes == set()
 
 
@@ -383,11 +395,12 @@ def run(words, cwd, **more):
 
 
 def run_commands(checkout, python):
-    """Run the commands of diagnostic_tools/README.md as one program. Returns the finished
-    process."""
+    """Run the commands of diagnostic_tools/README.md and of its page of numbers as one program.
+    Returns the finished process."""
     words = [
         words[1:]
-        for info, _, text in blocks(TOOLS / "README.md")
+        for path in (TOOLS / "README.md", NUMBERS)
+        for info, _, text in blocks(path)
         if info == "bash"
         for _, words in steps(text)
     ]
@@ -431,8 +444,9 @@ def test_the_commands_of_the_tools_write_figures_that_can_be_read(checkout, fini
             picture.verify()
 
 
-def test_the_readme_names_every_file_and_field(checkout):
-    words = set(re.findall(r"\w+", (TOOLS / "README.md").read_text()))
+def test_the_page_of_files_names_every_file_and_field(checkout):
+    pages = (ROOT / "docs" / "files.md").read_text() + (TOOLS / "README.md").read_text()  # flags
+    words = set(re.findall(r"\w+", pages))
     run = rundirs.read_run(checkout / "runs" / "tiny-llava__sp-0", rundirs.COCO)
     psi = rundirs.read_run(checkout / "runs" / "psi" / "tiny-llava", "psi")
     record, answer, id = run.record(run.ids()[0]), psi.record(psi.ids()[0]), run.ids()[0]
@@ -503,7 +517,11 @@ def test_the_readme_names_every_file_and_field(checkout):
 
 @pytest.mark.parametrize(
     ("path", "folder", "words"),
-    [row for row in commands("bash") if row.values[0] not in (TOOLS / "README.md", BENCHMARKS)],
+    [
+        row
+        for row in commands("bash")
+        if row.values[0] not in (TOOLS / "README.md", NUMBERS, BENCHMARKS)
+    ],
 )
 def test_a_command_for_the_tiny_models_runs(path, folder, words, request, warm_python):
     if words[0] != "python":
@@ -546,7 +564,6 @@ def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path, warm_pytho
     (tmp_path / "in_memory.py").write_text(in_memory)
     done = run([warm_python, "in_memory.py"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert in_memory in [text for info, _, text in blocks(TOOLS / "README.md") if info == "python"]
 
 
 @pytest.fixture(scope="session")
@@ -714,7 +731,7 @@ def shares_of(run, *names):
 
 
 def numbers(checkout):
-    """{row of the README's table: its cells}, from what the README's commands left."""
+    """{row of the page's table: its cells}, from what the README's commands left."""
     rows = {}
 
     def add(row, *values):
@@ -763,7 +780,7 @@ def numbers(checkout):
 
 
 def differences(checkout):
-    """{row of the README's table of published definitions: its last cell}."""
+    """{row of the page's table of published definitions: its last cell}."""
     ours, paper = (
         rundirs.read_run(checkout / folder / "tiny-llava__sp-0", rundirs.COCO)
         for folder in ("runs", "runs/paper")
@@ -833,7 +850,7 @@ def table_rows(text, table):
 
 
 def filled(text, checkout):
-    """The README with the numbers of the tiny models."""
+    """The page with the numbers of the tiny models."""
     for table, cells in (
         ("measure", {row: [cell] for row, cell in differences(checkout).items()}),
         ("quantity", numbers(checkout)),
@@ -847,8 +864,8 @@ def filled(text, checkout):
     return text
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_tiny_models(checkout):
-    text = (TOOLS / "README.md").read_text()
+def test_the_numbers_of_the_page_are_those_of_the_tiny_models(checkout):
+    text = NUMBERS.read_text()
     advice = "run python tests/test_readmes.py, which writes them"
     for table in ("measure", "quantity"):
         now = table_rows(filled(text, checkout), table)
@@ -866,8 +883,8 @@ def test_the_numbers_of_the_readme_are_those_of_the_tiny_models(checkout):
                 )
 
 
-def test_the_sizes_of_the_readme_are_those_of_the_tiny_models(checkout):
-    text = " ".join((TOOLS / "README.md").read_text().split())
+def test_the_sizes_of_the_page_are_those_of_the_tiny_models(checkout):
+    text = " ".join(NUMBERS.read_text().split())
     for model in MODELS:
         runs = [
             rundirs.read_run(checkout / "runs" / f"{model}__sp-{sp}", rundirs.COCO) for sp in (0, 1)
@@ -904,9 +921,8 @@ def main():
         done = run_commands(checkout, sys.executable)
         if done.returncode:
             sys.exit(f"{done.stdout}{done.stderr}")
-        readme = TOOLS / "README.md"
-        readme.write_text(filled(readme.read_text(), checkout))
-        print(f"wrote {readme}")
+        NUMBERS.write_text(filled(NUMBERS.read_text(), checkout))
+        print(f"wrote {NUMBERS}")
     return 0
 
 

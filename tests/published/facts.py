@@ -1,7 +1,7 @@
 """What files of published models say, as tables of our own: sizes, ids, prompts, names. test_facts.py
 compares our code with them, and with the files themselves where they are at hand.
 
-The columns of models/README.md's table of published models are STATES; each says
+The columns of docs/families.md's table of published models are STATES; each says
 
     published file   compared with the published file or code, or with its facts in these tables
     stand-in         compared with a file that the tests make in the published form

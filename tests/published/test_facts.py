@@ -225,7 +225,7 @@ def test_every_published_name_of_molmo_is_converted_to_a_parameter_of_its_shape(
     assert shapes(molmo_weights.converted(published_state(facts), config)) == wanted
 
 
-# --- the table of models/README.md ----------------------------------------------------------------
+# --- the table of docs/families.md ----------------------------------------------------------------
 
 
 def test_states_are_claimed_only_where_facts_are():

@@ -136,7 +136,7 @@ class Rotary:
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models. `has` names its capabilities: decoder-only, causal, rotary, grid,
-    square-pad (models/README.md)."""
+    square-pad (docs/families.md)."""
 
     name: str
     model_types: tuple[str, ...]  # config.model_type

@@ -1,5 +1,5 @@
 """Question lists -> Sample: the one format of all experiments, also as POPE, MMHal-Bench and VQA
-name its fields (data/README.md)."""
+name its fields (docs/data.md)."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def _pairs(
             if not has_pictures or (not is_ready and not set(row) >= EMBSPATIAL):
                 raise UsageError(
                     f"{path}: a table of ready swap pairs or of EmbSpatial-Bench was wanted"
-                    f" (data/README.md), its first line is {', '.join(row)[:100]!r}; pairs of"
+                    f" (docs/data.md), its first line is {', '.join(row)[:100]!r}; pairs of"
                     " generated scenes: python data/make_shapes.py"
                 )
         pair_id = f"{number:06d}"
@@ -342,7 +342,7 @@ def read_boxes(path: str | Path) -> tuple[Boxes, dict[str, tuple[int, int]]]:
     if not any(boxes.values()):
         raise UsageError(
             f"--bbox_file {path} has no record with objects that have a name and a bbox, see"
-            " data/README.md"
+            " docs/data.md"
         )
     sizes = {}
     for key, record in records.items():
