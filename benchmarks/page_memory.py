@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             visitor.pick(number % 3)
             visitor.ask(f"Describe the image. ({number})")
             if number % args.relevancy_every == 0:
-                visitor.send("open_panel_3")
+                visitor.send("compute")
+                visitor.send("show", open_panel="relevancy")
             memory.append(resident(server.pid))
             if (number + 1) % max(1, args.num_questions // 10) == 0:
                 seconds = time.monotonic() - started

@@ -1142,6 +1142,65 @@ def test_the_result_is_above_the_fold_and_every_head_is_a_click_away(page, brows
     assert not [line for line in said if "Content Security Policy" in line]
 
 
+def test_what_was_chosen_last_is_drawn_last(page, browse, tmp_path):
+    """All within one moment, before the page has answered: heads, layers, a token, another tab."""
+    one = Visitor(browse(), page[0])
+    render(demo_scene()).save(tmp_path / "picture.png")
+    one.upload(tmp_path / "picture.png")
+    one.until(lambda: one.all("#preview img"))
+    one.ask(QUESTION)
+    one.until(lambda: one.all("#probability .cell") and one.all("#token_colors style"))
+    one.tab("Raw Attention")
+    one.until(lambda: one.all("#att_heads .heads img"))
+    one.driver.execute_script("""
+        const slide = (id, value) => {
+          const slider = document.querySelector(`#${id} input[type=range]`);
+          slider.value = value;
+          slider.dispatchEvent(new Event('input', {bubbles: true}));
+        };
+        window.pause = () => new Promise(done => setTimeout(done, 20));
+        window.press = key => document.querySelector('#att_heads .heads')
+          .dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
+        window.slide = slide;
+    """)
+    acts = """
+        const done = arguments[arguments.length - 1];
+        (async () => {
+          for (const act of [%s]) { act(); await pause(); }
+          done();
+        })();
+    """
+    # from layer 5, mean over heads, which is left of head 0
+    keys = [f"() => press('Arrow{way}')" for way in ("Right", "Right", "Right", "Up", "Up")]
+    token = "() => document.querySelectorAll('#tokens input')[4].click()"
+    moves = [*keys, "() => slide('att_ceiling', 40)", token]
+    one.driver.execute_async_script(acts % ", ".join(moves))
+    one.until(lambda: "layer 3, head 2" in one.text("attention"))
+    time.sleep(1)  # whatever is still under way arrives
+    assert "layer 3, head 2" in one.text("attention") and "green" in one.text("attention")
+    assert [
+        one.all(f"#{id} input[type=range]")[0].get_attribute("value")
+        for id in ("att_layer", "att_head", "att_ceiling")
+    ] == ["3", "2", "40"]
+    settled = one.html("attention")
+    one.move("att_ceiling")
+    one.until(lambda: one.html("attention") != settled)
+    one.move("att_ceiling", Keys.ARROW_RIGHT)  # alone: what was drawn has all of the choices
+    one.until(lambda: one.html("attention") == settled)
+
+    # relevancy is computed for the first time, and does not hold up what is looked at meanwhile
+    tabs = {b.text.strip(): i for i, b in enumerate(one.all("button[role=tab]"))}
+    open_tab = "() => document.querySelectorAll('button[role=tab]')[%d].click()"
+    last = [open_tab % tabs[name] for name in ("Relevancy Analysis", "Compare", "Raw Attention")]
+    one.driver.execute_async_script(acts % ", ".join([*last, "() => press('ArrowLeft')"]))
+    one.until(lambda: "layer 3, head 1" in one.text("attention"))
+    one.tab("Compare")
+    one.until(lambda: one.all("#compare img"))
+    one.tab("Relevancy Analysis")
+    one.until(lambda: one.all("#rel_picture img"))
+    assert "Traceback" not in page[2].read_text()
+
+
 def test_a_password_is_asked_for_and_stop_ends_an_answer(tmp_path, folders, browse):
     """A random model hardly ever ends an answer by itself."""
     with serving(

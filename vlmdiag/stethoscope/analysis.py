@@ -396,6 +396,11 @@ class Analysis:
             pass
         return cast("Relevancy", self._parts["relevancy"])
 
+    @property
+    def has_relevancy(self) -> bool:
+        """Is it computed already?"""
+        return "relevancy" in self._parts
+
     def relevancy_steps(self) -> Iterator[float]:
         """Compute it in chunks of tokens, yielding the share that is done. Several callers work on
         the same computation."""

@@ -12,6 +12,7 @@ import html
 import math
 import os
 import secrets
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr
 import torch
 from fastapi import FastAPI
+from gradio.events import Dependency
 from gradio.routes import App
 from PIL import Image
 from starlette.routing import Mount
@@ -57,16 +59,24 @@ CLICKS = """element.addEventListener('click', event => {
     y: (event.clientY - box.top) / box.height,
   });
 });"""
-# a cell of the map of heads was clicked, or reached by an arrow key; it is drawn anew each time
+# a cell of the map of heads was clicked, or reached by an arrow key; CHOSEN_HEAD moves the sliders
+# there. The map is drawn anew each time, so where an arrow key starts from is kept here, until a
+# slider is moved
 HEADS = """const grid = () => element.querySelector('.heads');
 let keyboard = false;
+let chosen = null;
 const choose = (layer, head) => {
   const {layers, heads} = grid().dataset;
-  layer = Math.max(0, Math.min(layers - 1, layer));
-  head = Math.max(0, Math.min(heads - 1, head));
-  Object.assign(grid().dataset, {layer, head});
-  trigger('click', {layer, head});
+  const within = (value, end) => Math.max(0, Math.min(end - 1, value));
+  chosen = [within(layer, layers), within(head, heads)];
+  element.dataset.chosen = JSON.stringify(chosen);
+  trigger('click');
 };
+for (const kind of ['input', 'click'])
+  document.addEventListener(kind, event => {
+    if (event.target.closest('#att_layer, #att_head')) chosen = null;
+  });
+const slider = id => Number(document.querySelector(`#${id} input[type=range]`).value);
 const under = event => {
   const image = event.target.closest('.heads img');
   if (!image) return null;
@@ -93,14 +103,16 @@ element.addEventListener('keydown', event => {
   const step = steps[event.key];
   if (!step || !grid()) return;
   event.preventDefault();
-  const {layer, head} = grid().dataset;
-  choose(Number(layer) + step[0], Number(head) + step[1]);
+  const [layer, head] = chosen ?? [slider('att_layer'), slider('att_head')];
+  choose(layer + step[0], head + step[1]);
 });
 for (const kind of ['focusin', 'pointerdown'])
   document.addEventListener(kind, event => { keyboard = element.contains(event.target); });
 new MutationObserver(() => {
   if (keyboard && document.activeElement === document.body) grid()?.focus({preventScroll: true});
 }).observe(element, {childList: true, subtree: true});"""
+CHOSEN_HEAD = "() => JSON.parse(document.querySelector('[data-chosen]').dataset.chosen)"
+ONE_MORE = "count => count + 1"
 CSS = """
 .st { color: var(--body-text-color); font-size: 15px; line-height: 1.45; }
 .st h4 { margin: 8px 0 6px; font-size: 15px; }
@@ -259,6 +271,11 @@ def examples() -> list[Image.Image]:
 def gone(session: Session) -> str:
     """What is said where an answer is no longer kept."""
     return f"This answer is no longer kept: {session.ended}. Press Ask to get it again."
+
+
+def computing(share: float) -> str:
+    """How much of the relevancy is computed."""
+    return views.progress(share, "Computing relevancy of every token")
 
 
 # ---- controls ----
@@ -557,6 +574,11 @@ class Page:
         )
         with self.blocks:
             gr.HTML(str(views.templates.title(self.name)))
+            # how many answers there were, what else was done, and when relevancy was last missing:
+            # a change of these starts an event
+            self.answers = gr.Number(0, visible="hidden")
+            self.done = gr.Number(0, visible="hidden")
+            self.missing = gr.Number(0, visible="hidden")
             with gr.Row():
                 with gr.Column(scale=1, min_width=260, elem_id="asking"):
                     self._lay_out_picture()
@@ -692,6 +714,8 @@ class Page:
             self.patches = self._tab(PatchSelector)
             self.compare = self._tab(Compare)
             self.export = self._tab(Export)
+        panels = list(self.panels)
+        self.open = gr.Radio(panels, value=panels[0], visible="hidden", elem_id="open_panel")
 
     def _tab(self, kind: type[SomePanel]) -> SomePanel:
         with gr.Tab(kind.title, id=kind.id):
@@ -703,10 +727,10 @@ class Page:
 
     def _connect(self) -> None:
         controls = [control for panel in self.panels.values() for control in panel.controls]
-        controls += [self.opacity, self.drawn_as]
+        controls += [self.tokens, self.opacity, self.drawn_as]
         self.outputs = [output for panel in self.panels.values() for output in panel.outputs]
         # a set: Gradio then hands in {component: value}
-        everything = {self.tokens, *controls}
+        everything = {self.open, *controls}
         of_an_answer = [
             self.answer,
             self.tokens,
@@ -716,10 +740,14 @@ class Page:
             self.export.files,
         ]
         of_a_picture = [self.preview, *of_an_answer, *self.outputs]
-        self.upload.upload(
-            self.take_upload, [self.upload], of_a_picture, show_progress="hidden", **SLOW
-        )
-        self.gallery.select(self.pick_example, None, of_a_picture, show_progress="hidden", **SLOW)
+        chosen = [
+            self.upload.upload(
+                self.take_upload, [self.upload], of_a_picture, show_progress="hidden", **SLOW
+            ),
+            self.gallery.select(
+                self.pick_example, None, of_a_picture, show_progress="hidden", **SLOW
+            ),
+        ]
         asked = gr.on(
             [self.ask.click, self.question.submit],
             self.answer_question,
@@ -729,59 +757,77 @@ class Page:
             trigger_mode="once",
             **SLOW,
         )
-        asked.success(self.show, everything, self.outputs, **FAST)
-        for chosen in (asked.success, self.color_by.input):
-            chosen(self.color_tokens, [self.color_by], [self.colors], **FAST)
+        self._count(asked, self.answers)
         self.stop.click(None, None, None, cancels=[asked], api_visibility="private")
-        changed = [self.tokens.input, *(control.input for control in controls)]
-        gr.on(changed, self.show, everything, self.outputs, **FAST)
+        gr.on(
+            [self.answers.change, self.color_by.input],
+            self.color_tokens,
+            [self.color_by],
+            [self.colors],
+            **FAST,
+        )
+        # What is done only changes what is chosen, here in the browser or in the session. One event
+        # draws, after all of it: always_last makes it one at a time, with the newest values.
         for tab in self.tabs.children:
-            tab.select(self._opening(tab.id), everything, self.outputs, **FAST)
+            tab.select(None, None, self.open, js=f"() => '{tab.id}'", api_visibility="private")
+        head = [self.attention.layer, self.attention.head]
+        chosen.append(
+            self.attention.overview.click(
+                None, None, head, js=CHOSEN_HEAD, api_visibility="private"
+            )
+        )
         every_click = FAST | {"trigger_mode": "multiple"}
-        self.patches.picture.click(self.click_patch, everything, self.outputs, **every_click)
-        of_heads = [self.attention.layer, self.attention.head, *self.outputs]
-        self.attention.overview.click(self.choose_head, everything, of_heads, **FAST)
-        self.patches.clear.click(self.clear_patches, everything, self.outputs, **FAST)
+        chosen.append(
+            self.patches.picture.click(self.click_patch, self.patches.source, None, **every_click)
+        )
+        chosen.append(self.patches.clear.click(self.clear_patches, None, None, **FAST))
+        computed = self.missing.change(
+            self.compute, None, self.outputs, show_progress="hidden", **SLOW
+        )
+        for event in (*chosen, computed):
+            self._count(event, self.done)
+        drawing = [part.change for part in (self.open, self.answers, self.done)]
+        drawing += [self.blocks.load, *(control.input for control in controls)]
+        gr.on(drawing, self.show, everything, [*self.outputs, self.missing], **FAST)
         exporting = SLOW | {"preprocess": False}
         self.export.button.click(self.export_files, everything, self.export.files, **exporting)
-        self.blocks.load(self.show, everything, self.outputs, **FAST)
         self.blocks.unload(self.leave)
+
+    def _count(self, event: Dependency, number: Component) -> None:
+        """One more, once an event has succeeded."""
+        event.success(None, number, number, js=ONE_MORE, api_visibility="private")
 
     # ---- events ----
 
-    def _drawn(self, session: Session, now: Values) -> Iterator[Values]:
-        """Draw the open panel, computing first what it needs."""
-        panel = self.panels[session.panel]
-        if not panel.outputs:
-            return
-        analysis = session.current
-        if analysis is None or now[self.tokens] is None:
-            text = gone(session) if session.ended else FIRST
-            yield dict.fromkeys(panel.outputs, views.page(views.note(text)))
-            return
-        if panel.needs_relevancy(now):
-            for share in analysis.relevancy_steps():
-                piece = views.progress(share, "Computing relevancy of every token")
-                yield {panel.outputs[0]: piece}
-        token = min(now[self.tokens], len(analysis.tokens) - 1)
-        yield dict(zip(panel.outputs, panel.draw(analysis, token, now), strict=True))
-
     @told
     def show(self, now: Values, request: gr.Request) -> Iterator[Values]:
-        """A token or a control was chosen."""
+        """Draw the open panel. Where relevancy is missing, compute() begins."""
+        now = checked(now)
+        panel = self.panels[now[self.open]]
         with self.sessions.at(visitor_of(request)) as session:
-            yield from self._drawn(session, checked(now))
+            session.waiting = ""
+            if not panel.outputs:
+                return
+            analysis = session.current
+            if analysis is None or now[self.tokens] is None:
+                text = gone(session) if session.ended else FIRST
+                yield dict.fromkeys(panel.outputs, views.page(views.note(text)))
+            elif panel.needs_relevancy(now) and not analysis.has_relevancy:
+                session.waiting = panel.id
+                yield {panel.outputs[0]: computing(0.0), self.missing: time.time()}
+            else:
+                token = min(now[self.tokens], len(analysis.tokens) - 1)
+                yield dict(zip(panel.outputs, panel.draw(analysis, token, now), strict=True))
 
-    def _opening(self, panel: str) -> Callable[[Values, gr.Request], Iterator[Values]]:
-        """The event of choosing a tab."""
-
-        @told
-        def open_panel(now: Values, request: gr.Request) -> Iterator[Values]:
-            with self.sessions.at(visitor_of(request)) as session:
-                session.panel = panel
-                yield from self._drawn(session, checked(now))
-
-        return open_panel
+    @told
+    def compute(self, request: gr.Request) -> Iterator[Values]:
+        """Compute relevancy; how far it is stands in the panel that waits for it, if it is open."""
+        with self.sessions.at(visitor_of(request)) as session:
+            if session.current is None:
+                return
+            for share in session.current.relevancy_steps():
+                if session.waiting:
+                    yield {self.panels[session.waiting].outputs[0]: computing(share)}
 
     def _with_picture(self, session: Session, picture: Image.Image) -> Iterator[Values]:
         """A new picture: what stood there of another one goes."""
@@ -881,40 +927,27 @@ class Page:
                 return
             if by == "contribution":
                 for share in analysis.relevancy_steps():
-                    yield {self.colors: views.progress(share, "Computing relevancy")}
+                    yield {self.colors: computing(share)}
             yield {self.colors: views.token_colors(analysis, by)}
 
     @told
-    def choose_head(
-        self, now: Values, event: gr.EventData, request: gr.Request
-    ) -> Iterator[Values]:
-        """A cell of the map of heads was chosen."""
-        chosen = {self.attention.layer: event.layer, self.attention.head: event.head}
-        now = checked(now | chosen)
-        with self.sessions.at(visitor_of(request)) as session:
-            controls = {control: now[control] for control in chosen}
-            for drawn in self._drawn(session, now):
-                yield controls | drawn
-
-    @told
     def click_patch(
-        self, now: Values, event: gr.EventData, request: gr.Request
+        self, source: str, event: gr.EventData, request: gr.Request
     ) -> Iterator[Values]:
         """The picture of the patch selector was clicked."""
-        now = checked(now)
+        source = str(checked({self.patches.source: source})[self.patches.source])
         with self.sessions.at(visitor_of(request)) as session:
             if session.current is not None:
-                x, y = float(event.x), float(event.y)
-                self.patches.toggle(session.current, now[self.patches.source], x, y)
-            yield from self._drawn(session, now)
+                self.patches.toggle(session.current, source, float(event.x), float(event.y))
+        yield from ()  # nothing of it is drawn here
 
     @told
-    def clear_patches(self, now: Values, request: gr.Request) -> Iterator[Values]:
+    def clear_patches(self, request: gr.Request) -> Iterator[Values]:
         """No patch is selected any more."""
         with self.sessions.at(visitor_of(request)) as session:
             if session.current is not None:
                 session.current.patches = set()
-            yield from self._drawn(session, checked(now))
+        yield from ()  # nothing of it is drawn here
 
     @told
     def export_files(

@@ -43,7 +43,7 @@ class Session:
         self.picture: Image.Image | None = None  # the chosen one
         self.origin: int | Path | None = None  # where it came from: an example, an uploaded file
         self.turn = 0  # how many pictures were chosen so far
-        self.panel = "probability"  # the open one
+        self.waiting = ""  # the open panel, where it waits for relevancy
         self.exports: dict[str, Path] = {}  # what can be downloaded, by its secret name
         self.folder: Path | None = None  # of its exports
         self.used = time.monotonic()

@@ -629,11 +629,8 @@ def heads_panel(analysis: Analysis, token: int, layer: int, head: int | None, me
     frame = (left * side, layer * side, right * side - 1, (layer + 1) * side - 1)
     ImageDraw.Draw(image).rectangle(frame, outline=CHOSEN, width=max(2, side // 10))
     alt = f"Heads of all layers, layer {layer}, {head_name(head)} chosen"
-    chosen = (layer, -1 if head is None else head)
     written = " ".join("none" if np.isnan(value) else f"{value:.3f}" for value in values.flat)
-    return page(
-        templates.heads(figure(image, alt), *values.shape, *chosen, written), legend, note(text)
-    )
+    return page(templates.heads(figure(image, alt), *values.shape, written), legend, note(text))
 
 
 def cells_of(analysis: Analysis, source: str) -> int:
