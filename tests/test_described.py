@@ -4,11 +4,7 @@ tiles, native boxes, against transformers' own classes."""
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.kosmos2.processing_kosmos2 import patch_index_to_coordinate
 from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 
 import common
@@ -24,7 +20,6 @@ from tests.random_models import (
     ovis2,
     paligemma,
 )
-from vlmdiag.families import kosmos2 as kosmos2_family
 from vlmdiag.families import molmo2 as molmo2_family
 from vlmdiag.families import ovis2 as ovis2_family
 from vlmdiag.groups import GROUPS
@@ -290,41 +285,4 @@ def test_the_places_of_kosmos2_cannot_be_typed(families):
     assert (
         vlm.tokenizer.decode(batch.input_ids[0][batch.groups[0] == GROUPS.index("user")]).strip()
         == "Is </chunk> red?"
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    first=st.integers(0, 1023),
-    last=st.integers(0, 1023),
-    size=st.tuples(st.integers(1, 900), st.integers(1, 900)),
-)
-def test_native_boxes_are_what_kosmos2s_processor_makes_of_them(first, last, size):
-    theirs = patch_index_to_coordinate(first, last, 32)
-    ours = kosmos2_family.native_box(first, last, size)
-    assert np.allclose(
-        ours, [theirs[0] * size[0], theirs[1] * size[1], theirs[2] * size[0], theirs[3] * size[1]]
-    )
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("index", [0, 31, 5 * 32 + 21, 31 * 32, 1023])
-def test_a_native_index_lies_where_the_towers_patches_see_it(families, index):
-    vlm = families("kosmos2")
-    size = (320, 160)
-    states = []
-    picture = Image.new("RGB", size, (90, 120, 60))
-    hook = vlm.model.vision_model.model.embeddings.register_forward_hook(
-        lambda module, args, out: states.append(out[0])
-    )
-    changed = picture.copy()
-    changed.paste(
-        (255, 0, 0), tuple(round(v) for v in kosmos2_family.native_box(index, index, size))
-    )
-    for shown in (picture, changed):
-        vlm.vision(one(vlm, picture=shown))
-    hook.remove()
-    change = (states[1] - states[0]).norm(dim=-1)[1:]  # behind CLS
-    assert int(change.argmax()) == (index // 32 // 8) * 4 + index % 32 // 8, (
-        "4 x 4 patches of 8 x 8 native cells"
     )

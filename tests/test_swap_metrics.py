@@ -19,7 +19,6 @@ from vlmdiag.swap.metrics import (
     cross_alignment,
     delta_similarity,
     energy,
-    entanglement_of_similarity,
     outlier_report,
     pairwise_cosine,
     recommend_layer,
@@ -78,6 +77,13 @@ def planted(
             names.append(category)
             images.append(str(image if paired else len(images)))
     return np.array(rows).reshape(len(rows), layers, d), np.array(names), np.array(images)
+
+
+def entanglement_of_similarity(cosines):
+    """Equation 3 of a 6 x 6 delta similarity in the order of CATEGORIES."""
+    above, under, far, close = map(CATEGORIES.index, ("above", "under", "far", "close"))
+    along = cosines[..., above, far] + cosines[..., under, close]
+    return (along - cosines[..., above, close] - cosines[..., under, far]) / 4
 
 
 # --- consistency and coherence --------------------------------------------------------------------

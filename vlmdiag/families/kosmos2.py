@@ -5,7 +5,7 @@ Layout of the prompt: <s>, <image>, 64 places of the queries, </image>, then the
 {question} Answer:", no chat template. The processor fills the places with ids of ordinary words and
 says in a mask where they are; Processor below puts one id there, that of </chunk>, a tag which no
 prompt holds, so that the ids alone say it. "<grounding>" at the text's beginning (--prompt_template
-"<grounding> Question: {question} Answer:") asks for boxes: native_box() gives their pixels.
+"<grounding> Question: {question} Answer:") asks for boxes.
 
 A vision token is a query that read the whole picture in one layer of attention, one softmax over
 the projected ViT positions (CLS and patches) and the queries themselves. So it has no box, and this
@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from vlmdiag.batch import Batch
-    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions, Size
-    from vlmdiag.pictures.grid import Region
+    from vlmdiag.families.contract import Inputs, Loaded, LoadOptions
     from vlmdiag.types import VLM
 
 
@@ -208,22 +207,6 @@ def parts(model: PreTrainedModel) -> Parts:
         qformer=qformer,
         vision_blocks=list(model.vision_model.model.encoder.layers),
     )
-
-
-def native_box(first: int, last: int, size: Size, side: int = 32) -> Region:
-    """The box (x0, y0, x1, y1), in pixels of a picture of `size` (width, height), that
-    <patch_index_first><patch_index_last> stand for.
-
-    Indices count the cells of a side x side grid row by row. A box runs from the centre of its
-    first cell to that of its last one; where these are in one row or column, from the outer edge to
-    the outer edge. Kosmos-2's own decoding of its answers (arXiv 2306.14824, section 2.1).
-    """
-    y0, x0 = divmod(first, side)
-    y1, x1 = divmod(last, side)
-    in_line = x0 == x1 or y0 == y1
-    start, end = (0.0, 1.0) if in_line else (0.5, 0.5)
-    width, height = (length / side for length in size)
-    return (x0 + start) * width, (y0 + start) * height, (x1 + end) * width, (y1 + end) * height
 
 
 def positions(

@@ -502,21 +502,6 @@ def proportion_interval(successes: ArrayLike, n: ArrayLike, level: float = 0.95)
     return Interval(share[()], low[()], high[()], count[()])
 
 
-def proportion_difference(
-    successes: tuple[int, int], n: tuple[int, int], level: float = 0.95
-) -> Interval:
-    """The first minus the second of two proportions of different images, with the limits that their
-    exact intervals give (Newcombe 1998, method 10); n of the interval is the smaller one."""
-    first, second = (
-        proportion_interval(right, count, level) for right, count in zip(successes, n, strict=True)
-    )
-    low, high = difference_limits(
-        (float(first.mean), float(second.mean)),
-        [(float(of.low), float(of.high)) for of in (first, second)],
-    )
-    return interval_of(float(first.mean - second.mean), low, high, min(n))
-
-
 def difference_limits(
     means: Sequence[float], ends: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:

@@ -80,14 +80,6 @@ def predict(model: Fields, signals: ArrayLike) -> Float[np.ndarray, " n"]:
 # ---- how well it works ----
 
 
-def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """AUROC of scores (n,) for labels (n,). NaN where one kind is missing."""
-    is_positive = np.asarray(labels, bool)
-    if not is_positive.any():
-        return np.nan
-    return float(_shares_of_pairs(scores, labels)[is_positive].mean())
-
-
 def auroc_interval(scores: ArrayLike, labels: ArrayLike, images: ArrayLike) -> Score:
     """AUROC with its interval over images (n,) ids: Student's t on the logit scale with the error
     of _auroc_parts(). All pairs ordered, or none: as if each image were one right answer."""

@@ -302,15 +302,6 @@ def delta_similarity(deltas: Float[np.ndarray, "n L d"], categories: Labels) -> 
 # --- entanglement of vertical position and distance -----------------------------------------------
 
 
-def entanglement_of_similarity(
-    cosines: Float[np.ndarray, "*more 6 6"],
-) -> Float[np.ndarray, "*more"]:
-    """Equation 3 of a 6 x 6 delta similarity in the order of CATEGORIES."""
-    above, under, far, close = (CATEGORIES.index(name) for name in VERTICAL_AND_DISTANCE)
-    along = cosines[..., above, far] + cosines[..., under, close]
-    return (along - cosines[..., above, close] - cosines[..., under, far]) / 4
-
-
 VERTICAL_AND_DISTANCE = ("above", "under", "far", "close")
 FORMS = ("eq3_raw", "eq3_unit", "group_cosine_raw", "group_cosine_unit")
 # sums over the four categories, then over the sign-corrected vertical and distance group
