@@ -147,6 +147,13 @@ class Batch:
             "picture": np.repeat(np.arange(len(known), dtype=np.int32), counts),
         }
 
+    def text_positions(self, positions: Int[Tensor, "R n"]) -> Int[Tensor, "... R n"]:
+        """Positions of text behind prompts in the form of position_ids: (R, n), or the same on
+        every axis, (axes, R, n)."""
+        if self.position_ids.ndim == 2:
+            return positions
+        return positions[None].expand(len(self.position_ids), -1, -1)
+
     def vision_positions(self, row: int) -> Int[Tensor, " P"]:
         """Positions of the vision tokens in the padded row."""
         return (self.groups[row] == VISION).nonzero()[:, 0]

@@ -51,14 +51,17 @@ def make_process(
         # for each tensor of the features and each sample: the scaled tokens in their own order
         in_order = [[rows * vision_scale for rows in entry] for entry in entries(vlm, features)]
 
-        def answers(orders: Sequence[Int[np.ndarray, " P"]]) -> list[list[int]]:
-            """Generated ids of each sample, its vision tokens in the given order."""
+        def answers(
+            orders: Sequence[Int[np.ndarray, " P"]], drafts: list[list[int]] | None = None
+        ) -> list[list[int]]:
+            """Generated ids of each sample, its vision tokens in the given order. drafts: answers
+            that are likely."""
             for entry, ordered in zip(entries(vlm, features), in_order, strict=True):
                 entry[:] = [
                     rows[torch.from_numpy(order).to(rows.device)]
                     for rows, order in zip(ordered, orders, strict=True)
                 ]
-            return generate(vlm, batch, max_new_tokens, features=features).ids
+            return generate(vlm, batch, max_new_tokens, features=features, drafts=drafts).ids
 
         rounds = [answers([np.arange(len(grid.boxes)) for grid in grids])]
         for k in range(num_permutations):
@@ -66,7 +69,7 @@ def make_process(
                 shuffled(grid, seed, sample.id, k)
                 for grid, sample in zip(grids, samples, strict=True)
             ]
-            rounds.append(answers(orders))
+            rounds.append(answers(orders, drafts=rounds[0]))
         results: list[tuple[Record, Arrays]] = []
         for row, sample in enumerate(samples):
             ids_by_round = [ids[row] for ids in rounds]

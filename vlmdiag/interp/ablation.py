@@ -169,7 +169,7 @@ def _describe_and_poll(
     described = prepare(vlm, batch, features)
     shared.keep(described.cache)
     prompts = {"generative": described, "polling": prepare(vlm, polling_batch, features, shared)}
-    asks = {"generative": asking(ablation.max_new_tokens), "polling": asking(POLLING_TOKENS)}
+    limits = {"generative": ablation.max_new_tokens, "polling": POLLING_TOKENS}
     yes = answer_ids(vlm, polling_batch.prompts[0], "Yes")[0]
     record: Record = record_of(item) | {
         "prompt": batch.prompts[0],
@@ -198,11 +198,13 @@ def _describe_and_poll(
             "polling": polling(to_poll),
         }
 
-    plain = []
+    plain = {}
     for name, prompt in prompts.items():
-        generation = asks[name](vlm, prompt.batch, features=prompt.features)
-        plain.append(answers_of(generation)[0])
-    unablated = results_of(plain)
+        generation = asking(limits[name])(vlm, prompt.batch, **prompt.inputs(vlm))
+        plain[name] = answers_of(generation)[0]
+    # an ablated answer is seldom another one
+    asks = {name: asking(limit, plain[name].ids) for name, limit in limits.items()}
+    unablated = results_of(list(plain.values()))
     record["conditions"] = {"none": {**unablated, "tokens": 0}}
     record["caption"] = unablated["generative"]["text"]
     record["eligible"] = unablated["generative"]["correct"]
@@ -305,9 +307,14 @@ def _complete(
             "logprob_name": named.logprobs.sum().item(),
         }
 
-    asks = [asking(ablation.max_new_tokens), naming(asked.name)]
+    limit = ablation.max_new_tokens
     prompt = asked.prompt
-    plain = [answers_of(ask(vlm, prompt.batch, features=prompt.features))[0] for ask in asks]
+    plain = [
+        answers_of(ask(vlm, prompt.batch, **prompt.inputs(vlm)))[0]
+        for ask in (asking(limit), naming(asked.name))
+    ]
+    # an ablated answer is seldom another one
+    asks = [asking(limit, plain[0].ids), naming(asked.name)]
     unablated = result(plain)
     record["conditions"] = {"none": {"vqa": unablated, "tokens": 0}}
     record["caption"] = unablated["text"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import rng_for
 from vlmdiag.model.decoding import Generation, generate
-from vlmdiag.model.prefix import SharedPicture, first_positions
+from vlmdiag.model.prefix import Inputs, SharedPicture, first_positions
 from vlmdiag.model.vision import entered, entering, prefill
 
 if TYPE_CHECKING:
@@ -125,6 +125,14 @@ class Prompt:
     positions: Int[Tensor, " P"]  # of its vision tokens
     logits: Float[Tensor, " V"]  # of the token after the prompt, float32
 
+    def inputs(self, vlm: VLM) -> Inputs:
+        """What generate() gets beside the batch to go on from the pass that was made over it, as
+        far as that can be."""
+        cache = first_positions(vlm, self.cache, self.embeds.shape[1] - 1)
+        if cache is None:
+            return {"features": self.features}
+        return {"embeds": self.embeds, "cache": cache}
+
 
 @torch.no_grad()
 def prepare(
@@ -159,9 +167,15 @@ class Answer(NamedTuple):
 Ask = Callable[..., Generation]  # (vlm, batch, **options of generate()) -> Generation
 
 
-def asking(limit: int) -> Ask:
-    """Greedy decoding of at most `limit` tokens."""
-    return lambda vlm, batch, **options: generate(vlm, batch, limit, **options)
+def asking(limit: int, draft: Sequence[int] = ()) -> Ask:
+    """Greedy decoding of at most `limit` tokens. draft: an answer that is likely, such as the one
+    without the intervention."""
+
+    def ask(vlm: VLM, batch: Batch, **options: Any) -> Generation:
+        drafts = [draft] * len(batch.samples) if draft else None
+        return generate(vlm, batch, limit, drafts=drafts, **options)
+
+    return ask
 
 
 def naming(ids: Sequence[int]) -> Ask:

@@ -286,6 +286,11 @@ class _Active:
 _active: _Active | None = None
 
 
+def is_capturing() -> bool:
+    """Whether a capture or an edit is in progress."""
+    return _active is not None
+
+
 @contextlib.contextmanager
 def edit(
     vlm: VLM,

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlmdiag.groups import GROUPS
+from vlmdiag.model import drafts as known
 from vlmdiag.model.cache import with_room
 from vlmdiag.model.limits import steps_that_fit
 from vlmdiag.model.vision import prefill
@@ -106,6 +108,7 @@ def generate(
     cache: Cache | None = None,
     embeds: Float[Tensor, "B T d"] | None = None,
     stop: Stop | None = None,
+    drafts: Sequence[Sequence[int]] | None = None,
 ) -> Generation:
     """Answer a batch, greedily or by sampling, under whatever capture is active.
 
@@ -115,7 +118,9 @@ def generate(
     max_new_tokens: at most, and no more than the model's context has room for. answers: ids to be
     produced instead, one list per sample (teacher forcing); ValueError if one is
     empty. features, cache, embeds: see prefill(). stop: asked after every step whether answers are
-    complete without EOS; once true it holds, and a row ends there whatever the others do.
+    complete without EOS; once true it holds, and a row ends there whatever the others do. drafts:
+    ids that each row's greedy answer is likely to have, so that it takes fewer passes; the answer
+    is the same (see vlmdiag.model.drafts).
     """
     device = vlm.device
     size = len(batch.samples)
@@ -135,6 +140,16 @@ def generate(
     output = prefill(vlm, batch, features, cache, embeds)
     with_room(output.past_key_values)
     first = output.logits[:, -1].float().log_softmax(-1)
+    greedy = answers is None and not do_sample
+    if drafts is not None and greedy and known.can_verify(vlm, output.past_key_values):
+        ids, of_rows = known.decode(vlm, batch, output, drafts, limit, stop)
+        return Generation(
+            ids=ids,
+            steps=torch.tensor([len(row) for row in ids], device=device),
+            logprobs=pad_sequence(of_rows, batch_first=True, padding_value=float("nan")),
+            first=first,
+            cache=output.past_key_values,
+        )
     mask = batch.attention_mask
     chosen: list[Tensor] = []
     logprobs: list[Tensor] = []
@@ -161,7 +176,7 @@ def generate(
         output = vlm.model(
             input_ids=token[:, None],
             attention_mask=mask,
-            position_ids=_positions(batch, batch.next_position[:, None] + step),
+            position_ids=batch.text_positions(batch.next_position[:, None] + step),
             past_key_values=output.past_key_values,
             use_cache=True,
         )
@@ -172,13 +187,6 @@ def generate(
         first=first,
         cache=output.past_key_values,
     )
-
-
-def _positions(batch: Batch, positions: Int[Tensor, "B n"]) -> Int[Tensor, "... B n"]:
-    """Positions of text as the batch has them: (B, n), or the same on every axis, (axes, B, n)."""
-    if batch.position_ids.ndim == 2:
-        return positions
-    return positions[None].expand(len(batch.position_ids), -1, -1)
 
 
 def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
@@ -205,7 +213,7 @@ def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batc
     size = len(batch.samples)
     count = len(ids)
     steps = torch.arange(count, device=batch.next_position.device)
-    positions = _positions(batch, batch.next_position[:, None] + steps)
+    positions = batch.text_positions(batch.next_position[:, None] + steps)
     new_ids = batch.input_ids.new_tensor(ids).expand(size, -1)
     new_groups = batch.groups.new_full((size, count), GROUPS.index(group))
     new_mask = batch.attention_mask.new_ones(size, count)

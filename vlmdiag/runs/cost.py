@@ -1,7 +1,8 @@
 """What a run cost: time of its calls and memory of their processes, as counters of the run.
 
 items_measured, milliseconds: sums over all processes, loading the model left out; peak_mib,
-peak_gpu_mib: the largest of any process, in MiB, the model included. Kept free of torch.
+peak_gpu_mib: the largest of any process, in MiB, the model included. draft_tokens, draft_agreed,
+draft_passes, draft_near_ties: see vlmdiag.model.drafts. Kept free of torch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def note(run: Run, items: int, seconds: float) -> None:
         "milliseconds": round(1000 * seconds),
         "peak_mib": _resident(),
         "peak_gpu_mib": _on_gpu(),
+        **_of_drafts(),
     }
     with contextlib.suppress(UsageError):
         for key, value in counted.items():
@@ -41,6 +43,12 @@ def _resident() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == "darwin" else 10)
+
+
+def _of_drafts() -> dict[str, int]:
+    """What was decoded with drafts since the last note."""
+    drafts = sys.modules.get("vlmdiag.model.drafts")
+    return {} if drafts is None else dict(drafts.counted())
 
 
 def _on_gpu() -> int:

@@ -1,0 +1,339 @@
+"""Decoding with a draft against plain greedy decoding, on random models with as many key as query
+heads, with grouped queries, and with positions on three axes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from vlmdiag.batch import Batch
+from vlmdiag.interp.interventions import asking, naming, prepare, run_conditions
+from vlmdiag.model import drafts
+from vlmdiag.model.attention import Block, capture, edit
+from vlmdiag.model.decoding import extended, generate
+from vlmdiag.model.prefix import SharedPicture
+from vlmdiag.model.probes import GroupMass
+from vlmdiag.runs import cost, rundirs
+
+NAMES = ["llava", "llava-gqa", "qwen"]
+LIMIT = 24
+ROWS = (0, 1, 2, 0, 1, 2, 0, 1)
+
+
+@pytest.fixture(params=NAMES)
+def vlm(request, load):
+    """A random model that does not say one token over and over: each says which comes next."""
+    vlm = load(request.param)
+    weight = vlm.parts.lm_head.weight
+    order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))
+    vlm.parts.lm_head.weight = torch.nn.Parameter(weight.detach()[order])
+    yield vlm
+    vlm.parts.lm_head.weight = weight
+
+
+@pytest.fixture
+def batch(vlm, batch_of):
+    return batch_of(vlm, ROWS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_counted():
+    drafts.counted()
+
+
+def near(vlm, batch, row, ids):
+    """The least distance of the two best logits over the steps of an answer, by a pass of its
+    own over prompt and answer."""
+    longer = extended(batch, ids)
+    with torch.inference_mode():
+        logits = vlm.model(
+            input_ids=longer.input_ids,
+            attention_mask=longer.attention_mask,
+            position_ids=longer.position_ids,
+            mm_encoder_outputs={"image": vlm.vision(batch)},
+        ).logits[row, -len(ids) - 1 : -1]
+    best, second = logits.float().topk(2).values.unbind(-1)
+    return (best - second).min().item()
+
+
+def same(found, plain):
+    """Whether two generations are equal but for rounding."""
+    return (
+        found.ids == plain.ids
+        and torch.equal(found.steps, plain.steps)
+        and found.logprobs.shape == plain.logprobs.shape
+        and torch.allclose(found.logprobs, plain.logprobs, atol=1e-5, rtol=0, equal_nan=True)
+        and torch.equal(found.first, plain.first)
+    )
+
+
+def spoilt(answers):
+    """Drafts that are right for none, some and all of the answers of eight rows."""
+    return [
+        [],
+        answers[1],
+        answers[2][:5],
+        [7, *answers[3][1:]],
+        [*answers[4][:6], 9, *answers[4][7:]],
+        [*answers[5], *[3, 4, 5] * 20],
+        [*answers[6][:4], *answers[6][9:]],
+        [*answers[7][:8], 5, 6, *answers[7][8:]],
+    ]
+
+
+def test_rows_that_agree_with_their_drafts_for_different_lengths(vlm, batch):
+    plain = generate(vlm, batch, LIMIT)
+    assert min(near(vlm, batch, row, ids) for row, ids in enumerate(plain.ids)) > 1e-4
+    assert len({tuple(ids) for ids in plain.ids}) > 2 and len(set(plain.ids[0])) > 4
+    assert same(generate(vlm, batch, LIMIT, drafts=spoilt(plain.ids)), plain)
+    counts = drafts.counted()
+    assert counts["draft_tokens"] == len(ROWS) * (LIMIT - 1)
+    assert counts["draft_agreed"] > counts["draft_tokens"] / 2
+    assert counts["draft_near_ties"] == 0
+    assert same(generate(vlm, batch, LIMIT, drafts=plain.ids), plain)
+    assert drafts.counted()["draft_passes"] == 1
+    assert same(generate(vlm, batch, LIMIT, drafts=[[]] * len(ROWS)), plain)
+    assert drafts.counted()["draft_agreed"] == 0
+
+
+def test_an_answer_that_leaves_its_draft_goes_on_in_it(vlm, batch_of):
+    """One row: a token that the draft lacks, one that it has too many, one in another's place."""
+    batch = batch_of(vlm, (1,))
+    plain = generate(vlm, batch, LIMIT)
+    (ids,) = plain.ids
+    for draft in ([*ids[:6], *ids[7:]], [*ids[:6], 9, *ids[6:]], [*ids[:6], 9, *ids[7:]]):
+        assert same(generate(vlm, batch, LIMIT, drafts=[draft]), plain)
+        assert drafts.counted()["draft_passes"] <= LIMIT // 2
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_no_more_tokens_than_were_asked_for(vlm, batch, limit):
+    plain = generate(vlm, batch, limit)
+    longer = generate(vlm, batch, LIMIT).ids
+    assert same(generate(vlm, batch, limit, drafts=longer), plain)
+    assert same(generate(vlm, batch, limit, drafts=spoilt(longer)), plain)
+
+
+def test_no_more_positions_than_the_model_reads(vlm, batch, monkeypatch):
+    config = vlm.model.config.get_text_config()
+    whole = generate(vlm, batch, LIMIT).ids
+    monkeypatch.setattr(config, "max_position_embeddings", max(batch.lengths) + 7)
+    found = generate(vlm, batch, LIMIT, drafts=whole)
+    assert same(found, generate(vlm, batch, LIMIT)) and int(found.steps.max()) == 7
+
+
+def test_a_row_ends_at_its_eos_whatever_its_draft_and_the_others_say(vlm, batch, monkeypatch):
+    whole = generate(vlm, batch, LIMIT).ids
+    ends = {whole[1][6], whole[2][11], whole[0][0]}
+    monkeypatch.setattr(type(vlm), "eos_ids", property(lambda vlm: ends))
+    plain = generate(vlm, batch, LIMIT)
+    assert len({len(ids) for ids in plain.ids}) > 2
+    for given in (whole, plain.ids, spoilt(whole), [ids[:3] for ids in whole]):
+        assert same(generate(vlm, batch, LIMIT, drafts=given), plain)
+
+
+def test_stop_ends_a_row_as_in_steps_of_one_token(vlm, batch):
+    whole = generate(vlm, batch, LIMIT).ids
+    ends = [9, 1, 4, LIMIT + 1, 2, 30, 14, 6]
+
+    def stop(ids):
+        # only at that very length: what was complete once stays complete
+        return [len(row) == end for row, end in zip(ids, ends, strict=True)]
+
+    plain = generate(vlm, batch, LIMIT, stop=stop)
+    assert [len(ids) for ids in plain.ids] == [min(end, LIMIT) for end in ends]
+    for given in (whole, spoilt(whole)):
+        assert same(generate(vlm, batch, LIMIT, stop=stop, drafts=given), plain)
+
+
+def test_ablated_answers_and_what_goes_on_from_their_cache(vlm, batch_of):
+    """The second prompt goes on from the first one's cache, whose rows ended at different
+    passes."""
+    prompts = []
+    with torch.no_grad():
+        batch = batch_of(vlm, (0,))
+        features = vlm.vision(batch)
+        prompts.append(prepare(vlm, batch, features))
+        shared = SharedPicture(vlm, batch)
+        shared.keep(prompts[0].cache)
+        longer = extended(batch_of(vlm, (0,)), [60, 61], "template")
+        prompts.append(prepare(vlm, longer, features, shared))
+    count = len(prompts[0].positions)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(count, prompts[0].embeds.shape[-1], generator=generator)
+    values *= prompts[0].vision.std() * 4
+    sets = {
+        f"{start}-{size}": torch.arange(start, start + size).numpy()
+        for start in (0, count // 2, count - 9)
+        for size in (1, 4, 9)
+    }
+
+    def answers(draft):
+        asks = [asking(LIMIT, draft), asking(LIMIT, draft), naming([70, 71])]
+        return run_conditions(vlm, [*prompts, prompts[1]], asks, sets, values, 5)
+
+    plain = answers(())
+    with torch.no_grad():
+        (unablated,) = generate(vlm, prompts[0].batch, LIMIT, **prompts[0].inputs(vlm)).ids
+    found = answers(unablated)
+    assert drafts.counted()["draft_agreed"] > 0
+    assert len({tuple(of_set[0].ids) for of_set in plain.values()}) > 1, "some ablation shows"
+    for name, of_set in plain.items():
+        for one, other in zip(found[name], of_set, strict=True):
+            assert one.ids == other.ids
+            assert torch.allclose(one.logprobs, other.logprobs, atol=1e-5, equal_nan=True)
+            assert torch.equal(one.first, other.first) or torch.allclose(
+                one.first, other.first, atol=1e-5
+            )
+
+
+def test_the_answer_of_a_prepared_prompt_is_that_of_the_whole_prompt(vlm, batch_of):
+    batch = batch_of(vlm, (1,))
+    with torch.no_grad():
+        prompt = prepare(vlm, batch, vlm.vision(batch))
+        found = generate(vlm, batch, 6, **prompt.inputs(vlm))
+    plain = generate(vlm, batch, 6)
+    assert found.ids == plain.ids
+    assert torch.allclose(found.logprobs, plain.logprobs, atol=1e-5)
+
+
+# --- where a draft is not used --------------------------------------------------------------------
+
+
+def test_what_is_measured_or_edited_step_by_step_is_decoded_step_by_step(vlm, batch):
+    plain = generate(vlm, batch, 5)
+    with capture(vlm, [mass := GroupMass(batch, 5)]):
+        assert same(generate(vlm, batch, 5, drafts=plain.ids), plain)
+    assert len(mass.mass) == 5
+    last = torch.zeros_like(batch.groups, dtype=torch.bool)
+    last[:, -1] = True
+    with edit(vlm, blocks=[Block(last, batch.groups == 2)]):
+        blocked = generate(vlm, batch, 5)
+        assert same(generate(vlm, batch, 5, drafts=plain.ids), blocked)
+    assert not drafts.counted()
+
+
+def test_sampled_and_given_answers_take_no_draft(vlm, batch):
+    given = generate(vlm, batch, 5).ids
+    for options in ({"do_sample": True, "temperature": 5.0}, {"answers": spoilt(given)[1:2] * 8}):
+        plain = generate(vlm, batch, 5, **options)
+        assert same(generate(vlm, batch, 5, drafts=given, **options), plain)
+    assert not drafts.counted()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8},
+        {"layer_types": ["linear_attention"] * 4},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}},
+    ],
+)
+def test_windows_states_and_moving_angles_are_not_drafted(load, batch_of, monkeypatch, config):
+    vlm = load("llava")
+    cache = generate(vlm, batch_of(vlm), 1).cache
+    assert drafts.can_verify(vlm, cache)
+    other = copy.deepcopy(vlm.parts.decoder.config)
+    for name, value in config.items():
+        setattr(other, name, value)
+    monkeypatch.setattr(vlm.parts.decoder, "config", other)
+    assert not drafts.can_verify(vlm, cache)
+
+
+def test_a_family_that_is_not_causal_is_not_drafted(vlm, batch, monkeypatch):
+    plain = generate(vlm, batch, 5)
+    has = vlm.family.has - {"causal"}
+    monkeypatch.setattr(vlm, "family", dataclasses.replace(vlm.family, has=has))
+    assert same(generate(vlm, batch, 5, drafts=plain.ids), plain)
+    assert not drafts.counted()
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+def test_in_bfloat16_a_draft_changes_only_what_rounding_decides(vlm, batch):
+    """The first token that differs is one of two whose logits are within two steps of bfloat16."""
+    own = dataclasses.replace(vlm, model=copy.deepcopy(vlm.model).to(torch.bfloat16))
+    plain = generate(own, batch, LIMIT)
+    found = generate(own, batch, LIMIT, drafts=spoilt(plain.ids))
+    counts = drafts.counted()
+    assert counts["draft_agreed"] > 0
+    for row, (ids, others) in enumerate(zip(found.ids, plain.ids, strict=True)):
+        differ = [n for n, (a, b) in enumerate(zip(ids, others, strict=True)) if a != b]
+        if differ:
+            assert near(own, batch, row, others[: differ[0] + 1]) <= 2 * 2**-7 * 4
+            assert counts["draft_near_ties"] > 0
+
+
+def test_near_ties_are_within_two_steps_of_the_dtype():
+    logits = torch.tensor([[3.0, 3.00005, 1.0], [3.0, 3.001, 1.0], [3.0, 3.03, 1.0]])
+    assert int(drafts._near_ties(logits, torch.float32)) == 1
+    # between 2 and 4 a step of bfloat16 is 2 ** -6
+    assert int(drafts._near_ties(logits, torch.bfloat16)) == 3
+    assert int(drafts._near_ties(logits + 0.02 * (logits > 3.02), torch.bfloat16)) == 2
+
+
+# --- mutants --------------------------------------------------------------------------------------
+
+
+def moved(monkeypatch, by):
+    """Positions of the passes over drafts are moved."""
+    original = Batch.text_positions
+    monkeypatch.setattr(
+        Batch, "text_positions", lambda batch, positions: original(batch, positions + by)
+    )
+
+
+def mutants():
+    def keeping_all(patch):
+        patch.setattr(drafts._Cache, "keep", lambda state, counts, size: None)
+
+    def taking_all(patch):
+        original = drafts._Row.take
+        patch.setattr(
+            drafts._Row,
+            "take",
+            lambda row, said, guesses, ends: original(row, [*guesses, said[-1]], guesses, ends),
+        )
+
+    def later(patch):
+        moved(patch, 1)
+
+    def other_rows(patch):
+        original = drafts.first_positions
+        patch.setattr(
+            drafts,
+            "first_positions",
+            lambda vlm, cache, length, rows: original(vlm, cache, length, rows=rows.flip(0)),
+        )
+
+    return [keeping_all, taking_all, later, other_rows]
+
+
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.__name__)
+def test_a_wrong_pass_is_told_from_a_right_one(vlm, batch, monkeypatch, mutant):
+    whole = generate(vlm, batch, LIMIT).ids
+    ends = {whole[1][6]}
+    monkeypatch.setattr(type(vlm), "eos_ids", property(lambda vlm: ends))
+    plain = generate(vlm, batch, LIMIT)
+    mutant(monkeypatch)
+    assert not same(generate(vlm, batch, LIMIT, drafts=spoilt(whole)), plain)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def test_a_run_counts_its_drafts_and_near_ties(load, batch_of, tmp_path):
+    vlm = load("llava")
+    batch = batch_of(vlm)
+    plain = generate(vlm, batch, 6).ids
+    run = rundirs.open_run(tmp_path / "run", "demo", {}, {}, False)
+    for _ in range(2):
+        generate(vlm, batch, 6, drafts=plain)
+        cost.note(run, 3, 1.0)
+    cost.note(run, 3, 1.0)
+    counters = run.counters()
+    assert counters["draft_tokens"] == 2 * 15 and counters["draft_agreed"] == 2 * 12
+    assert counters["draft_passes"] == 2

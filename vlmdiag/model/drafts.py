@@ -1,0 +1,256 @@
+"""Greedy decoding of answers that are about known: a draft is read in a few passes, and only what
+the model says otherwise is decoded token by token.
+
+A pass reads the last token of an answer and behind it the draft's next ones. The model's choice
+after each shows whether decoding token by token would have gone on so; the first that differs is
+the answer's own:
+
+    draft        a dog sits here . It is old
+    prompt       a                             agrees
+    pass 1       a dog sits here . It is old   after "a" the model says "dog", after "dog" "runs"
+    pass 2       runs                          not in the draft: nothing behind it; it says "."
+    pass 3       . It is old                   the draft goes on behind its own "."
+
+Speculative decoding (arXiv 2211.17192) with a fixed text as the draft; to go on behind what the
+answer repeats of it is known as prompt lookup decoding. Shapes: B rows of a batch, R rows that go
+on, n tokens of a pass, V vocabulary, K positions in the cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from vlmdiag.model.attention import is_capturing
+from vlmdiag.model.prefix import first_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from transformers import Cache
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from vlmdiag.batch import Batch
+    from vlmdiag.types import VLM
+
+WIDTH = 64  # most tokens of a draft in a pass
+NARROW = 4  # of one that has just been wrong
+LOOKUP = 3  # most tokens of an answer's end that are looked for in its draft
+NEAR = 1e-4  # logits of a tie in float32
+
+# what was decoded with drafts in this process since counted(): "draft_tokens" of answers, those of
+# them that were "draft_agreed", "draft_passes", and "draft_near_ties": tokens whose two best logits
+# are so close that plain decoding may have chosen the other
+_counts: Counter[str] = Counter()
+
+
+def counted() -> Counter[str]:
+    """What was decoded with drafts in this process since the last call."""
+    counts = Counter(_counts)
+    _counts.clear()
+    return counts
+
+
+def can_verify(vlm: VLM, cache: Cache | None) -> bool:
+    """Whether a pass may read several tokens of which some are dropped: every position sees all
+    before it and nothing else, by position ids, and nothing measures or edits single steps."""
+    config = vlm.parts.decoder.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    if "causal" not in vlm.family.has or is_capturing():
+        return False
+    if "dynamic" in kinds or "longrope" in kinds:  # angles depend on the longest position
+        return False
+    if not isinstance(cache, DynamicCache):
+        return False
+    # the second has the layers that the config asks for, also where the first was made without it
+    layers = [*cache.layers, *DynamicCache(config=config).layers]
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+@dataclass
+class _Row:
+    """The answer of a row in the making."""
+
+    index: int  # in the batch
+    draft: list[int]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[Float[Tensor, " n"]] = field(default_factory=list)
+    next: int = 0  # where the draft goes on; its length where nothing of it is to be tried
+    width: int = WIDTH  # most tokens of it in the next pass
+    is_done: bool = False
+
+    def guesses(self, limit: int) -> list[int]:
+        """What the next pass tries: behind the last of it, the pass gives one more token."""
+        room = limit - len(self.ids) - 1
+        return self.draft[self.next : self.next + min(self.width, room)]
+
+    def take(self, said: Sequence[int], guesses: Sequence[int], ends: set[int]) -> int:
+        """Add what the model said after its last token and after each right guess; returns how
+        many. ends: ids that end an answer, of which none is guessed."""
+        agreed = 0
+        while agreed < len(guesses) and said[agreed] == guesses[agreed]:
+            agreed += 1
+        self.ids += said[: agreed + 1]
+        self.is_done = self.ids[-1] in ends
+        if guesses:
+            self.width = min(WIDTH, max(NARROW, 2 * agreed))
+        self._find(self.next + agreed + 1)
+        return agreed + 1
+
+    def _find(self, expected: int) -> None:
+        """Where the draft goes on: behind the longest end of the answer that is in it, of several
+        the one nearest to where it is expected."""
+
+        def alike(place: int) -> int:
+            """How many of the last tokens stand before a place of the draft."""
+            most = min(LOOKUP, place, len(self.ids))
+            for n in range(1, most + 1):
+                if self.draft[place - n] != self.ids[-n]:
+                    return n - 1
+            return most
+
+        places = range(1, len(self.draft))
+        best = max(places, key=lambda place: (alike(place), -abs(place - expected)), default=0)
+        self.next = best if best and alike(best) else len(self.draft)
+
+
+@dataclass
+class _Cache:
+    """Keys and values of the rows that go on."""
+
+    vlm: VLM
+    batch: Batch
+    cache: DynamicCache
+    mask: Int[Tensor, "R K"]  # 0 for padding and for tokens of a draft that were wrong
+    rows: list[_Row]
+
+    def read(self, guesses: Sequence[Sequence[int]]) -> Float[Tensor, "R n V"]:
+        """Logits after the last token of each row and after its guesses; what stands behind those
+        of a row that has fewer than others means nothing."""
+        device = self.mask.device
+        size = 1 + max(map(len, guesses))
+        column = torch.arange(size, device=device)
+        tokens = [
+            [row.ids[-1], *guessed, *[row.ids[-1]] * (size - 1 - len(guessed))]
+            for row, guessed in zip(self.rows, guesses, strict=True)
+        ]
+        # positions of the answer that were read before
+        read = torch.tensor([len(row.ids) - 1 for row in self.rows], device=device)
+        start = self.batch.next_position[[row.index for row in self.rows]] + read
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), size)], 1)
+        self.keep([1 + len(guessed) for guessed in guesses], size)
+        output = self.vlm.model(
+            input_ids=torch.tensor(tokens, device=device),
+            attention_mask=self.mask,
+            position_ids=self.batch.text_positions(start[:, None] + column),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def keep(self, counts: Sequence[int], size: int) -> None:
+        """Of the last `size` positions only the first so many of each row are seen from now on."""
+        column = torch.arange(size, device=self.mask.device)
+        kept = column < torch.tensor(counts, device=self.mask.device)[:, None]
+        self.mask[:, -size:] = kept.to(self.mask)
+
+    def go_on(self) -> None:
+        """Leave out the rows that are done, and the last positions that none of the others sees."""
+        left = [place for place, row in enumerate(self.rows) if not row.is_done]
+        if len(left) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in left]
+        if not left:
+            return
+        chosen = torch.tensor(left, device=self.mask.device)
+        self.mask = self.mask[chosen]
+        length = 1 + int(self.mask.any(0).nonzero().max())
+        self.mask = self.mask[:, :length]
+        shared = first_positions(self.vlm, self.cache, length, rows=chosen)
+        assert shared is not None  # can_verify() has seen to it
+        self.cache = shared
+
+
+def decode(
+    vlm: VLM,
+    batch: Batch,
+    output: CausalLMOutputWithPast,
+    drafts: Sequence[Sequence[int]],
+    limit: int,
+    stop: Callable[[list[list[int]]], Sequence[bool]] | None = None,
+) -> tuple[list[list[int]], list[Float[Tensor, " n"]]]:
+    """(ids, their log-probabilities) of each row, as decoding token by token gives them.
+
+    output: of prefill(), for whose cache can_verify() holds; it is kept up to the first row that
+    ends. drafts: ids for each row, of any length, [] for none. limit, stop: as in generate().
+    """
+    ends = vlm.eos_ids
+    rows = []
+    for index, draft in enumerate(drafts):
+        end = next((place for place, id in enumerate(draft) if id in ends), len(draft))
+        rows.append(_Row(index, list(draft[:end])))
+    state = _Cache(vlm, batch, output.past_key_values, batch.attention_mask, rows)
+    guesses: list[list[int]] = [[] for _ in rows]
+    logits = output.logits[:, -1:]
+    ties = torch.zeros((), dtype=torch.long, device=vlm.device)
+    while True:
+        size = logits.shape[1]
+        before = [len(row.ids) for row in rows]
+        counts = []
+        for row, said, guessed, of_row in zip(
+            state.rows, logits.argmax(-1).tolist(), guesses, logits, strict=True
+        ):
+            count = row.take(said, guessed, ends)
+            values = of_row[:count].float()
+            chosen = values.argmax(-1, keepdim=True)
+            row.logprobs.append(values.log_softmax(-1).gather(-1, chosen)[:, 0].to(vlm.device))
+            ties += _near_ties(values, of_row.dtype).to(vlm.device)
+            row.is_done |= len(row.ids) >= limit
+            counts.append(count)
+        if stop is not None:
+            _stop(rows, before, stop)
+        if any(before):
+            state.keep(counts, size)
+            _counts["draft_passes"] += 1
+            _counts["draft_tokens"] += sum(counts)
+            _counts["draft_agreed"] += sum(counts) - len(counts)
+        state.go_on()
+        if not state.rows:
+            break
+        guesses = [row.guesses(limit) for row in state.rows]
+        logits = state.read(guesses)
+    _counts["draft_near_ties"] += int(ties)
+    return ([row.ids for row in rows], [torch.cat(row.logprobs)[: len(row.ids)] for row in rows])
+
+
+def _near_ties(logits: Float[Tensor, "n V"], dtype: torch.dtype) -> Int[Tensor, ""]:
+    """How many of n choices are between two logits so close that another order of summing may turn
+    them: within NEAR in float32, within two steps of a shorter dtype that made them."""
+    best, second = logits.topk(2).values.unbind(-1)
+    near: float | Tensor = NEAR
+    if dtype != torch.float32:
+        near = 2 * torch.finfo(dtype).eps * best.abs().log2().floor().exp2()
+    return (best - second <= near).sum()
+
+
+def _stop(
+    rows: Sequence[_Row], before: Sequence[int], stop: Callable[[list[list[int]]], Sequence[bool]]
+) -> None:
+    """End the answers that are complete after a token of the last pass, as if each had come in a
+    step of its own. before: how long the answers were."""
+    ids = [row.ids for row in rows]
+    longest = max(len(of_row) - start for of_row, start in zip(ids, before, strict=True))
+    for step in range(1, longest + 1):
+        so_far = [of_row[: start + step] for of_row, start in zip(ids, before, strict=True)]
+        for row, part, complete in zip(rows, so_far, stop(so_far), strict=True):
+            if complete and len(part) <= len(row.ids):
+                row.ids = part
+                row.is_done = True
