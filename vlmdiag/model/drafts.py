@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from vlmdiag.types import VLM
 
 WIDTH = 64  # most tokens of a draft in a pass
-NARROW = 4  # of one that has just been wrong
-LOOKUP = 3  # most tokens of an answer's end that are looked for in its draft
+REPEAT = 2  # last tokens of an answer that the draft has to have, to go on behind them
+# what a pass costs, in tokens of a long pass, as measured on a CPU: for itself, and for each row
+PASS_COST = 16
+ROW_COST = 8
+LIKELY = 0.75  # share of what a pass tries that is likely to be right
 NEAR = 1e-4  # logits of a tie in float32
 
 # what was decoded with drafts in this process since counted(): "draft_tokens" of answers, those of
@@ -82,12 +85,12 @@ class _Row:
     draft: list[int]
     ids: list[int] = field(default_factory=list)
     logprobs: list[Float[Tensor, " n"]] = field(default_factory=list)
-    next: int = 0  # where the draft goes on; its length where nothing of it is to be tried
-    width: int = WIDTH  # most tokens of it in the next pass
+    next: int = 0  # where the draft goes on
+    width: int = 0  # how much of it is worth trying
     is_done: bool = False
 
     def guesses(self, limit: int) -> list[int]:
-        """What the next pass tries: behind the last of it, the pass gives one more token."""
+        """What a pass may try: behind the last of it, the pass gives one more token."""
         room = limit - len(self.ids) - 1
         return self.draft[self.next : self.next + min(self.width, room)]
 
@@ -99,26 +102,30 @@ class _Row:
             agreed += 1
         self.ids += said[: agreed + 1]
         self.is_done = self.ids[-1] in ends
-        if guesses:
-            self.width = min(WIDTH, max(NARROW, 2 * agreed))
         self._find(self.next + agreed + 1)
         return agreed + 1
 
     def _find(self, expected: int) -> None:
-        """Where the draft goes on: behind the longest end of the answer that is in it, of several
-        the one nearest to where it is expected."""
+        """Where the draft goes on: behind as much as possible of the answer's end, of several
+        places behind the one nearest to where it is expected. What agreed so far is likely to go on
+        for as long again; a draft that was never wrong, to its end."""
+        if self.ids == self.draft[: len(self.ids)]:
+            self.next = len(self.ids)
+            self.width = WIDTH
+            return
 
-        def alike(place: int) -> int:
+        def agreed(place: int) -> int:
             """How many of the last tokens stand before a place of the draft."""
-            most = min(LOOKUP, place, len(self.ids))
+            most = min(place, len(self.ids), WIDTH // 2)
             for n in range(1, most + 1):
                 if self.draft[place - n] != self.ids[-n]:
                     return n - 1
             return most
 
-        places = range(1, len(self.draft))
-        best = max(places, key=lambda place: (alike(place), -abs(place - expected)), default=0)
-        self.next = best if best and alike(best) else len(self.draft)
+        places = range(REPEAT, len(self.draft))
+        self.next = max(places, key=lambda at: (agreed(at), -abs(at - expected)), default=0)
+        count = agreed(self.next)
+        self.width = 2 * count if count >= REPEAT else 0
 
 
 @dataclass
@@ -225,10 +232,23 @@ def decode(
         state.go_on()
         if not state.rows:
             break
-        guesses = [row.guesses(limit) for row in state.rows]
+        guesses = _worth_trying([row.guesses(limit) for row in state.rows])
         logits = state.read(guesses)
     _counts["draft_near_ties"] += int(ties)
     return ([row.ids for row in rows], [torch.cat(row.logprobs)[: len(row.ids)] for row in rows])
+
+
+def _worth_trying(guesses: list[list[int]]) -> list[list[int]]:
+    """The first tokens of each row's guesses that a pass is to try: as many for all rows as make
+    the most tokens for their cost, because the shorter rows are filled up."""
+
+    def gain(width: int) -> float:
+        right = LIKELY * sum(min(len(guessed), width) for guessed in guesses)
+        cost = PASS_COST + len(guesses) * (ROW_COST + 1 + width)
+        return (len(guesses) + right) / cost
+
+    width = max(sorted({0, *map(len, guesses)}), key=gain)
+    return [guessed[:width] for guessed in guesses]
 
 
 def _near_ties(logits: Float[Tensor, "n V"], dtype: torch.dtype) -> Int[Tensor, ""]:
