@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 QUESTION = "Describe the image."
 PATCH = 14
 SCORE_DEVIATION = 3
+STEADY = 10  # times larger than usual are the text's embeddings, to outweigh the picture's
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
 
@@ -56,9 +57,10 @@ def decoder_shape(size: str) -> dict[str, int]:
     return dict(zip(SHAPE, SIZES[size].decoder, strict=True))
 
 
-def build(size: str, prompt: int, device: str, folder: Path) -> VLM:
+def build(size: str, prompt: int, device: str, folder: Path, steady: bool = False) -> VLM:
     """A random LLaVA in float32 with prompts of about `prompt` tokens. No special token is ever the
-    likeliest, so that no answer ends by itself."""
+    likeliest, so that no answer ends by itself. steady: every token has one that it makes likeliest
+    after it, whatever the picture, so that answers are hardly changed by an ablation."""
     import torch
     from transformers import (
         CLIPVisionConfig,
@@ -108,6 +110,11 @@ def build(size: str, prompt: int, device: str, folder: Path) -> VLM:
     for layer in model.model.language_model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight *= factor
+    if steady:
+        embeddings = model.get_input_embeddings().weight
+        embeddings *= STEADY
+        follower = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0))
+        model.lm_head.weight += torch.nn.functional.normalize(embeddings, dim=-1)[follower]
     model.lm_head.weight[sorted({*tokenizer.all_special_ids, image_id})] = 0
     image_processor = LlavaImageProcessorPil(
         do_pad=True,

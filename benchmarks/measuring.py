@@ -138,12 +138,21 @@ def rounds_of(variants: Mapping[str, Work], repeats: int) -> list[dict[str, floa
     )
 
 
+def busy_seconds_of(work: Work) -> float:
+    """CPU time of work(), which other processes hardly change; beside a GPU its wall time."""
+    import torch
+
+    wall, busy = times_of(work)
+    return wall if torch.cuda.is_available() else busy
+
+
 def alternating(
-    measures: Mapping[str, Callable[[], Number]], repeats: int
+    measures: Mapping[str, Callable[[], Number]], repeats: int, warm_up: bool = True
 ) -> list[dict[str, Number]]:
     """The same of what measures {name: () -> a number, or several} give."""
-    for measure in measures.values():
-        measure()
+    if warm_up:
+        for measure in measures.values():
+            measure()
     rounds = []
     for index in range(repeats):
         names = list(measures)

@@ -1,7 +1,7 @@
 """The variants of bench_interventions.py, what is done to the picture, and that outputs are equal.
 
 Knockouts: variant(case, plan) -> {key: logits after the prompt (V,)}. Ablations: variant(case,
-plan) -> {condition: [ids of the answer to each question]}.
+plan) -> {condition: [ids of the answer to each question]}, "none" the one without ablation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vlmdiag.interp.interventions import asking, prepare, run_conditions
 from vlmdiag.interp.knockout import blocks_for, knocked_out, positions_of
 from vlmdiag.interp.knockout_pairs import PAPER_PAIRS, PAPER_WINDOWS, layer_windows
 from vlmdiag.interp.objects import buffered, random_tokens, rng_for
+from vlmdiag.model import drafts
+from vlmdiag.model.decoding import generate
 from vlmdiag.model.lens import Lens
 from vlmdiag.model.prefix import SharedPicture
 from vlmdiag.pictures.samples import Sample
@@ -74,13 +76,13 @@ def make_plan(case: Case, description_tokens: int) -> Plan:
     for n in range(CONDITIONS - len(BUFFERS)):
         drawn = min(count, COUNTS[n % len(COUNTS)])
         sets[f"random_{n}"] = random_tokens(rng_for(0, n), drawn, np.arange(count))
-    width = vlm.parts.lm_head.weight.shape[1]
-    replacement = torch.randn(width, generator=torch.Generator().manual_seed(0)) * 0.02
+    with torch.no_grad():
+        replacement = torch.cat(vlm.vision(batch).pooler_output).mean(0)
     questions = [
         (sample.question, description_tokens),
         (YES_NO, min(NEW_TOKENS_YES_NO, description_tokens)),
     ]
-    return Plan(blocks, sets, replacement.to(vlm.device), questions)
+    return Plan(blocks, sets, replacement, questions)
 
 
 def encode(case: Case, question: str | None = None) -> Batch:
@@ -199,7 +201,8 @@ def ablation_floor(case: Case, plan: Plan) -> Answers:
 
 @torch.no_grad()
 def ablation_ours(case: Case, plan: Plan) -> Answers:
-    """The scripts' own functions: conditions batched over shared prefixes, the picture once."""
+    """The scripts' own functions: conditions batched over shared prefixes, the picture once, the
+    unablated answers as drafts."""
     vlm = case.vlm
     batches = [encode(case, question) for question, _ in plan.questions]
     features = vlm.vision(batches[0])
@@ -211,9 +214,15 @@ def ablation_ours(case: Case, plan: Plan) -> Answers:
             shared.keep(prompts[0].cache)
     replacement = plan.replacement.to(prompts[0].embeds)
     replacements = replacement.expand(len(prompts[0].positions), -1)
-    asks = [asking(limit) for _, limit in plan.questions]
+    limits = [limit for _, limit in plan.questions]
+    plain = [
+        generate(vlm, prompt.batch, limit, **prompt.inputs(vlm)).ids[0]
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    asks = [asking(limit, ids) for limit, ids in zip(limits, plain, strict=True)]
     answers = run_conditions(vlm, prompts, asks, plan.sets, replacements, PER_PASS)
-    return {name: [answer.ids for answer in of_set] for name, of_set in answers.items()}
+    ablated = {name: [answer.ids for answer in of_set] for name, of_set in answers.items()}
+    return {"none": plain} | ablated
 
 
 @torch.inference_mode()
@@ -221,7 +230,7 @@ def ablation_published(case: Case, plan: Plan) -> Answers:
     """generate() per condition and question, with a hook that overwrites the decoder's inputs in
     the prefill."""
     answers: Answers = {}
-    for name, tokens in plan.sets.items():
+    for name, tokens in {"none": np.arange(0), **plan.sets}.items():
         answers[name] = []
         for question, limit in plan.questions:
             batch = encode(case, question)
@@ -257,9 +266,14 @@ KNOCKOUTS = {
 ABLATIONS = {"floor": ablation_floor, "ours": ablation_ours, "published": ablation_published}
 
 
-def check(case: Case, plan: Plan) -> float:
-    """The largest difference of logits relative to their range; AssertionError unless all variants
-    agree."""
+def agreed_share() -> float | None:
+    """The share of the tokens decoded with a draft since the last call that were the draft's."""
+    counts = drafts.counted()
+    return counts["draft_agreed"] / counts["draft_tokens"] if counts else None
+
+
+def check_knockouts(case: Case, plan: Plan) -> str:
+    """How far the variants agree; AssertionError unless they do."""
     ours = KNOCKOUTS["ours"](case, plan)
     worst = 0.0
     for name in ("published", "vectorised"):
@@ -271,8 +285,13 @@ def check(case: Case, plan: Plan) -> float:
                     f"knockouts differ by {gap:.1e} of the logits' range, more than {TOLERANCE:g}"
                 )
             worst = max(worst, gap)
+    return f"logits within {worst:.1e} of their range"
+
+
+def check_ablations(case: Case, plan: Plan) -> str:
+    """The same of the ablated answers."""
     ablated = ABLATIONS["ours"](case, plan)
     for name, published in ABLATIONS["published"](case, plan).items():
         if ablated[name] != published:
             raise AssertionError(f"ablated answers differ: {name}: {ablated[name]}, {published}")
-    return worst
+    return f"all {len(ablated)} pairs of answers"
