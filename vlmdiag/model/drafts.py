@@ -29,6 +29,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vlmdiag.model.attention import is_capturing
+from vlmdiag.model.cache import RoomyLayer
 from vlmdiag.model.prefix import first_positions
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def can_verify(vlm: VLM, cache: Cache | None) -> bool:
         return False
     # the second has the layers that the config asks for, also where the first was made without it
     layers = [*cache.layers, *DynamicCache(config=config).layers]
-    return all(type(layer) is DynamicLayer for layer in layers)
+    return all(type(layer) in (DynamicLayer, RoomyLayer) for layer in layers)
 
 
 @dataclass
