@@ -202,11 +202,17 @@ def peaks(
     return in_processes(variants, script, flags)
 
 
-def in_processes(names: Iterable[str], script: str, flags: Sequence[object]) -> dict[str, Any]:
-    """{name: what the script prints with `--memory_of NAME`}, each in a process whose allocator
-    gives freed blocks back at once."""
-    command = [sys.executable, script, *map(str, flags), "--memory_of"]
-    environment = os.environ | RETURNING
+def in_processes(
+    names: Iterable[str],
+    script: str,
+    flags: Sequence[object],
+    flag: str = "--memory_of",
+    allocator: Mapping[str, str] = RETURNING,
+) -> dict[str, Any]:
+    """{name: what the script prints with `--memory_of NAME` or another flag}, each in a process
+    whose allocator gives freed blocks back at once, unless told otherwise."""
+    command = [sys.executable, script, *map(str, flags), flag]
+    environment = os.environ | allocator
     printed = {}
     for name in names:
         done = subprocess.run(
