@@ -57,10 +57,13 @@ def decoder_shape(size: str) -> dict[str, int]:
     return dict(zip(SHAPE, SIZES[size].decoder, strict=True))
 
 
-def build(size: str, prompt: int, device: str, folder: Path, steady: bool = False) -> VLM:
+def build(
+    size: str | Size, prompt: int, device: str, folder: Path, steady: bool = False
+) -> VLM:
     """A random LLaVA in float32 with prompts of about `prompt` tokens. No special token is ever the
-    likeliest, so that no answer ends by itself. steady: every token has one that it makes likeliest
-    after it, whatever the picture, so that answers are hardly changed by an ablation."""
+    likeliest, so that no answer ends by itself. size: a name of SIZES or a shape; steady: every
+    token has one that it makes likeliest after it, whatever the picture, so that answers are hardly
+    changed by an ablation."""
     import torch
     from transformers import (
         CLIPVisionConfig,
@@ -76,7 +79,8 @@ def build(size: str, prompt: int, device: str, folder: Path, steady: bool = Fals
     from vlmdiag.families.llava import SYSTEM
     from vlmdiag.scenes import tiny_llava as tiny
 
-    decoder, tower, vocabulary, key_value_heads = SIZES[size]
+    shape = SIZES[size] if isinstance(size, str) else size
+    decoder, tower, vocabulary, key_value_heads = shape
     tokenizer = tiny.make_tokenizer(folder)
     text_ids = tokenizer(f"{SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:").input_ids
     # the picture's tokens fill up what the text leaves, as a square
@@ -131,7 +135,8 @@ def build(size: str, prompt: int, device: str, folder: Path, steady: bool = Fals
         num_additional_image_tokens=1,
         chat_template=tiny.CHAT_TEMPLATE,
     )
-    return VLM(model, processor, find_family({"model_type": "llava"}), f"random-{size}")
+    name = size if isinstance(size, str) else "-".join(map(str, decoder))
+    return VLM(model, processor, find_family({"model_type": "llava"}), f"random-{name}")
 
 
 def make_samples(folder: Path, count: int) -> list[Sample]:

@@ -1,5 +1,7 @@
-"""The variants of bench_peers.py: variant(model) -> {job: work()}, each in a process of its own because
-TransformerLens rebuilds the model that it is given. And that their outputs are equal.
+"""The variants of bench_peers.py, and that their outputs are equal.
+
+variant(model) -> {job: work()}, each in a process of its own, because TransformerLens rebuilds the
+model that it is given.
 
 Every tool runs the same forward pass and is used as its documentation shows; what it hands over is
 reduced by the same three functions, whose results are compared. Shapes: B prompts, L layers, H

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import build, make_samples, model_inputs
+from benchmarks.cases import Size, build, make_samples, model_inputs
 from vlmdiag.model.decoding import answer_ids
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures.samples import AT_HAND, Sample
@@ -95,7 +95,7 @@ def write_table(table: Path, samples: Sequence[Sample]) -> None:
     table.write_text("\n".join(lines) + "\n")
 
 
-def make_case(size: str, prompt: int, batch: int, device: str, folder: Path) -> Case:
+def make_case(size: str | Size, prompt: int, batch: int, device: str, folder: Path) -> Case:
     """A random LLaVA with planted answers, and a table of `batch` distance pairs with their
     quads."""
     vlm = build(size, prompt, device, folder)
