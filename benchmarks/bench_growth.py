@@ -32,13 +32,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import measuring
+from benchmarks.cases import Case, Size, build, make_samples
 from vlmdiag import cli
 
 if TYPE_CHECKING:
-    from benchmarks.variants_growth import Point
+    from benchmarks.variants_growth import Point, Work
 
 Curve = dict[str, Any]  # size, seconds, mib: one each per size
 
+WIDTH = (128, 4, 344)  # hidden size, heads, intermediate size of a layer
+TOWER = (2, 64, 2, 96)
+TEXT = 40  # about how many tokens of a prompt are not of the picture
 # of each axis the base and the sizes
 SIZES = {
     "picture": (576, [144, 576, 1296, 2916]),
@@ -75,12 +79,11 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float(rise / np.log(sizes[-1] / sizes[-2]))
 
 
-def points_of(experiment: str, is_quick: bool) -> dict[str, Curve]:
+def points_of(experiment: str, sizes: Mapping[str, tuple[int, list[int]]]) -> dict[str, Curve]:
     """What the process of one experiment prints: {axis: {size, seconds, mib: one each per size}}.
     Seconds are the least of two runs."""
     from benchmarks.variants_growth import EXPERIMENTS, Point
 
-    sizes = QUICK if is_quick else SIZES
     base = Point(**{axis: at for axis, (at, _) in sizes.items()})
     make, axes = EXPERIMENTS[experiment]
     measured: dict[Point, tuple[float, float | None]] = {}
@@ -101,10 +104,13 @@ def points_of(experiment: str, is_quick: bool) -> dict[str, Curve]:
     return curves
 
 
-def measure(make: Callable[..., Callable[[], object]], point: Point) -> tuple[float, float | None]:
+def measure(make: Callable[[Case], Work], point: Point) -> tuple[float, float | None]:
     """(CPU seconds, MiB above what was held before) of an experiment at a point."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = make(point, Path(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shape = Size((point.layers, *WIDTH), TOWER)
+        vlm = build(shape, point.picture + TEXT, "cpu", folder)
+        work = make(Case(vlm, make_samples(folder, point.batch), point.new_tokens, folder))
         seconds: list[float] = []
 
         def timed() -> None:
@@ -118,13 +124,13 @@ def measure(make: Callable[..., Callable[[], object]], point: Point) -> tuple[fl
 
 
 def rows_of(curves: Mapping[str, Mapping[str, Curve]]) -> list[measuring.Row]:
-    """A row per experiment, axis and quantity, with its exponent; quantities that could not be read
-    have none."""
+    """A row per experiment, axis and quantity, with its exponent, but for what could not be read or
+    was too little."""
     rows: list[measuring.Row] = []
     for experiment, of_axes in curves.items():
         for axis, curve in of_axes.items():
             for quantity in QUANTITIES:
-                if None in curve[quantity]:
+                if not all(curve[quantity][-2:]):
                     continue
                 fitted = exponent(curve["size"], curve[quantity])
                 limit = expected(experiment, axis, quantity)
@@ -144,8 +150,8 @@ def rows_of(curves: Mapping[str, Mapping[str, Curve]]) -> list[measuring.Row]:
 
 
 def table(rows: Sequence[measuring.Row]) -> str:
-    """Exponents as a Markdown table: time and memory of each experiment (columns: what grows), those
-    above the expected ones in bold."""
+    """Exponents of time and memory of each experiment as a Markdown table, those above the expected
+    ones in bold."""
     cells = {(row["experiment"], row["quantity"], row["axis"]): row for row in rows}
     lines = [
         f"| experiment | of | {' | '.join(TITLES.values())} |",
@@ -232,12 +238,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(json.dumps(points_of(args.memory_of, args.quick)))
+        print(json.dumps(points_of(args.memory_of, SIZES)))
         return 0
     if unknown := set(args.only or ()) - set(EXPERIMENTS):
         raise cli.UsageError(f"--only {', '.join(unknown)}: one of {', '.join(EXPERIMENTS)}")
-    flags = ["--threads", args.threads, *(["--quick"] if args.quick else [])]
-    curves = measuring.in_processes(args.only or EXPERIMENTS, __file__, flags)
+    names = args.only or list(EXPERIMENTS)
+    if args.quick:
+        curves = {name: points_of(name, QUICK) for name in names}
+    else:
+        curves = measuring.in_processes(names, __file__, ["--threads", args.threads])
     rows = rows_of(curves)
     if args.figure:
         draw(rows, args.figure)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from vlmdiag.pictures.samples import Sample, load_image
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from common import VLM
     from vlmdiag.batch import Batch
@@ -58,12 +60,21 @@ def decoder_shape(size: str) -> dict[str, int]:
 
 
 def build(
-    size: str | Size, prompt: int, device: str, folder: Path, steady: bool = False
+    size: str | Size,
+    prompt: int,
+    device: str,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    four_bit: bool = False,
+    steady: bool = False,
 ) -> VLM:
-    """A random LLaVA in float32 with prompts of about `prompt` tokens. No special token is ever the
-    likeliest, so that no answer ends by itself. size: a name of SIZES or a shape; steady: every
-    token has one that it makes likeliest after it, whatever the picture, so that answers are hardly
-    changed by an ablation."""
+    """A random LLaVA with prompts of about `prompt` tokens. No special token is ever the likeliest,
+    so that no answer ends by itself.
+
+    size: a name of SIZES or a shape. dtype: None is float32. four_bit: the decoder's linear layers
+    as --quantize_type 4bit makes them. steady: every token has one that it makes likeliest after
+    it, whatever the picture, so that answers are hardly changed by an ablation.
+    """
     import torch
     from transformers import (
         CLIPVisionConfig,
@@ -77,6 +88,7 @@ def build(
     from common import VLM
     from vlmdiag.families import find_family
     from vlmdiag.families.llava import SYSTEM
+    from vlmdiag.model.precision import check_quantized
     from vlmdiag.scenes import tiny_llava as tiny
 
     shape = SIZES[size] if isinstance(size, str) else size
@@ -107,7 +119,8 @@ def build(
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype or torch.float32)
+    model.eval().requires_grad_(False)
     # scores with a deviation of about 3: attention of random weights is nearly uniform and hides
     # errors
     factor = (SCORE_DEVIATION / (text.initializer_range**2 * text.hidden_size)) ** 0.5
@@ -120,6 +133,8 @@ def build(
         follower = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0))
         model.lm_head.weight += torch.nn.functional.normalize(embeddings, dim=-1)[follower]
     model.lm_head.weight[sorted({*tokenizer.all_special_ids, image_id})] = 0
+    if four_bit:
+        quantise(model.model.language_model, device)
     image_processor = LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": pixels},
@@ -136,7 +151,37 @@ def build(
         chat_template=tiny.CHAT_TEMPLATE,
     )
     name = size if isinstance(size, str) else "-".join(map(str, decoder))
-    return VLM(model, processor, find_family({"model_type": "llava"}), f"random-{name}")
+    vlm = VLM(model, processor, find_family({"model_type": "llava"}), f"random-{name}")
+    if four_bit:
+        check_quantized(vlm, False, vlm.dtype)
+    return vlm
+
+
+def quantise(decoder: PreTrainedModel, device: str) -> None:
+    """Put 4-bit linear layers in the places of the decoder's own. UsageError without
+    bitsandbytes."""
+    from torch import nn
+
+    from vlmdiag.model.precision import quantization
+
+    quantization("4bit", decoder.dtype)
+    import bitsandbytes as bnb
+
+    linear = {
+        name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)
+    }
+    for name, module in linear.items():
+        four_bit = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=module.weight.dtype,
+            device="cpu",
+        )
+        four_bit.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        # the weights are quantised on their way to the device
+        setattr(decoder.get_submodule(parent), child, four_bit.to(device))
 
 
 def make_samples(folder: Path, count: int) -> list[Sample]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import Size, build, make_samples, model_inputs
+from benchmarks.cases import build, make_samples, model_inputs
 from vlmdiag.model.decoding import answer_ids
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures.samples import AT_HAND, Sample
@@ -95,10 +95,14 @@ def write_table(table: Path, samples: Sequence[Sample]) -> None:
     table.write_text("\n".join(lines) + "\n")
 
 
-def make_case(size: str | Size, prompt: int, batch: int, device: str, folder: Path) -> Case:
+def make_case(size: str, prompt: int, batch: int, device: str, folder: Path) -> Case:
     """A random LLaVA with planted answers, and a table of `batch` distance pairs with their
     quads."""
-    vlm = build(size, prompt, device, folder)
+    return case_of(build(size, prompt, device, folder), batch, folder)
+
+
+def case_of(vlm: VLM, batch: int, folder: Path) -> Case:
+    """The same of a model, in which the answers are planted."""
     table = folder / "pairs.tsv"
     write_table(table, make_samples(folder, batch))
     of_table, _ = pairs.read_pairs(table, limit=0)

@@ -4,6 +4,8 @@ measures. Nothing is asserted about time."""
 import itertools
 import json
 import mmap
+import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, measuring, variants_diagnostics, variants_relevancy, variants_swap
+from benchmarks import (
+    bench_growth,
+    bench_peers,
+    cases,
+    gpu_row,
+    measuring,
+    variants_diagnostics,
+    variants_peers,
+    variants_relevancy,
+    variants_swap,
+)
+from benchmarks.variants_growth import EXPERIMENTS
 from tests.conftest import command_module
 from vlmdiag import cli
 
@@ -19,14 +32,36 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "bench_diagnostics.py"
 
 
-@pytest.fixture
-def quick(warm_python, tmp_path):
-    """quick(script) -> (report, what was printed) of a benchmark by its command line."""
+@pytest.fixture(scope="module")
+def on_gpu(warm_python, tmp_path_factory):
+    """(folder, what was printed) of gpu.sh with QUICK=1, which runs most benchmarks by their
+    command lines."""
+    folder = tmp_path_factory.mktemp("gpu")
+    variables = {"QUICK": "1", "OUT": str(folder), "PYTHON": warm_python}
+    variables["PYTHONWARNINGS"] = "error"
+    done = gpu_script(variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
 
-    def run(script):
+
+def gpu_script(variables):
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+
+
+@pytest.fixture
+def quick(on_gpu, warm_python, tmp_path):
+    """quick(name, flags) -> (report, what was printed) of a benchmark by its command line."""
+
+    def run(name, *flags):
+        out = on_gpu[0] / f"{name}.json"
+        if out.is_file():
+            error = out.with_suffix(".err").read_text()
+            assert not error.strip(), error
+            return json.loads(out.read_text()), out.with_suffix(".txt").read_text()
         out = tmp_path / "bench.json"
-        command = [warm_python, "-W", "error", str(ROOT / "benchmarks" / script)]
-        command += ["--quick", "--threads", "1", "--out", str(out)]
+        command = [warm_python, "-W", "error", str(ROOT / "benchmarks" / f"bench_{name}.py")]
+        command += ["--quick", "--threads", "1", "--out", str(out), *flags]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert not done.stderr.strip(), done.stderr
@@ -36,12 +71,21 @@ def quick(warm_python, tmp_path):
 
 
 # The commands of benchmarks/README.md are run here once each; its other ones need hours.
-SCRIPTS = ("diagnostics", "interventions", "volcano", "swap", "relevancy")
+SCRIPTS = (
+    "diagnostics",
+    "interventions",
+    "volcano",
+    "swap",
+    "relevancy",
+    "fits",
+    "peers",
+    "growth",
+)
 
 
 @pytest.mark.parametrize("name", ["interventions", "volcano"])
 def test_a_quick_benchmark_gives_a_table_and_a_report(quick, name):
-    report, printed = quick(f"bench_{name}.py")
+    report, printed = quick(name)
     assert report["size"] == "quick"
     assert report["machine"]["threads"] == 1
     assert len(table_of(printed)) > 3
@@ -65,7 +109,7 @@ def case(tmp_path_factory):
 
 
 def test_the_command_line_gives_a_table_and_a_report(quick):
-    report, printed = quick("bench_diagnostics.py")
+    report, printed = quick("diagnostics")
     assert report["size"] == "quick"
     assert report["dtype"] == "float32"
     assert report["new_tokens"] == 4
@@ -243,7 +287,7 @@ def test_wrong_numbers_are_refused(bench, capsys):
 
 
 def test_the_swap_benchmark_gives_a_table_and_a_report(quick):
-    report, printed = quick("bench_swap.py")
+    report, printed = quick("swap")
     assert report["size"] == "quick"
     assert report["dtype"] == "float32"
     assert report["repeats"] == 1
@@ -319,7 +363,7 @@ def test_answers_of_the_swap_benchmark_are_the_planted_ones(swap):
 
 
 def test_the_relevancy_benchmark_compares_and_reports(quick):
-    report, printed = quick("bench_relevancy.py")
+    report, printed = quick("relevancy")
     assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"]
     assert report["new_tokens"] == 4
     assert report["rows"][0]["x_floor"] == 1
@@ -338,3 +382,203 @@ def test_other_relevancy_stops_its_benchmark(monkeypatch):
         else:
             with pytest.raises(AssertionError, match="relevancy differs"):
                 variants_relevancy.check(None)
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_peers_says_who_is_not_installed(quick):
+    report, printed = quick("peers")
+    assert 0 <= report["worst"] <= variants_peers.TOLERANCE
+    kinds = [(row["job"], row["variant"]) for row in report["rows"]]
+    assert kinds == list(itertools.product(variants_peers.JOBS, variants_peers.VARIANTS))
+    for row in report["rows"]:
+        assert (row["prompt"], row["batch"]) == (121, 2)
+        if package := bench_peers.missing(row["variant"]):
+            assert row["why_not"] == f"{package} is not installed"
+            assert report["packages"][package] is None
+        else:
+            assert len(row["cpu_seconds"]) == 1
+            assert row["x_floor"] == 1 or row["variant"] != "floor"
+    assert report["packages"]["transformers"] == report["machine"]["transformers"]
+    assert "equal outputs: all jobs of all variants" in printed
+    table = table_of(printed)
+    assert len(table) == 2 + len(kinds)
+    assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.fixture(scope="module")
+def outputs(case):
+    """{variant: {job: {quantity: array}}} of those without further packages."""
+    model = variants_peers.Model(case.vlm, cases.encode_samples(case.vlm, case.samples))
+    outputs = {}
+    with torch.no_grad():
+        for name in ("floor", "ours", "transformers"):
+            for job, work in variants_peers.VARIANTS[name](model).items():
+                arrays = {quantity: of_job.numpy() for quantity, of_job in work().items()}
+                outputs.setdefault(name, {})[job] = arrays
+    case.vlm.parts.decoder.set_attn_implementation("sdpa")
+    return outputs
+
+
+def test_peers_agree_with_ours(outputs):
+    assert variants_peers.check(outputs) < 1e-5
+    layers, pictures, heads, shares = outputs["ours"][variants_peers.ATTENTION]["shares"].shape
+    assert (layers, pictures, heads, shares) == (2, 2, 2, 2)
+    of_picture = outputs["ours"][variants_peers.ATTENTION]["shares"][..., 0]
+    assert 0 < of_picture.min() < of_picture.max() < 1
+
+
+@pytest.mark.parametrize(
+    ("job", "quantity", "mutant"),
+    [
+        (variants_peers.ATTENTION, "shares", lambda shares: shares[..., ::-1]),
+        (variants_peers.ATTENTION, "shares", lambda shares: shares[:, :, ::-1]),
+        (variants_peers.NORMS, "norms", lambda norms: norms[::-1]),
+        (variants_peers.NORMS, "norms", lambda norms: norms[..., 1:]),
+        (variants_peers.LENS, "ids", lambda ids: ids[::-1]),
+        (variants_peers.LENS, "probabilities", lambda values: values * np.nan),
+    ],
+)
+def test_a_peer_with_other_outputs_stops_the_benchmark(outputs, job, quantity, mutant):
+    of_job = outputs["transformers"][job]
+    wrong = {**outputs["transformers"], job: {**of_job, quantity: mutant(of_job[quantity])}}
+    with pytest.raises(AssertionError, match=f"{quantity} of transformers .* differ from ours"):
+        variants_peers.check({**outputs, "transformers": wrong})
+
+
+def test_peers_are_compared_before_they_are_timed(monkeypatch):
+    def compared(outputs):
+        raise AssertionError("compared")
+
+    calls = []
+    monkeypatch.setattr(measuring, "in_processes", lambda *args: calls.append(args))
+    monkeypatch.setattr(bench_peers, "read_outputs", lambda path: {})
+    monkeypatch.setattr(variants_peers, "check", compared)
+    with pytest.raises(AssertionError, match="compared"):
+        bench_peers.main(["--quick", "--threads", "1"])
+    assert len(calls) == 1
+
+
+# --- growth ---------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_growth_gives_exponents_and_a_figure(quick, tmp_path):
+    figure = tmp_path / "growth.png"
+    report, printed = quick("growth", "--figure", str(figure))
+    assert figure.stat().st_size > 20_000
+    of_time = [row for row in report["rows"] if row["quantity"] == "seconds"]
+    assert {row["experiment"] for row in of_time} == set(EXPERIMENTS)
+    for row in report["rows"]:
+        assert row["sizes"] == bench_growth.QUICK[row["axis"]][1]
+        assert row["expected"] in (1, 2)
+    assert len(table_of(printed)) > 10
+
+
+def test_growth_above_what_the_work_asks_for_is_marked():
+    sizes = [100, 200, 400]
+    curves = {
+        "PSI": {
+            "picture": {
+                "size": sizes,
+                "seconds": [1 + (size / 100) ** 2 for size in sizes],
+                "mib": [float(size) ** 1.5 for size in sizes],
+            },
+            "layers": {"size": sizes, "seconds": [2.0, 4.0, 8.0], "mib": [None, None, None]},
+        },
+        "relevancy": {
+            "picture": {"size": sizes, "seconds": sizes, "mib": [size**2 for size in sizes]}
+        },
+    }
+    rows = bench_growth.rows_of(curves)
+    found = {(row["experiment"], row["axis"], row["quantity"]): row for row in rows}
+    assert len(found) == 5
+    time = found["PSI", "picture", "seconds"]
+    assert time["exponent"] == pytest.approx(np.log2(17 / 5))
+    assert time["expected"] == 2 and not time["above"]
+    memory = found["PSI", "picture", "mib"]
+    assert memory["exponent"] == pytest.approx(1.5)
+    assert memory["expected"] == 1 and memory["above"]
+    assert not found["PSI", "layers", "seconds"]["above"]
+    assert not found["relevancy", "picture", "mib"]["above"]
+    assert bench_growth.table(rows).count("**1.50 of 1**") == 1
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def test_the_script_for_a_gpu_ends_with_a_row(on_gpu):
+    _, printed = on_gpu
+    header, _, row = table_of(printed)[-3:]
+    assert header.startswith("| card | diagnosis, x floor |")
+    assert header.count("|") == row.count("|")
+    assert "not measured" not in row
+    assert "exit code" not in printed
+
+
+def test_the_parts_for_a_gpu_fit_into_five_minutes():
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    parts = re.findall(r"^part (\d+) (\w+)", script, re.M)
+    assert len(parts) == 6
+    assert sum(int(limit) for limit, _ in parts) < 300
+    for _, name in parts:
+        assert (ROOT / "benchmarks" / f"bench_{name}.py").is_file()
+
+
+def test_without_a_gpu_the_script_says_so(fake_python, tmp_path):
+    python = fake_python("exit 1")
+    done = gpu_script({"PYTHON": python, "OUT": str(tmp_path / "out"), "QUICK": ""})
+    assert done.returncode == 2
+    assert not done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "no GPU is visible here" in done.stderr
+
+
+def test_a_part_that_fails_does_not_stop_the_others(fake_python, tmp_path):
+    python = fake_python('case "$1" in *swap*) echo "no room" >&2; exit 1;; esac; echo "ran $1"')
+    done = gpu_script({"PYTHON": python, "OUT": str(tmp_path / "out"), "QUICK": ""})
+    assert done.returncode == 3
+    assert "swap: exit code 1" in done.stdout and "no room" in done.stdout
+    ran = re.findall(r"ran benchmarks/(\w+)", done.stdout)
+    assert ran[-3:] == ["bench_volcano", "bench_relevancy", "gpu_row"]
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """fake_python(what it does) -> path of a program in Python's place."""
+
+    def make(script):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+def test_the_row_for_a_gpu_is_what_the_reports_say_of_ours(tmp_path, capsys):
+    machine = {"gpu": "NVIDIA X"}
+    rows = [
+        {"experiment": "36 knockouts", "variant": "ours", "published_to_this": 21.0},
+        {"experiment": "36 knockouts", "variant": "published", "published_to_this": 1.0},
+        {"experiment": "18 ablations", "variant": "ours", "published_to_this": 5.5},
+    ]
+    reports = {
+        "interventions": rows,
+        "fits": [
+            {"weights": "bfloat16", "experiment": "swap", "peak_gb": 15.5},
+            {"weights": "bfloat16", "experiment": "PSI", "peak_gb": 15.25},
+            {"weights": "4 bits", "experiment": "PSI", "peak_gb": None},
+        ],
+    }
+    for name, of_part in reports.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"machine": machine, "rows": of_part}))
+    assert gpu_row.main([str(tmp_path)]) == 0
+    header, _, row = table_of(capsys.readouterr().out)
+    cells = dict(zip(header.split(" | "), row.split(" | ")))
+    assert cells["36 knockouts"] == "21.00"
+    assert cells["18 ablations"] == "5.50"
+    assert cells["GB, bfloat16"] == "15.50"
+    assert cells["swap pair"] == cells["diagnosis"] == "not measured"
+    assert row.startswith("| NVIDIA X |") and row.endswith(" not measured |")
