@@ -208,7 +208,7 @@ def draw(rows: Sequence[measuring.Row], path: str) -> None:
     figure.suptitle(
         "Growth of time and memory with the size of the work (small random LLaVA, n = 1)"
     )
-    plots.save(figure, path)
+    plots.save(figure, path, {"sizes": {axis: sizes_of(rows, axis) for axis in TITLES}}, quiet=True)
 
 
 def sizes_of(rows: Sequence[measuring.Row], axis: str) -> list[int]:
@@ -223,7 +223,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="very small sizes; figures without meaning"
     )
     parser.add_argument("--out", default=None, help="JSON file with everything")
-    parser.add_argument("--figure", default=None, help="PNG file")
+    parser.add_argument("--figure", default=None, help="its PNG and PDF file")
     parser.add_argument(
         "--memory_of", default=None, help="one experiment (the benchmark calls itself so)"
     )

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(scratch)
         samples = make_samples(folder, 1)
         if args.model_path is None:
-            vlm = build(args.size, args.prompt, device, folder, args.steady)
+            vlm = build(args.size, args.prompt, device, folder, steady=args.steady)
         else:
             vlm = load_model(args.model_path, device)
             scene = floor_scene(Random(0), 3, square=False)

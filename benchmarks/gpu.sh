@@ -36,11 +36,11 @@ part() { # seconds, name, flags of bench_NAME.py
     fi
 }
 
-part 75 fits
-part 45 diagnostics --size 7b --prompt 620 --batch 1 --new_tokens 16 --repeats 2
-part 60 interventions --size 7b --new_tokens 8 --repeats 1
-part 40 volcano --size 7b --batch 1 --new_tokens 16 --repeats 1
-part 40 swap --size 7b --batch 1 --repeats 1
-part 35 relevancy --size 7b --new_tokens 16 --repeats 1
+part 55 fits --new_tokens 8
+part 40 diagnostics --size 7b --prompt 620 --batch 1 --new_tokens 16 --repeats 2
+part 95 interventions --size 7b --new_tokens 8 --repeats 1
+part 35 volcano --size 7b --batch 1 --new_tokens 16 --repeats 1
+part 45 swap --size 7b --batch 1 --repeats 1
+part 25 relevancy --size 7b --new_tokens 16 --repeats 1
 "$python" benchmarks/gpu_row.py "$out"
 exit $failed
