@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vlmdiag.groups import GROUPS, PAD
+from vlmdiag.interp.lens_measures import AnswerStates
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
-from vlmdiag.model.probes import GroupMass, HiddenNorms, Probe, RopeShift, VisionRows
+from vlmdiag.model.probes import GroupMass, HiddenNorms, LastStates, Probe, RopeShift, VisionRows
 
 NAMES = ["llava", "llava-gqa", "qwen"]
 STEPS = 5
@@ -322,3 +323,12 @@ def test_logprobs_of_a_given_answer_are_those_of_a_plain_pass(load, batch_of):
     )
     assert torch.allclose(found.logprobs, expected, atol=1e-4)
     assert found.ids == ids and np.all(found.steps.numpy() == STEPS)
+
+
+def test_a_probe_of_few_positions_does_not_hold_the_whole_prompt():
+    last, answer = LastStates([0]), AnswerStates()
+    for probe in (last, answer):
+        probe.begin()
+        probe.hidden(1, torch.randn(2, 100, 8))
+    for kept, positions in ((last._after_layer[0], 1), (answer.states[1][0], 0)):
+        assert kept.untyped_storage().nbytes() == 2 * positions * 8 * kept.element_size()

@@ -65,7 +65,8 @@ class AnswerStates(Probe):
         self.states: dict[int, list[Float[Tensor, "B n d"]]] = {}
 
     def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
-        read = states if self.step > 0 else states[:, :0]
+        # a copy: a view, empty too, would hold the states of the whole prompt
+        read = states if self.step > 0 else states[:, :0].clone()
         self.states.setdefault(index, []).append(read)
 
 

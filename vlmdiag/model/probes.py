@@ -203,7 +203,8 @@ class LastStates(Probe):
 
     def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
         if self.step == 0 and index - 1 in self.layers:
-            self._after_layer[index - 1] = states[:, -1]
+            # a copy: a view would hold the states of all positions
+            self._after_layer[index - 1] = states[:, -1].clone()
 
     @property
     def states(self) -> Float[Tensor, "B layers d"]:
