@@ -10,7 +10,8 @@ heads, T prompt length, d width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -57,9 +58,15 @@ class Model:
         self.norm = vlm.parts.norm
         self.head = vlm.parts.lm_head
 
-    def eager(self) -> None:
-        """The only attention of transformers that hands its maps over."""
-        self.vlm.parts.decoder.set_attn_implementation("eager")
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Within it the only attention of transformers that hands its maps over; else SDPA."""
+        decoder = self.vlm.parts.decoder
+        decoder.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            decoder.set_attn_implementation("sdpa")
 
     def forward(self, **options: Any) -> Any:
         """The plain pass over the prompts, tower included."""
@@ -135,8 +142,8 @@ def transformers(model: Model) -> Jobs:
     """output_attentions on eager attention, output_hidden_states on SDPA."""
 
     def attention() -> dict[str, Tensor]:
-        model.eager()
-        maps = model.forward(output_attentions=True).attentions
+        with model.eager():
+            maps = model.forward(output_attentions=True).attentions
         return of_shares([model.shares(of_layer) for of_layer in maps])
 
     def norms() -> dict[str, Tensor]:
@@ -160,8 +167,7 @@ def nnsight_save(model: Model) -> Jobs:
     layers = traced.model.language_model.layers
 
     def attention() -> dict[str, Tensor]:
-        model.eager()
-        with traced.trace(**model.inputs):
+        with model.eager(), traced.trace(**model.inputs):
             maps = list().save()
             for layer in layers:
                 maps.append(layer.self_attn.output[1])
@@ -192,8 +198,7 @@ def nnsight_reduce(model: Model) -> Jobs:
     layers = traced.model.language_model.layers
 
     def attention() -> dict[str, Tensor]:
-        model.eager()
-        with traced.trace(**model.inputs):
+        with model.eager(), traced.trace(**model.inputs):
             shares = list().save()
             for layer in layers:
                 shares.append(model.shares(layer.self_attn.output[1]))

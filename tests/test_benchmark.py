@@ -417,8 +417,24 @@ def outputs(case):
             for job, work in variants_peers.VARIANTS[name](model).items():
                 arrays = {quantity: of_job.numpy() for quantity, of_job in work().items()}
                 outputs.setdefault(name, {})[job] = arrays
-    case.vlm.parts.decoder.set_attn_implementation("sdpa")
     return outputs
+
+
+def test_only_the_maps_of_a_peer_need_eager_attention(case, monkeypatch):
+    model = variants_peers.Model(case.vlm, cases.encode_samples(case.vlm, case.samples))
+    config = case.vlm.parts.decoder.config
+    ran = []
+    plain = model.forward
+
+    def forward(**options):
+        ran.append(config._attn_implementation)
+        return plain(**options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    with torch.no_grad():
+        for work in variants_peers.transformers(model).values():
+            work()
+    assert ran == ["eager", "sdpa", "sdpa"]
 
 
 def test_peers_agree_with_ours(outputs):
