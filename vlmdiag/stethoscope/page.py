@@ -135,8 +135,15 @@ CSS = """
 .st .cell * { color: inherit !important; }
 .st .cell.on { border-color: #D55E00; outline: 2px solid #D55E00; }
 .st .cell bdi { white-space: pre; }
-.st .scale { display: flex; align-items: center; gap: 8px; font-size: 13.5px; margin: 6px 0; }
-.st .scale i { display: inline-block; width: 160px; height: 12px; border: 1px solid #8888; }
+.st .scale {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: 2px 8px;
+  font-size: 13.5px;
+  margin: 6px 0;
+}
+.st .scale i { flex: 1 1 70px; max-width: 160px; height: 12px; border: 1px solid #8888; }
 .st table.bars { border-collapse: collapse; width: 100%; border: 0 !important; margin: 0; }
 .st table.bars tr, .st table.bars td { border: 0 !important; background: none; }
 .st table.bars td { padding: 1px 6px; font-size: 14px; vertical-align: middle; }
