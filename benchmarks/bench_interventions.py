@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += measure(case, plan, f"{count} {name}", of_variants, args.repeats)
         prompt_tokens = variants.encode(case).lengths[0]
     report: dict[str, Any] = {
-        "model": args.model_path or args.size,
+        "size": args.size,
+        "model_path": args.model_path,
         "steady": args.steady,
         "prompt_tokens": prompt_tokens,
         "new_tokens": args.new_tokens,

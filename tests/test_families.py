@@ -23,6 +23,7 @@ from tests.published.facts import MODELS as PUBLISHED
 from tests.published.facts import NOT, STAND_IN, STATES
 from vlmdiag import families as models
 from vlmdiag.groups import GROUPS, PAD, VISION
+from vlmdiag.model import drafts
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass, Probe
@@ -299,6 +300,20 @@ def test_decoding_is_transformers_generate(vlm, batch_of):
             theirs = theirs[1:]  # the decoder's start token
         assert ids == theirs[: len(ids)], "the first tokens"
         assert len(ids) == 6 or ids[-1] in vlm.eos_ids
+
+
+@torch.inference_mode()
+def test_a_draft_changes_no_answer(vlm, batch_of):
+    """Right, right but for a token in the middle or too short, and wrong at first."""
+    batch = batch_of(vlm)
+    plain = generate(vlm, batch, 10)
+    first, second, third = plain.ids
+    spoilt = [[*first[:4], 11, *first[5:]], second[:6], [7, *third]]
+    for given in (plain.ids, spoilt):
+        found = generate(vlm, batch, 10, drafts=given)
+        assert found.ids == plain.ids
+        assert torch.allclose(found.logprobs, plain.logprobs, atol=1e-5, equal_nan=True)
+    assert bool(drafts.counted()) == drafts.can_verify(vlm, plain.cache)
 
 
 @torch.inference_mode()

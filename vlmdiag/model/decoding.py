@@ -42,7 +42,7 @@ class Generation:
     steps: Int[Tensor, " B"]  # how many producing steps count
     logprobs: Float[Tensor, "B N"]  # of the chosen ids, NaN past the end
     first: Float[Tensor, "B V"]  # log-probabilities of the first step, float32
-    cache: Cache  # keys and values of all positions that were read
+    cache: Cache  # keys and values of the prompts and of what was read behind them
 
 
 def _greedy(logits: Float[Tensor, "B V"], step: int) -> Int[Tensor, " B"]:

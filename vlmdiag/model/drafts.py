@@ -3,13 +3,14 @@ the model says otherwise is decoded token by token.
 
 A pass reads the last token of an answer and behind it the draft's next ones. The model's choice
 after each shows whether decoding token by token would have gone on so; the first that differs is
-the answer's own:
+the answer's own, and what was read behind it is masked:
 
     draft        a dog sits here . It is old
-    prompt       a                             agrees
-    pass 1       a dog sits here . It is old   after "a" the model says "dog", after "dog" "runs"
-    pass 2       runs                          not in the draft: nothing behind it; it says "."
-    pass 3       . It is old                   the draft goes on behind its own "."
+    prompt       -                             the model says "a", as the draft does
+    pass 1       a dog sits here . It is old   after "a dog" it says "runs"
+    pass 2       runs                          "dog runs" is not in the draft; it says "here"
+    pass 3       here                          nor is "runs here"; it says "."
+    pass 4       . It is old                   "here ." is, so what follows it is tried
 
 Speculative decoding (arXiv 2211.17192) with a fixed text as the draft; to go on behind what the
 answer repeats of it is known as prompt lookup decoding. Shapes: B rows of a batch, R rows that go
@@ -154,8 +155,11 @@ class _Cache:
         start = self.batch.next_position[[row.index for row in self.rows]] + read
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), size)], 1)
         self.keep([1 + len(guessed) for guessed in guesses], size)
+        # one by one, for a family may give tokens of a prompt other embeddings than generated ones
+        ids = torch.tensor(tokens, device=device)
+        embeds = self.vlm.model.get_input_embeddings()(ids.view(-1, 1))
         output = self.vlm.model(
-            input_ids=torch.tensor(tokens, device=device),
+            inputs_embeds=embeds.view(*ids.shape, -1),
             attention_mask=self.mask,
             position_ids=self.batch.text_positions(start[:, None] + column),
             past_key_values=self.cache,
