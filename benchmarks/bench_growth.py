@@ -204,10 +204,8 @@ def draw(rows: Sequence[measuring.Row], path: str) -> None:
         plt.Line2D([], [], color="k", marker="s", mfc="none", ls="", label="memory"),
         plt.Line2D([], [], color="k", marker="|", ms=9, ls="", label="expected at most"),
     ]
-    axes[1, -1].legend(handles=marks, loc="lower right")
-    figure.suptitle(
-        "Growth of time and memory with the size of the work (small random LLaVA, n = 1)"
-    )
+    axes[1, -1].legend(handles=marks, loc="center right")
+    figure.suptitle("Growth with the size of the work (small random LLaVA, shorter of two runs)")
     plots.save(figure, path, {"sizes": {axis: sizes_of(rows, axis) for axis in TITLES}}, quiet=True)
 
 

@@ -1,12 +1,11 @@
 """What do three common measures cost with us, with plain transformers, with nnsight and with
 TransformerLens?
 
-    # the peers, in an environment of their own; torch first, a CPU build where there is no GPU
-    python -m venv .venv-peers
-    .venv-peers/bin/pip install torch==2.13.0
-    .venv-peers/bin/pip install -r benchmarks/requirements-peers.txt
+    # in an environment of its own (python -m venv .venv-peers; source .venv-peers/bin/activate)
+    pip install torch==2.13.0
+    pip install -r benchmarks/requirements-peers.txt
     # 12 layers x 512 on a CPU, two prompt lengths, batch 1 and 4
-    .venv-peers/bin/python benchmarks/bench_peers.py --threads 1 --out bench_peers.json
+    python benchmarks/bench_peers.py --threads 1 --out bench_peers.json
     # a very small shape, only to see that it runs; without the peers their rows say so
     python benchmarks/bench_peers.py --quick
 

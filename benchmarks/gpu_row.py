@@ -7,6 +7,7 @@ Of each report in the folder what its table says of ours; a part without a repor
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,10 +44,14 @@ def cell(report: dict[str, Any] | None, wanted: dict[str, str], key: str) -> str
     return f"{max(numbers):.2f}" if numbers else "not measured"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="where gpu.sh wrote its reports")
-    folder = parser.parse_args(argv).folder
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    folder = parse_args(argv).folder
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     machines = [report["machine"] for report in reports.values()]
     card = next((machine["gpu"] or "no GPU" for machine in machines), "no report")
