@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Every benchmark at LLaVA-7B shapes on this machine's GPU, in under five minutes and without a download: weights are random, which does not matter for time.
+# Every benchmark at LLaVA-7B shapes on this machine's GPU, in under five minutes and without a
+# download: weights are random, which does not matter for time.
 #
 #     bash benchmarks/gpu.sh
 #     QUICK=1 bash benchmarks/gpu.sh    # very small shapes, on a CPU too: only to see that it runs
 #
-# OUT   folder of tables (NAME.txt), reports (NAME.json) and errors (NAME.err) (outputs/gpu)     PYTHON   interpreter (python)
+# OUT      folder of tables (NAME.txt), reports (NAME.json) and errors (NAME.err) (outputs/gpu)
+# PYTHON   interpreter (python)
 #
-# It needs bitsandbytes for the 4 bits, and 40 GB of memory where outputs are compared first, because that is done in float32; bench_fits.py, the first part, does
-# without and says what fits a card of 24 GB. A part that does not end in its time is stopped, and the others go on. The last line is a row for the table in
-# benchmarks/README.md, "On a GPU". Exit code 2: there is no GPU; 3: some part failed or was stopped.
+# It needs bitsandbytes for the 4 bits, and 40 GB of memory where outputs are compared first, because
+# that is done in float32; bench_fits.py, the first part, does without and says what fits a card of
+# 24 GB. A part that does not end in its time is stopped, and the others go on. The last line is a
+# row for the table in docs/benchmarks.md, "On a GPU". Exit code 2: there is no GPU; 3: some part
+# failed or was stopped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python}

@@ -1,4 +1,4 @@
-"""The last line of gpu.sh: one row for the table "On a GPU" in benchmarks/README.md.
+"""The last line of gpu.sh: one row for the table "On a GPU" in docs/benchmarks.md.
 
     python benchmarks/gpu_row.py outputs/gpu
 
