@@ -170,9 +170,10 @@ def batch_of(pictures):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def open_browser(tmp_path_factory):
-    """open_browser(window, logs) -> a new headless browser, closed after the tests. Chrome, Chromium
+    """open_browser(window, logs) -> a new headless browser, closed after the file's tests, because a
+    page whose server is gone goes on trying to reach it. Chrome, Chromium
     or Edge: the environment's BROWSER (tests/browser.sh finds one), else one on the PATH; without
     one the test is skipped, or fails where BROWSER_TESTS=required."""
     from selenium import webdriver

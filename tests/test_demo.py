@@ -832,14 +832,18 @@ def page(tmp_path_factory):
 
 @pytest.fixture
 def browse(open_browser):
-    """browse() -> a new browser."""
+    """browse() -> a new browser, empty again after the test."""
+    browsers = []
 
     def make():
         browser = open_browser("1500,1200", {"browser": "ALL"})
         browser.set_script_timeout(60)
+        browsers.append(browser)
         return browser
 
-    return make
+    yield make
+    for browser in browsers:
+        browser.get("about:blank")
 
 
 class Visitor:
