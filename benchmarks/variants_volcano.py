@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.cases import Case
 from vlmdiag.groups import VISION
-from vlmdiag.model.vision import embeddings
+from vlmdiag.model.vision import entered, entering
 from vlmdiag.pictures.samples import AT_HAND, Sample, load_image
 from vlmdiag.scenes.questions import critique_prompt, decide_prompt, revise_prompt
 from vlmdiag.volcano.conversation import Answer, Asker
@@ -129,10 +129,12 @@ def _round(case: Case, sample: Sample, eager: bool) -> Round:
         batch = vlm.encode([Sample("0", AT_HAND, prompt)], [image])
         if features is None:
             features = vlm.vision(batch)
+        with entering(vlm, batch, entered(vlm, features)) as embeds:
+            pass  # a LLaVA has all of the picture in its input
         vlm.parts.decoder.set_attn_implementation("eager" if is_measured else "sdpa")
         try:
             output = vlm.model.generate(
-                inputs_embeds=embeddings(vlm, batch, features),
+                inputs_embeds=embeds,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=DECISION if is_decision else case.new_tokens,
                 do_sample=False,
