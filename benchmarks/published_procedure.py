@@ -163,15 +163,16 @@ def rope_probe(
 
 def _probe_layer(
     queries: Float[Tensor, "1 H K D"],
-    keys: Float[Tensor, "1 H K D"],
+    keys: Float[Tensor, "1 G K D"],
     vision: slice,
     length: int,
     angle: Float32[Tensor, " D/2"],
     delta: float,
 ) -> Float32[Tensor, "4 H"]:
-    """PROBED of one layer, seen from its last row."""
+    """PROBED of one layer, seen from its last row. G: heads of keys, each for H / G of queries."""
     query = queries[0, :, -1, :, None].float()
     key = keys[0, :, :length].float()  # restrict_to_past: without the EOS token's own key
+    key = key.repeat_interleave(len(query) // len(key), 0)
     a, b = key[:, vision].chunk(2, -1)
     moved = key.clone()
     moved[:, vision] = torch.cat(
