@@ -19,7 +19,9 @@ def test_the_bag_is_large_and_its_names_tell_cases_apart():
     assert len(names) >= 300 and len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "every", [pytest.param(29, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.campaign)]
+)
 def test_malformed_inputs_are_answered_in_one_line(every):
     command = [sys.executable, "-m", "tests.bag", "--every", str(every)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

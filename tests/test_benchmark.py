@@ -83,6 +83,7 @@ SCRIPTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["interventions", "volcano"])
 def test_a_quick_benchmark_gives_a_table_and_a_report(quick, name):
     report, printed = quick(name)
@@ -286,6 +287,7 @@ def test_wrong_numbers_are_refused(bench, capsys):
 # --- the states of swap pairs ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_swap_benchmark_gives_a_table_and_a_report(quick):
     report, printed = quick("swap")
     assert report["size"] == "quick"
@@ -362,6 +364,7 @@ def test_answers_of_the_swap_benchmark_are_the_planted_ones(swap):
 # --- relevancy ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_relevancy_benchmark_compares_and_reports(quick):
     report, printed = quick("relevancy")
     assert [row["variant"] for row in report["rows"]] == ["floor", "ours", "published"]
@@ -479,6 +482,7 @@ def test_peers_are_compared_before_they_are_timed(monkeypatch):
 # --- growth ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_growth_gives_exponents_and_a_figure(quick, tmp_path):
     figure = tmp_path / "growth.png"
     # PSI grows with everything; the other experiments run in bench_fits.py too
@@ -494,6 +498,7 @@ def test_the_benchmark_of_growth_gives_exponents_and_a_figure(quick, tmp_path):
     assert len(table_of(printed)) >= 4
 
 
+@pytest.mark.slow
 def test_every_experiment_of_the_growth_runs(quick):
     report, _ = quick("fits")
     kinds = [(row["weights"], row["experiment"]) for row in report["rows"]]
@@ -533,6 +538,7 @@ def test_growth_above_what_the_work_asks_for_is_marked():
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_ends_with_a_row(on_gpu):
     _, printed = on_gpu
     header, _, row = table_of(printed)[-3:]

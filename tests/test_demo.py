@@ -1205,6 +1205,7 @@ def test_what_was_chosen_last_is_drawn_last(page, browse, tmp_path):
     assert "Traceback" not in page[2].read_text()
 
 
+@pytest.mark.slow
 def test_a_password_is_asked_for_and_stop_ends_an_answer(tmp_path, folders, browse):
     """A random model hardly ever ends an answer by itself."""
     with serving(

@@ -288,6 +288,7 @@ def test_a_mask_lies_on_its_object_or_the_item_fails(shapes, tmp_path, change):
     assert failed == {turned: square, smaller: 0, cropped: 8, squeezed: 8}[change]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ablation_experiment", "evaluate_relevancy"])
 def test_a_bad_polygon_fails_its_item_and_not_the_call(shapes, tmp_path, script):
     file = shapes / "annotations" / "instances_val2017.json"

@@ -230,6 +230,7 @@ def test_what_the_package_and_its_commands_import_is_declared():
         assert not unknown, f"{path}: {', '.join(sorted(unknown))} is nobody's dependency"
 
 
+@pytest.mark.slow
 def test_a_wheel_works_in_a_folder_with_modules_of_these_names(tmp_path):
     source = tmp_path / "source"  # a build leaves folders behind
     for name in ("vlmdiag", "benchmarks"):

@@ -32,6 +32,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", ["coco", "swap", "mean"])
 def test_a_killed_run_goes_on_to_the_same_bytes(kind):
@@ -76,6 +77,7 @@ def make_data(call):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["coco", "swap", "mean"])
 def test_other_pictures_under_the_same_names_are_measured_or_an_error(
     kind, tmp_path, call, make_data
@@ -91,6 +93,7 @@ def test_other_pictures_under_the_same_names_are_measured_or_an_error(
     assert code or digests(tmp_path / "a") == digests(tmp_path / "b"), said
 
 
+@pytest.mark.slow
 def test_shards_that_start_together_without_hard_links_keep_each_others_states(
     tmp_path, call, make_data
 ):

@@ -119,6 +119,7 @@ def test_a_question_that_is_too_long_is_a_failure_of_its_own(pictures, tmp_path)
     assert len(failures) == 1 and "the model reads" in failures[0].read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--max_new_tokens 100000000", "--system_prompt LONG"])
 def test_absurd_lengths_of_the_coco_diagnostics_take_no_memory(pictures, tmp_path, flag):
     (tmp_path / "val").mkdir()

@@ -1,15 +1,18 @@
 """The stethoscope's page to what is no browser of its own visitors: real requests to a running
 server, which has a password, keeps one megabyte and forgets after 12 seconds."""
 
+import asyncio
 import re
 import stat
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from benchmarks.page_client import Client
 from tests.test_demo import serving
+from vlmdiag.stethoscope import server
 
 LOGIN = ("me", "a-long-password")
 
@@ -170,3 +173,43 @@ def test_values_that_no_control_has_are_refused_in_a_line(page, wrong):
     message = client.send("show", **wrong)
     assert isinstance(message, str) and "wanted" in message or "none of the choices" in message
     assert "Traceback" not in page[2].read_text()
+
+
+def test_an_event_that_begins_as_the_stream_ends_is_answered(monkeypatch):
+    """Gradio ends a stream of answers with the last event under way; the browser asks for no other
+    while it has not read that end."""
+    monkeypatch.setattr(server, "STAY", 0.2)
+    events = {"s": set()}
+    gradio = SimpleNamespace(
+        get_blocks=lambda: SimpleNamespace(_queue=SimpleNamespace(pending_event_ids_session=events))
+    )
+    calls, sent = [], []
+
+    async def app(scope, receive, send):
+        """One event a call, the second begun just after the first stream's end."""
+        calls.append(dict(scope["headers"]))
+        events["s"].clear()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = b'data: {"msg":"process_completed","event_id":"%d"}\n\n' % len(calls)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        if len(calls) == 1:
+            asyncio.get_running_loop().call_later(0.05, events["s"].add, "late")
+        body = b'data: {"msg":"close_stream","event_id":null}\n\n'
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "query_string": b"session_hash=s",
+        "headers": [(b"host", b"here"), (b"accept-encoding", b"br")],
+    }
+    guard = server.Guard(app, gradio, (), (), None)
+    asyncio.run(guard.answers(scope, None, send))
+    bodies = [message.get("body", b"") for message in sent]
+    assert [message["type"] for message in sent].count("http.response.start") == 1
+    assert [b"completed" in body for body in bodies] == [False, True, True, False, False]
+    assert b"close_stream" in bodies[3]
+    assert [message.get("more_body", False) for message in sent[1:]] == [True, True, True, False]
+    assert calls == [{b"host": b"here"}] * 2

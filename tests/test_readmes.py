@@ -432,6 +432,7 @@ def checkout(finished):
     return finished[0]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_tools_write_figures_that_can_be_read(checkout, finished):
     wrote = [
         line.removeprefix("wrote ")
@@ -444,6 +445,7 @@ def test_the_commands_of_the_tools_write_figures_that_can_be_read(checkout, fini
             picture.verify()
 
 
+@pytest.mark.slow
 def test_the_page_of_files_names_every_file_and_field(checkout):
     pages = (ROOT / "docs" / "files.md").read_text() + (TOOLS / "README.md").read_text()  # flags
     words = set(re.findall(r"\w+", pages))
@@ -515,6 +517,7 @@ def test_the_page_of_files_names_every_file_and_field(checkout):
     assert {stem for stem in stems - words if not stem.startswith(named_by_the_command)} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "folder", "words"),
     [
@@ -544,6 +547,7 @@ def test_the_quick_benchmarks_of_the_readme_are_those_of_test_benchmark():
     assert quick == [["python", script, "--quick"] for script in scripts]
 
 
+@pytest.mark.slow
 def test_the_quickstart_of_the_readme_runs_as_it_is_printed(tmp_path, warm_python):
     in_order = [
         (info, text) for info, _, text in blocks(ROOT / "README.md") if info in ("bash", "python")
@@ -579,6 +583,7 @@ def printed(output):
     return [shlex.split(line[2:])[1:] for line in output.splitlines() if line.startswith("+ ")]
 
 
+@pytest.mark.slow
 def test_the_shell_script_goes_on_with_the_runs_of_the_readme(checkout, tmp_path, warm_python):
     shell = ["bash", checkout / "diagnostic_tools" / "run_beyond_semantics.sh"]
     done = run(shell, tmp_path, MODEL="checkpoints/tiny-llava", MAX_IMAGES="20", PYTHON=warm_python)
@@ -864,6 +869,7 @@ def filled(text, checkout):
     return text
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_page_are_those_of_the_tiny_models(checkout):
     text = NUMBERS.read_text()
     advice = "run python tests/test_readmes.py, which writes them"
@@ -883,6 +889,7 @@ def test_the_numbers_of_the_page_are_those_of_the_tiny_models(checkout):
                 )
 
 
+@pytest.mark.slow
 def test_the_sizes_of_the_page_are_those_of_the_tiny_models(checkout):
     text = " ".join(NUMBERS.read_text().split())
     for model in MODELS:

@@ -365,6 +365,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory in KiB")
 def test_a_batch_of_many_large_pictures_takes_no_more_than_a_few(tmp_path):
     """20 pictures of 64 MB each as they are kept, 1.3 GB, and the beginning of another batch."""

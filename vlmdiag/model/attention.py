@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from vlmdiag.cli import UsageError
 from vlmdiag.types import Fields, Record
@@ -210,8 +210,37 @@ def _attention(
     return output, None
 
 
+def _mask(
+    batch_size: int,
+    q_length: int,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Bool[Tensor, "1_or_B 1 Q K"] | None:
+    """transformers' mask of a pass; one row that stands for all where none has padding of its own.
+
+    Conditions of one prompt differ in what stands at its positions, not in which are seen: a mask
+    a row would be the largest thing in memory, and SDPA makes numbers of it besides.
+    """
+    if (
+        mask_function is causal_mask_function
+        and attention_mask is not None
+        and q_length > 1
+        and bool((attention_mask == attention_mask[:1]).all())
+    ):
+        batch_size, attention_mask = 1, attention_mask[:1]
+    mask: Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **options,
+    )
+    return mask
+
+
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 # --- blocks ---------------------------------------------------------------------------------------

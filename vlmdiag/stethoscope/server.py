@@ -20,7 +20,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
@@ -67,6 +67,9 @@ HEADERS = {
     "cache-control": "no-store",
 }
 ATTEMPTS = 8  # of one address that may wait at once
+ANSWERS = "/gradio_api/queue/data"  # the stream of what events gave
+LAST = b'"msg":"close_stream"'  # in its last message
+STAY = 1.0  # seconds that it is kept open behind the last answer
 
 
 class Delay:
@@ -195,6 +198,8 @@ class Guard:
             await self.delay.attempt(client, self.app, scope, receive, send_with_headers)
         elif path == "/":
             await self.first_page(scope, receive, send_with_headers)
+        elif path == ANSWERS:
+            await self.answers(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
 
@@ -263,6 +268,47 @@ class Guard:
         )
         await send(start)
         await send({"type": "http.response.body", "body": body})
+
+    async def answers(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The stream of a visitor's answers, a moment longer than Gradio keeps it.
+
+        Gradio ends it with the last event that is under way. One that begins before the browser has
+        read that end would wait for its answer there for ever; here the stream goes on for it.
+        """
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        session = query.get("session_hash", [""])[0]
+        start: Message | None = None
+        last: Message | None = None
+
+        async def pass_on(message: Message) -> None:
+            nonlocal start, last
+            if message["type"] == "http.response.start":
+                if start is None:
+                    await send(message)
+                start = message
+            elif LAST in message.get("body", b""):
+                last = message
+            elif message.get("body"):
+                await send({**message, "more_body": True})
+
+        plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+        while True:
+            last = None
+            await self.app({**scope, "headers": plain}, receive, pass_on)
+            if last is None or not await self.begins(session):
+                break
+        if last is not None:
+            await send(last)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def begins(self, session: str) -> bool:
+        """Whether an event of a session begins within STAY."""
+        events = self.gradio.get_blocks()._queue.pending_event_ids_session
+        for _ in range(20):
+            if events.get(session):
+                return True
+            await asyncio.sleep(STAY / 20)
+        return bool(events.get(session))
 
 
 def hash_of(script: bytes) -> str:
