@@ -4,6 +4,9 @@ unshared passes, the model's own logits."""
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tests.conftest import embeddings
 from vlmdiag.cli import UsageError
@@ -19,6 +22,7 @@ from vlmdiag.interp.interventions import (
     prepare,
     run_conditions,
 )
+from vlmdiag.model import attention
 from vlmdiag.model.attention import Block, capture, edit
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.lens import Lens, vocabulary
@@ -292,6 +296,48 @@ def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batc
             assert torch.allclose(first, wanted.first[0], atol=1e-4) and torch.allclose(
                 logprobs, wanted.logprobs[0], atol=1e-4, equal_nan=True
             )
+
+
+def test_conditions_of_a_prompt_have_one_mask_for_all(vlm, prompt, monkeypatch):
+    """None of its rows is padded where the others are not; with a mask a row the same bits."""
+    count = len(prompt.positions)
+    sets = {str(n): np.arange(n, count) for n in range(4)}
+    values = torch.randn(count, prompt.embeds.shape[-1], generator=torch.Generator().manual_seed(1))
+    shapes = []
+
+    def noting(module, query, key, value, mask, **options):
+        if query.shape[2] > 1:
+            shapes.append((len(query), None if mask is None else len(mask)))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    def shared():
+        return run_conditions(vlm, [prompt], [asking(4)], sets, values, 4)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", noting)
+    found = shared()
+    assert {rows for rows, _ in shapes} >= {4} and {masks for _, masks in shapes} <= {None, 1}
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, attention.NAME, sdpa_mask)
+    shapes.clear()
+    with_rows = shared()
+    assert (4, 4) in shapes
+    for name in sets:
+        for ours, theirs in zip(found[name][0][1:], with_rows[name][0][1:]):
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+        assert found[name][0][0] == with_rows[name][0][0]
+
+
+def test_padded_rows_have_masks_of_their_own(vlm, batch_of):
+    batch = batch_of(vlm, (0, 1))
+    batch = extended(batch, [60], "template")
+    shapes = []
+    with capture(vlm, inspect=lambda layer, row, value, output: shapes.append(len(row.mask))):
+        vlm.parts.decoder(
+            inputs_embeds=embeddings(vlm, batch),
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+        )
+    is_padded = bool((batch.attention_mask == 0).any())
+    assert is_padded and set(shapes) == {2}
 
 
 def test_with_deepstack_a_replaced_token_is_gone_from_the_first_layers_too(load, batch_of):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlmdiag.cli import UsageError
 from vlmdiag.interp.objects import rng_for
+from vlmdiag.model.attention import one_mask
 from vlmdiag.model.decoding import Generation, generate
 from vlmdiag.model.prefix import Inputs, SharedPicture, first_positions
 from vlmdiag.model.vision import entered, entering, prefill
@@ -226,7 +227,7 @@ def run_conditions(
                 tokens = torch.from_numpy(sets[name]).to(vision.device)
                 vision[row, tokens] = wide[tokens].to(vision)
             batch = prompt.batch.repeat(len(names))
-            with entering(vlm, batch, vision.flatten(0, 1)) as embeds:
+            with one_mask(vlm), entering(vlm, batch, vision.flatten(0, 1)) as embeds:
                 generation = ask(vlm, batch, embeds=embeds, cache=cache)
             for name, answer in zip(names, answers_of(generation), strict=True):
                 answers.setdefault(name, []).append(answer)
@@ -272,7 +273,7 @@ def integrated_gradients(
         between = x0 + points.to(x)[:, None, None] * (x - x0)
         between.requires_grad_(torch.is_grad_enabled())
         cache = first_positions(vlm, prompt.cache, start, len(points))
-        with entering(vlm, batch, between.flatten(0, 1)) as embeds:
+        with one_mask(vlm), entering(vlm, batch, between.flatten(0, 1)) as embeds:
             output = prefill(vlm, batch, cache=cache, embeds=embeds)
         return output.logits[:, -1, target].float(), between
 

@@ -217,11 +217,8 @@ def _mask(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Bool[Tensor, "1_or_B 1 Q K"] | None:
-    """transformers' mask of a pass; one row that stands for all where none has padding of its own.
-
-    Conditions of one prompt differ in what stands at its positions, not in which are seen: a mask
-    a row would be the largest thing in memory, and SDPA makes numbers of it besides.
-    """
+    """transformers' mask of a pass; one row that stands for all where none has padding of its
+    own."""
     if (
         mask_function is causal_mask_function
         and attention_mask is not None
@@ -292,6 +289,25 @@ def _without(mask: Tensor, blocked: Bool[Tensor, "B 1 Q K"]) -> Tensor:
     if not mask[blocked_rows].any(-1).all():
         raise UsageError("a block leaves a query row without any key")
     return mask
+
+
+@contextlib.contextmanager
+def one_mask(vlm: VLM) -> Iterator[None]:
+    """Passes over rows that are padded alike have one mask for all of them, as in a capture.
+
+    Conditions of one prompt differ in what stands at its positions, not in which are seen. A mask
+    for each row is the largest thing in their memory, all the more as SDPA makes numbers of it.
+    """
+    decoder = vlm.parts.decoder
+    implementation = decoder.config._attn_implementation
+    if implementation != "sdpa":
+        yield
+        return
+    decoder.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(implementation)
 
 
 # --- capture and edit -----------------------------------------------------------------------------
