@@ -7,8 +7,8 @@ rightly, does it refuse in a line, or does it fail?
 
 right: loaded with the self-check, which compares with the model's own forward on its processor's
 complete output, and the shares of its last row are those of eager attention. refuses: one line that
-names what the type lacks. fails: an error in one line that names no capability, or (traceback) none.
-WRONG: it loads, and the shares differ. not built: no small model of it can be made here.
+names what the type lacks. fails: an error in one line that names no capability, or (traceback)
+none. WRONG: it loads, and the shares differ. not built: no small model of it can be made here.
 
 Each type has a process of its own. Image processors that transformers has on torchvision alone, and
 towers of timm, run on stand-ins (tests/stubs).
@@ -361,8 +361,10 @@ def table(states):
         counts[found["state"]] = counts.get(found["state"], 0) + 1
     grids = sum(bool(found.get("grid")) for found in states if found["state"] == "right")
     total = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    text = f"transformers {transformers.__version__}: {len(states)} types, {total}; {grids} with a grid.\n\n"
-    text += f"| type | state | file | grid | layers that attend | {' | '.join(MEASURES)} | pictures by |\n"
+    text = f"transformers {transformers.__version__}: {len(states)} types, {total};"
+    text += f" {grids} with a grid.\n\n"
+    measures = " | ".join(MEASURES)
+    text += f"| type | state | file | grid | layers that attend | {measures} | pictures by |\n"
     text += "|---" * (6 + len(MEASURES)) + "|\n"
     for found in states:
         measures = found.get("measures", {})

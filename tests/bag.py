@@ -1,5 +1,5 @@
-"""A bag of malformed inputs over all scripts: JSON, tables, pictures, runs and model folders, made of
-a few kinds of damage and every flag that takes such a thing.
+"""A bag of malformed inputs over all scripts: JSON, tables, pictures, runs and model folders, made
+of a few kinds of damage and every flag that takes such a thing.
 
     python -m tests.bag                     # all of it
     python -m tests.bag --every 29          # every 29th case: what the quick tests run
@@ -62,7 +62,8 @@ TEXTS: dict[str, bytes] = {
     "foreign": b'{"hello": [{"x": 1}]}',
     "wrong types": b'{"images": [{"id": [1], "file_name": 3}], "annotations": "x",'
     b' "categories": [{"id": {}, "name": 5}]}',
-    "wrong fields": b'[{"image_id": [], "image": {}, "image_src": 4, "question": [], "answer": {}}]',
+    "wrong fields": b'[{"image_id": [], "image": {}, "image_src": 4, "question": [],'
+    b' "answer": {}}]',
 }
 
 
@@ -132,35 +133,49 @@ TABLES: dict[str, bytes] = {
 MODEL_FLAG = f"--model_path {MODEL}"
 PICS = "--image_dir {data}/val2017"
 ANN = "{data}/annotations/instances_val2017.json"
-# flags that take a JSON file -> the rest of the command
+VOLCANO = (
+    f"visualize/run_volcano_with_image_attention.py {MODEL_FLAG} --output_dir {{out}} --log ''"
+)
+# flags that take a JSON file -> the rest of the command; scripts are in diagnostic_tools/ where
+# nothing else is said
 JSONS = {
-    "coco ann_file": f"diagnostic_tools/run_coco_diagnostics.py {MODEL_FLAG} {PICS} --ann_file {{bad}}",
-    "coco answers": f"diagnostic_tools/run_coco_diagnostics.py {MODEL_FLAG} {PICS} --ann_file {ANN} --answers {{bad}}",
-    "token norms": f"diagnostic_tools/vlm_token_norms.py {MODEL_FLAG} {PICS} --caption_file {{bad}}",
-    "relevancy": f"diagnostic_tools/relevancy_maps.py {MODEL_FLAG} {PICS} --question_file {{bad}}",
-    "evaluate ann": f"diagnostic_tools/evaluate_relevancy.py {MODEL_FLAG} {PICS} --ann_file {{bad}}",
-    "evaluate questions": f"diagnostic_tools/evaluate_relevancy.py {MODEL_FLAG} {PICS} --ann_file {ANN} --question_file {{bad}}",
-    "psi": f"diagnostic_tools/psi.py {MODEL_FLAG} --question_file {{bad}}",
-    "hallucination": f"diagnostic_tools/hallucination_warning.py fit {MODEL_FLAG} {PICS} --ann_file {{bad}}",
-    "calibration": f"diagnostic_tools/hallucination_warning.py test {MODEL_FLAG} {PICS} --ann_file {ANN} --calibration {{bad}}",
-    "volcano": f"visualize/run_volcano_with_image_attention.py {MODEL_FLAG} --output_dir {{out}} --log '' --input {{bad}}",
-    "volcano answers": f"visualize/run_volcano_with_image_attention.py {MODEL_FLAG} --output_dir {{out}} --log '' --input {{data}}/mmhal_shapes.json --answers {{bad}}",
-    "curate": f"scripts/ablation_experiment_curate.py {MODEL_FLAG} --coco_root {{data}} --replacement zeros --question_file {{bad}}",
-    "knockout": f"scripts/attention_experiment_curate.py {MODEL_FLAG} --coco_root {{data}} --question_file {{bad}}",
-    "boxes": f"swap_analysis/swap_analysis.py --model_type t --scales s={MODEL} --stage pairs --data_path {{data}}/swap_pairs_ready.tsv --bbox_file {{bad}}",
+    "coco ann_file": f"run_coco_diagnostics.py {MODEL_FLAG} {PICS} --ann_file {{bad}}",
+    "coco answers": f"run_coco_diagnostics.py {MODEL_FLAG} {PICS} --ann_file {ANN}"
+    " --answers {bad}",
+    "token norms": f"vlm_token_norms.py {MODEL_FLAG} {PICS} --caption_file {{bad}}",
+    "relevancy": f"relevancy_maps.py {MODEL_FLAG} {PICS} --question_file {{bad}}",
+    "evaluate ann": f"evaluate_relevancy.py {MODEL_FLAG} {PICS} --ann_file {{bad}}",
+    "evaluate questions": f"evaluate_relevancy.py {MODEL_FLAG} {PICS} --ann_file {ANN}"
+    " --question_file {bad}",
+    "psi": f"psi.py {MODEL_FLAG} --question_file {{bad}}",
+    "hallucination": f"hallucination_warning.py fit {MODEL_FLAG} {PICS} --ann_file {{bad}}",
+    "calibration": f"hallucination_warning.py test {MODEL_FLAG} {PICS} --ann_file {ANN}"
+    " --calibration {bad}",
+    "volcano": f"{VOLCANO} --input {{bad}}",
+    "volcano answers": f"{VOLCANO} --input {{data}}/mmhal_shapes.json --answers {{bad}}",
+    "curate": f"scripts/ablation_experiment_curate.py {MODEL_FLAG} --coco_root {{data}}"
+    " --replacement zeros --question_file {bad}",
+    "knockout": f"scripts/attention_experiment_curate.py {MODEL_FLAG} --coco_root {{data}}"
+    " --question_file {bad}",
+    "boxes": f"swap_analysis/swap_analysis.py --model_type t --scales s={MODEL} --stage pairs"
+    " --data_path {data}/swap_pairs_ready.tsv --bbox_file {bad}",
     "convert": "data/convert_questions.py {bad} --out {out}/q.json",
-    "meta": "diagnostic_tools/analyze_coco_diagnostics.py --run_dir {folder}",
+    "meta": "analyze_coco_diagnostics.py --run_dir {folder}",
 }
+LENS = "scripts/logit_lens/create_logit_lens.py --save_folder {out}/p --out_root {out}"
 TARGETS = {
-    "lens": f"scripts/logit_lens/create_logit_lens.py {MODEL_FLAG} --image_dir {{folder}} --save_folder {{out}}/p --out_root {{out}}",
-    "relevancy": f"diagnostic_tools/relevancy_maps.py {MODEL_FLAG} --image_dir {{folder}} --max_new_tokens 2 --out_root {{out}}",
-    "acts": f"scripts/save_post_adapter_acts.py {MODEL_FLAG} --image_dir {{folder}} --save_path {{out}}/acts",
+    "lens": f"{LENS} {MODEL_FLAG} --image_dir {{folder}}",
+    "relevancy": f"relevancy_maps.py {MODEL_FLAG} --image_dir {{folder}} --max_new_tokens 2"
+    " --out_root {out}",
+    "acts": f"scripts/save_post_adapter_acts.py {MODEL_FLAG} --image_dir {{folder}}"
+    " --save_path {out}/acts",
     "acts size": f"scripts/estimate_acts_size.py {MODEL_FLAG} --image_dir {{folder}}",
-    "score": f"diagnostic_tools/hallucination_warning.py score {MODEL_FLAG} --image {{bad}}",
-    "attention": f"diagnostic_tools/viz_attention_image.py {MODEL_FLAG} --image {{bad}} --target_word a --out_dir {{out}}",
+    "score": f"hallucination_warning.py score {MODEL_FLAG} --image {{bad}}",
+    "attention": f"viz_attention_image.py {MODEL_FLAG} --image {{bad}} --target_word a"
+    " --out_dir {out}",
 }
-SHOW = "diagnostic_tools/check_model.py {folder} --no_weights"
-LOAD = "scripts/logit_lens/create_logit_lens.py --model_path {folder} --image_dir {data}/val2017 --max_images 1 --save_folder {out}/p --out_root {out}"
+SHOW = "check_model.py {folder} --no_weights"
+LOAD = f"{LENS} --model_path {{folder}} {PICS} --max_images 1"
 WEIGHTS = {"empty": b"", "text": b"weights", "zeros": bytes(2000), "header": b"\xff" * 8 + b"{}"}
 
 
@@ -246,6 +261,8 @@ def problem_of(case: Case, work: Path, data: Path) -> str | None:
     case.make(bad)
     places = {"bad": bad, "folder": folder, "out": out, "data": data}
     words = [word.format(**places).strip("'") for word in case.command.split()]
+    if "/" not in words[0]:
+        words[0] = f"diagnostic_tools/{words[0]}"
     log = out / "log"
     child = spawn(words, log)
     code, memory = waited(child)
@@ -307,7 +324,8 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(work: Path, data: Path) -> None:
     """Drawn scenes, and a run over two of them to damage."""
     made = f"data/make_shapes.py --out_dir {data} --num_images 4 --num_train 0 --seed 0".split()
-    flags = f"{MODEL_FLAG} --image_dir {data}/val2017 --ann_file {data}/annotations/captions_val2017.json"
+    flags = f"{MODEL_FLAG} --image_dir {data}/val2017"
+    flags += f" --ann_file {data}/annotations/captions_val2017.json"
     measured = f"diagnostic_tools/run_coco_diagnostics.py {flags} --max_images 2 --max_new_tokens 2"
     for words in (made, [*measured.split(), "--out_root", str(work / "runs")]):
         code, _ = waited(spawn(words, work / "log"))

@@ -32,8 +32,8 @@ QUESTIONS = [
 ]
 
 
-# Files whose tests run whole commands: with two processes, each of which takes a file at a time, the
-# long ones begin first, so that none is left over for one process alone.
+# Files whose tests run whole commands: with two processes, each of which takes a file at a time,
+# the long ones begin first, so that none is left over for one process alone.
 LONG = ("readmes", "ray", "kills", "benchmark", "demo", "loading", "evaluate_relevancy", "swap_cli")
 
 
@@ -88,7 +88,8 @@ def in_process(path):
 
 @pytest.fixture(scope="session")
 def warm_python():
-    """A program that runs scripts as sys.executable does, without the seconds of importing torch."""
+    """A program that runs scripts as sys.executable does, without the seconds of importing
+    torch."""
     with warm.interpreter() as program:
         yield program
 
@@ -172,10 +173,10 @@ def batch_of(pictures):
 
 @pytest.fixture(scope="module")
 def open_browser(tmp_path_factory):
-    """open_browser(window, logs) -> a new headless browser, closed after the file's tests, because a
-    page whose server is gone goes on trying to reach it. Chrome, Chromium
-    or Edge: the environment's BROWSER (tests/browser.sh finds one), else one on the PATH; without
-    one the test is skipped, or fails where BROWSER_TESTS=required."""
+    """open_browser(window, logs) -> a new headless browser, closed after the file's tests, because
+    a page whose server is gone goes on trying to reach it. Chrome, Chromium or Edge: the
+    environment's BROWSER (tests/browser.sh finds one), else one on the PATH; without one the test
+    is skipped, or fails where BROWSER_TESTS=required."""
     from selenium import webdriver
 
     names = ("chromium", "chromium-browser", "google-chrome", "chrome", "microsoft-edge")

@@ -110,8 +110,8 @@ def raise_for_missing(folder):
 
 @torch.inference_mode()
 def test_token_types_that_are_dropped_are_found_by_the_self_check(built):
-    """Gemma 4's pictures see themselves in both directions, ERNIE's go through experts of their own:
-    without the processor's token types both would be causal text."""
+    """Gemma 4's pictures see themselves in both directions, ERNIE's go through experts of their
+    own: without the processor's token types both would be causal text."""
     for kind in ("gemma4", "ernie4_5_vl_moe"):
         vlm = common.load_model(built(kind))
         batch = vlm.encode([Sample("0", None, "Is it red?")], [noise_picture()])
@@ -192,8 +192,8 @@ ROTARY = {
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ROTARY)
 def test_the_rope_probe_turns_as_the_models_own_positions_do(built, kind):
-    """The probe's shift against scores of queries captured at moved positions: vision keys stay, the
-    query is delta positions nearer to them."""
+    """The probe's shift against scores of queries captured at moved positions: vision keys stay,
+    the query is delta positions nearer to them."""
     vlm = common.load_model(built(kind), self_check=False)
     batch = vlm.encode([Sample("0", None, "Is it red?")], [noise_picture()])
     delta = 3

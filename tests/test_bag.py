@@ -1,5 +1,5 @@
-"""Malformed inputs of every kind are answered in one line by every script (tests/bag.py has them all,
-a part of it runs here)."""
+"""Malformed inputs of every kind are answered in one line by every script (tests/bag.py has them
+all, a part of it runs here)."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""Commands about several pictures and turns, by their command lines on a tiny model: what they write,
-what they read, what they refuse."""
+"""Commands about several pictures and turns, by their command lines on a tiny model: what they
+write, what they read, what they refuse."""
 
 import json
 

@@ -507,7 +507,8 @@ def test_where_names_alone_say_nothing_the_rest_is_said(run, own, copy):
 
 
 def test_a_hub_that_is_lost_on_the_way_is_a_line(monkeypatch, tmp_path):
-    """The small files were fetched, then the connection broke, whatever library it was made with."""
+    """The small files were fetched, then the connection broke, whatever library it was made
+    with."""
     library = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     errors = importlib.import_module(library.__module__.split(".")[0])
     snapshot = tmp_path / "snapshot"

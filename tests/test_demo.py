@@ -128,9 +128,8 @@ def test_probabilities_are_those_of_the_generated_tokens_sampled_ones_too(model,
         assert some.ids == found.ids[0] and len(some.tokens) == len(some.ids)
         assert np.allclose(some.probabilities, found.logprobs[0].exp(), atol=1e-6)
         greedy = some.evolution().ids[:, -1, 0].tolist()
-        assert (
-            (greedy == some.ids) == (not decoding.do_sample)
-        )  # at temperature 5 not every token is the likeliest one, which is where a maximum is wrong
+        # at temperature 5 not every token is the likeliest one, which is where a maximum is wrong
+        assert (greedy == some.ids) == (not decoding.do_sample)
 
 
 def test_the_answer_is_streamed_and_ends_when_nobody_listens(model, analysis):

@@ -1,5 +1,5 @@
-"""The commands of the five documents, as they are typed there (tests/documents.txt): each is taken by
-the real parser, and those that the tiny models allow run one after the other."""
+"""The commands of the five documents, as they are typed there (tests/documents.txt): each is taken
+by the real parser, and those that the tiny models allow run one after the other."""
 
 import json
 import os

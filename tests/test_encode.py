@@ -1,6 +1,9 @@
 """Token groups come from ids and offsets of the real prompt: any question, special strings
 included, any picture size."""
 
+import gc
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ import common
 from tests.conftest import without_picture_at_the_edges
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS, PAD
+from vlmdiag.model import processed
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.pictures.samples import Sample
 
@@ -156,3 +160,79 @@ def test_the_pad_aspect_shows_the_whole_picture(folders):
     assert grid.boxes[0].tolist() == pytest.approx([50, 0, 50 + 100 / 12, 100 / 12])
     with pytest.raises(UsageError, match="--image_aspect pad"):
         common.load_model(folders["qwen"], image_aspect="pad", self_check=False)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "qwen3"])
+def test_a_picture_is_processed_once_for_all_prompts_about_it(load, name, monkeypatch):
+    vlm = load(name)
+    made, kind = [], type(vlm.processor.image_processor)
+    call = kind.__call__
+
+    def noting(self, images, **options):
+        made.append(1)
+        return call(self, images, **options)
+
+    pictures = [
+        Image.effect_noise((70, 50), 90).convert("RGB"),
+        Image.new("RGB", (70, 50), (90, 120, 60)),
+    ]
+    samples = [Sample(str(n), None, f"Is there a {word}?") for n, word in enumerate("abc")]
+    alone = [vlm.encode([sample], [pictures[n % 2].copy()]) for n, sample in enumerate(samples)]
+    monkeypatch.setattr(kind, "__call__", noting)
+    together = [vlm.encode([sample], [pictures[n % 2]]) for n, sample in enumerate(samples)]
+    assert len(made) == 2, "the third question is about the first picture"
+    for ours, theirs in zip(together, alone):
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+        assert ours.pictures == theirs.pictures
+        assert ours.image_inputs.keys() == theirs.image_inputs.keys()
+        for part, value in ours.image_inputs.items():
+            assert torch.equal(value, theirs.image_inputs[part])
+    assert together[0].pictures != together[1].pictures
+    pictures[0].putpixel((3, 4), (1, 2, 3))
+    changed = vlm.encode(samples[:1], [pictures[0]])
+    assert len(made) == 3 and changed.pictures != together[0].pictures
+    monkeypatch.setattr(vlm.processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
+    other = vlm.encode(samples[:1], [pictures[0]])
+    assert len(made) == 4 and other.pictures != changed.pictures
+
+
+def test_what_is_known_of_a_picture_goes_with_it(load):
+    vlm = load("llava")
+    before = len(processed._kept)
+    picture = Image.new("RGB", (70, 50))
+    batch = vlm.encode([Sample("0", None, "a"), Sample("1", None, "b")], [picture, picture])
+    assert len(processed._kept) == before + 1
+    assert batch.pictures[0] == batch.pictures[1]
+    del picture
+    gc.collect()
+    assert len(processed._kept) == before
+
+
+def test_other_options_and_other_processors_are_other_work():
+    class Processor:
+        def __init__(self):
+            self.image_processor = self.process
+            self.seen = []
+
+        def process(self, images, **options):
+            self.seen.append((images, options))
+            return {"sizes": [1, 2], "options": options}
+
+        def __call__(self, images, **options):
+            inputs = processed.once(self).image_processor(images, **options)
+            inputs["sizes"].clear()  # as processors take theirs apart
+            return inputs
+
+    picture, other = Image.new("RGB", (2, 2)), Image.new("RGB", (2, 3))
+    first, second = Processor(), Processor()
+    for _ in range(2):
+        for images in (picture, [picture], [[picture], [other]], [picture, other]):
+            for options in ({}, {"size": 3}):
+                assert first(images, **options)["options"] == options
+                assert second(images, **options)["sizes"] == []
+    assert len(first.seen) == len(second.seen) == 8
+    assert processed.once(first).image_processor([picture], size=3)["sizes"] == [1, 2]
+    array = np.zeros((2, 2, 3))
+    for _ in range(2):
+        first([array])
+    assert len(first.seen) == 10, "an array may have changed in its place"

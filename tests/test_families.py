@@ -1,5 +1,5 @@
-"""The contract that every family of vlmdiag/families keeps, on small random models built from their configs
-(tests/random_models/).
+"""The contract that every family of vlmdiag/families keeps, on small random models built from their
+configs (tests/random_models/).
 
     python -m tests.test_families     # writes what the models have into docs/families.md
 """
@@ -23,7 +23,7 @@ from tests.published.facts import MODELS as PUBLISHED
 from tests.published.facts import NOT, STAND_IN, STATES
 from vlmdiag import families as models
 from vlmdiag.groups import GROUPS, PAD, VISION
-from vlmdiag.model import drafts
+from vlmdiag.model import drafts, processed
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass, Probe
@@ -125,6 +125,19 @@ def test_the_family_is_its_files(vlm):
     known = {"decoder-only", "causal", "rotary", "grid", "square-pad"}
     assert vlm.family.has <= known
     assert ("grid" in vlm.family.has) == (vlm.family.grid is not None)
+
+
+def test_a_picture_that_was_processed_before_is_read_as_one_that_was_not(vlm):
+    pictures = [Image.effect_noise((90, 60), 90).convert("RGB") for _ in range(2)]
+    samples = [Sample(str(n), None, f"Is the {word} red?") for n, word in enumerate(("cat", "car"))]
+    for sample in samples:
+        first = vlm.encode([sample, samples[0]], pictures)
+    processed._kept.clear()
+    again = vlm.encode([samples[1], samples[0]], pictures)
+    assert torch.equal(first.input_ids, again.input_ids) and first.pictures == again.pictures
+    assert first.image_inputs.keys() == again.image_inputs.keys()
+    for name, value in first.image_inputs.items():
+        assert torch.equal(value, again.image_inputs[name])
 
 
 def test_the_page_of_families_has_its_line(vlm, request):

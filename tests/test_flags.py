@@ -1,5 +1,5 @@
-"""Every command's flags: numbers that make no sense are refused with the flag's name, every flag has
-words of its own, and one thing has one flag."""
+"""Every command's flags: numbers that make no sense are refused with the flag's name, every flag
+has words of its own, and one thing has one flag."""
 
 import argparse
 import contextlib

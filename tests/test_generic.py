@@ -40,8 +40,8 @@ def test_a_type_without_a_file_is_loaded_checked_and_measured(tmp_path, unknown,
 
 
 def test_positions_that_turn_neighbours_are_told_from_those_that_turn_halves(tmp_path, unknown):
-    """Cohere's rotary positions turn dimensions 2j and 2j + 1, and its layers of full attention have
-    none: without a file nothing says so, and the keys of each layer do."""
+    """Cohere's rotary positions turn dimensions 2j and 2j + 1, and its layers of full attention
+    have none: without a file nothing says so, and the keys of each layer do."""
     name = next(iter(AYAS))
     vlm = common.load_model(AYAS[name](tmp_path / "aya"))
     assert vlm.family.name == "generic" and "rotary" in vlm.family.has

@@ -1,5 +1,5 @@
-"""check_model.py --propose_grid: on models whose grid is known it finds that grid or none, on models
-without one it finds none."""
+"""check_model.py --propose_grid: on models whose grid is known it finds that grid or none, on
+models without one it finds none."""
 
 import importlib
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Runs that cannot lie: items of other inputs are refused, states are never made anew under finished
-pairs, what is damaged is made again, and a reader of a tampered run names the file in one line."""
+"""Runs that cannot lie: items of other inputs are refused, states are never made anew under
+finished pairs, what is damaged is made again, and a reader of a tampered run names the file in one
+line."""
 
 import json
 import os

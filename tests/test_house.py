@@ -1,5 +1,5 @@
-"""The building: imports point one way, commands answer before anything heavy is loaded, versions are
-written once, a wheel works in any folder."""
+"""The building: imports point one way, commands answer before anything heavy is loaded, versions
+are written once, a wheel works in any folder."""
 
 import ast
 import contextlib

@@ -536,8 +536,8 @@ def test_the_last_layer_of_the_lens_is_the_models_own_distribution(vlm, batch_of
 def test_scales_and_softcaps_are_part_of_the_lens_where_the_model_does_them(
     load, name, value, model_does
 ):
-    """Aya Vision's and Cohere 2 Vision's configs have a logit_scale that transformers' classes leave
-    out."""
+    """Aya Vision's and Cohere 2 Vision's configs have a logit_scale that transformers' classes
+    leave out."""
     vlm = load("llava")
     width = vlm.parts.lm_head.weight.shape[1]
     states = torch.randn(3, width, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
-"""Runs that are killed at any file operation, or at any time, end with the bytes of one that was not
-(tests/kills.py does as much of it as is wanted); so do shards that start together where there are no
-hard links, and a run whose inputs have changed does not go on."""
+"""Runs that are killed at any file operation, or at any time, end with the bytes of one that was
+not (tests/kills.py does as much of it as is wanted); so do shards that start together where there
+are no hard links, and a run whose inputs have changed does not go on."""
 
 import os
 import re

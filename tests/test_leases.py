@@ -1,5 +1,5 @@
-"""What a process removes or makes in a folder that other machines share: without hard links, process
-ids, host names, or clocks that agree."""
+"""What a process removes or makes in a folder that other machines share: without hard links,
+process ids, host names, or clocks that agree."""
 
 import os
 import threading

@@ -352,7 +352,8 @@ PROMPTS = {
     "vicuna_v1": f"{USER} USER: <image>\nWhy? ASSISTANT:",
     "v1": f"{USER} USER: <image>\nWhy? ASSISTANT:",
     "llava_v0": f"{tiny.SYSTEM}###Human: <image>\nWhy?###Assistant:",
-    "llava_llama_2": f"[INST] <<SYS>>\n{llava_conversations.HELPFUL}\n<</SYS>>\n\n<image>\nWhy? [/INST]",
+    "llava_llama_2": f"[INST] <<SYS>>\n{llava_conversations.HELPFUL}\n<</SYS>>\n\n"
+    "<image>\nWhy? [/INST]",
     "plain": "<image>\nWhy?\n",
 }
 

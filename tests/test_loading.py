@@ -21,15 +21,18 @@ from vlmdiag.model.vision import prefill
 from vlmdiag.scenes import tiny_llava as tiny
 
 SHARD = 16  # MiB
-MEASURE = """
+MEASURE = '''
 import json, threading, time
 import common
-held = lambda: int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 2**10  # pages of mapped files do not count: they can be dropped
+def held():
+    """Pages of mapped files do not count: they can be dropped."""
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 2**10
 def watch():
     while watching:
         seen.append(held())
         time.sleep(0.001)
-load = lambda path: common.load_model(path, self_check=False, dtype={dtype!r})
+def load(path):
+    return common.load_model(path, self_check=False, dtype={dtype!r})
 load({small!r})  # what is imported on the way
 before, seen, watching = held(), [], True
 thread = threading.Thread(target=watch, daemon=True)
@@ -38,8 +41,9 @@ vlm = load({path!r})
 seen.append(held())  # the other thread may have been asleep
 watching = False
 thread.join()
-print(json.dumps([max(seen) - before, sum(p.numel() * p.element_size() for p in vlm.model.parameters()) / 2**20]))
-"""
+weights = sum(p.numel() * p.element_size() for p in vlm.model.parameters()) / 2**20
+print(json.dumps([max(seen) - before, weights]))
+'''
 
 
 def measured(path, small, dtype):

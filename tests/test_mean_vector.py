@@ -693,7 +693,7 @@ def test_the_estimate_reads_no_weights(folders, tmp_path, folder):
     assert done.returncode == 0 and "144; d =" in done.stdout
 
 
-def test_checkpoints_in_the_authors_layout_have_a_mean_and_an_estimate(sources, folder, tmp_path):  # noqa: F811
+def test_the_authors_checkpoints_have_a_mean_and_an_estimate(sources, folder, tmp_path):  # noqa: F811
     model = to_original(sources["multilayerNorm"], tmp_path / "original")
     write_tower(sources["base"], tmp_path / "tiny-tower")  # its config
     (tmp_path / "in").mkdir()

@@ -1,4 +1,5 @@
-"""The recipe of docs/own_measure.md: its files and commands, as they are printed there, on tiny-llava."""
+"""The recipe of docs/own_measure.md: its files and commands, as they are printed there, on
+tiny-llava."""
 
 import os
 import random

@@ -1,5 +1,5 @@
-"""Packed runs are read, resumed and unpacked as if they were not; a run that goes on reads a file only
-if it has changed; packing may be killed anywhere."""
+"""Packed runs are read, resumed and unpacked as if they were not; a run that goes on reads a file
+only if it has changed; packing may be killed anywhere."""
 
 import json
 import os

@@ -175,9 +175,10 @@ def test_values_that_no_control_has_are_refused_in_a_line(page, wrong):
     assert "Traceback" not in page[2].read_text()
 
 
-def test_an_event_that_begins_as_the_stream_ends_is_answered(monkeypatch):
+@pytest.mark.parametrize("stays", [True, False])
+def test_an_event_that_begins_as_the_stream_ends_is_answered(monkeypatch, stays):
     """Gradio ends a stream of answers with the last event under way; the browser asks for no other
-    while it has not read that end."""
+    while it has not read that end. One that has gone leaves its events to the next stream."""
     monkeypatch.setattr(server, "STAY", 0.2)
     events = {"s": set()}
     gradio = SimpleNamespace(
@@ -201,13 +202,20 @@ def test_an_event_that_begins_as_the_stream_ends_is_answered(monkeypatch):
     async def send(message):
         sent.append(message)
 
+    async def receive():
+        await asyncio.sleep(60 if stays else 0.02)
+        return {"type": "http.disconnect"}
+
     scope = {
         "query_string": b"session_hash=s",
         "headers": [(b"host", b"here"), (b"accept-encoding", b"br")],
     }
     guard = server.Guard(app, gradio, (), (), None)
-    asyncio.run(guard.answers(scope, None, send))
+    asyncio.run(guard.answers(scope, receive, send))
     bodies = [message.get("body", b"") for message in sent]
+    if not stays:
+        assert len(calls) == 1 and events == {"s": set()}
+        return
     assert [message["type"] for message in sent].count("http.response.start") == 1
     assert [b"completed" in body for body in bodies] == [False, True, True, False, False]
     assert b"close_stream" in bodies[3]

@@ -1,5 +1,6 @@
-"""--engine ray on a real Ray of two nodes: whatever ends in the middle, a worker, a node, the driver,
-the run completes, with the bytes of one plain process. An item that ends its worker is a failure."""
+"""--engine ray on a real Ray of two nodes: whatever ends in the middle, a worker, a node, the
+driver, the run completes, with the bytes of one plain process. An item that ends its worker is a
+failure."""
 
 import contextlib
 import dataclasses

@@ -571,8 +571,8 @@ def test_hidden_norms_average_each_images_own_ratio(runs, folder, tmp_path, monk
         )
     early = np.log10((vision / user).mean(axis=0))[:3].mean()
     assert (
-        "tiny-llava: log10 of the mean ratio vision / user text, mean over the first 3 hidden states:"
-        f" {early:+.3f} (n = 7)" in out
+        "tiny-llava: log10 of the mean ratio vision / user text, mean over the first 3 hidden"
+        f" states: {early:+.3f} (n = 7)" in out
     )
 
     drawn = []

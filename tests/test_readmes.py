@@ -157,16 +157,16 @@ def blocks(path):
     return [(match[1].strip(), text[: match.start()].count("\n") + 2, match[2]) for match in found]
 
 
+def name_of(words):
+    """The script of a command, or the command."""
+    return Path(words[1]).name if len(words) > 1 else words[0]
+
+
 def commands(*kinds):
     """pytest parameters (README, folder, words) of all commands in blocks of these kinds."""
     return [
         pytest.param(
-            path,
-            folder,
-            words,
-            id=(
-                f"{path.relative_to(ROOT)}:{line}-{Path((words + [''])[1]).name or words[0]}-{number}"
-            ),
+            path, folder, words, id=f"{path.relative_to(ROOT)}:{line}-{name_of(words)}-{number}"
         )
         for path in READMES
         for info, line, text in blocks(path)

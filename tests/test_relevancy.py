@@ -273,8 +273,8 @@ def test_relevancy_goes_through_a_q_former(blip_folders, pictures, name):
 def test_relevancy_goes_through_queries_that_read_each_other_and_the_patches_by_one_softmax(
     tmp_path, pictures
 ):
-    """mPLUG-Owl2, against the same and docs/studies/stethoscope.md, section 2.5; its last token is made of
-    nothing."""
+    """mPLUG-Owl2, against the same and docs/studies/stethoscope.md, section 2.5; its last token is
+    made of nothing."""
     run = traced(
         common.load_model(
             mplug_owl2.MODELS["mplug_owl2-gqa"](tmp_path / "model"), self_check=False

@@ -264,7 +264,7 @@ DECISIONS = {
         "B. The blue square, not A.",
         "B. No, there is not.",
         "The answer to the question is B.",
-        "After comparing both answers, B is more accurate because it correctly says that the circle is red.",
+        "After comparing both answers, B is more accurate because it says that the circle is red.",
         "Option B accurately describes the scene, whereas option A does not.",
         "The given answer A does not match the image. The answer is B.",
         "I'm inclined to choose B.",

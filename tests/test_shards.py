@@ -1,4 +1,5 @@
-"""--shard auto by what launchers say, run_slurm.sh on a stand-in for SLURM, and the lines of a log."""
+"""--shard auto by what launchers say, run_slurm.sh on a stand-in for SLURM, and the lines of a
+log."""
 
 import io
 import itertools
@@ -146,7 +147,8 @@ command = [word for word in sys.argv[2:] if not word.startswith("--kill-on-bad-e
 assert os.environ["SRUN_CPUS_PER_TASK"] == "3"
 worst = 0
 for task in range(count):
-    own = dict(os.environ, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS=str(count), SLURM_PROCID=str(task))
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(count), "SLURM_PROCID": str(task)}
+    own = os.environ | step
     worst = max(worst, subprocess.run(command, env=own).returncode)
 sys.exit(worst)
 """
@@ -175,8 +177,8 @@ sys.exit(3 if args.shard == (1, 2) else 0)
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """slurm(arguments, **environment) -> (exit code, output) of run_slurm.sh, where SLURM's commands
-    stand in for it: jobs run at once, one after the other."""
+    """slurm(arguments, **environment) -> (exit code, output) of run_slurm.sh, where SLURM's
+    commands stand in for it: jobs run at once, one after the other."""
     for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -1,4 +1,5 @@
-"""smol-llava's trainer and builder, on a tiny random language model in place of the published one."""
+"""smol-llava's trainer and builder, on a tiny random language model in place of the published
+one."""
 
 import json
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_a_killed_run_that_goes_on_gives_the_weights_of_one_that_was_not(
 ):
     assert train(language_model, tmp_path / "whole") == 0
     original, saved = smol_training.Trainer.train_step, smol_training.Trainer.save
-    # the state is saved at even steps, and the run ends a step after: that step is lost and comes again
+    # the state is saved at even steps, and the run ends a step after: that step comes again
     monkeypatch.setattr(
         smol_training.Trainer,
         "save",

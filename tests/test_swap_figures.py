@@ -112,7 +112,7 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
         write_json(folder / f"json/pred_stats_{scale}.json", stats | {"overall_n": 6 * n})
         write_json(folder / f"json/category_validity_{scale}.json", validity)
         for tag in ("all_pairs", "both_correct"):
-            few = lambda group: tag == "both_correct" and group == "distance" and place == 0  # noqa: B023, E731
+            few = {"distance"} if tag == "both_correct" and place == 0 else set()
             peak = {
                 "horizontal": 0.35 + 0.15 * skill,
                 "vertical": 0.25 + 0.4 * skill,
@@ -132,7 +132,9 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
                         "null_std": 0.004,
                     }
                     coherence[f"{group}_L{layer}"] = (
-                        {"mean": None, "std": None, "n": 1, "too_few": True} if few(group) else cell
+                        {"mean": None, "std": None, "n": 1, "too_few": True}
+                        if group in few
+                        else cell
                     )
                     for name in pair:
                         here = mean * (1.08 if name == pair[0] else 0.97)
@@ -145,14 +147,14 @@ def plant(folder, scales=("vanilla", "80k", "400k"), n=20, layers=8, rep=(1, 3),
                         }
                         within[f"{name}_L{layer}"] = (
                             {"mean": None, "std": None, "n": 0, "too_few": True}
-                            if few(group)
+                            if group in few
                             else cell
                         )
             write_json(folder / f"json/sign_corrected_consistency_{scale}_{tag}.json", coherence)
             write_json(folder / f"json/within_cat_consistency_{scale}_{tag}.json", within)
             arrays = planted_pairs(n, width, entangled=0.5 - 0.2 * skill, seed=place, layers=rep)
             for layer in rep:
-                names = [name for name in CATEGORIES if not few(GROUP_OF[name])]
+                names = [name for name in CATEGORIES if GROUP_OF[name] not in few]
                 means = [
                     arrays[f"delta_L{layer}"][arrays[f"categories_L{layer}"] == name].mean(axis=0)
                     for name in names

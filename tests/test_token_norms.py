@@ -247,7 +247,7 @@ def test_a_type_whose_decoder_has_no_known_name_is_loaded_whole(models, coco, mo
     assert "all of it was loaded" in capsys.readouterr().out
 
 
-def test_of_two_kinds_of_weight_files_the_one_asked_for_is_read(models, coco, sources, tmp_path):  # noqa: F811
+def test_of_two_kinds_of_files_the_one_asked_for_is_read(models, coco, sources, tmp_path):  # noqa: F811
     folder = to_original(sources["base"], tmp_path / "both")
     broken = {
         name: value * 2

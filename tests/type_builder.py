@@ -255,9 +255,9 @@ def with_codes(name):
 
 
 def graded_codes(model):
-    """Codes of a picture in an order: the more pixels change, the farther the code and its embedding
-    move. What would mix the whole picture in a random VQ-VAE, and does not in a trained one, is made
-    weak."""
+    """Codes of a picture in an order: the more pixels change, the farther the code and its
+    embedding move. What would mix the whole picture in a random VQ-VAE, and does not in a trained
+    one, is made weak."""
     vq = model.model.vqmodel
     for name, parameter in vq.named_parameters():
         if ("attn" in name and ("proj_out" in name or "out_proj" in name)) or "conv2" in name:
@@ -741,8 +741,8 @@ TEXT = r"(language_model|text_model|model\.layers|llm)\b"
 
 
 def sharpen(model, by=2.5):
-    """Scale queries and keys of the decoder: attention of random weights is nearly uniform and hides
-    errors."""
+    """Scale queries and keys of the decoder: attention of random weights is nearly uniform and
+    hides errors."""
     for name, parameter in model.named_parameters():
         of_queries = re.search(rf"{QUERIES}\w*\.weight$", name)
         if of_queries and re.search(TEXT, name) and not re.search("vision|audio|linear", name):

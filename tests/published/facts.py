@@ -1,5 +1,5 @@
-"""What files of published models say, as tables of our own: sizes, ids, prompts, names. test_facts.py
-compares our code with them, and with the files themselves where they are at hand.
+"""What files of published models say, as tables of our own: sizes, ids, prompts, names.
+test_facts.py compares our code with them, and with the files themselves where they are at hand.
 
 The columns of docs/families.md's table of published models are STATES; each says
 

@@ -1,5 +1,5 @@
-"""Folders in the form of published models, without weights: written from the tables of facts.py with
-stand-in tokenizers, or copied from the folder that PUBLISHED_FILES names."""
+"""Folders in the form of published models, without weights: written from the tables of facts.py
+with stand-in tokenizers, or copied from the folder that PUBLISHED_FILES names."""
 
 import itertools
 import json

@@ -1,5 +1,6 @@
-"""Our code against facts of published models (facts.py), and against the files where PUBLISHED_FILES
-names a folder of them: config, ids, prompts, vision tokens of pictures, names of parameters."""
+"""Our code against facts of published models (facts.py), and against the files where
+PUBLISHED_FILES names a folder of them: config, ids, prompts, vision tokens of pictures, names of
+parameters."""
 
 import json
 import re

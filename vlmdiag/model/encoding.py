@@ -22,6 +22,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.families.generic import seeing
 from vlmdiag.groups import GROUPS, PAD
 from vlmdiag.model.limits import check_lengths, check_scaled
+from vlmdiag.model.processed import once
 from vlmdiag.model.prompts import Span, chat_for, prompt_for
 from vlmdiag.pictures.deferred import let_go
 from vlmdiag.pictures.samples import Chat, Turn
@@ -218,7 +219,7 @@ def _tokenize_with_pictures(
     vlm: VLM, images: Image | Sequence[Image], text: str, **options: bool
 ) -> _Tokens:
     bos = vlm.tokenizer.bos_token
-    inputs = vlm.processor(
+    inputs = once(vlm.processor)(
         images=images,
         text=text,
         return_tensors="pt",

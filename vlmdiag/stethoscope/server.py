@@ -295,20 +295,29 @@ class Guard:
         while True:
             last = None
             await self.app({**scope, "headers": plain}, receive, pass_on)
-            if last is None or not await self.begins(session):
+            if last is None or not await self.begins(session, receive):
                 break
         if last is not None:
             await send(last)
         await send({"type": "http.response.body", "body": b""})
 
-    async def begins(self, session: str) -> bool:
-        """Whether an event of a session begins within STAY."""
+    async def begins(self, session: str, receive: Receive) -> bool:
+        """Whether an event of a session begins within STAY, and the browser is still there."""
         events = self.gradio.get_blocks()._queue.pending_event_ids_session
-        for _ in range(20):
-            if events.get(session):
-                return True
-            await asyncio.sleep(STAY / 20)
-        return bool(events.get(session))
+        left = asyncio.ensure_future(self.leaves(receive))
+        try:
+            for _ in range(20):
+                if left.done() or events.get(session):
+                    break
+                await asyncio.wait([left], timeout=STAY / 20)
+            return bool(events.get(session)) and not left.done()
+        finally:
+            left.cancel()
+
+    async def leaves(self, receive: Receive) -> None:
+        """Wait until the browser ends the connection."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 def hash_of(script: bytes) -> str:

@@ -1,4 +1,5 @@
-"""Resizing, padding, cropping and normalising of (..., channels, height, width) tensors, on torch."""
+"""Resizing, padding, cropping and normalising of (..., channels, height, width) tensors, on
+torch."""
 
 from enum import Enum
 
