@@ -178,6 +178,7 @@ def draw(rows: Sequence[measuring.Row], path: str) -> None:
 
     experiments = list(dict.fromkeys(row["experiment"] for row in rows))
     colors = dict(zip(experiments, plots.CYCLE, strict=False))
+    widest = max(2.5, *(row["exponent"] + 0.2 for row in rows))
     figure, axes = plt.subplots(2, len(TITLES), figsize=(13, 7.5), sharey="row")
     for (axis, title), above, below in zip(TITLES.items(), *axes, strict=True):
         for row in rows:
@@ -194,7 +195,7 @@ def draw(rows: Sequence[measuring.Row], path: str) -> None:
         above.set(xscale="log", yscale="log", title=title)
         above.set_xticks(row_sizes := sizes_of(rows, axis), labels=map(str, row_sizes))
         above.minorticks_off()
-        below.set(xlim=(-0.3, 2.5), xlabel="exponent")
+        below.set(xlim=(-0.3, widest), xlabel="exponent")
         below.set_yticks(range(len(experiments)), labels=experiments)
     axes[0, 0].set_ylabel("CPU time of one run (s)")
     axes[0, 0].legend(ncols=2, fontsize=7)
@@ -204,7 +205,7 @@ def draw(rows: Sequence[measuring.Row], path: str) -> None:
         plt.Line2D([], [], color="k", marker="s", mfc="none", ls="", label="memory"),
         plt.Line2D([], [], color="k", marker="|", ms=9, ls="", label="expected at most"),
     ]
-    axes[1, -1].legend(handles=marks, loc="center right")
+    figure.legend(handles=marks, loc="outside lower center", ncols=3)
     figure.suptitle("Growth with the size of the work (small random LLaVA, shorter of two runs)")
     plots.save(figure, path, {"sizes": {axis: sizes_of(rows, axis) for axis in TITLES}}, quiet=True)
 
