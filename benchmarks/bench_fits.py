@@ -2,6 +2,8 @@
 
     # LLaVA-7B shapes with random weights, needs a GPU and bitsandbytes
     python benchmarks/bench_fits.py --out bench_fits.json
+    # the shape of smol-llava in float32, on a CPU too
+    python benchmarks/bench_fits.py --size smol --prompt 181 --threads 1
     # a very small shape, on a CPU too, only to see that it runs
     python benchmarks/bench_fits.py --quick
 
@@ -63,6 +65,7 @@ def table(rows: Sequence[measuring.Row]) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
+    parser.add_argument("--size", choices=["smol", "7b"], default="7b", help="shape of the model")
     parser.add_argument("--prompt", type=cli.whole(50), default=620, help="about how many tokens")
     parser.add_argument("--batch", type=cli.positive, default=1, help="pictures in a batch")
     parser.add_argument("--new_tokens", type=cli.positive, default=32, help="tokens of an answer")
@@ -72,7 +75,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", default=None, help="JSON file with everything")
     args = parser.parse_args(argv)
-    args.size = "7b"
     if args.quick:
         args.size = "quick"
         args.prompt = 121
@@ -88,10 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device, _ = measuring.prepare(args)
     rows: list[measuring.Row] = []
-    for weights, four_bit in PRECISIONS.items():
+    precisions = {"float32": False} if args.size == "smol" else PRECISIONS
+    for weights, four_bit in precisions.items():
+        dtype = torch.float32 if weights == "float32" else torch.bfloat16
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            vlm = build(args.size, args.prompt, device, folder, torch.bfloat16, four_bit)
+            vlm = build(args.size, args.prompt, device, folder, dtype, four_bit)
             case = Case(vlm, make_samples(folder, args.batch), args.new_tokens, folder)
             for experiment, (make, _) in EXPERIMENTS.items():
                 seconds, peak = measure(make(case), vlm)
