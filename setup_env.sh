@@ -22,12 +22,14 @@ installed=$VIRTUAL_ENV/.installed-${1:-base}
 if [ "$wanted" != "$(cat "$installed" 2>/dev/null)" ]; then
     echo "installing the packages of ${requirements[*]} into $VIRTUAL_ENV"
     command -v uv >/dev/null || python -m pip install --quiet uv 2>/dev/null || true
+    # compiled now, as pip does: where Python may write no bytecode (PYTHONDONTWRITEBYTECODE, as in
+    # many images) each start would compile torch and transformers again
     add() { # packages or -r files
-        uv pip install --quiet "$@" 2>/dev/null || python -m pip install --quiet "$@"
+        uv pip install --quiet --compile-bytecode "$@" 2>/dev/null || python -m pip install --quiet "$@"
     }
     # torch by itself and first: a range in another package would bring the newest one
     torch=$(grep '^torch==' requirements.txt)
-    python -c 'import torch' 2>/dev/null || uv pip install --quiet --torch-backend auto "$torch" 2>/dev/null || add "$torch"
+    python -c 'import torch' 2>/dev/null || uv pip install --quiet --compile-bytecode --torch-backend auto "$torch" 2>/dev/null || add "$torch"
     add $(printf -- '-r %s ' "${requirements[@]}")
     printf '%s\n' "$wanted" > "$installed"
 fi

@@ -21,7 +21,7 @@ from benchmarks.cases import Case, encode_samples
 from vlmdiag.beyond_semantics import shuffled_answers, token_norms
 from vlmdiag.interp import lens_measures
 from vlmdiag.pictures.samples import load_image
-from vlmdiag.relevancy.methods import BUDGET
+from vlmdiag.relevancy.gradients import BUDGET
 
 PERMUTATIONS = 4
 

@@ -28,7 +28,8 @@ TOLERANCE = 1e-3  # of the largest value of a token's map
 
 @dataclass
 class Case:
-    """A model, one prompt, the answer's ids, and the bytes of one layer's maps that ours holds."""
+    """A model, one prompt, the answer's ids, and the bytes of gradients and maps that ours
+    holds."""
 
     vlm: VLM
     batch: Batch

@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--memory",
         type=cli.whole(1, 2**20),
         default=128,
-        help="MiB of one layer's maps that are held at once",
+        help="MiB of gradients and maps that are held at once",
     )
     parser.add_argument(
         "--max_images",

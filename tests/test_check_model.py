@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -22,7 +23,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import check, memory, outline
 from vlmdiag.pictures.samples import load_image
-from vlmdiag.relevancy import methods
+from vlmdiag.relevancy import blocks, gradients
 
 TINY = ROOT / "checkpoints" / "tiny-llava"
 QUESTION = "Is there a red circle in the image?"
@@ -474,7 +475,12 @@ def test_memory_is_counted_from_the_sizes():
     of_volcano, with_tensors = (record["bytes"]["float32"] for record in records[-2:])
     layers = 1024 * 6 * 4 * text.num_attention_heads * 144 * 4
     assert with_tensors["captured"] - of_volcano["captured"] == layers
-    assert memory.MAPS == methods.BUDGET
+    assert memory.GRADIENTS == gradients.BUDGET
+    long = replace(sizes, prompt=10**5)  # one token takes more than that
+    inputs = (long.layers + 1) * 10**5 * long.width * 4
+    of_target = 10**5 * 4 * (long.width + 3 * long.layers)  # its gradient, and its rows at a layer
+    of_block = blocks.bytes_of_one(10**5, long.width)
+    assert memory.gradients(long, 1, 0, 4) == inputs + of_target + of_block
     for record in records:
         of_type = record["bytes"]["bfloat16"]
         assert of_type["total"] == sum(of_type[part] for part in ("weights", "cache", "captured"))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4, "bfloat16": 2}  # float16 is as long as bfloat16
 QUANTISED = {"int8": 1.0, "4bit": 0.5 + 4 / 64}
 ROW = 4  # bytes of a captured number, float32
-MAPS = 128 * 2**20  # bytes of maps that relevancy holds at once, or those of one token
+GRADIENTS = 128 * 2**20  # bytes that relevancy holds at once, or those of one token
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ def hidden_states(sizes: Sizes, batch: int, new: int, of_type: int) -> float:
 
 
 def gradients(sizes: Sizes, batch: int, new: int, of_type: int) -> float:
-    """The input of each layer, (L + 1) K d, and maps of one layer at a time: MAPS, or what one
-    token takes, K (4 K + 12 d)."""
+    """The input of each layer, (L + 1) K d, and GRADIENTS, or what one token takes: its gradient
+    and rows, K (d + 3 L), and half an MLP and of maps (see vlmdiag.relevancy.blocks)."""
     length = sizes.prompt + new
-    of_one = ROW * length * (4 * length + 12 * sizes.width)
-    return (sizes.layers + 1) * length * sizes.width * of_type + max(MAPS, of_one)
+    of_one = length * (sizes.width * of_type + 3 * sizes.layers * ROW)
+    of_one += ROW * length * (12 * sizes.width + 4 * 128)
+    return (sizes.layers + 1) * length * sizes.width * of_type + max(GRADIENTS, of_one)
 
 
 def largest(sizes: Sizes, batch: int, new: int, of_type: int) -> float:

@@ -6,11 +6,12 @@ the gradients dO of the output give, head by head,
     dA = dO V^T          dS = A (dA - sum_k dA A)
     dQ = dS K / sqrt(D)  dK = dS^T Q / sqrt(D)     dV = A^T dO
 
-so a map A and its gradient dA, which rule 5 of rules.py wants, exist for one head and some rows at
-a time. docs/studies/stethoscope.md, section 5.2.
+so a map A and its gradient dA exist for one head and some rows at a time, and what rule 5 of
+rules.py makes of them, Ā, for some rows: a product with Ā is added up over them.
+docs/studies/stethoscope.md, section 5.2.
 
 Shapes: H heads, H_kv key-value heads, N queries, K keys, D head dimension, C gradients that are
-carried together.
+carried together, R rows for each of them that are multiplied by its Ā, none for R = 0.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AttentionOption = Any  # what transformers hands to an attention function besides its tensors
+Rows = slice | Tensor  # of a map: a part of it, or indices
 NAME = "vlm_gradients"
-ROWS = 128  # of a map that are held at once for one head
+ROWS = 128  # of a map that are held at once
 
 
 class CallGradients(NamedTuple):
-    """What the gradients of a call's output give. average: Ā of rule 5, None if not asked for."""
+    """What the gradients of a call's output give. carried: rows Ā, Ā of rule 5."""
 
-    average: Float[Tensor, "C N K"] | None
+    carried: Float[Tensor, "C R K"]
     query: Float[Tensor, "C 1 H N D"]
     key: Float[Tensor, "C 1 H_kv K D"]
     value: Float[Tensor, "C 1 H_kv K D"]
@@ -61,26 +63,33 @@ class AttentionCall:
     softcap: float | None
     bias: Tensor | None
 
-    def weights(self, head: int) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N K"] | None]:
-        """A of one head and the derivative of the softcap at its scores, None without one;
-        float32."""
+    def weights(
+        self, head: int, rows: Rows = slice(None), keys: slice = slice(None)
+    ) -> tuple[Float[Tensor, "r k"], Float[Tensor, "r k"] | None]:
+        """Some rows of A of one head over the keys that they see, and the derivative of the softcap
+        at their scores, None without one; float32."""
         shared = head // (self.query.shape[1] // self.key.shape[1])
-        q = self.query[0, head].detach().float()  # (N, D)
-        k = self.key[0, shared].detach().float()  # (K, D)
-        products = q @ k.T * self.scaling  # (N, K)
+        q = self.query[0, head, rows].detach().float()  # (r, D)
+        k = self.key[0, shared, keys].detach().float()  # (k, D)
+        products = (q @ k.T).mul_(self.scaling)  # (r, k)
         slope = None
         if self.softcap is not None:
             slope = 1 - torch.tanh(products / self.softcap) ** 2
-        bias = None if self.bias is None else self.bias[0, head]
-        mask = None if self.mask is None else self.mask[0, min(head, self.mask.shape[1] - 1)]
+        bias = None if self.bias is None else self._of_head(self.bias, head)[rows, keys]
+        mask = None if self.mask is None else self._of_head(self.mask, head)[rows, keys]
         return scores(products, mask, self.softcap, bias).softmax(-1), slope
 
-    def mean(self) -> Float[Tensor, "N K"]:
-        """Mean attention over heads, float32."""
+    def _of_head(self, table: Tensor, head: int) -> Tensor:
+        """Entries of one head, or of all of them, (N, K)."""
+        sizes = self.query.shape[2], self.key.shape[2]
+        return table[0, min(head, table.shape[1] - 1)].expand(sizes)
+
+    def mean(self, rows: Rows = slice(None)) -> Float[Tensor, "r K"]:
+        """Some rows of the mean attention over heads, float32."""
         heads = self.query.shape[1]
-        total = self.weights(0)[0]
+        total = self.weights(0, rows)[0]
         for head in range(1, heads):
-            total = total + self.weights(head)[0]
+            total = total + self.weights(head, rows)[0]
         return total / heads
 
     def is_causal(self) -> bool:
@@ -90,45 +99,49 @@ class AttentionCall:
         later = self.key.shape[2] - self.query.shape[2] + 1
         return not self.mask.triu(later).any()
 
-    def backward(self, d_output: Float[Tensor, "C N H D"], maps: bool = True) -> CallGradients:
-        """Gradients of query, key and value for C gradients dO of the output, and Ā.
+    def backward(
+        self, d_output: Float[Tensor, "C N H D"], rows: Float[Tensor, "C R N"]
+    ) -> CallGradients:
+        """Gradients of query, key and value for C gradients dO of the output, and rows Ā.
 
-        In float32, by blocks of rows; under a causal mask a block sees only the keys up to its end.
-        maps: make Ā too.
+        In float32, by blocks of queries; under a causal mask a block sees only the keys up to its
+        end.
         """
-        heads, rows, depth = self.query.shape[1:]
-        shared_heads, total = self.key.shape[1:3]
+        heads, queries, depth = self.query.shape[1:]
+        shared_heads, keys = self.key.shape[1:3]
         count = len(d_output)
         causal = self.is_causal()
         like: Record = {"dtype": torch.float32, "device": d_output.device}
-        average = torch.zeros(count, rows, total, **like) if maps else None  # (C, N, K)
-        dQ = torch.empty(count, heads, rows, depth, **like)
-        dK = torch.zeros(count, shared_heads, total, self.key.shape[3], **like)
-        dV = torch.zeros(count, shared_heads, total, self.value.shape[3], **like)
-        for head in range(heads):
-            shared = head // (heads // shared_heads)  # grouped queries read the same keys
-            A, slope = self.weights(head)  # (N, K)
-            Q = self.query[0, head].detach().float()  # (N, D)
-            K = self.key[0, shared].detach().float()  # (K, D)
-            V = self.value[0, shared].detach().float()  # (K, D)
-            for start in range(0, rows, ROWS):
-                r = slice(start, min(start + ROWS, rows))  # the block's rows
-                s = slice(0, total - rows + r.stop if causal else total)  # the keys that they see
+        rows = rows.to(**like)
+        carried = torch.zeros(count, rows.shape[1], keys, **like)
+        dQ = torch.empty(count, heads, queries, depth, **like)
+        dK = torch.zeros(count, shared_heads, keys, self.key.shape[3], **like)
+        dV = torch.zeros(count, shared_heads, keys, self.value.shape[3], **like)
+        for start in range(0, queries, ROWS):
+            r = slice(start, min(start + ROWS, queries))  # the block's queries
+            s = slice(0, keys - queries + r.stop if causal else keys)  # the keys that they see
+            average = torch.zeros(count, r.stop - r.start, s.stop, **like) if rows.numel() else None
+            for head in range(heads):
+                shared = head // (heads // shared_heads)  # grouped queries read the same keys
+                A, slope = self.weights(head, r, s)  # (r, s)
+                Q = self.query[0, head, r].detach().float()  # (r, D)
+                K = self.key[0, shared, s].detach().float()  # (s, D)
+                V = self.value[0, shared, s].detach().float()  # (s, D)
                 dO = d_output[:, r, head].float()  # (C, r, D)
-                dS = torch.matmul(dO, V[s].T)  # (C, r, s), so far dA
-                dS.mul_(A[r, s])  # dA A
+                dS = torch.matmul(dO, V.T)  # (C, r, s), so far dA
+                dS.mul_(A)  # dA A
                 if average is not None:
-                    average[:, r, s] += dS.clamp_min(0)  # rule 5, summed over heads
-                dS.addcmul_(A[r, s], dS.sum(-1, keepdim=True).neg_())  # A (dA - sum_k dA A)
+                    average += dS.clamp_min(0)  # rule 5, summed over heads
+                dS.addcmul_(A, dS.sum(-1, keepdim=True).neg_())  # A (dA - sum_k dA A)
                 if slope is not None:
-                    dS.mul_(slope[r, s])
-                dQ[:, head, r] = dS @ K[s] * self.scaling  # (C, r, D)
-                dK[:, shared, s] += dS.transpose(-1, -2) @ Q[r] * self.scaling  # (C, s, D)
-                dV[:, shared, s] += torch.matmul(A[r, s].T, dO)  # (C, s, D)
-        if average is not None:
-            average = average / heads
+                    dS.mul_(slope)
+                dQ[:, head, r] = dS @ K * self.scaling  # (C, r, D)
+                dK[:, shared, s] += dS.transpose(-1, -2) @ Q * self.scaling  # (C, s, D)
+                dV[:, shared, s] += torch.matmul(A.T, dO)  # (C, s, D)
+            if average is not None:
+                carried[..., s] += rows[..., r] @ average.div_(heads)
         return CallGradients(
-            average,
+            carried,
             dQ[:, None].to(self.query.dtype),
             dK[:, None].to(self.key.dtype),
             dV[:, None].to(self.value.dtype),

@@ -2,7 +2,7 @@
 output on to their input.
 
 Shapes: B rows (1, but in a tower that reads tiles), N positions, d width, C gradients that are
-carried together. docs/studies/stethoscope.md, section 5.2.
+carried together, R rows for each that are multiplied by its Ā. docs/studies/stethoscope.md, section 5.2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmdiag.relevancy.attention_gradient import AttentionCall, attention_of, calls_of
+from vlmdiag.relevancy.attention_gradient import (
+    ROWS,
+    AttentionCall,
+    Rows,
+    attention_of,
+    calls_of,
+)
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
@@ -68,41 +74,66 @@ class Block:
         return first_of(output), calls
 
     @torch.no_grad()
-    def attention(self) -> Float[Tensor, "N N"]:
-        """Mean attention over heads of the block's only attention call."""
+    def attention(self, rows: Rows = slice(None)) -> Float[Tensor, "r N"]:
+        """Some rows of the mean attention over heads of the block's only attention call."""
         calls = self.run(self.input.detach())[1]
-        return calls[0].mean()
+        return calls[0].mean(rows)
 
     def pull(
-        self, d_output: Float[Tensor, "C N d"], maps: bool = True
-    ) -> tuple[Float[Tensor, "C N d"], Float[Tensor, "C N N"] | None]:
-        """(gradients of the input, Ā) for C gradients of the output of a block of one row.
+        self, d_states: Float[Tensor, "C N d"], rows: Float[Tensor, "C R N"], budget: int
+    ) -> Float[Tensor, "C R N"]:
+        """Carry C gradients of the output of a block of one row on to its input, in place.
 
-        maps: make Ā (rule 5 of rules.py) too, else None.
+        Returns rows Ā (rule 5 of rules.py). The block runs once; `budget` bytes hold what so many
+        gradients at a time are made of, those of one at least.
         """
         with torch.enable_grad():
             states = self.input.detach().requires_grad_()
             output, calls = self.run(states)
-        # The graph is cut behind each attention call:
-        #   states -> q, k, v of call 0 | its output -> q, k, v of call 1 | its output -> output
-        # so gradients go from leaf to leaf, the last call first.
-        leaves = [states, *(call.output for call in calls)]
-        d_leaves = vector_products([output], leaves, [d_output.to(output.dtype)[:, None]])
-        average = None
-        for index in reversed(range(len(calls))):
-            call = calls[index]
-            d_call = d_leaves.pop()  # (C, 1, N, H, D)
-            if d_call is None:
-                continue
-            average, *d_inputs = call.backward(d_call[:, 0], maps)
-            through = vector_products(
-                [call.query, call.key, call.value], leaves[: index + 1], d_inputs
-            )
-            d_leaves = [added(a, b) for a, b in zip(d_leaves, through, strict=True)]
-        d_states = d_leaves[0]
-        if d_states is None:
-            raise ValueError(f"the output of {type(self.module).__name__} is not made of its input")
-        return d_states[:, 0], average
+        length, width = self.input.shape[1:]
+        size = max(1, budget // bytes_of_one(length, width))
+        carried = torch.zeros_like(rows)
+        for start in range(0, len(d_states), size):
+            some = slice(start, start + size)
+            d_states[some], of_some = _descended(states, output, calls, d_states[some], rows[some])
+            if of_some is not None:
+                carried[some] = of_some
+        return carried
+
+
+def bytes_of_one(length: int, width: int) -> int:
+    """About what pull() holds for one gradient while it carries it through a block: float32 of the
+    widths of an MLP and of the rows of a map."""
+    return 4 * length * (12 * width + 4 * ROWS)
+
+
+def _descended(
+    states: Float[Tensor, "1 N d"],
+    output: Float[Tensor, "1 N d"],
+    calls: Sequence[AttentionCall],
+    d_output: Float[Tensor, "C N d"],
+    rows: Float[Tensor, "C R N"],
+) -> tuple[Float[Tensor, "C N d"], Float[Tensor, "C R N"] | None]:
+    """(gradients of the states that a block read, rows Ā) from gradients of its output. Without an
+    attention call that the output is made of there is no Ā."""
+    # The graph is cut behind each attention call:
+    #   states -> q, k, v of call 0 | its output -> q, k, v of call 1 | its output -> output
+    # so gradients go from leaf to leaf, the last call first.
+    leaves = [states, *(call.output for call in calls)]
+    d_leaves = vector_products([output], leaves, [d_output.to(output.dtype)[:, None]])
+    carried = None
+    for index in reversed(range(len(calls))):
+        call = calls[index]
+        d_call = d_leaves.pop()  # (C, 1, N, H, D)
+        if d_call is None:
+            continue
+        carried, *d_inputs = call.backward(d_call[:, 0], rows)
+        through = vector_products([call.query, call.key, call.value], leaves[: index + 1], d_inputs)
+        d_leaves = [added(a, b) for a, b in zip(d_leaves, through, strict=True)]
+    d_states = d_leaves[0]
+    if d_states is None:
+        raise ValueError("a block's output is not made of its input")
+    return d_states[:, 0], carried
 
 
 def first_of(output: ModuleOutput) -> Tensor:

@@ -94,7 +94,8 @@ def curves_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
     )
-    figure.suptitle(f"{label}: {title}\nbands: 95 % intervals over images", fontsize=10.5)
+    about = f"Faithfulness of relevancy maps, {label}: {title}"
+    figure.suptitle(f"{about}\nbands: 95 % intervals over images", fontsize=10.5)
     return figure
 
 
@@ -135,7 +136,7 @@ def areas_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str)
     for index, name in enumerate(AREA_TITLES):
         axes[0, index].set_title(name)
         axes[-1, index].set_xlabel("difference" if index == 3 else "mean of p(s) / p(0) over s")
-    figure.suptitle(f"{label}: {title}", fontsize=10.5)
+    figure.suptitle(f"Faithfulness of relevancy maps, {label}: {title}", fontsize=10.5)
     return figure
 
 
@@ -165,7 +166,7 @@ def local_figure(evaluation: Evaluation, label: str, chosen: Chosen, title: str)
         game = "pointing game" if measure == "pointing" else "mask energy"
         axis.set(xlabel=xlabel, title=f"{game}, n = {means.n.max()} images", xlim=(0, None))
     plots.legends(list(axes), below=True)
-    figure.suptitle(f"{label}: {title}", fontsize=10.5)
+    figure.suptitle(f"Maps and the masks of objects, {label}: {title}", fontsize=10.5)
     return figure
 
 

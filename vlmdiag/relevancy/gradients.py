@@ -3,19 +3,19 @@ answer at once.
 
     run = trace(vlm, batch, answer_ids)          # one pass over prompt and answer
     descent = run.descend(targets)
-    for layer, average in descent.maps():        # Ā (C, N, N) from the last layer down
-        ...
+    while descent.layer:                         # from the last layer down
+        rows = rows + descent.step(rows)         # rows Ā of that layer, (C, R, N)
     descent.vision_gradient                      # (C, P, d): on to run.tower
 
 The pass keeps the input of every block (blocks.py). Then each block runs once more, from the last
-to the first, and hands the gradients of its output on to its input for a chunk of tokens together.
-Attention is differentiated by hand (attention_gradient.py), so maps and their gradients exist for
-one layer at a time, no parameter has a gradient, and what rule 5 of rules.py makes of them is known
-as soon as the rows of the next lower layer need it. docs/studies/stethoscope.md, section 5.2.
+to the first, and hands the gradients of its output on to its input, for all tokens asked for. No
+parameter has a gradient. Attention is differentiated by hand (attention_gradient.py), so of maps
+and their gradients there are some rows at a time: Ā, which rule 5 of rules.py makes of them, is
+known only as what it does to rows. docs/studies/stethoscope.md, section 5.2.
 
 Shapes: T tokens of the answer, N positions of prompt and answer, P vision tokens, d width, C tokens
-that are taken together, S positions of the tower's blocks, n queries (and instruction tokens) of a
-Q-Former, q of them queries.
+that are taken together, R rows of each, S positions of the tower's blocks, n queries (and
+instruction tokens) of a Q-Former, q of them queries.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from vlmdiag.families import QFormer
     from vlmdiag.types import VLM
 
+
+BUDGET = 128 * 2**20  # bytes of gradients and maps that are held at once
 
 # ---- from the picture to the vision tokens ----
 
@@ -72,23 +74,26 @@ class TowerPass:
         """Positions of each tile, CLS included."""
         return self.blocks[0].input.shape[1]
 
-    def descend(
-        self, gradients: Float[Tensor, "C P d"], tile: int = 0
-    ) -> Iterator[tuple[int, Float[Tensor, "C S S"]]]:
-        """Yield (block, Ā) from the tower's last block that is read down, on one of its tiles, for
-        gradients of the vision tokens."""
+    def carry(
+        self,
+        rows: Float[Tensor, "C R S"],
+        gradients: Float[Tensor, "C P d"],
+        tile: int = 0,
+        budget: int = BUDGET,
+    ) -> Float[Tensor, "C R S"]:
+        """Rows carried down the tower's blocks on one of its tiles by rule 6, for gradients of the
+        vision tokens."""
         outputs = [block.output for block in self.blocks]
         # a connector may read several blocks
         arriving = vector_products([self.pooled], outputs, [gradients.to(self.pooled.dtype)])
-        rising: Tensor | None = None
+        d_states: Tensor | None = None
         for index in reversed(range(len(self.blocks))):
             of_block = arriving[index]
-            rising = added(rising, None if of_block is None else of_block[:, tile])
-            if rising is None:
-                continue
-            rising, average = self.blocks[index].tile(tile).pull(rising)
-            if average is not None:
-                yield index, average.to(self.device)
+            d_states = added(d_states, None if of_block is None else of_block[:, tile])
+            if d_states is not None:
+                d_states = d_states.contiguous()  # pull() writes into it
+                rows = rows + self.blocks[index].tile(tile).pull(d_states, rows, budget)
+        return rows
 
 
 @dataclass
@@ -183,60 +188,55 @@ class Trace:
         width = self.vlm.model.get_input_embeddings().weight.shape[1]
         return self.features.detach()[:, :width]
 
-    def descend(self, targets: Sequence[int]) -> Descent:
-        """Gradients for the tokens `targets` (indices into ids), from the last layer down."""
-        return Descent(self, list(targets))
+    def descend(self, targets: Sequence[int], budget: int = BUDGET) -> Descent:
+        """Gradients for the tokens `targets` (indices into ids), from the last layer down. budget:
+        bytes that hold what they are made of."""
+        return Descent(self, list(targets), budget)
 
 
 class Descent:
     """Gradients of some tokens' logits on their way down the decoder's layers."""
 
-    def __init__(self, run: Trace, targets: list[int]) -> None:
+    def __init__(self, run: Trace, targets: list[int], budget: int) -> None:
         self.run = run
         self.targets = targets
-        self._vision: Tensor | None = None
-        self._done = False
+        self.budget = budget
+        self.layer = len(run.layers)  # the lowest that is done
+        self._d_states = self._at_the_top()  # (C, N, d)
+        self._d_vision: Tensor | None = None
 
-    def maps(self) -> Iterator[tuple[int, Float[Tensor, "C N N"]]]:
-        """(layer, Ā) from the last layer down."""
-        for layer, average in self._sweep(maps=True):
-            if average is not None:
-                yield layer, average
+    def step(self, rows: Float[Tensor, "C R N"]) -> Float[Tensor, "C R N"]:
+        """One layer further down: rows Ā of that layer."""
+        run = self.run
+        self.layer -= 1
+        block = run.layers[self.layer]
+        carried = block.pull(self._d_states, rows, self.budget)
+        if self.layer == 0:
+            inputs = [run.features]
+            (to_vision,) = vector_products([block.input], inputs, [self._d_states[:, None]])
+            self._d_vision = added(self._d_vision, to_vision)
+        elif block.input is not run.layers[self.layer - 1].output:
+            # the model adds something between two layers, such as the picture (deepstack)
+            below = run.layers[self.layer - 1].output
+            to_below, to_vision = vector_products(
+                [block.input], [below, run.features], [self._d_states[:, None]]
+            )
+            self._d_vision = added(self._d_vision, to_vision)
+            if to_below is None:
+                raise ValueError(f"layer {self.layer} does not read layer {self.layer - 1}")
+            self._d_states = to_below[:, 0].contiguous()  # pull() writes into it
+        return carried
 
     @property
     def vision_gradient(self) -> Float[Tensor, "C P d_in"]:
-        """Gradients of the vision tokens, in the form of Trace.features. Known when maps() has come
-        to its end, else a sweep without maps is made."""
-        if not self._done:
-            for _ in self._sweep(maps=False):
-                pass
-        if self._vision is None:
+        """Gradients of the vision tokens, in the form of Trace.features; the layers that are left
+        are gone down first."""
+        none = torch.zeros(len(self.targets), 0, self.run.length, device=self.run.rows.device)
+        while self.layer:
+            self.step(none)
+        if self._d_vision is None:
             raise ValueError("the logits do not depend on the vision tokens")
-        return self._vision
-
-    def _sweep(self, maps: bool) -> Iterator[tuple[int, Tensor | None]]:
-        run = self.run
-        d_states = self._at_the_top()  # (C, N, d)
-        d_vision: Tensor | None = None
-        for layer in reversed(range(len(run.layers))):
-            block = run.layers[layer]
-            d_states, average = block.pull(d_states, maps)
-            yield layer, average
-            if layer == 0:
-                (to_vision,) = vector_products([block.input], [run.features], [d_states[:, None]])
-                d_vision = added(d_vision, to_vision)
-            elif block.input is not run.layers[layer - 1].output:
-                # the model adds something between two layers, such as the picture (deepstack)
-                below = run.layers[layer - 1].output
-                to_below, to_vision = vector_products(
-                    [block.input], [below, run.features], [d_states[:, None]]
-                )
-                d_vision = added(d_vision, to_vision)
-                if to_below is None:
-                    raise ValueError(f"layer {layer} does not read layer {layer - 1}")
-                d_states = to_below[:, 0]
-        self._vision = d_vision
-        self._done = True
+        return self._d_vision
 
     def _at_the_top(self) -> Float[Tensor, "C N d"]:
         """Gradients of the last layer's output. Norm and LM head see each position alone, so one

@@ -17,7 +17,7 @@ from vlmdiag.model.decoding import answer_ids, generate
 from vlmdiag.model.lens import vocabulary
 from vlmdiag.pictures.chats import record_of
 from vlmdiag.relevancy import methods, rules
-from vlmdiag.relevancy.gradients import trace
+from vlmdiag.relevancy.gradients import BUDGET, trace
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -57,12 +57,13 @@ def make_process(
     max_new_tokens: int,
     use_answers: bool = False,
     tower: bool = True,
-    budget: int = methods.BUDGET,
+    budget: int = BUDGET,
 ) -> Callable[[Sequence[tuple[Sample, Pictures]]], list[tuple[Record, Arrays]]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...].
 
     layers: up to which relevancy is gathered. use_answers: measure each sample's answer by teacher
-    forcing. tower: go on through connector and tower. budget: bytes of one layer's maps.
+    forcing. tower: go on through connector and tower. budget: bytes of gradients and maps that
+    are held at once.
     """
 
     def measure(sample: Sample, picture: Pictures) -> tuple[Record, Arrays]:

@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from vlmdiag.relevancy import gradients, rules
-from vlmdiag.relevancy.gradients import QFormerPass, TowerPass, Trace
+from vlmdiag.relevancy.gradients import BUDGET, QFormerPass, TowerPass, Trace
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-BUDGET = 128 * 2**20  # bytes of one layer's maps that are held at once
 
 
 @dataclass
@@ -69,18 +67,26 @@ class _Chunk(NamedTuple):
 # ---- gradient relevancy ----
 
 
+def _bytes_of_one(run: Trace) -> int:
+    """Of a target's gradient at one layer and of its rows, what they began with and what Ā makes of
+    them, at every layer."""
+    return run.length * (run.layers[0].input[0, 0].nbytes + 3 * 4 * len(run.layers))
+
+
 def chunk_size(run: Trace, budget: int = BUDGET) -> int:
-    """How many targets are taken together: maps and states of one block fit into `budget` bytes."""
-    width = run.features.shape[1]
-    bytes_of_one = 4 * run.length * (4 * run.length + 12 * width)
-    return max(1, budget // bytes_of_one)
+    """How many targets go down the layers together: their gradients and rows take half of `budget`
+    bytes at most, so that the rest holds what a block makes of some of them."""
+    return max(1, budget // 2 // _bytes_of_one(run))
 
 
-def chunks(run: Trace, targets: Sequence[int], budget: int = BUDGET) -> Iterator[list[int]]:
-    """The targets in lists of chunk_size()."""
+def chunks(
+    run: Trace, targets: Sequence[int], budget: int = BUDGET
+) -> Iterator[tuple[list[int], int]]:
+    """The targets in lists of chunk_size(), and what each leaves of the budget."""
     size = chunk_size(run, budget)
     for start in range(0, len(targets), size):
-        yield list(targets[start : start + size])
+        chunk = list(targets[start : start + size])
+        yield chunk, budget - len(chunk) * _bytes_of_one(run)
 
 
 def relevancy(
@@ -95,7 +101,9 @@ def relevancy(
     Layer l: gathered from the first layer up to l. tower: go on through connector and tower.
     """
     layers = list(range(len(run.layers))) if layers is None else sorted(layers)
-    of_chunks = [_chunk(run, chunk, layers, tower) for chunk in chunks(run, targets, budget)]
+    of_chunks = [
+        _chunk(run, chunk, layers, tower, rest) for chunk, rest in chunks(run, targets, budget)
+    ]
     arrays: list[Any] = [_joined(tensors) for tensors in zip(*of_chunks, strict=True)]
     return Relevancy(layers, *arrays)
 
@@ -106,7 +114,7 @@ def _joined(tensors: Sequence[Tensor | None]) -> Float[np.ndarray, "T ..."] | No
     return np.concatenate(arrays) if arrays else None
 
 
-def _chunk(run: Trace, targets: list[int], layers: list[int], tower: bool) -> _Chunk:
+def _chunk(run: Trace, targets: list[int], layers: list[int], tower: bool, budget: int) -> _Chunk:
     device = run.rows.device
     producing = run.rows[targets]  # (C,)
     count = torch.arange(len(targets), device=device)
@@ -114,37 +122,39 @@ def _chunk(run: Trace, targets: list[int], layers: list[int], tower: bool) -> _C
     start = torch.zeros(len(targets), len(layers), run.length, device=device)
     start[count, :, producing] = 1.0
     rows = start.clone()
-    last = None
-    descent = run.descend(targets)
-    for layer, attention in descent.maps():
-        if last is None:
-            last = attention[count, producing][:, run.vision]
+    descent = run.descend(targets, budget)
+    last = descent.step(start[:, :1])  # row p of the last layer's Ā
+    if layers[-1] == descent.layer:
+        rows[:, -1:] += last
+    while descent.layer:
         # R_l starts at its own layer, so the rows of lower ones stay e_p so far
-        begun = sum(asked < layer for asked in layers)
-        rows[:, begun:] = rules.carry(rows[:, begun:], attention)
+        begun = sum(asked < descent.layer - 1 for asked in layers)
+        rows[:, begun:] += descent.step(rows[:, begun:])
     rows -= start
     image = rows[:, :, run.vision]
     gradient = descent.vision_gradient
     cells = instruction = None
     if tower and run.tower is not None:
-        cells, instruction = onto_patches(run.tower, image, gradient)
+        cells, instruction = onto_patches(run.tower, image, gradient, budget)
     inputs = (gradient.float() * run.features.detach().float()).sum(-1)
-    assert last is not None
-    return _Chunk(rows, image, cells, instruction, last, inputs)
+    return _Chunk(rows, image, cells, instruction, last[:, 0, run.vision], inputs)
 
 
 def onto_patches(
-    tower: TowerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"]
+    tower: TowerPass,
+    image: Float[Tensor, "C K P"],
+    gradient: Float[Tensor, "C P d"],
+    budget: int = BUDGET,
 ) -> tuple[Float[Tensor, "C K S"], Float[Tensor, "C K m"] | None]:
     """Image relevancy of vision tokens carried on: (over the tower's patches, over a Q-Former's
     instruction or None). gradient: of the vision tokens."""
     if isinstance(tower, QFormerPass):
-        return through_queries(tower, image, gradient)
-    return through_tiles(tower, image, gradient), None
+        return through_queries(tower, image, gradient, budget)
+    return through_tiles(tower, image, gradient, budget), None
 
 
 def through_tiles(
-    tower: TowerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"]
+    tower: TowerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"], budget: int
 ) -> Float[Tensor, "C K P"]:
     """r_img C R_vit C' through the tower's self-attention, tile by tile (a picture as a whole is
     one tile).
@@ -163,8 +173,7 @@ def through_tiles(
     # R_vit: a tile reads itself alone
     rows = rows.unflatten(2, (tower.tiles, tower.positions))
     for tile in range(tower.tiles):
-        for _, attention in tower.descend(gradient, tile):
-            rows[:, :, tile] = rules.carry(rows[:, :, tile], attention)
+        rows[:, :, tile] = tower.carry(rows[:, :, tile], gradient, tile, budget)
     # C': each patch's equal shares onto the tokens that it makes
     makes = torch.bincount(sources[known], minlength=places).clamp_min(1)
     arrived = (rows.flatten(2) / makes)[..., sources.clamp(min=0)] * known  # (C, K, P, k)
@@ -172,14 +181,13 @@ def through_tiles(
 
 
 def through_queries(
-    tower: QFormerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"]
+    tower: QFormerPass, image: Float[Tensor, "C K P"], gradient: Float[Tensor, "C P d"], budget: int
 ) -> tuple[Float[Tensor, "C K S"], Float[Tensor, "C K m"] | None]:
     """r_img R_qi and r_img R_qq by rules 6, 7 and 10, over the tower's patches without CLS and over
     the instruction. Vision tokens behind the queries are made of no patch."""
     eye = torch.eye(tower.positions, device=image.device)
-    patches = eye.expand(len(image), -1, -1)  # R_ii (C, S, S)
-    for _, attention in tower.descend(gradient):
-        patches = rules.carry(patches, attention)
+    whole = eye.expand(len(image), -1, -1)
+    patches = tower.carry(whole, gradient, budget=budget)  # R_ii (C, S, S)
     self_maps, cross_maps = zip(*tower.query_maps(gradient), strict=True)
     r_qq, r_qi = rules.queries_to_patches(self_maps, cross_maps, patches, tower.joint)
     q = tower.former.queries
@@ -201,7 +209,7 @@ def raw_attention(
     """Mean attention over heads of the producing rows, each layer by itself."""
     producing = run.rows[list(targets)]
     chosen = range(len(run.layers)) if layers is None else layers
-    of_layers = [run.layers[layer].attention()[producing] for layer in chosen]
+    of_layers = [run.layers[layer].attention(producing) for layer in chosen]
     return np.stack([rows.float().cpu().numpy() for rows in of_layers], 1)
 
 
@@ -242,8 +250,8 @@ def _gradient_times(
 ) -> Float[np.ndarray, "T P"]:
     """Gradient of the logit times a change of the vision tokens, summed over the width."""
     products = []
-    for chunk in chunks(run, targets, budget):
-        gradient = run.descend(chunk).vision_gradient
+    for chunk, rest in chunks(run, targets, budget):
+        gradient = run.descend(chunk, rest).vision_gradient
         products.append((gradient.float() * change.float()).sum(-1).cpu().numpy())
     return np.concatenate(products)
 

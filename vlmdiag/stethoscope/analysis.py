@@ -479,7 +479,7 @@ class Analysis:
                 of_heads = []
                 of_groups = []
                 for head in range(call.query.shape[1]):
-                    rows = call.weights(head)[0][run.rows].float()  # (T, N)
+                    rows = call.weights(head, run.rows)[0]  # (T, N)
                     of_heads.append(rows[:, run.vision])
                     of_groups.append(rows @ in_group.to(rows.device))
                 sums.append(torch.stack(of_groups).cpu())
