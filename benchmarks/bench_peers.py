@@ -26,8 +26,9 @@ Each tool as its documentation shows it: nnsight on SDPA but for the maps, Trans
 attention, which it always takes. Each variant has processes of its own. The first runs every job
 once: its outputs are compared, and its peak memory above what was held before, minus the floor's,
 is the extra memory. Only then a second one, with the usual allocator, takes the CPU time of
---repeats rounds over the jobs; x floor is a ratio of medians, which other work on the machine
-hardly moves. Rows in which a peer wins stay in.
+--repeats rounds over the jobs, each right after a floor of a second, untouched model; x floor is
+the median of their ratios, which other work on the machine hardly moves (that of the floor to
+itself says how much). Rows in which a peer wins stay in.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from benchmarks.cases import build, decoder_shape, encode_samples, make_samples
 from vlmdiag import cli
 
 if TYPE_CHECKING:
-    from benchmarks.variants_peers import Jobs
+    from benchmarks.variants_peers import Jobs, Model
 
 PACKAGES = ("transformers", "nnsight", "transformer-lens")
 NEEDS = {"nnsight": "nnsight", "TransformerLens": "transformer-lens"}  # tool: package
@@ -71,9 +72,14 @@ def missing(variant: str) -> str | None:
 def cases_of(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """{name: (prompt tokens, batch)}."""
     return {
-        f"prompt {prompt}, batch {batch}": (prompt, batch)
+        case_name(prompt, batch): (prompt, batch)
         for prompt, batch in itertools.product(args.prompt, args.batch)
     }
+
+
+def case_name(prompt: int, batch: int) -> str:
+    """How processes, files and the table call a case."""
+    return f"prompt {prompt}, batch {batch}"
 
 
 # --- in a variant's own process -------------------------------------------------------------------
@@ -95,35 +101,44 @@ def outputs_and_peaks(jobs: Jobs, floor: Jobs, path: Path) -> dict[str, float | 
     return peaks
 
 
-def cpu_seconds(jobs: Jobs, repeats: int) -> dict[str, list[float]]:
-    """{job: CPU time of each round}; the first job is run once before."""
+def cpu_seconds(jobs: Jobs, floor: Jobs, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """{job: (CPU time of the floor, of the job right after it) of each round}; the first job is run
+    once before."""
     next(iter(jobs.values()))()
-    rounds = [
-        {job: measuring.times_of(work)[1] for job, work in jobs.items()} for _ in range(repeats)
-    ]
-    return {job: [times[job] for times in rounds] for job in jobs}
+    times: dict[str, list[tuple[float, float]]] = {job: [] for job in jobs}
+    for _, (job, work) in itertools.product(range(repeats), jobs.items()):
+        of_floor = measuring.times_of(floor[job])[1]
+        times[job].append((of_floor, measuring.times_of(work)[1]))
+    return times
+
+
+def make_model(args: argparse.Namespace, prompt: int, batch: int, folder: Path) -> Model:
+    """A random LLaVA in a new folder, and its prompts."""
+    from benchmarks.variants_peers import Model
+
+    folder.mkdir()
+    vlm = build(args.size, prompt, "cpu", folder)
+    return Model(vlm, encode_samples(vlm, make_samples(folder, batch)))
 
 
 def run_variant(args: argparse.Namespace) -> dict[str, Any]:
-    """What a process of one variant prints: {case: {job: MiB or seconds}}."""
+    """What a process of one variant prints: {case: {job: MiB, or seconds as cpu_seconds()}}."""
     import torch
 
-    from benchmarks import variants_peers as variants
+    from benchmarks.variants_peers import VARIANTS, floor
 
     name = args.memory_of or args.time_of
     figures: dict[str, Any] = {}
-    for case, (prompt, batch) in cases_of(args).items():
+    for case, sizes in cases_of(args).items():
         with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-            vlm = build(args.size, prompt, "cpu", Path(scratch))
-            samples = make_samples(Path(scratch), batch)
-            model = variants.Model(vlm, encode_samples(vlm, samples))
-            floor = variants.floor(model)
-            jobs = variants.VARIANTS[name](model)
+            model = make_model(args, *sizes, Path(scratch) / "model")
+            jobs = VARIANTS[name](model)
             if args.memory_of:
                 path = outputs_file(args.outputs, case, name)
-                figures[case] = outputs_and_peaks(jobs, floor, path)
+                figures[case] = outputs_and_peaks(jobs, floor(model), path)
             else:
-                figures[case] = cpu_seconds(jobs, args.repeats)
+                untouched = make_model(args, *sizes, Path(scratch) / "untouched")
+                figures[case] = cpu_seconds(jobs, floor(untouched), args.repeats)
     return figures
 
 
@@ -151,13 +166,14 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[float, list[measuri
             if package := missing(name):
                 row["why_not"] = f"{package} is not installed"
                 continue
-            seconds, peak = times[name][case][job], peaks[name][case][job]
-            of_floor = times["floor"][case][job], peaks["floor"][case][job]
+            of_floor, seconds = zip(*times[name][case][job], strict=True)
+            peak = peaks[name][case][job]
             row |= {
                 "cpu_seconds": seconds,
-                "x_floor": float(np.median(seconds) / np.median(of_floor[0])),
+                "floor_cpu_seconds": of_floor,
+                "x_floor": float(np.median(np.divide(seconds, of_floor))),
                 "peak_mib": peak,
-                "extra_mib": None if peak is None else peak - of_floor[1],
+                "extra_mib": None if peak is None else peak - peaks["floor"][case][job],
             }
     return worst, rows
 
@@ -177,22 +193,26 @@ def read_outputs(path: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def table(rows: Sequence[measuring.Row]) -> str:
-    """The rows as a Markdown table."""
-    names = ("prompt", "batch", "job", "variant", "CPU s: median (min-max)", "x floor", "extra MiB")
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    """The rows as a Markdown table with a column for each prompt and batch: x floor (median of the
+    CPU seconds, extra memory)."""
+    cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        cells = [str(row[name]) for name in names[:4]]
-        if "why_not" in row:
-            cells += [row["why_not"], "", ""]
-        else:
-            seconds, extra = row["cpu_seconds"], row["extra_mib"]
-            cells += [
-                f"{np.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})",
-                f"{row['x_floor']:.2f}",
-                "not measured" if extra is None else f"{extra:.1f}",
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells.setdefault((row["job"], row["variant"]), []).append(cell_of(row))
+    cases = dict.fromkeys(case_name(row["prompt"], row["batch"]) for row in rows)
+    names = ("job", "variant", *cases)
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join([*of, *of_cases])} |" for of, of_cases in cells.items()]
     return "\n".join(lines)
+
+
+def cell_of(row: measuring.Row) -> str:
+    """What the table says of a row."""
+    if "why_not" in row:
+        return row["why_not"]
+    extra = "memory not measured"
+    if row["extra_mib"] is not None:
+        extra = f"{row['extra_mib']:,.1f} MiB"
+    return f"{row['x_floor']:.2f} ({np.median(row['cpu_seconds']):.2f} s, {extra})"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
