@@ -2,7 +2,8 @@
 output on to their input.
 
 Shapes: B rows (1, but in a tower that reads tiles), N positions, d width, C gradients that are
-carried together, R rows for each that are multiplied by its Ā. docs/studies/stethoscope.md, section 5.2.
+carried together, R rows for each that are multiplied by its Ā. docs/studies/stethoscope.md, section
+5.2.
 """
 
 from __future__ import annotations
@@ -15,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmdiag.relevancy.attention_gradient import (
-    ROWS,
-    AttentionCall,
-    Rows,
-    attention_of,
-    calls_of,
-)
+from vlmdiag.relevancy.attention_gradient import ROWS, AttentionCall, Rows, attention_of, calls_of
 from vlmdiag.types import Fields, Record
 
 if TYPE_CHECKING:
