@@ -18,6 +18,7 @@ from vlmdiag.relevancy import methods as attribution
 from vlmdiag.relevancy.gradients import trace
 
 QUESTION = "What color is the circle?"
+N = 35  # positions of an attention call
 
 
 @pytest.fixture(scope="module", params=["llava-gqa", "qwen", "qwen3"])
@@ -117,6 +118,61 @@ def test_maps_are_those_of_plain_autograd_through_eager_attention(run):
             maps = [oracle["block", block][i] for block in range(last)]
             assert close(matrix, rules.self_attention(maps))
             assert apart(matrix, rules.self_attention(maps[1:])), "the first block counts"
+
+
+MASKS = {
+    "none": None,
+    "causal": torch.ones(N, N).tril().bool(),
+    "window": torch.ones(N, N).tril().triu(-5).bool(),
+    # a picture at the beginning sees itself whole
+    "picture": torch.ones(N, N).tril().bool() | (torch.arange(N) < 9)[None],
+    "numbers": torch.where(torch.ones(N, N).tril() == 1, 0.0, -1e9),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("softcap, has_bias", [(None, False), (2.0, False), (None, True)])
+@pytest.mark.parametrize("rows_at_once", [7, N, 128])
+def test_an_attention_call_is_differentiated_as_by_autograd(
+    mask, softcap, has_bias, rows_at_once, monkeypatch
+):
+    """Grouped queries, blocks of queries that do and do not divide their number, for 3 gradients
+    together."""
+    monkeypatch.setattr(attention_gradient, "ROWS", rows_at_once)
+    make = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=make)
+
+    q = normal(1, 4, N, 8).requires_grad_()
+    k, v = (normal(1, 2, N, 8).requires_grad_() for _ in range(2))
+    d_output, rows = normal(3, N, 4, 8), normal(3, 5, N)
+    bias = normal(1, 4, N, N) if has_bias else None
+    seen = MASKS[mask] if MASKS[mask] is None else MASKS[mask][None, None]
+    products = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    if softcap is not None:
+        products = softcap * torch.tanh(products / softcap)
+    if has_bias:
+        products = products + bias
+    if seen is not None and seen.dtype == torch.bool:
+        products = products.masked_fill(~seen, float("-inf"))
+    elif seen is not None:
+        products = products + seen
+    A = products.softmax(-1)  # (1, H, N, K)
+    output = (A @ v.repeat_interleave(2, 1)).transpose(1, 2)  # (1, N, H, D)
+    call = attention_gradient.AttentionCall(q, k, v, output, seen, 0.3, softcap, bias)
+    found = call.backward(d_output, rows)
+    for i in range(3):
+        dA, *wanted = torch.autograd.grad(
+            output, [A, q, k, v], d_output[i][None], retain_graph=True
+        )
+        average = rules.head_mean(A, dA)[0].detach()
+        assert close(found.carried[i], rows[i] @ average, 1e-5)
+        for ours, theirs in zip(found[1:], wanted, strict=True):
+            assert close(ours[i], theirs, 1e-5)
+    some = torch.tensor([0, 30, 12])
+    assert close(call.mean(some), A.detach().mean(1)[0, some], 1e-6)
+    assert call.backward(d_output, rows[:, :0]).carried.shape == (3, 0, N)
 
 
 def test_rows_are_those_of_the_matrix_recursion(run):
