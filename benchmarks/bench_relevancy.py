@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--memory",
         type=cli.whole(1, 2**20),
         default=128,
-        help="MiB of one layer's maps that ours holds at once",
+        help="MiB of gradients and maps that ours holds at once",
     )
     measuring.add_arguments(parser, measuring.VARIANTS)
     args = parser.parse_args(argv)

@@ -115,7 +115,7 @@ def _descended(
     #   states -> q, k, v of call 0 | its output -> q, k, v of call 1 | its output -> output
     # so gradients go from leaf to leaf, the last call first.
     leaves = [states, *(call.output for call in calls)]
-    d_leaves = vector_products([output], leaves, [d_output.to(output.dtype)[:, None]])
+    d_leaves = vector_products([output], leaves, [d_output.to(output)[:, None]])
     carried = None
     for index in reversed(range(len(calls))):
         call = calls[index]

@@ -74,6 +74,12 @@ class TowerPass:
         """Positions of each tile, CLS included."""
         return self.blocks[0].input.shape[1]
 
+    @property
+    def bytes_of_one(self) -> int:
+        """About what carry() holds for one gradient of the vision tokens beside its budget: that of
+        the connector, and of what the tower gives it."""
+        return 4 * self.pooled.nbytes + 2 * self.blocks[0].input.nbytes
+
     def carry(
         self,
         rows: Float[Tensor, "C R S"],
@@ -122,6 +128,13 @@ class QFormerPass(TowerPass):
     def joint(self) -> bool:
         """Whether queries read each other and the patches by one map."""
         return any(layer.joint for layer in self.layers)
+
+    @property
+    def bytes_of_one(self) -> int:
+        """The same, with gradients of the maps and the tower's R."""
+        maps = [tensor for layer in self.layers for tensor in (layer.own, layer.cross)]
+        of_maps = sum(tensor.nbytes for tensor in maps if tensor is not None)
+        return super().bytes_of_one + 2 * of_maps + 2 * 4 * self.positions**2
 
     def query_maps(
         self, gradients: Float[Tensor, "C P d"]
@@ -212,20 +225,24 @@ class Descent:
         block = run.layers[self.layer]
         carried = block.pull(self._d_states, rows, self.budget)
         if self.layer == 0:
-            inputs = [run.features]
-            (to_vision,) = vector_products([block.input], inputs, [self._d_states[:, None]])
+            (to_vision,) = vector_products([block.input], [run.features], [self._of(block)])
             self._d_vision = added(self._d_vision, to_vision)
+            self._d_states = self._d_states.new_empty(0)  # no longer needed
         elif block.input is not run.layers[self.layer - 1].output:
             # the model adds something between two layers, such as the picture (deepstack)
             below = run.layers[self.layer - 1].output
             to_below, to_vision = vector_products(
-                [block.input], [below, run.features], [self._d_states[:, None]]
+                [block.input], [below, run.features], [self._of(block)]
             )
             self._d_vision = added(self._d_vision, to_vision)
             if to_below is None:
                 raise ValueError(f"layer {self.layer} does not read layer {self.layer - 1}")
             self._d_states = to_below[:, 0].contiguous()  # pull() writes into it
         return carried
+
+    def _of(self, block: Block) -> Float[Tensor, "C 1 N d"]:
+        """The gradients of what a block read, where it lies."""
+        return self._d_states.to(block.input.device)[:, None]
 
     @property
     def vision_gradient(self) -> Float[Tensor, "C P d_in"]:

@@ -132,11 +132,17 @@ def _chunk(run: Trace, targets: list[int], layers: list[int], tower: bool, budge
         rows[:, begun:] += descent.step(rows[:, begun:])
     rows -= start
     image = rows[:, :, run.vision]
-    gradient = descent.vision_gradient
+    gradient = descent.vision_gradient  # (C, P, d)
+    features = run.features.detach().float()
+    inputs = torch.stack([(of_one.float() * features).sum(-1) for of_one in gradient])
     cells = instruction = None
     if tower and run.tower is not None:
-        cells, instruction = onto_patches(run.tower, image, gradient, budget)
-    inputs = (gradient.float() * run.features.detach().float()).sum(-1)
+        size = max(1, budget // (2 * run.tower.bytes_of_one))
+        pairs = zip(image.split(size), gradient.split(size), strict=True)
+        parts = [onto_patches(run.tower, *pair, budget // 2) for pair in pairs]
+        cells = torch.cat([of_cells for of_cells, _ in parts])
+        if parts[0][1] is not None:
+            instruction = torch.cat([words for _, words in parts if words is not None])
     return _Chunk(rows, image, cells, instruction, last[:, 0, run.vision], inputs)
 
 
