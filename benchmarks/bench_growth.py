@@ -14,8 +14,7 @@ as much.
     exponent = log(y2 / y1) / log(x2 / x1)
 
 Expected at most: time 2 with the picture's tokens (attention; linear layers 1) and 1 with the rest;
-memory 1, of relevancy 2 with the picture's tokens, because it holds whole attention maps of a
-layer. Fixed costs make an exponent smaller. What is more than 0.25 above is marked in the table.
+memory 1. Fixed costs make an exponent smaller. What is more than 0.25 above is marked in the table.
 CPU time of the process and its peak above what was held before; a process per experiment, whose
 allocator gives freed blocks back at once.
 """
@@ -66,11 +65,9 @@ QUANTITIES = {"seconds": "CPU s", "mib": "extra MiB"}
 ABOVE = 0.25
 
 
-def expected(experiment: str, axis: str, quantity: str) -> int:
+def expected(axis: str, quantity: str) -> int:
     """The largest exponent that the work itself asks for."""
-    if axis != "picture":
-        return 1
-    return 2 if quantity == "seconds" or experiment == "relevancy" else 1
+    return 2 if axis == "picture" and quantity == "seconds" else 1
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -133,7 +130,7 @@ def rows_of(curves: Mapping[str, Mapping[str, Curve]]) -> list[measuring.Row]:
                 if not all(curve[quantity][-2:]):
                     continue
                 fitted = exponent(curve["size"], curve[quantity])
-                limit = expected(experiment, axis, quantity)
+                limit = expected(axis, quantity)
                 rows.append(
                     {
                         "experiment": experiment,
