@@ -531,7 +531,7 @@ def test_growth_above_what_the_work_asks_for_is_marked():
     assert memory["exponent"] == pytest.approx(1.5)
     assert memory["expected"] == 1 and memory["above"]
     assert not found["PSI", "layers", "seconds"]["above"]
-    assert not found["relevancy", "picture", "mib"]["above"]
+    assert found["relevancy", "picture", "mib"]["above"]
     assert bench_growth.table(rows).count("**1.50 of 1**") == 1
 
 

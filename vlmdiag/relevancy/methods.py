@@ -133,8 +133,7 @@ def _chunk(run: Trace, targets: list[int], layers: list[int], tower: bool, budge
     rows -= start
     image = rows[:, :, run.vision]
     gradient = descent.vision_gradient  # (C, P, d)
-    features = run.features.detach().float()
-    inputs = torch.stack([(of_one.float() * features).sum(-1) for of_one in gradient])
+    inputs = _products(gradient, run.features.detach())
     cells = instruction = None
     if tower and run.tower is not None:
         size = max(1, budget // (2 * run.tower.bytes_of_one))
@@ -258,8 +257,16 @@ def _gradient_times(
     products = []
     for chunk, rest in chunks(run, targets, budget):
         gradient = run.descend(chunk, rest).vision_gradient
-        products.append((gradient.float() * change.float()).sum(-1).cpu().numpy())
+        products.append(_products(gradient, change).cpu().numpy())
     return np.concatenate(products)
+
+
+def _products(
+    gradient: Float[Tensor, "C P d"], change: Float[Tensor, "P d"]
+) -> Float[Tensor, "C P"]:
+    """Gradients times a change, summed over the width, one by one for the memory's sake."""
+    change = change.float()
+    return torch.stack([(of_one.float() * change).sum(-1) for of_one in gradient])
 
 
 def noise(run: Trace, targets: Sequence[int], seed: int = 0) -> Float[np.ndarray, "T P"]:
