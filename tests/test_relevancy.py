@@ -132,13 +132,15 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("softcap, has_bias", [(None, False), (2.0, False), (None, True)])
-@pytest.mark.parametrize("rows_at_once", [7, N, 128])
+@pytest.mark.parametrize("rows_at_once, heads_at_once", [(7, 1), (7, 3), (N, 4), (128, 2)])
 def test_an_attention_call_is_differentiated_as_by_autograd(
-    mask, softcap, has_bias, rows_at_once, monkeypatch
+    mask, softcap, has_bias, rows_at_once, heads_at_once, monkeypatch
 ):
-    """Grouped queries, blocks of queries that do and do not divide their number, for 3 gradients
-    together."""
+    """Grouped queries, blocks of queries and of heads that do and do not divide their number, for 3
+    gradients together."""
     monkeypatch.setattr(attention_gradient, "ROWS", rows_at_once)
+    of_head = 4 * 3 * min(rows_at_once, N) * N  # bytes
+    monkeypatch.setitem(attention_gradient.TOGETHER, "cpu", heads_at_once * of_head)
     make = torch.Generator().manual_seed(0)
 
     def normal(*shape):

@@ -6,8 +6,8 @@ the gradients dO of the output give, head by head,
     dA = dO V^T          dS = A (dA - sum_k dA A)
     dQ = dS K / sqrt(D)  dK = dS^T Q / sqrt(D)     dV = A^T dO
 
-so a map A and its gradient dA exist for one head and some rows at a time, and what rule 5 of
-rules.py makes of them, Ā, for some rows: a product with Ā is added up over them.
+so a map A and its gradient dA exist for some heads and rows at a time, and what rule 5 of rules.py
+makes of them, Ā, for some rows: a product with Ā is added up over them.
 docs/studies/stethoscope.md, section 5.2.
 
 Shapes: H heads, H_kv key-value heads, N queries, K keys, D head dimension, C gradients that are
@@ -36,8 +36,12 @@ if TYPE_CHECKING:
 
 AttentionOption = Any  # what transformers hands to an attention function besides its tensors
 Rows = slice | Tensor  # of a map: a part of it, or indices
+Heads = slice  # some that follow each other
 NAME = "vlm_gradients"
 ROWS = 128  # of a map that are held at once
+# bytes of maps of several heads together, by device: as much as stays in the caches of a CPU; on a
+# GPU, where each step costs its start, all heads of a 7B model
+TOGETHER = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 
 
 class CallGradients(NamedTuple):
@@ -64,32 +68,36 @@ class AttentionCall:
     bias: Tensor | None
 
     def weights(
-        self, head: int, rows: Rows = slice(None), keys: slice = slice(None)
-    ) -> tuple[Float[Tensor, "r k"], Float[Tensor, "r k"] | None]:
-        """Some rows of A of one head over the keys that they see, and the derivative of the softcap
-        at their scores, None without one; float32."""
-        shared = head // (self.query.shape[1] // self.key.shape[1])
-        q = self.query[0, head, rows].detach().float()  # (r, D)
-        k = self.key[0, shared, keys].detach().float()  # (k, D)
-        products = (q @ k.T).mul_(self.scaling)  # (r, k)
+        self, heads: Heads, rows: Rows = slice(None), keys: slice = slice(None)
+    ) -> tuple[Float[Tensor, "h r k"], Float[Tensor, "h r k"] | None]:
+        """Some rows of A of some heads over the keys that they see, and the derivative of the
+        softcap at their scores, None without one; float32."""
+        q = self.query[0, heads][:, rows].detach().float()  # (h, r, D)
+        k = self.key[0, self.shared(heads), keys].detach().float()  # (h, k, D)
+        products = (q @ k.mT).mul_(self.scaling)  # (h, r, k)
         slope = None
         if self.softcap is not None:
             slope = 1 - torch.tanh(products / self.softcap) ** 2
-        bias = None if self.bias is None else self._of_head(self.bias, head)[rows, keys]
-        mask = None if self.mask is None else self._of_head(self.mask, head)[rows, keys]
+        bias = None if self.bias is None else self._of(self.bias, heads)[:, rows, keys]
+        mask = None if self.mask is None else self._of(self.mask, heads)[:, rows, keys]
         return scores(products, mask, self.softcap, bias).softmax(-1), slope
 
-    def _of_head(self, table: Tensor, head: int) -> Tensor:
-        """Entries of one head, or of all of them, (N, K)."""
-        sizes = self.query.shape[2], self.key.shape[2]
-        return table[0, min(head, table.shape[1] - 1)].expand(sizes)
+    def shared(self, heads: Heads) -> list[int]:
+        """The key-value head that each of some heads reads."""
+        group = self.query.shape[1] // self.key.shape[1]
+        return [head // group for head in range(self.query.shape[1])[heads]]
+
+    def _of(self, table: Tensor, heads: Heads) -> Tensor:
+        """Entries (1 or h, N, K) of some heads."""
+        of_heads = table[0] if table.shape[1] == 1 else table[0, heads]
+        return of_heads.expand(-1, self.query.shape[2], self.key.shape[2])
 
     def mean(self, rows: Rows = slice(None)) -> Float[Tensor, "r K"]:
         """Some rows of the mean attention over heads, float32."""
         heads = self.query.shape[1]
-        total = self.weights(0, rows)[0]
+        total = self.weights(slice(0, 1), rows)[0][0]
         for head in range(1, heads):
-            total = total + self.weights(head, rows)[0]
+            total = total + self.weights(slice(head, head + 1), rows)[0][0]
         return total / heads
 
     def is_causal(self) -> bool:
@@ -120,24 +128,28 @@ class AttentionCall:
         for start in range(0, queries, ROWS):
             r = slice(start, min(start + ROWS, queries))  # the block's queries
             s = slice(0, keys - queries + r.stop if causal else keys)  # the keys that they see
+            size = 4 * count * (r.stop - r.start) * s.stop  # of one head, bytes
+            together = max(1, TOGETHER.get(d_output.device.type, TOGETHER["cuda"]) // size)
             average = torch.zeros(count, r.stop - r.start, s.stop, **like) if rows.numel() else None
-            for head in range(heads):
-                shared = head // (heads // shared_heads)  # grouped queries read the same keys
-                A, slope = self.weights(head, r, s)  # (r, s)
-                Q = self.query[0, head, r].detach().float()  # (r, D)
-                K = self.key[0, shared, s].detach().float()  # (s, D)
-                V = self.value[0, shared, s].detach().float()  # (s, D)
-                dO = d_output[:, r, head].float()  # (C, r, D)
-                dS = torch.matmul(dO, V.T)  # (C, r, s), so far dA
+            for first in range(0, heads, together):
+                h = slice(first, min(first + together, heads))
+                shared = self.shared(h)  # grouped queries read the same keys
+                A, slope = self.weights(h, r, s)  # (h, r, s)
+                Q = self.query[0, h, r].detach().float()  # (h, r, D)
+                K = self.key[0, shared, s].detach().float()  # (h, s, D)
+                V = self.value[0, shared, s].detach().float()  # (h, s, D)
+                dO = d_output[:, r, h].transpose(1, 2).float()  # (C, h, r, D)
+                dS = dO @ V.mT  # (C, h, r, s), so far dA
                 dS.mul_(A)  # dA A
                 if average is not None:
-                    average += dS.clamp_min(0)  # rule 5, summed over heads
+                    average += dS.clamp_min(0).sum(1)  # rule 5, summed over heads
                 dS.addcmul_(A, dS.sum(-1, keepdim=True).neg_())  # A (dA - sum_k dA A)
                 if slope is not None:
                     dS.mul_(slope)
-                dQ[:, head, r] = dS @ K * self.scaling  # (C, r, D)
-                dK[:, shared, s] += dS.transpose(-1, -2) @ Q * self.scaling  # (C, s, D)
-                dV[:, shared, s] += torch.matmul(A.T, dO)  # (C, s, D)
+                dQ[:, h, r] = dS @ K * self.scaling  # (C, h, r, D)
+                into = torch.tensor(shared, device=d_output.device)
+                dK[:, :, s].index_add_(1, into, dS.mT @ Q * self.scaling)  # (C, h, s, D)
+                dV[:, :, s].index_add_(1, into, A.mT @ dO)  # (C, h, s, D)
             if average is not None:
                 carried[..., s] += rows[..., r] @ average.div_(heads)
         return CallGradients(

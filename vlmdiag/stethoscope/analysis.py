@@ -476,15 +476,11 @@ class Analysis:
             for index in kept if "heads" in self._parts else every_layer:
                 block = run.layers[index]
                 call = block.run(block.input.detach())[1][0]
-                of_heads = []
-                of_groups = []
-                for head in range(call.query.shape[1]):
-                    rows = call.weights(head, run.rows)[0]  # (T, N)
-                    of_heads.append(rows[:, run.vision])
-                    of_groups.append(rows @ in_group.to(rows.device))
-                sums.append(torch.stack(of_groups).cpu())
+                rows, _ = call.weights(slice(None), run.rows)  # (H, T, N)
+                sums.append((rows @ in_group.to(rows.device)).cpu())
                 if index in kept:
-                    self._attention[index] = torch.stack(of_heads, 1).cpu().numpy()
+                    of_heads = rows[..., run.vision].transpose(0, 1)
+                    self._attention[index] = of_heads.cpu().numpy()
         if "heads" not in self._parts:
             self._parts["heads"] = self._heads(torch.stack(sums).permute(2, 0, 1, 3))
         while len(self._attention) > room:
