@@ -46,7 +46,7 @@ def norms(case: Case) -> Work:
     """vlm_token_norms.py: tower and connector only."""
     captions = {sample.id: [sample.question] for sample in case.samples}
     settings = (1.0, len(case.samples), 1)  # scale of the pictures, batch, workers
-    return partial(token_norms.measure, case.vlm, case.samples, captions, *settings)
+    return partial(token_norms.measure, [case.vlm], case.samples, captions, *settings)
 
 
 def psi(case: Case) -> Work:

@@ -17,10 +17,11 @@ to 1000, text tokens at 0.3 to 1.3 (mean 0.83).
 Writes <out_dir>/<output_prefix>.png, .pdf and .json (n, mean with a bootstrap 95 % interval over
 images, quartiles, range) and prints the same as a table; --save_vectors adds <vectors_file> with
 txt and img, one float64 norm a token. Of several models each one's files are in <out_dir>/<model>,
-and <out_dir>/<output_prefix>.png and .pdf compare them on one axis. The decoder's layers are never
-read from a folder. On the tiny model the vision violin stands right of the text violin; on
-tiny-llava-normWmean and -multilayerNorm it is a line at max_norm * scale: every vision token has
-one norm.
+and <out_dir>/<output_prefix>.png and .pdf compare them on one axis. Models in a row with equal
+towers, such as snapshots of a training that left the tower alone, are in memory together without
+their decoders, and one tower runs for all of them. The decoder's layers are never read from a
+folder. On the tiny model the vision violin stands right of the text violin; on tiny-llava-normWmean
+and -multilayerNorm it is a line at max_norm * scale: every vision token has one norm.
 
 Published and here: the published script enlarges each picture three times before the processor
 shrinks it again, which changes pixels: --scale 3 does the same, the default 1 gives the model the
@@ -38,7 +39,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -51,7 +52,7 @@ from vlmdiag.runs import rundirs
 
 if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample
-    from vlmdiag.types import VLM
+    from vlmdiag.types import VLM, Record
 
 ENDINGS = {"bin": ".bin", "safetensors": ".safetensors"}
 
@@ -193,23 +194,27 @@ def linked_without(folder: Path, ending: str, view: Path) -> Path:
     return view
 
 
-def load(args: argparse.Namespace) -> tuple[VLM, bool]:
-    """The model without its decoder layers, and whether they were left out."""
-    ending = check_weights(args)
+def load_without_decoder(args: argparse.Namespace, leave_out: str | None) -> VLM | None:
+    """The model without its decoder's layers; None for one whose layers cannot be left out.
+    leave_out: ending of weight files that are not read."""
     path = Path(args.model_path)
-    args.no_self_check = True  # its checks are about the decoder
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(UsageError):
-        if ending:
-            path = linked_without(path, ending, Path(scratch) / rundirs.slug(args.model_path))
-        return load_from_args(args, str(path), decoder_layers=0), True
+        if leave_out:
+            path = linked_without(path, leave_out, Path(scratch) / rundirs.slug(args.model_path))
+        return load_from_args(args, str(path), decoder_layers=0)
+    return None
+
+
+def load_whole(args: argparse.Namespace, leave_out: str | None) -> VLM:
+    """The model with all its layers."""
     vlm = load_from_args(args)
-    if ending:
+    if leave_out:
         raise UsageError(
             f"--weights_type {args.weights_type}: this model is loaded as a whole, by transformers'"
             " own choice of files; leave it out"
         )
     print("the decoder's layers could not be left out for this model, so all of it was loaded")
-    return vlm, False
+    return vlm
 
 
 def read_captions(path: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
@@ -236,39 +241,56 @@ def read_captions(path: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
     return {sample.id: captions[image_key(sample.extra["image_id"])] for sample in samples}
 
 
-def measure_model(
-    args: argparse.Namespace, samples: Sequence[Sample], captions: dict[str, list[str]]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Measure --model_path, print its table and write its files into --out_dir. Returns (the norms
-    of all tokens by group, the summary)."""
-    name = rundirs.slug(args.model_path)
-    vlm, headless = load(args)
+# ---- measuring ----
 
-    from vlmdiag.beyond_semantics import token_norm_figure, token_norms
-    from vlmdiag.figures import plots
+Measured = tuple[dict[str, np.ndarray], "Record"]  # norms of all tokens by group, and the summary
 
-    norms, failed = token_norms.measure(
-        vlm, samples, captions, args.scale, args.batch_size, args.num_workers
+
+def measure_together(
+    models: Sequence[argparse.Namespace],
+    vlms: Sequence[VLM],
+    samples: Sequence[Sample],
+    captions: dict[str, list[str]],
+) -> list[Measured]:
+    """Measure models whose towers are equal, print a table and write the files of each."""
+    from vlmdiag.beyond_semantics import token_norms
+
+    args = models[0]
+    of_models, failed = token_norms.measure(
+        vlms, samples, captions, args.scale, args.batch_size, args.num_workers
     )
     for id, error in failed.items():
         print(f"{id} failed: {error}")
-    if not norms:
+    if len(failed) == len(samples):
         raise UsageError(f"none of the {len(samples)} pictures of {args.image_dir} could be read")
-    text = [of_image.text for of_image in norms.values()]
-    vision = [of_image.vision for of_image in norms.values()]
-    summary = {
-        "text": token_norms.summarize(text),
-        "vision": token_norms.summarize(vision),
-        "model": name,
-        "scale": args.scale,
-        "dtype": str(vlm.dtype).removeprefix("torch."),
-        "decoder_left_out": headless,
-        "failed": failed,
-        "vision_over_text": token_norms.vision_over_text(norms),
-    }
+    measured = []
+    for of_model, vlm, norms in zip(models, vlms, of_models, strict=True):
+        text = [of_image.text for of_image in norms.values()]
+        vision = [of_image.vision for of_image in norms.values()]
+        summary = {
+            "text": token_norms.summarize(text),
+            "vision": token_norms.summarize(vision),
+            "model": rundirs.slug(of_model.model_path),
+            "scale": args.scale,
+            "dtype": str(vlm.dtype).removeprefix("torch."),
+            "decoder_left_out": not vlm.parts.layers,
+            "failed": failed,
+            "vision_over_text": token_norms.vision_over_text(norms),
+        }
+        pooled = {"text": np.concatenate(text), "vision": np.concatenate(vision)}
+        report(of_model, pooled, summary)
+        measured.append((pooled, summary))
+    return measured
+
+
+def report(args: argparse.Namespace, pooled: dict[str, np.ndarray], summary: Record) -> None:
+    """Print a model's table and write its files into --out_dir."""
+    from vlmdiag.beyond_semantics import token_norm_figure, token_norms
+    from vlmdiag.figures import plots
+
     print(token_norms.table_of(summary))
     stem = Path(args.out_dir) / args.output_prefix
-    pooled = {"text": np.concatenate(text), "vision": np.concatenate(vision)}
+    name = summary["model"]
     figure = token_norm_figure.draw({name: (pooled, summary)})
     plots.save(figure, f"{stem}.png", vars(args) | {"model_name": name})
     plots.write_file(f"{stem}.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -276,7 +298,38 @@ def measure_model(
         buffer = io.BytesIO()
         np.savez(buffer, txt=pooled["text"], img=pooled["vision"])
         plots.write_file(Path(args.out_dir) / args.vectors_file, buffer.getvalue())
-    return pooled, summary
+
+
+def measure_all(
+    models: Sequence[argparse.Namespace], samples: Sequence[Sample], captions: dict[str, list[str]]
+) -> list[Measured]:
+    """Measure the models in order. Those that follow each other and have equal towers are in memory
+    together, without their decoders, and their tower runs once for all; a model that is loaded
+    whole is there alone."""
+    from vlmdiag.model import towers
+
+    measured: list[Measured] = []
+    waiting: list[argparse.Namespace] = []
+    vlms: list[VLM] = []
+
+    def measure_waiting() -> None:
+        if waiting:
+            measured.extend(measure_together(waiting, vlms, samples, captions))
+        waiting.clear()
+        vlms.clear()
+
+    for args in models:
+        args.no_self_check = True  # its checks are about the decoder
+        leave_out = check_weights(args)
+        vlm = load_without_decoder(args, leave_out)
+        if vlm is None or (vlms and not towers.equal(vlms[0], vlm)):
+            measure_waiting()
+        waiting.append(args)
+        vlms.append(vlm or load_whole(args, leave_out))
+        if vlm is None:
+            measure_waiting()
+    measure_waiting()
+    return measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,11 +339,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--model_path: two models have one name ({', '.join(names)})")
     samples = read_coco(args.image_dir, args.caption_file, args.max_images or None)
     captions = read_captions(args.caption_file, samples)
-    measured = {}
+    models = []
     for name, path in zip(names, args.model_path):
         where = Path(args.out_dir) / name if len(names) > 1 else args.out_dir
-        of_model = cli.changed(args, model_path=path, out_dir=str(where))
-        measured[name] = measure_model(of_model, samples, captions)
+        models.append(cli.changed(args, model_path=path, out_dir=str(where)))
+    measured = dict(zip(names, measure_all(models, samples, captions), strict=True))
     if len(names) > 1:
         from vlmdiag.beyond_semantics import token_norm_figure
         from vlmdiag.figures import plots

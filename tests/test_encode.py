@@ -208,6 +208,19 @@ def test_what_is_known_of_a_picture_goes_with_it(load):
     assert len(processed._kept) == before
 
 
+def test_models_with_equal_processors_look_at_a_picture_once(load, folders, monkeypatch):
+    first, second = load("llava"), common.load_model(folders["llava"], self_check=False)
+    picture = Image.new("RGB", (70, 50), (90, 120, 60))
+    ours = first.encode([Sample("0", None, "a")], [picture])
+    kept = len(processed._kept)
+    theirs = second.encode([Sample("0", None, "b")], [picture])
+    assert len(processed._kept) == kept
+    assert torch.equal(ours.image_inputs["pixel_values"], theirs.image_inputs["pixel_values"])
+    monkeypatch.setattr(second.processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
+    other = second.encode([Sample("0", None, "b")], [picture])
+    assert len(processed._kept) == kept + 1 and other.pictures != theirs.pictures
+
+
 def test_other_options_and_other_processors_are_other_work():
     class Processor:
         def __init__(self):

@@ -4,9 +4,11 @@ configs (tests/random_models/).
     python -m tests.test_families     # writes what the models have into docs/families.md
 """
 
+import copy
 import importlib
 import pkgutil
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from tests.published.facts import MODELS as PUBLISHED
 from tests.published.facts import NOT, STAND_IN, STATES
 from vlmdiag import families as models
 from vlmdiag.groups import GROUPS, PAD, VISION
-from vlmdiag.model import drafts, processed
+from vlmdiag.model import drafts, processed, towers
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass, Probe
@@ -138,6 +140,57 @@ def test_a_picture_that_was_processed_before_is_read_as_one_that_was_not(vlm):
     assert first.image_inputs.keys() == again.image_inputs.keys()
     for name, value in first.image_inputs.items():
         assert torch.equal(value, again.image_inputs[name])
+
+
+def snapshot(vlm):
+    """The model as a training would leave it that moved all but its tower and its decoder."""
+    other = replace(vlm, model=copy.deepcopy(vlm.model))
+    parts = other.parts
+    frozen = {id(one) for of in (parts.tower, parts.decoder) for one in of.parameters()}
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            if id(parameter) not in frozen:
+                parameter *= 1.5
+    return other
+
+
+@torch.inference_mode()
+def seen_by(vlm):
+    """What a model's decoder gets of two pictures."""
+    words = ("cat", "car")
+    samples = [Sample(str(n), None, f"Is the {word} red?") for n, word in enumerate(words)]
+    pictures = [Image.linear_gradient("L").resize((90, 60)).convert("RGB") for _ in words]
+    for n, picture in enumerate(pictures):
+        picture.paste((50 + n, 90, 200), (10, 10, 40 + 10 * n, 50))
+    return [row.clone() for row in vlm.vision(vlm.encode(samples, pictures)).pooler_output]
+
+
+def test_snapshots_with_equal_towers_run_one_for_all(vlm, monkeypatch):
+    other, tower = snapshot(vlm), vlm.parts.tower
+    alone = [seen_by(vlm), seen_by(other)]
+    passes, forward = [], tower.forward
+
+    def counting(*args, **options):
+        passes.append(1)
+        return forward(*args, **options)
+
+    assert towers.equal(vlm, other)
+    monkeypatch.setattr(tower, "forward", counting)
+    seen_by(vlm)
+    once = len(passes)
+    with towers.sharing([vlm, other]):
+        together = [seen_by(vlm), seen_by(other)]
+    assert len(passes) == 2 * once, "the second model's tower ran too"
+    after = [seen_by(vlm), seen_by(other)]
+    assert len(passes) == 3 * once, "outside the context each has its own again"
+    for model in range(2):
+        for row, picture in enumerate(alone[model]):
+            assert torch.equal(picture, together[model][row])
+            assert torch.equal(picture, after[model][row])
+    with torch.no_grad():
+        last = list(other.parts.tower.parameters())[-1]
+        last.data = last + 1e-3
+    assert not towers.equal(vlm, other)
 
 
 def test_the_page_of_families_has_its_line(vlm, request):

@@ -1,6 +1,7 @@
 """The self-check passes on sound models and names what is wrong with unsound ones; edits prove
 themselves on the kernel's own output."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.families import Rotary
 from vlmdiag.families import generic as generic_family
 from vlmdiag.groups import GROUPS
-from vlmdiag.model import decoding, encoding, vision
+from vlmdiag.model import decoding, encoding, rotary, selfcheck, vision
 from vlmdiag.model.attention import Block, Row, capture, edit
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass
@@ -26,6 +27,32 @@ NAMES = ["llava", "llava-gqa", "qwen"]
 @pytest.mark.parametrize("name", NAMES)
 def test_sound_models_pass(load, name):
     assert check(load(name)) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checks_hold_rows_and_never_whole_maps_or_keys(load, name, monkeypatch):
+    vlm, held, eager = load(name), [], selfcheck._eager
+
+    @contextlib.contextmanager
+    def noting(vlm):
+        with eager(vlm) as rows:
+            yield rows
+        held.extend(rows.values())
+
+    class Keys(rotary._Keys):
+        def attention(self, layer, row):
+            super().attention(layer, row)
+            held.append(self.keys[layer])
+
+    monkeypatch.setattr(selfcheck, "_eager", noting)
+    monkeypatch.setattr(rotary, "_Keys", Keys)
+    monkeypatch.setattr(rotary, "KEYS", 5)
+    assert check(replace(vlm)) is None
+    layers = len(vlm.parts.layers)
+    assert len(held) == layers + 2 * layers
+    for tensor in held:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert {keys.shape[2] for keys in held if keys.ndim == 4} == {5}
 
 
 def broken(vlm, **changes):

@@ -226,8 +226,8 @@ def test_the_decoder_is_neither_built_nor_read(models, coco, monkeypatch):
                 str(models["tower"]),
             ],
         )
-        vlm, headless = module.load(args)
-        assert headless and len(vlm.parts.layers) == 0
+        vlm = module.load_without_decoder(args, module.check_weights(args))
+        assert vlm is not None and len(vlm.parts.layers) == 0
         assert not any(
             ".layers." in key and "vision" not in key and "visual" not in key
             for key in vlm.model.state_dict()
@@ -242,8 +242,8 @@ def test_a_type_whose_decoder_has_no_known_name_is_loaded_whole(models, coco, mo
 
     monkeypatch.setattr(configs, "shorten_decoder", shorten)
     args = of_one(module, ["--model_path", str(models["llava"]), "--coco_root", str(coco)])
-    vlm, headless = module.load(args)
-    assert not headless and len(vlm.parts.layers) > 0
+    assert module.load_without_decoder(args, None) is None
+    assert len(module.load_whole(args, None).parts.layers) > 0
     assert "all of it was loaded" in capsys.readouterr().out
 
 
@@ -273,7 +273,8 @@ def test_of_two_kinds_of_files_the_one_asked_for_is_read(models, coco, sources, 
                 str(models["tower"]),
             ],
         )
-        sums[kind] = module.load(args)[0].model.get_input_embeddings().weight.norm().item()
+        vlm = module.load_without_decoder(args, module.check_weights(args))
+        sums[kind] = vlm.model.get_input_embeddings().weight.norm().item()
     assert sums["bin"] == pytest.approx(2 * sums["safetensors"])
 
 
@@ -398,6 +399,58 @@ def test_several_models_share_one_axis_in_the_order_of_the_arguments():
     assert labels == [
         f"{model}\n{group} tokens" for model in ("first", "second") for group in ("vision", "text")
     ]
+
+
+@torch.no_grad()
+def changed_copy(folder, copy, part):
+    """A checkpoint with other weights in some part of the model."""
+    vlm = common.load_model(folder, self_check=False)
+    for name, parameter in vlm.model.named_parameters():
+        if part in name:
+            parameter *= 1.5
+    vlm.model.save_pretrained(copy)
+    vlm.processor.save_pretrained(copy)
+    return copy
+
+
+def test_models_in_a_row_with_equal_towers_run_it_once_and_have_the_same_files(
+    models, coco, tmp_path, monkeypatch
+):
+    first = models["llava"]
+    paths = [
+        first,
+        changed_copy(first, tmp_path / "connector", "multi_modal_projector"),
+        changed_copy(first, tmp_path / "tower", "vision_tower"),
+        models["qwen"],
+        changed_copy(models["qwen"], tmp_path / "decoder", "language_model"),
+    ]
+    passes, measure = [], token_norms.measure
+
+    def counting(vlms, *args):
+        inner = [next(vlm.parts.tower.children()) for vlm in vlms]  # runs whenever its tower does
+        hooks = [part.register_forward_hook(lambda *_: passes.append(1)) for part in inner]
+        before = len(passes)
+        found = measure(vlms, *args)
+        runs.append((len(vlms), len(passes) - before))
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    runs = []
+    monkeypatch.setattr(token_norms, "measure", counting)
+    common_flags = ["--coco_root", coco, "--save_vectors", "--batch_size", 2]
+    for path in paths:
+        in_process("--model_path", path, *common_flags, "--out_dir", tmp_path / "alone" / path.name)
+    assert runs == [(1, 2)] * 5, "three pictures in batches of two"
+    runs.clear()
+    several = [flag for path in paths for flag in ("--model_path", path)]
+    assert in_process(*several, *common_flags, "--out_dir", tmp_path / "all")[0] == 0
+    assert runs == [(2, 2), (1, 2), (2, 2)]
+    for path in paths:
+        files = [tmp_path / group / path.name for group in ("alone", "all")]
+        for name in ("vectors.npz", "token_norms_comparison.json"):
+            one, other = (folder / name for folder in files)
+            assert one.read_bytes() == other.read_bytes()
 
 
 def upper_half(outline, row):

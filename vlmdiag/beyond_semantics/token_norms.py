@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
+from vlmdiag.model import towers
 from vlmdiag.pictures.samples import KEPT_PIXELS, load_image
 from vlmdiag.types import Fields, Record
 
@@ -78,20 +79,19 @@ def pictures_ahead(
 
 @torch.inference_mode()
 def measure(
-    vlm: VLM,
+    vlms: Sequence[VLM],
     samples: Sequence[Sample],
     captions: Mapping[str, Sequence[str]],
     scale: float,
     batch_size: int,
     num_workers: int,
-) -> tuple[dict[str, ImageNorms], dict[str, str]]:
-    """({sample id: norms}, {sample id: error}). captions: texts by sample id; scale: of the
-    pictures before the processor sees them."""
-    embeddings = vlm.model.get_input_embeddings().weight
+) -> tuple[list[dict[str, ImageNorms]], dict[str, str]]:
+    """(of each model {sample id: norms}, {sample id: error}). vlms: one model, or several with
+    equal towers (towers.equal()), which runs once for all; captions: texts by sample id; scale: of
+    the pictures before the processor sees them."""
     # the norm of each id of the vocabulary, so that a caption is a look-up
-    id_norms = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
-    table = id_norms.double().cpu().numpy()
-    norms: dict[str, ImageNorms] = {}
+    tables = [id_norms(vlm) for vlm in vlms]
+    norms: list[dict[str, ImageNorms]] = [{} for _ in vlms]
     failed: dict[str, str] = {}
     with tqdm(total=len(samples), desc="pictures", unit="img", disable=None) as bar:
         for batch_pictures in pictures_ahead(samples, scale, batch_size, num_workers):
@@ -101,21 +101,41 @@ def measure(
                     failed[sample.id] = str(picture)
                 else:
                     readable.append((sample, picture))
+            if readable:
+                with towers.sharing(vlms):
+                    for vlm, table, of_model in zip(vlms, tables, norms, strict=True):
+                        of_model |= norms_of_batch(vlm, table, readable, captions)
             bar.update(len(batch_pictures))
-            if not readable:
-                continue
-            of_batch, images = zip(*readable, strict=True)
-            batch = vlm.encode(of_batch, images)
-            features = vlm.vision(batch).pooler_output
-            # each caption has a BOS of its own where the model's prompts have one
-            bos = [vlm.tokenizer.bos_token_id] if "bos" in batch.spans(0) else []
-            for (sample, _), tokens in zip(readable, features, strict=True):
-                ids: list[int] = []
-                for text in captions[sample.id]:
-                    ids += bos + vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-                vision = torch.linalg.vector_norm(tokens.float(), dim=-1)
-                norms[sample.id] = ImageNorms(vision.double().cpu().numpy(), table[ids])
     return norms, failed
+
+
+def id_norms(vlm: VLM) -> Float[np.ndarray, " vocabulary"]:
+    """The norm of the embedding of each id, float64."""
+    embeddings = vlm.model.get_input_embeddings().weight
+    norms = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
+    return norms.double().cpu().numpy()
+
+
+def norms_of_batch(
+    vlm: VLM,
+    table: Float[np.ndarray, " vocabulary"],
+    pictures: Sequence[tuple[Sample, Image.Image]],
+    captions: Mapping[str, Sequence[str]],
+) -> dict[str, ImageNorms]:
+    """{sample id: norms} of some pictures. table: id_norms() of the model."""
+    samples, images = zip(*pictures, strict=True)
+    batch = vlm.encode(samples, images)
+    features = vlm.vision(batch).pooler_output
+    # each caption has a BOS of its own where the model's prompts have one
+    bos = [vlm.tokenizer.bos_token_id] if "bos" in batch.spans(0) else []
+    norms = {}
+    for (sample, _), tokens in zip(pictures, features, strict=True):
+        ids: list[int] = []
+        for text in captions[sample.id]:
+            ids += bos + vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        vision = torch.linalg.vector_norm(tokens.float(), dim=-1)
+        norms[sample.id] = ImageNorms(vision.double().cpu().numpy(), table[ids])
+    return norms
 
 
 # ---- numbers ----

@@ -4,7 +4,8 @@
     inputs = once(vlm.processor)(images=image, text=second, return_tensors="pt")  # text alone
 
 A picture is known by its pixels and a processor by its settings, so that either may be changed in
-its place. What was made of a picture is kept as long as that is there.
+its place and models with equal processors look at a picture once. What was made of a picture is
+kept as long as that is there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
+from transformers import ImageProcessingMixin
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -25,7 +27,7 @@ LARGE = 2**26  # bytes of tensors that are made again rather than kept
 
 Made = Mapping[str, object]
 Key = tuple[object, ...]
-# who made it, of which pictures, and what it is
+# who made it (and stays, so that its address is no other's), of which pictures, and what it is
 _kept: dict[Key, tuple[Callable[..., Made], list[weakref.ref[Image]], Made]] = {}
 
 
@@ -55,9 +57,12 @@ class _Once:
         if not pictures or not is_known or len(pictures) < len(list(_leaves(images))):
             return self._inner(images, **options)
         settings = repr((sorted(options.items()), getattr(self._inner, "__dict__", None)))
-        key: Key = (id(self._inner), settings, _digests(images))
+        # transformers' own of one class differ in nothing but their settings
+        is_theirs = isinstance(self._inner, ImageProcessingMixin)
+        maker = type(self._inner) if is_theirs else id(self._inner)
+        key: Key = (maker, settings, _digests(images))
         known = _kept.get(key)
-        if known is None or known[0] is not self._inner:
+        if known is None:
             made = self._inner(images, **options)
             if sum(value.nbytes for value in made.values() if torch.is_tensor(value)) > LARGE:
                 return made

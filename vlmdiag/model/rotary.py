@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from vlmdiag.types import VLM
 
 DELTA = 7  # positions
+KEYS = 64  # of the prompt's last positions are looked at, so that no layer's are held as a whole
 Call = tuple[nn.Module, tuple[object, ...], dict[str, object]]  # module, args, kwargs
 
 
 class _Keys(Probe):
-    """The keys of each layer, prefill only."""
+    """The last keys of each layer, prefill only."""
 
     def __init__(self) -> None:
-        self.keys: dict[int, Float[Tensor, "B H_kv K D"]] = {}
+        self.keys: dict[int, Float[Tensor, "B H_kv KEYS D"]] = {}
 
     def attention(self, layer: int, row: Row) -> None:
-        self.keys[layer] = row.key.float()
+        self.keys[layer] = row.key[:, :, -KEYS:].to(torch.float32, copy=True)
 
 
 def fitting(

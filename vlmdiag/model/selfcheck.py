@@ -250,7 +250,7 @@ def _eager(vlm: VLM) -> Iterator[dict[int, Tensor]]:
         def keep(module: nn.Module, args: object, output: object) -> None:
             for part in output if isinstance(output, tuple) else ():
                 if torch.is_tensor(part) and part.ndim == 4 and part.shape[2] == part.shape[3]:
-                    rows.setdefault(layer, part[:, :, -1].float())
+                    rows.setdefault(layer, part[:, :, -1].to(torch.float32, copy=True))
 
         return keep
 
