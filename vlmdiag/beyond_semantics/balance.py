@@ -164,7 +164,8 @@ def group_norms(
     empty."""
     means = {}
     for name, codes in NORM_GROUPS.items():
-        inside = torch.isin(groups, torch.tensor(codes, device=groups.device))[:, None]  # (B, 1, T)
+        inside = torch.isin(groups, torch.tensor(codes, device=groups.device))[:, None]
+        inside = inside.to(norms.device)  # (B, 1, T)
         count = inside.sum(-1)
         means[name] = ((norms * inside).sum(-1) / count).where(count > 0, float("nan"))
     return means

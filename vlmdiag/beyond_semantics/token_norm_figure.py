@@ -30,8 +30,8 @@ SPIKE = 0.02  # decades: norms within so little are one value, drawn as a line a
 HALF = 0.33  # half the width of a violin; rows are 1 apart
 COLORS = {"text": plots.color_of("user"), "vision": plots.color_of("vision")}
 KEY = (
-    "width: density per decade, scaled to its peak (a line: all tokens have one norm); lines:"
-    " quartiles;\nmark below: mean over images, 95 % interval"
+    "width: density per decade, scaled to its peak (a line: all tokens have one norm)\n"
+    "lines: quartiles; mark below: mean over images, 95 % interval"
 )
 
 

@@ -187,9 +187,11 @@ def vision_over_text(norms: Mapping[str, ImageNorms]) -> Record:
 
 
 def table_of(summary: Fields) -> str:
-    """The numbers of both groups as lines of text."""
+    """The numbers of a model's two groups as lines of text."""
     names = ("mean", "min", "q25", "median", "q75", "max")
-    lines: list[tuple[str, ...]] = [("", "tokens", *names, "images", "mean over images [95 %]")]
+    lines: list[tuple[str, ...]] = [
+        (summary["model"], "tokens", *names, "images", "mean over images [95 %]")
+    ]
     for group in GROUPS:
         numbers = summary[group]
         over_images = f"{numbers['mean_over_images']:.4g}"

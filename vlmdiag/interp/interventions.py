@@ -213,7 +213,7 @@ def run_conditions(
     """
     lead = prompts[0]
     end_of_picture = int(lead.positions[-1]) + 1
-    wide = _as_wide_as(lead.vision, values)
+    wide = _as_wide_as(lead.vision, values).to(lead.vision.device)
     order = sorted(sets, key=lambda name: -int(sets[name].min()))
     answers: dict[str, list[Answer]] = {}
     for at in range(0, len(order), per_pass):

@@ -184,7 +184,7 @@ def _attention(
     if _active is None or layer is None:
         return kernel(module, query, key, value, attention_mask, **options), None
     if _active.mask_of is not None:
-        attention_mask = _active.mask_of(layer)
+        attention_mask = _active.mask_of(layer).to(query.device)
     output = kernel(module, query, key, value, attention_mask, **options)
     gone = max(0, _active.total - key.shape[2])
     blocked = _blocked(_active.blocks, layer, query, key, gone)

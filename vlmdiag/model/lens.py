@@ -74,6 +74,7 @@ def end_of(vlm: VLM) -> End:
     if not entered:  # the head is not called as a module
         return End(scale, softcap)
     given = head(entered[-1])[:, -1]
+    wanted = wanted.to(given.device)
     is_masked = (wanted <= torch.finfo(wanted.dtype).min / 2).all(0)
     masked = is_masked if bool(is_masked.any()) else None
     ends = [

@@ -55,7 +55,7 @@ def first_positions(
     size = (count or -1, -1, -1, -1)
     for layer in cache.layers:
         keys, values = (
-            (part if rows is None else part[rows])[:, :, :length].expand(size)
+            (part if rows is None else part[rows.to(part.device)])[:, :, :length].expand(size)
             for part in (layer.keys, layer.values)
         )
         shared.layers.append(RoomyLayer(keys, values))

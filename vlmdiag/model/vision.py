@@ -210,10 +210,15 @@ def _takes(model: PreTrainedModel, name: str) -> bool:
 
 
 def last_logits(vlm: VLM, count: int) -> int | Tensor:
-    """logits_to_keep of the last `count` positions. As a number it would let Gemma's layers that
-    share keys and values leave out all other positions."""
-    shares = getattr(vlm.parts.decoder.config, "num_kv_shared_layers", 0)
-    return torch.arange(-count, 0, device=vlm.device) if shares else count
+    """logits_to_keep of at least the last `count` positions. As a number it would let Gemma's
+    layers that share keys and values leave out all other positions; as indices it has to lie where
+    the last states do, and goes where the model's inputs go: over several devices all are kept."""
+    if not getattr(vlm.parts.decoder.config, "num_kv_shared_layers", 0):
+        return count
+    last_states = next(vlm.parts.norm.parameters(), None)
+    if last_states is not None and last_states.device not in (vlm.device, torch.device("meta")):
+        return 0
+    return torch.arange(-count, 0, device=vlm.device)
 
 
 def new_cache(vlm: VLM) -> Cache | None:

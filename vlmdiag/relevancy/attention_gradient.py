@@ -94,6 +94,7 @@ class AttentionCall:
 
     def mean(self, rows: Rows = slice(None)) -> Float[Tensor, "r K"]:
         """Some rows of the mean attention over heads, float32."""
+        rows = rows.to(self.query.device) if torch.is_tensor(rows) else rows
         heads = self.query.shape[1]
         total = self.weights(slice(0, 1), rows)[0][0]
         for head in range(1, heads):

@@ -262,7 +262,7 @@ class Descent:
         top = run.layers[-1].output
         (d_top,) = torch.autograd.grad(run.logit, top, retain_graph=True)
         d_states = top.new_zeros(len(self.targets), *top.shape[1:])
-        rows = run.rows[self.targets]
+        rows = run.rows[self.targets].to(top.device)
         d_states[torch.arange(len(rows)), rows] = d_top[0, rows]
         return d_states
 
@@ -305,7 +305,7 @@ def trace(
             entering(vlm, whole, leaf) as embeds,
         ):
             output = vlm.model(inputs_embeds=embeds, **options)
-        logits = output.logits[0, :-1].float()  # (T, V)
+        logits = output.logits[0, -len(ids) - 1 : -1].float()  # (T, V)
         chosen = torch.tensor(list(ids), device=logits.device)
         logit = logits.gather(1, chosen[:, None]).sum()
     first = batch.input_ids.shape[1] - 1

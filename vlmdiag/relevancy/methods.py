@@ -223,7 +223,7 @@ def rollout(run: Trace, targets: Sequence[int]) -> Float[np.ndarray, "T N"]:
     """Attention rollout over all layers (arXiv 2005.00928)."""
     rows = torch.nn.functional.one_hot(run.rows[list(targets)], run.length).float()
     for block in reversed(run.layers):
-        rows = rules.rollout_step(rows, block.attention())
+        rows = rules.rollout_step(rows, block.attention().to(rows.device))
     return rows.cpu().numpy()
 
 

@@ -241,12 +241,11 @@ def logprobs(
         "use_cache": False,
         **more,
     }
+    count = len(run.ids) + 1 - first
     output = run.vlm.model(
-        inputs_embeds=embeds,
-        logits_to_keep=last_logits(run.vlm, len(run.ids) + 1 - first),
-        **options,
+        inputs_embeds=embeds, logits_to_keep=last_logits(run.vlm, count), **options
     )
-    logits = output.logits.float()
+    logits = output.logits[:, -count:].float()
     rows = torch.tensor(list(targets), device=logits.device) - first
     ids = torch.tensor([run.ids[target] for target in targets], device=logits.device)
     logs = logits[:, rows].log_softmax(-1)  # (n, T, V)
