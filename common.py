@@ -114,8 +114,14 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the input embeddings lie."""
-        return self.model.get_input_embeddings().weight.device
+        """Where the input embeddings lie, or come to for each pass where they are offloaded."""
+        import torch
+
+        embeddings = self.model.get_input_embeddings()
+        device = embeddings.weight.device
+        if device.type == "meta":
+            device = torch.device(embeddings._hf_hook.execution_device)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,11 +24,12 @@ from tests.conftest import ROOT, in_process
 from tests.published.facts import MODELS as PUBLISHED
 from tests.published.facts import NOT, STAND_IN, STATES
 from vlmdiag import families as models
+from vlmdiag.beyond_semantics.token_norms import id_norms
 from vlmdiag.groups import GROUPS, PAD, VISION
 from vlmdiag.model import drafts, processed, towers
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
-from vlmdiag.model.probes import GroupMass, Probe
+from vlmdiag.model.probes import GroupMass, HiddenNorms, Probe
 from vlmdiag.model.vision import more_inputs, prefill
 from vlmdiag.pictures.samples import Sample
 
@@ -140,6 +141,22 @@ def test_a_picture_that_was_processed_before_is_read_as_one_that_was_not(vlm):
     assert first.image_inputs.keys() == again.image_inputs.keys()
     for name, value in first.image_inputs.items():
         assert torch.equal(value, again.image_inputs[name])
+
+
+@torch.inference_mode()
+def test_token_norms_are_those_of_the_first_layers_inputs(vlm, batch_of):
+    decoder_only(vlm)
+    if vlm.family.name in ("blip2-opt", "kosmos2"):
+        pytest.skip("its decoder adds positions to its inputs")
+    batch = batch_of(vlm, rows=(0,))
+    with capture(vlm, [probe := HiddenNorms()]):
+        prefill(vlm, batch)
+    entering = probe.norms[0, 0].double()
+    in_picture = batch.groups[0] == VISION
+    vision = vlm.vision(batch).pooler_output[0].float().norm(dim=-1)
+    text = id_norms(vlm)[batch.input_ids[0, ~in_picture].numpy()]
+    assert np.allclose(text, entering[~in_picture], rtol=1e-4)
+    assert np.allclose(vision, entering[in_picture], rtol=1e-4)
 
 
 def snapshot(vlm):

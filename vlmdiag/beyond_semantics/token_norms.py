@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlmdiag.types import VLM
 
 GROUPS = ("text", "vision")
+IDS = 4096  # of the vocabulary at once
 
 
 class ImageNorms(NamedTuple):
@@ -110,10 +111,15 @@ def measure(
 
 
 def id_norms(vlm: VLM) -> Float[np.ndarray, " vocabulary"]:
-    """The norm of the embedding of each id, float64."""
-    embeddings = vlm.model.get_input_embeddings().weight
-    norms = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)
-    return norms.double().cpu().numpy()
+    """The norm of what the embedding gives for each id, float64. Some embeddings scale their rows
+    (Gemma 3), and some are not here as a whole (accelerate's offloading)."""
+    embedding = vlm.model.get_input_embeddings()
+    ids = torch.arange(embedding.num_embeddings, device=vlm.device)
+    norms = [
+        torch.linalg.vector_norm(embedding(some), dim=-1, dtype=torch.float32).cpu()
+        for some in ids.split(IDS)
+    ]
+    return torch.cat(norms).double().numpy()
 
 
 def norms_of_batch(
@@ -134,7 +140,7 @@ def norms_of_batch(
         for text in captions[sample.id]:
             ids += bos + vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
         vision = torch.linalg.vector_norm(tokens.float(), dim=-1)
-        norms[sample.id] = ImageNorms(vision.double().cpu().numpy(), table[ids])
+        norms[sample.id] = ImageNorms(vision.cpu().double().numpy(), table[ids])
     return norms
 
 

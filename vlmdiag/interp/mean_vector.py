@@ -53,6 +53,9 @@ class Block:
         return [[name, self.folder / name] for name in self.names]
 
 
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
+
+
 class Sums(NamedTuple):
     """Of n vectors, float64: their mean and the sums of squared deviations from it."""
 
@@ -63,6 +66,8 @@ class Sums(NamedTuple):
 
 def add(total: Sums | None, tokens: Float[Tensor, "P d"]) -> Sums:
     """The sums with the tokens of one more picture; None: of no token yet."""
+    if tokens.device.type in WITHOUT_FLOAT64:
+        tokens = tokens.cpu()
     tokens = tokens.double()
     count = len(tokens)
     mean = tokens.mean(0)

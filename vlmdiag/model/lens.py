@@ -103,7 +103,9 @@ class Lens:
     ) -> Float[Tensor, "... V"]:
         """Logits of hidden states in float32. normed: the final norm was applied already, as in the
         decoder's last_hidden_state."""
-        states = states.to(self.head.weight.device)
+        device = self.head.weight.device
+        if device.type != "meta":  # one that was offloaded comes to the states
+            states = states.to(device)
         if not normed:
             states = self.norm(states)
             if self.project is not None:

@@ -72,6 +72,7 @@ class AttentionCall:
     ) -> tuple[Float[Tensor, "h r k"], Float[Tensor, "h r k"] | None]:
         """Some rows of A of some heads over the keys that they see, and the derivative of the
         softcap at their scores, None without one; float32."""
+        rows = rows.to(self.query.device) if torch.is_tensor(rows) else rows
         q = self.query[0, heads][:, rows].detach().float()  # (h, r, D)
         k = self.key[0, self.shared(heads), keys].detach().float()  # (h, k, D)
         products = (q @ k.mT).mul_(self.scaling)  # (h, r, k)
@@ -94,7 +95,6 @@ class AttentionCall:
 
     def mean(self, rows: Rows = slice(None)) -> Float[Tensor, "r K"]:
         """Some rows of the mean attention over heads, float32."""
-        rows = rows.to(self.query.device) if torch.is_tensor(rows) else rows
         heads = self.query.shape[1]
         total = self.weights(slice(0, 1), rows)[0][0]
         for head in range(1, heads):

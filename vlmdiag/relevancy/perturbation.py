@@ -249,7 +249,7 @@ def logprobs(
     rows = torch.tensor(list(targets), device=logits.device) - first
     ids = torch.tensor([run.ids[target] for target in targets], device=logits.device)
     logs = logits[:, rows].log_softmax(-1)  # (n, T, V)
-    return logs[:, torch.arange(len(rows)), ids].double().cpu().numpy()
+    return logs[:, torch.arange(len(rows)), ids].cpu().double().numpy()
 
 
 def _chunks(

@@ -479,7 +479,7 @@ class Analysis:
                 rows, _ = call.weights(slice(None), run.rows)  # (H, T, N)
                 sums.append((rows @ in_group.to(rows.device)).cpu())
                 if index in kept:
-                    of_heads = rows[..., run.vision].transpose(0, 1)
+                    of_heads = rows[..., run.vision.to(rows.device)].transpose(0, 1)
                     self._attention[index] = of_heads.cpu().numpy()
         if "heads" not in self._parts:
             self._parts["heads"] = self._heads(torch.stack(sums).permute(2, 0, 1, 3))

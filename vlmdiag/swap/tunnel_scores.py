@@ -132,7 +132,7 @@ def make_process(
         logits = first_logits(vlm, images, questions)
         yes = logits[..., words["Yes"]].logsumexp(-1)
         no = logits[..., words["No"]].logsumexp(-1)
-        margins = (yes - no).double().cpu().tolist()
+        margins = (yes - no).cpu().double().tolist()
         tops = logits.argmax(-1).cpu().tolist()
         return [
             (score(item.entry, margin, top), {})
