@@ -324,6 +324,8 @@ def measure_all(
         vlm = load_without_decoder(args, leave_out)
         if vlm is None or (vlms and not towers.equal(vlms[0], vlm)):
             measure_waiting()
+        if vlm is not None and vlms:
+            towers.merge(vlms[0], vlm)
         waiting.append(args)
         vlms.append(vlm or load_whole(args, leave_out))
         if vlm is None:

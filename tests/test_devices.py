@@ -37,6 +37,8 @@ MORE = [
     f" --images {PICTURES} --run_name several",
     f"diagnostic_tools/relevancy_maps.py --model_path {MODEL} --out_root runs --images {PICTURES}"
     " --run_name several",
+    f"diagnostic_tools/hallucination_warning.py fit --model_path {MODEL} --out_root runs"
+    f" --image_dir {SHAPES}/val2017 --ann_file {SHAPES}/annotations/instances_val2017.json",
 ]
 KINDS = {".json", ".npz"}
 
@@ -204,10 +206,13 @@ def main():
     print("\n" + json.dumps(wrong))
 
 
+MANY = sorted({*FIRST, *FURTHER})
+
+
 @pytest.mark.parametrize(
-    ("how", "names"), [("tower", sorted({*FIRST, *FURTHER})), ("offload", ["llava", "qwen2_vl"])]
+    ("how", "names"), [("one", MANY), ("tower", MANY), ("offload", ["llava", "qwen2_vl"])]
 )
-def test_families_run_on_two_devices_and_partly_offloaded(how, names, library):
+def test_families_run_on_one_device_on_two_and_partly_offloaded(how, names, library):
     wrong = json.loads(python("tests.test_devices", library, how, *names).split("\n")[-2])
     assert list(wrong) == names
     assert not any(wrong.values()), "\n".join(f"{name}: {error}" for name, error in wrong.items())

@@ -195,6 +195,9 @@ def test_snapshots_with_equal_towers_run_one_for_all(vlm, monkeypatch):
     monkeypatch.setattr(tower, "forward", counting)
     seen_by(vlm)
     once = len(passes)
+    towers.merge(vlm, other)
+    for mine, theirs in zip(tower.parameters(), other.parts.tower.parameters(), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()
     with towers.sharing([vlm, other]):
         together = [seen_by(vlm), seen_by(other)]
     assert len(passes) == 2 * once, "the second model's tower ran too"

@@ -2,6 +2,7 @@
 runs for all of them.
 
     if towers.equal(first, second):
+        towers.merge(first, second)  # one set of weights
         with towers.sharing([first, second]):
             first.vision(batch)
             second.vision(its_batch)  # of the same pictures: the tower does not run again
@@ -35,17 +36,22 @@ def equal(one: VLM, other: VLM) -> bool:
     )
 
 
+def merge(one: VLM, other: VLM) -> None:
+    """Let two models with equal() towers hold one set of its weights; the other's own are freed."""
+    weights = _tensors(one.parts.tower)
+    for name, mine in _tensors(other.parts.tower).items():
+        mine.data = weights[name].data
+
+
 @contextlib.contextmanager
 def sharing(vlms: Sequence[VLM]) -> Iterator[None]:
     """Within the context, which is one for each batch, the tower of the first model runs for models
-    with equal() towers, once for the same pictures. The others' own weights are freed for good."""
+    with equal() towers, once for the same pictures."""
     if len(vlms) < 2:
         yield
         return
     towers: list[Any] = [vlm.parts.tower for vlm in vlms]
     run = towers[0].forward
-    for tower in towers[1:]:
-        _take_weights(tower, towers[0])
     done: list[tuple[object, object]] = []  # arguments and output of each call
 
     def forward(*args: object, **options: object) -> object:
@@ -83,14 +89,10 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and type(tensor) in (Tensor, nn.Parameter)
 
 
-def _take_weights(tower: nn.Module, other: nn.Module) -> None:
-    theirs = _tensors(other)
-    for name, mine in _tensors(tower).items():
-        mine.data = theirs[name].data
-
-
-def _tensors(tower: nn.Module) -> dict[str, Tensor]:
+def _tensors(tower: nn.Module | None) -> dict[str, Tensor]:
     """Its parameters and buffers."""
+    if tower is None:
+        return {}
     return dict([*tower.named_parameters(), *tower.named_buffers()])
 
 

@@ -136,7 +136,8 @@ def seen_by_lens(vlm: VLM, batch: Batch, ids: Sequence[int]) -> Float[np.ndarray
     # so many vision tokens at a time: a row of logits is as long as the vocabulary
     at_once = max(1, 2**24 // lens.head.weight.shape[0])
     for index in range(last):
-        states = probe.states.pop(index)[0, batch.vision_positions(0)]
+        states = probe.states.pop(index)[0]
+        states = states[batch.vision_positions(0).to(states.device)]
         for chunk in states.split(at_once):
             logits = lens.logits(chunk)
             probs = (logits[:, list(ids)] - logits.logsumexp(-1, keepdim=True)).exp()
