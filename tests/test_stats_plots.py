@@ -220,6 +220,12 @@ def test_the_interval_moves_and_stretches_with_the_values(values, scale, shift):
     assert (plain.low <= plain.high).all()
 
 
+@pytest.mark.parametrize("small", [0, 6.1e-5, 1e-2])
+def test_a_limit_is_not_carried_away_by_resamples_of_nearly_equal_images(small):
+    found = stats.mean_interval([1, small, 11, 0, 0, 0])
+    assert found.high == pytest.approx(6.646, abs=0.01)
+
+
 def test_a_paired_difference_sees_through_what_the_pairs_share():
     shared, effect = RNG.normal(0, 50, 40), RNG.normal(1, 0.1, 40)
     a, b = shared + effect, shared.copy()

@@ -31,6 +31,9 @@ CELLS = 1024  # quantities resampled at once: 1024 x 2000 numbers are 16 MiB
 SHARES = (0.0, 1.0)  # bounds of shares and accuracies
 DIFFERENCES = (-1.0, 1.0)  # of differences of shares, and of cosines
 FAR = 1e30  # stands for a ratio without an end; one that has an end is below its root
+# of a sample's error: a resample's that is smaller is of images that are nearly equal, and none (six
+# values such as 0 0 0 0.0001 1 11 would have a limit of 300,000)
+ALIKE = 1e-2
 FEW = 5  # images; below, resamples are too much alike, and Student's t stands in
 WHOLE = 2**25  # numbers of a weight matrix that is kept as it is: 256 MB
 WEIGHTS = 2_000_000  # numbers of a weight matrix at once: 16 MB
@@ -141,7 +144,7 @@ def studentized_limits(
         return np.nan, np.nan
     distance = resampled - value
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(errors > 1e-6 * error, distance / errors, np.sign(distance) * FAR)
+        ratio = np.where(errors > ALIKE * error, distance / errors, np.sign(distance) * FAR)
     low, high = limits(ratio, level)
     far = FAR**0.5
     return (
@@ -388,9 +391,8 @@ def _studentized(
         squares = np.maximum(squares + mean**2 * of_counts, 0.0)
         error = np.sqrt(squares * drawn / (drawn - 1)) / rows
         ratio = mean / error
-        # a variance of equal values is rounded to some 1e-16 of the squares
         scale = np.sqrt((apart**2).sum(axis=0) * drawn / len(apart)) / rows
-    ratio = np.where(error <= 1e-6 * scale, np.sign(mean) * FAR, ratio)
+    ratio = np.where(error <= ALIKE * scale, np.sign(mean) * FAR, ratio)
     low, high = limits(np.where(drawn > 1, ratio, np.nan), level)
     far = FAR**0.5
     return np.where(low < -far, -np.inf, low), np.where(high > far, np.inf, high)
