@@ -31,8 +31,8 @@ CELLS = 1024  # quantities resampled at once: 1024 x 2000 numbers are 16 MiB
 SHARES = (0.0, 1.0)  # bounds of shares and accuracies
 DIFFERENCES = (-1.0, 1.0)  # of differences of shares, and of cosines
 FAR = 1e30  # stands for a ratio without an end; one that has an end is below its root
-# of a sample's error: a resample's that is smaller is of images that are nearly equal, and none (six
-# values such as 0 0 0 0.0001 1 11 would have a limit of 300,000)
+# of a sample's error: a resample's that is smaller is of nearly equal images and counts as none
+# (six values such as 0 0 0 0.0001 1 11 would have a limit of 300,000)
 ALIKE = 1e-2
 FEW = 5  # images; below, resamples are too much alike, and Student's t stands in
 WHOLE = 2**25  # numbers of a weight matrix that is kept as it is: 256 MB
