@@ -109,6 +109,7 @@ def case(tmp_path_factory):
     return cases.Case(vlm, cases.make_samples(folder, 2), 3, folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_a_table_and_a_report(quick):
     report, printed = quick("diagnostics")
     assert report["size"] == "quick"
@@ -390,6 +391,7 @@ def test_other_relevancy_stops_its_benchmark(monkeypatch):
 # --- peers ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_peers_says_who_is_not_installed(quick):
     report, printed = quick("peers")
     assert 0 <= report["worst"] <= variants_peers.TOLERANCE
