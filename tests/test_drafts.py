@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from vlmdiag.batch import Batch
+from vlmdiag.groups import VISION
 from vlmdiag.interp.interventions import asking, naming, prepare, run_conditions
-from vlmdiag.model import drafts
-from vlmdiag.model.attention import Block, capture, edit
+from vlmdiag.model import decoding, drafts
+from vlmdiag.model.attention import Block, Together, capture
 from vlmdiag.model.decoding import extended, generate
 from vlmdiag.model.prefix import SharedPicture
-from vlmdiag.model.probes import GroupMass
+from vlmdiag.model.probes import (
+    GroupMass,
+    HiddenNorms,
+    ImageAttention,
+    Probe,
+    RopeShift,
+    VisionRows,
+)
 from vlmdiag.runs import cost, rundirs
 
 NAMES = ["llava", "llava-gqa", "qwen"]
@@ -198,25 +206,180 @@ def test_the_answer_of_a_prepared_prompt_is_that_of_the_whole_prompt(vlm, batch_
     assert torch.allclose(found.logprobs, plain.logprobs, atol=1e-5)
 
 
+# --- measured: several steps in a pass ------------------------------------------------------------
+
+
+class Hidden(Probe):
+    """The residual stream of the last position of every pass, (L + 1, B, d) each."""
+
+    wants_hidden = True
+
+    def __init__(self):
+        self.states = []
+
+    def begin(self):
+        super().begin()
+        self.states.append({})
+
+    def hidden(self, index, states):
+        self.states[-1][index] = states[:, -1].clone()
+
+
+def probes_of(vlm, batch):
+    return [
+        GroupMass(batch, LIMIT),
+        VisionRows(batch),
+        ImageAttention(batch, 2, whole=True),
+        Hidden(),
+        HiddenNorms(),
+        RopeShift(batch, vlm.rotary, [1.0]),
+    ]
+
+
+def measured(vlm, batch, blocks=(), **options):
+    """A generation and what six probes saw: {name: a tensor per step}."""
+    probes = probes_of(vlm, batch)
+    mass, vision, image, hidden, norms, rope = probes
+    with capture(vlm, probes, blocks):
+        generation = generate(vlm, batch, LIMIT, **options)
+    seen = {"mass": mass.mass, "vision": vision.rows, "norms": [norms.norms]}
+    seen |= {"top": image.topk, "mean": image.mean, "largest": image.largest}
+    seen |= {"layers": image.layers, "rope": [rope["delta_gv"]]}
+    seen["hidden"] = [
+        torch.stack([of_step[index] for index in sorted(of_step)]) for of_step in hidden.states
+    ]
+    return generation, seen
+
+
+def apart(found, plain, steps):
+    """The largest difference of two times seen, over the steps that count (a row each)."""
+    worst = 0.0
+    for name, of_steps in plain.items():
+        assert len(found[name]) == len(of_steps), name
+        for step, (one, other) in enumerate(zip(found[name], of_steps, strict=True)):
+            batch_at = {"mass": 1, "top": 1, "layers": 1, "hidden": 1, "rope": 2}.get(name, 0)
+            rows = torch.arange(len(steps))[steps > step]
+            one, other = (part.index_select(batch_at, rows) for part in (one, other))
+            assert one.shape == other.shape, name
+            size = other.abs().max().clamp_min(1) if name in ("hidden", "norms") else 1
+            worst = max(worst, float((one - other).abs().max() / size))
+    return worst
+
+
+def of_one_token(patch):
+    patch.setattr(decoding.known, "can_verify", lambda vlm, cache: False)
+
+
+@pytest.mark.parametrize("width", [64, 5])
+def test_given_answers_are_measured_as_in_steps_of_one_token(vlm, batch, monkeypatch, width):
+    """Of lengths from 1 to LIMIT; in several passes too."""
+    given = generate(vlm, batch, LIMIT).ids
+    given = [ids[:length] for ids, length in zip(given, (1, 2, 6, 24, 11, 24, 5, 7), strict=True)]
+    with monkeypatch.context() as patch:
+        of_one_token(patch)
+        plain, seen = measured(vlm, batch, answers=given)
+    monkeypatch.setattr(drafts, "WIDTH", width)
+    found, also = measured(vlm, batch, answers=given)
+    assert found.ids == given and same(found, plain)
+    assert apart(also, seen, plain.steps) < 1e-5
+    assert same(generate(vlm, batch, LIMIT, answers=given), plain)
+    assert not drafts.counted()
+
+
+@pytest.mark.parametrize("rows", [(1,), ROWS])
+def test_what_is_measured_with_a_draft_is_what_is_measured_without(vlm, batch_of, rows):
+    batch = batch_of(vlm, rows)
+    plain, seen = measured(vlm, batch)
+    some = [[*ids[: 3 + row], 9, *ids[4 + row :]] for row, ids in enumerate(plain.ids)]
+    for given, most in ((plain.ids, 1), (some, 15), ([[]] * len(rows), LIMIT)):
+        drafts.counted()
+        found, also = measured(vlm, batch, drafts=given)
+        assert same(found, plain)
+        assert apart(also, seen, plain.steps) < 1e-5
+        assert drafts.counted()["draft_passes"] <= most
+
+
+def test_measured_rows_that_end_before_others(vlm, batch, monkeypatch):
+    whole = generate(vlm, batch, LIMIT).ids
+    ends = {whole[1][6], whole[2][11], whole[0][0]}
+    monkeypatch.setattr(type(vlm), "eos_ids", property(lambda vlm: ends))
+    plain, seen = measured(vlm, batch)
+    assert len({len(ids) for ids in plain.ids}) > 2
+    for given in (whole, plain.ids, spoilt(whole), [ids[:3] for ids in whole]):
+        found, also = measured(vlm, batch, drafts=given)
+        assert same(found, plain)
+        assert apart(also, seen, plain.steps) < 1e-5
+    stopped = generate(vlm, batch, LIMIT, stop=lambda ids: [len(row) == 4 for row in ids])
+    with capture(vlm, [probe := GroupMass(batch, LIMIT)]):
+        options = {"stop": lambda ids: [len(row) == 4 for row in ids], "drafts": whole}
+        assert same(generate(vlm, batch, LIMIT, **options), stopped)
+    assert len(probe.mass) >= max(map(len, stopped.ids))
+
+
+def test_blocks_reach_the_same_steps(vlm, batch):
+    """From the third generated token on nothing of the picture is seen: under drafts that are
+    wrong too, positions of the answer are those of the block."""
+    length = batch.groups.shape[1]
+    queries = torch.zeros(len(ROWS), length + LIMIT, dtype=torch.bool)
+    queries[:, length + 2 :] = True
+    keys = torch.nn.functional.pad(batch.groups == VISION, (0, LIMIT))
+    blocks = [Block(queries, keys)]
+    plain, seen = measured(vlm, batch, blocks)
+    assert all(float(rows.sum()) == 0 for rows in seen["vision"][3:])
+    assert all(float(rows.sum()) > 0 for rows in seen["vision"][:3])
+    for given in (plain.ids, spoilt(plain.ids)):
+        found, also = measured(vlm, batch, blocks, drafts=given)
+        assert same(found, plain)
+        assert apart(also, seen, plain.steps) < 1e-5
+
+
+def measuring_mutants():
+    def telling_the_row_above(patch):
+        original = Together.tell
+        patch.setattr(Together, "tell", lambda told, count, size: original(told, count, size + 1))
+
+    def telling_all(patch):
+        original = Together.tell
+        patch.setattr(Together, "tell", lambda told, count, size: original(told, size, size))
+
+    def leaving_what_was_wrong(patch):
+        patch.setattr(drafts._Cache, "_cut", lambda state, mask: None)
+
+    def each_row_for_itself(patch):
+        patch.setattr(drafts, "is_capturing", lambda: False)
+
+    return [telling_the_row_above, telling_all, leaving_what_was_wrong, each_row_for_itself]
+
+
+@pytest.mark.parametrize("mutant", measuring_mutants(), ids=lambda mutant: mutant.__name__)
+def test_wrong_steps_are_told_from_right_ones(vlm, batch, monkeypatch, mutant):
+    plain, seen = measured(vlm, batch)
+    mutant(monkeypatch)
+    try:
+        found, also = measured(vlm, batch, drafts=[[*ids[:5], 9, *ids[6:]] for ids in plain.ids])
+        alike = same(found, plain) and apart(also, seen, plain.steps) < 1e-4
+    except (RuntimeError, IndexError, AssertionError):
+        return
+    assert not alike
+
+
 # --- where a draft is not used --------------------------------------------------------------------
 
 
-def test_what_is_measured_or_edited_step_by_step_is_decoded_step_by_step(vlm, batch):
+def test_what_looks_at_passes_is_decoded_token_by_token(vlm, batch):
+    """inspect() is told of a pass as it is made, with the values and the output."""
     plain = generate(vlm, batch, 5)
-    with capture(vlm, [mass := GroupMass(batch, 5)]):
+    sizes = []
+    with capture(vlm, inspect=lambda layer, row, value, output: sizes.append(output.shape[1])):
         assert same(generate(vlm, batch, 5, drafts=plain.ids), plain)
-    assert len(mass.mass) == 5
-    last = torch.zeros_like(batch.groups, dtype=torch.bool)
-    last[:, -1] = True
-    with edit(vlm, blocks=[Block(last, batch.groups == 2)]):
-        blocked = generate(vlm, batch, 5)
-        assert same(generate(vlm, batch, 5, drafts=plain.ids), blocked)
+        generate(vlm, batch, 5, answers=plain.ids)
+    assert sizes.count(1) == 2 * 4 * len(vlm.parts.layers)
     assert not drafts.counted()
 
 
 def test_sampled_and_given_answers_take_no_draft(vlm, batch):
     given = generate(vlm, batch, 5).ids
-    for options in ({"do_sample": True, "temperature": 5.0}, {"answers": spoilt(given)[1:2] * 8}):
+    for options in ({"do_sample": True, "temperature": 5.0}, {"answers": given[1:2] * 8}):
         plain = generate(vlm, batch, 5, **options)
         assert same(generate(vlm, batch, 5, drafts=given, **options), plain)
     assert not drafts.counted()
@@ -291,15 +454,10 @@ def moved(monkeypatch, by):
 
 def mutants():
     def keeping_all(patch):
-        patch.setattr(drafts._Cache, "keep", lambda state, counts, size: None)
+        patch.setattr(drafts._Cache, "_keep", lambda state, counts: None)
 
     def taking_all(patch):
-        original = drafts._Row.take
-        patch.setattr(
-            drafts._Row,
-            "take",
-            lambda row, said, guesses, ends: original(row, [*guesses, said[-1]], guesses, ends),
-        )
+        patch.setattr(drafts, "_agreed", lambda said, guesses: len(guesses))
 
     def later(patch):
         moved(patch, 1)

@@ -305,8 +305,11 @@ def eager(vlm, batch, ids):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
-def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows):
+@pytest.mark.parametrize("in_steps", [True, False], ids=["token by token", "as it is"])
+def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows, in_steps, monkeypatch):
     decoder_only(vlm)
+    if in_steps:  # a given answer is read in one pass where that can be
+        monkeypatch.setattr(drafts, "can_verify", lambda vlm, cache: False)
     batch = batch_of(vlm, rows)
     ids = [forced(vlm, batch)[0]] * len(rows)
     probe = Kept()
@@ -400,6 +403,17 @@ def test_a_draft_changes_no_answer(vlm, batch_of):
         assert found.ids == plain.ids
         assert torch.allclose(found.logprobs, plain.logprobs, atol=1e-5, equal_nan=True)
     assert bool(drafts.counted()) == drafts.can_verify(vlm, plain.cache)
+    if "decoder-only" not in vlm.family.has:
+        return
+    masses = []
+    for given in (None, spoilt):
+        with capture(vlm, [mass := GroupMass(batch, 10)]):
+            assert generate(vlm, batch, 10, drafts=given).ids == plain.ids
+        of_rows = torch.stack(mass.mass).movedim(2, 0)
+        masses.append([row[:steps] for row, steps in zip(of_rows, plain.steps, strict=True)])
+    for one, other in zip(*masses, strict=True):
+        assert torch.allclose(one, other, atol=1e-5, equal_nan=True)
+    drafts.counted()
 
 
 @torch.inference_mode()

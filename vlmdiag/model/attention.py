@@ -201,7 +201,9 @@ def _attention(
         output[:, queries] = torch.where(
             in_block[:, queries, None, None], again, output[:, queries]
         )
-    if _active.probes or _active.inspect is not None:
+    if _active.together is not None:
+        _active.together.attention(layer, module, query, key, attention_mask, options, gone)
+    elif _active.probes or _active.inspect is not None:
         row = Row(module, query, key, attention_mask, options, gone=gone)
         for probe in _active.probes:
             probe.attention(layer, row)
@@ -326,6 +328,7 @@ class _Active:
     inspect: Inspect | None
     mask_of: MaskOf | None
     total: int = 0  # positions seen by the pass that runs, those in the cache included
+    together: Together | None = None  # of the pass that runs
 
 
 _active: _Active | None = None
@@ -334,6 +337,94 @@ _active: _Active | None = None
 def is_capturing() -> bool:
     """Whether a capture or an edit is in progress."""
     return _active is not None
+
+
+def reads_passes() -> bool:
+    """Whether the capture in progress is about passes as the model makes them, such as one that
+    checks how they are captured, so that together() would change what it sees."""
+    if _active is None:
+        return False
+    own = _active.inspect is not None or _active.mask_of is not None
+    return own or any(probe.wants_hidden == "index" for probe in _active.probes)
+
+
+class Together:
+    """One pass over the tokens of several steps, which the probes of a capture hear of as a pass
+    for each, once it is known how many of them count."""
+
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self.probes = probes
+        # what a pass over one of the tokens would have told, by its place from the end, -1 the last
+        self._heard: list[Callable[[Probe, int], None]] = []
+
+    def attention(
+        self,
+        layer: int,
+        module: nn.Module,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B H_kv K D"],
+        mask: Tensor | None,
+        options: Fields,
+        gone: int,
+    ) -> None:
+        """What attention of a layer got; keys are held as they are, not copied."""
+        made: dict[int, Row] = {}  # the row of the step that is told, the same for all probes
+
+        def row_of(place: int) -> Row:
+            at = slice(place, place + 1 or None)
+            keys = slice(key.shape[2] + 1 + place)  # those behind are of later steps
+
+            def seen(scores: Tensor | None) -> Tensor | None:
+                """Of (.., Q or 1, K) what belongs to the step."""
+                if scores is None:
+                    return None
+                return scores[..., at if scores.shape[2] > 1 else slice(None), keys]
+
+            bias = seen(options.get("position_bias"))
+            of_step = options if bias is None else {**options, "position_bias": bias}
+            return Row(module, query[:, :, at], key[:, :, keys], seen(mask), of_step, gone=gone)
+
+        def hear(probe: Probe, place: int) -> None:
+            if place not in made:
+                made.clear()
+                made[place] = row_of(place)
+            probe.attention(layer, made[place])
+
+        self._heard.append(hear)
+
+    def hidden(self, index: int, states: Float[Tensor, "B Q d"]) -> None:
+        """The residual stream of the pass."""
+
+        def hear(probe: Probe, place: int) -> None:
+            if probe.wants_hidden:
+                probe.hidden(index, states[:, place : place + 1 or None])
+
+        self._heard.append(hear)
+
+    def tell(self, count: int, size: int) -> None:
+        """Tell the probes of the first `count` of the pass's `size` tokens."""
+        for step in range(count):
+            for probe in self.probes:
+                probe.begin()
+            for hear in self._heard:
+                for probe in self.probes:
+                    hear(probe, step - size)
+            for probe in self.probes:
+                probe.end()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Together]:
+    """A pass within is over several steps' tokens: the capture in progress measures nothing before
+    Together.tell(). Without a capture there is nothing to tell."""
+    told = Together([] if _active is None else _active.probes)
+    if _active is not None:
+        _active.together = told
+    try:
+        yield told
+    finally:
+        if _active is not None:
+            _active.together = None
 
 
 @contextlib.contextmanager
@@ -357,7 +448,7 @@ def edit(
         module: nn.Module, args: tuple[object, ...], kwargs: Record
     ) -> tuple[tuple[object, ...], Record]:
         states = kwargs["inputs_embeds"]
-        if states.shape[1] > 1:
+        if states.shape[1] > 1 and (_active is None or _active.together is None):
             states = states.clone()
             for row, positions, values in embeddings:
                 states[row, positions] = values.to(states)
@@ -429,20 +520,23 @@ def _hooks(
         cache = kwargs.get("past_key_values")
         active.total = 0 if states is None else states.shape[1]
         active.total += 0 if cache is None else cache.get_seq_length()
-        for probe in active.probes:
+        for probe in active.probes if active.together is None else ():
             probe.begin()
 
     def end(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        for probe in active.probes:
+        for probe in active.probes if active.together is None else ():
             probe.end()
 
     def tell(index: int, states: Tensor) -> None:
+        if states.ndim != 3 and any(probe.wants_hidden != "index" for probe in want_hidden):
+            raise UsageError(
+                f"the layers of {type(decoder).__name__} carry several residual streams"
+                f" {tuple(states.shape)}, and this measure is of one"
+            )
+        if active.together is not None:
+            active.together.hidden(index, states)
+            return
         for probe in want_hidden:
-            if states.ndim != 3 and probe.wants_hidden != "index":
-                raise UsageError(
-                    f"the layers of {type(decoder).__name__} carry several residual streams"
-                    f" {tuple(states.shape)}, and this measure is of one"
-                )
             probe.hidden(index, states)
 
     def embeddings(module: nn.Module, args: tuple[Tensor, ...], kwargs: Record) -> None:

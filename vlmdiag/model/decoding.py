@@ -113,7 +113,8 @@ def generate(
     """Answer a batch, greedily or by sampling, under whatever capture is active.
 
     The forward passes are the prefill and one cached pass per further token, so step s of a probe
-    is the row that predicted token s. A row ends at its EOS.
+    is the row that predicted token s, also where one pass reads the tokens of several steps. A row
+    ends at its EOS.
 
     max_new_tokens: at most, and no more than the model's context has room for. answers: ids to be
     produced instead, one list per sample (teacher forcing); ValueError if one is
@@ -140,8 +141,19 @@ def generate(
     output = prefill(vlm, batch, features, cache, embeds)
     with_room(output.past_key_values)
     first = output.logits[:, -1].float().log_softmax(-1)
+    several = known.can_verify(vlm, output.past_key_values)  # tokens in a pass
+    if answers is not None and lengths is not None and several:
+        of_given = known.read_given(vlm, batch, output, answers)
+        column = torch.arange(limit, device=device)
+        return Generation(
+            ids=[list(ids) for ids in answers],
+            steps=lengths,
+            logprobs=of_given.where(column < lengths[:, None], float("nan")),
+            first=first,
+            cache=output.past_key_values,
+        )
     greedy = answers is None and not do_sample
-    if drafts is not None and greedy and known.can_verify(vlm, output.past_key_values):
+    if drafts is not None and greedy and several:
         ids, of_rows = known.decode(vlm, batch, output, drafts, limit, stop)
         return Generation(
             ids=ids,

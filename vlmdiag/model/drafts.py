@@ -13,12 +13,16 @@ the answer's own, and what was read behind it is masked:
     pass 4       . It is old                   "here ." is, so what follows it is tried
 
 Speculative decoding (arXiv 2211.17192) with a fixed text as the draft; to go on behind what the
-answer repeats of it is known as prompt lookup decoding. Shapes: B rows of a batch, R rows that go
+answer repeats of it is known as prompt lookup decoding. An answer that is given (teacher forcing)
+is a draft that is never wrong. Under a capture all rows of a batch go on by the same number of
+tokens, and nothing that was wrong stays in the cache, so that probes hear of each step what they
+would hear of a pass over its token. Shapes: B rows of a batch, R rows that go
 on, n tokens of a pass, V vocabulary, K positions in the cache.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from vlmdiag.model.attention import is_capturing
+from vlmdiag.model.attention import Together, is_capturing, reads_passes, together
 from vlmdiag.model.cache import RoomyLayer
 from vlmdiag.model.prefix import first_positions
 
@@ -64,11 +68,11 @@ def counted() -> Counter[str]:
 
 def can_verify(vlm: VLM, cache: Cache | None) -> bool:
     """Whether a pass may read several tokens of which some are dropped: every position sees all
-    before it and nothing else, by position ids, and nothing measures or edits single steps."""
+    before it and nothing else, by position ids, and no capture is about passes themselves."""
     config = vlm.parts.decoder.config
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
-    if "causal" not in vlm.family.has or is_capturing():
+    if "causal" not in vlm.family.has or reads_passes():
         return False
     if "dynamic" in kinds or "longrope" in kinds:  # angles depend on the longest position
         return False
@@ -96,16 +100,12 @@ class _Row:
         room = limit - len(self.ids) - 1
         return self.draft[self.next : self.next + min(self.width, room)]
 
-    def take(self, said: Sequence[int], guesses: Sequence[int], ends: set[int]) -> int:
-        """Add what the model said after its last token and after each right guess; returns how
-        many. ends: ids that end an answer, of which none is guessed."""
-        agreed = 0
-        while agreed < len(guesses) and said[agreed] == guesses[agreed]:
-            agreed += 1
-        self.ids += said[: agreed + 1]
+    def take(self, said: Sequence[int], ends: set[int]) -> None:
+        """Add what the model said after its last token and after right guesses. ends: ids that end
+        an answer, of which none is guessed."""
+        self.ids += said
         self.is_done = self.ids[-1] in ends
-        self._find(self.next + agreed + 1)
-        return agreed + 1
+        self._find(self.next + len(said))
 
     def _find(self, expected: int) -> None:
         """Where the draft goes on: behind as much as possible of the answer's end, of several
@@ -139,56 +139,133 @@ class _Cache:
     cache: DynamicCache
     mask: Int[Tensor, "R K"]  # 0 for padding and for tokens of a draft that were wrong
     rows: list[_Row]
+    alike: bool  # rows go on by the same number of tokens, those that are done too
+    size: int = 0  # tokens of the last pass
+    steps: Together = field(default_factory=lambda: Together([]))  # of the last pass
+
+    def guesses(self, limit: int) -> list[list[int]]:
+        """What the next pass tries of each row's draft."""
+        if not self.alike:
+            return _worth_trying([row.guesses(limit) for row in self.rows])
+        of_rows = [[] if row.is_done else row.guesses(limit) for row in self.rows]
+        going = [not row.is_done for row in self.rows]
+        width = min(map(len, itertools.compress(of_rows, going)))
+        return [guessed[:width] for guessed in of_rows]
 
     def read(self, guesses: Sequence[Sequence[int]]) -> Float[Tensor, "R n V"]:
         """Logits after the last token of each row and after its guesses; what stands behind those
         of a row that has fewer than others means nothing."""
         device = self.mask.device
-        size = 1 + max(map(len, guesses))
-        column = torch.arange(size, device=device)
+        self.size = 1 + max(map(len, guesses))
         tokens = [
-            [row.ids[-1], *guessed, *[row.ids[-1]] * (size - 1 - len(guessed))]
+            [row.ids[-1], *guessed, *[row.ids[-1]] * (self.size - 1 - len(guessed))]
             for row, guessed in zip(self.rows, guesses, strict=True)
         ]
         # positions of the answer that were read before
         read = torch.tensor([len(row.ids) - 1 for row in self.rows], device=device)
         start = self.batch.next_position[[row.index for row in self.rows]] + read
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), size)], 1)
-        self.keep([1 + len(guessed) for guessed in guesses], size)
-        # one by one, for a family may give tokens of a prompt other embeddings than generated ones
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), self.size)], 1)
+        self._keep([1 + len(guessed) for guessed in guesses])
         ids = torch.tensor(tokens, device=device)
-        embeds = self.vlm.model.get_input_embeddings()(ids.view(-1, 1))
-        output = self.vlm.model(
-            inputs_embeds=embeds.view(*ids.shape, -1),
-            attention_mask=self.mask,
-            position_ids=self.batch.text_positions(start[:, None] + column),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        logits: Tensor = output.logits
-        return logits
+        with together() as self.steps:
+            return _read(self.vlm, self.batch, self.cache, self.mask, ids, start)
 
-    def keep(self, counts: Sequence[int], size: int) -> None:
-        """Of the last `size` positions only the first so many of each row are seen from now on."""
-        column = torch.arange(size, device=self.mask.device)
+    def counts(self, said: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> list[int]:
+        """How many of the tokens that the model said after the last pass each row takes."""
+        counts = [1 + _agreed(*pair) for pair in zip(said, guesses, strict=True)]
+        if self.alike:
+            going = [not row.is_done for row in self.rows]
+            counts = [min(itertools.compress(counts, going))] * len(counts)
+        return counts
+
+    def take(self, counts: Sequence[int]) -> None:
+        """Of the last pass only the first so many positions of each row are seen from now on; all
+        others of rows that go on alike are gone."""
+        self._keep(counts)
+        if self.alike:
+            self.steps.tell(counts[0], self.size)
+            wrong = self.size - counts[0]
+            if wrong:
+                self._cut(self.mask[:, :-wrong])
+
+    def _keep(self, counts: Sequence[int]) -> None:
+        column = torch.arange(self.size, device=self.mask.device)
         kept = column < torch.tensor(counts, device=self.mask.device)[:, None]
-        self.mask[:, -size:] = kept.to(self.mask)
+        self.mask[:, -self.size :] = kept.to(self.mask)
 
     def go_on(self) -> None:
         """Leave out the rows that are done, and the last positions that none of the others sees."""
         left = [place for place, row in enumerate(self.rows) if not row.is_done]
-        if len(left) == len(self.rows):
+        if left and (self.alike or len(left) == len(self.rows)):
             return
         self.rows = [self.rows[place] for place in left]
         if not left:
             return
         chosen = torch.tensor(left, device=self.mask.device)
-        self.mask = self.mask[chosen]
-        length = 1 + int(self.mask.any(0).nonzero().max())
-        self.mask = self.mask[:, :length]
-        shared = first_positions(self.vlm, self.cache, length, rows=chosen)
-        assert shared is not None  # can_verify() has seen to it
-        self.cache = shared
+        mask = self.mask[chosen]
+        length = 1 + int(mask.any(0).nonzero().max())
+        self._cut(mask[:, :length], chosen)
+
+    def _cut(self, mask: Int[Tensor, "R K"], rows: Int[Tensor, " R"] | None = None) -> None:
+        """Only the first positions, of some rows, are left: those of a mask."""
+        left = first_positions(self.vlm, self.cache, mask.shape[1], rows=rows)
+        assert left is not None  # can_verify() has seen to it
+        self.mask, self.cache = mask, left
+
+
+def _read(
+    vlm: VLM,
+    batch: Batch,
+    cache: Cache,
+    mask: Int[Tensor, "R K"],
+    ids: Int[Tensor, "R n"],
+    start: Int[Tensor, " R"],
+) -> Float[Tensor, "R n V"]:
+    """Logits after each of some tokens of answers. mask: with these tokens; start: the position of
+    each row's first one."""
+    # one by one, for a family may give tokens of a prompt other embeddings than generated ones
+    embeds = vlm.model.get_input_embeddings()(ids.reshape(-1, 1))
+    column = torch.arange(ids.shape[1], device=ids.device)
+    output = vlm.model(
+        inputs_embeds=embeds.view(*ids.shape, -1),
+        attention_mask=mask,
+        position_ids=batch.text_positions(start[:, None] + column),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def read_given(
+    vlm: VLM, batch: Batch, output: CausalLMOutputWithPast, answers: Sequence[Sequence[int]]
+) -> Float[Tensor, "B N"]:
+    """Read answers by teacher forcing, many tokens in a pass. Returns their log-probabilities.
+
+    output: of prefill(), for whose cache can_verify() holds; what is read is added to it. answers:
+    ids of each row, one at least. Behind the end of a shorter one, whose last id is repeated, what
+    is returned and measured means nothing.
+    """
+    longest = max(map(len, answers))
+    rows = [[*ids, *[ids[-1]] * (longest - len(ids))] for ids in answers]
+    ids = torch.tensor(rows, device=vlm.device)
+    mask = batch.attention_mask
+    logprobs = [_of_chosen(output.logits[:, -1:], ids[:, :1])]
+    for at in range(0, longest - 1, WIDTH):
+        read = ids[:, at : min(at + WIDTH, longest - 1)]
+        size = read.shape[1]
+        mask = torch.cat([mask, mask.new_ones(read.shape)], 1)
+        with together() as steps:
+            logits = _read(vlm, batch, output.past_key_values, mask, read, batch.next_position + at)
+        steps.tell(size, size)
+        logprobs.append(_of_chosen(logits, ids[:, at + 1 : at + 1 + size]))
+    return torch.cat(logprobs, 1)
+
+
+def _of_chosen(logits: Float[Tensor, "R n V"], ids: Int[Tensor, "R n"]) -> Float[Tensor, "R n"]:
+    """Log-probabilities of ids, where they are."""
+    of_all = logits.float().log_softmax(-1)
+    return of_all.gather(-1, ids[..., None].to(logits.device))[..., 0].to(ids.device)
 
 
 def decode(
@@ -209,38 +286,42 @@ def decode(
     for index, draft in enumerate(drafts):
         end = next((place for place, id in enumerate(draft) if id in ends), len(draft))
         rows.append(_Row(index, list(draft[:end])))
-    state = _Cache(vlm, batch, output.past_key_values, batch.attention_mask, rows)
+    state = _Cache(vlm, batch, output.past_key_values, batch.attention_mask, rows, is_capturing())
     guesses: list[list[int]] = [[] for _ in rows]
     logits = output.logits[:, -1:]
     ties = torch.zeros((), dtype=torch.long, device=vlm.device)
-    while True:
-        size = logits.shape[1]
+    while state.rows:
         before = [len(row.ids) for row in rows]
-        counts = []
-        for row, said, guessed, of_row in zip(
-            state.rows, logits.argmax(-1).tolist(), guesses, logits, strict=True
-        ):
-            count = row.take(said, guessed, ends)
-            values = of_row[:count].float()
-            chosen = values.argmax(-1, keepdim=True)
-            row.logprobs.append(values.log_softmax(-1).gather(-1, chosen)[:, 0].to(vlm.device))
-            ties += _near_ties(values, of_row.dtype).to(vlm.device)
+        said = logits.argmax(-1).tolist()
+        counts = state.counts(said, guesses)
+        for row, ids, count, of_row in zip(state.rows, said, counts, logits, strict=True):
+            if row.is_done:
+                continue
+            row.take(ids[:count], ends)
+            values = of_row[:count]
+            row.logprobs.append(_of_chosen(values, values.argmax(-1)).to(vlm.device))
+            ties += _near_ties(values.float(), of_row.dtype).to(vlm.device)
             row.is_done |= len(row.ids) >= limit
-            counts.append(count)
+            if any(before):
+                _counts["draft_tokens"] += count
+                _counts["draft_agreed"] += count - 1
         if stop is not None:
             _stop(rows, before, stop)
         if any(before):
-            state.keep(counts, size)
             _counts["draft_passes"] += 1
-            _counts["draft_tokens"] += sum(counts)
-            _counts["draft_agreed"] += sum(counts) - len(counts)
+            state.take(counts)
         state.go_on()
-        if not state.rows:
-            break
-        guesses = _worth_trying([row.guesses(limit) for row in state.rows])
-        logits = state.read(guesses)
+        if state.rows:
+            guesses = state.guesses(limit)
+            logits = state.read(guesses)
     _counts["draft_near_ties"] += int(ties)
     return ([row.ids for row in rows], [torch.cat(row.logprobs)[: len(row.ids)] for row in rows])
+
+
+def _agreed(said: Sequence[int], guesses: Sequence[int]) -> int:
+    """How many guesses are what the model said in their place."""
+    pairs = zip(said, guesses, strict=False)
+    return next((n for n, (own, guess) in enumerate(pairs) if own != guess), len(guesses))
 
 
 def _worth_trying(guesses: list[list[int]]) -> list[list[int]]:

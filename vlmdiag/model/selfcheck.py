@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import VISION
+from vlmdiag.model import drafts
 from vlmdiag.model.attention import Row, capture
 from vlmdiag.model.decoding import Generation, generate
 from vlmdiag.model.encoding import token_types
+from vlmdiag.model.prefix import first_positions
 from vlmdiag.model.probes import Probe
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 SIZE = (168, 126)
 QUESTIONS = ("Is there a red circle in the image?", "Describe the image.")
-ANSWER = [20, 21]  # ids of a made-up answer of two tokens
+ANSWER = [20, 21, 22]  # ids of a made-up answer
 
 
 def noise_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
@@ -102,8 +105,9 @@ def check(vlm: VLM) -> str | None:
     decoder_only = "decoder-only" in vlm.family.has
     if decoder_only:
         generation = _check_capture(vlm, batch, tolerance)
+        _check_several_tokens(vlm, batch, generation, tolerance * 10)
     else:
-        generation = generate(vlm, batch, 2, answers=[ANSWER, ANSWER])
+        generation = generate(vlm, batch, len(ANSWER), answers=[ANSWER, ANSWER])
     _check_padding(vlm, batch, pictures, tolerance * 10)
     _check_own_word(vlm, samples[0], picture, tolerance * 10)
     if not generation.logprobs.isfinite().all():
@@ -312,7 +316,7 @@ def _check_capture(vlm: VLM, batch: Batch, tolerance: float) -> Generation:
         worst[seen.step] = max(worst.get(seen.step, 0.0), _relative(expected - actual, actual))
 
     with capture(vlm, [seen], inspect=compare):
-        generation = generate(vlm, batch, 2, answers=[ANSWER, ANSWER])
+        generation = generate(vlm, batch, len(ANSWER), answers=[ANSWER, ANSWER])
     layers = vlm.parts.layers
     count = len(layers)
     kinds = {type(layer) for layer in layers}
@@ -340,6 +344,23 @@ def _check_capture(vlm: VLM, batch: Batch, tolerance: float) -> Generation:
                 f" {worst[step]:.1e} (relative; allowed {tolerance:.0e})",
             )
     return generation
+
+
+def _check_several_tokens(vlm: VLM, batch: Batch, generation: Generation, tolerance: float) -> None:
+    """Tokens of ANSWER that one pass reads behind the prompt's keys and values give what each gave
+    in a pass of its own. generation: of those passes."""
+    if not drafts.can_verify(vlm, generation.cache):
+        return
+    of_prompt = first_positions(vlm, generation.cache, batch.groups.shape[1])
+    output = CausalLMOutputWithPast(logits=generation.first[:, None], past_key_values=of_prompt)
+    logprobs = drafts.read_given(vlm, batch, output, [ANSWER, ANSWER])
+    difference = _relative(logprobs - generation.logprobs, generation.logprobs)
+    if not difference <= tolerance:
+        _fail(
+            vlm,
+            "tokens read in one pass behind a cache differ from each read alone by"
+            f" {difference:.1e} (relative)",
+        )
 
 
 def _check_grid(vlm: VLM, batch: Batch, grid: PatchGrid, picture: Image.Image) -> str | None:
