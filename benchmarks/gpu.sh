@@ -40,9 +40,10 @@ part() { # seconds, name, flags of bench_NAME.py
     fi
 }
 
-part 55 fits --new_tokens 8
+part 48 fits --new_tokens 8
 part 40 diagnostics --size 7b --prompt 620 --batch 1 --new_tokens 16 --repeats 2
-part 95 interventions --size 7b --new_tokens 8 --repeats 1
+part 25 known_answers --size 7b --pictures 1 --new_tokens 32 --repeats 2
+part 80 interventions --size 7b --new_tokens 8 --repeats 1
 part 35 volcano --size 7b --batch 1 --new_tokens 16 --repeats 1
 part 45 swap --size 7b --batch 1 --repeats 1
 part 25 relevancy --size 7b --new_tokens 16 --repeats 1

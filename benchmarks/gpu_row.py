@@ -25,6 +25,7 @@ COLUMNS: dict[str, tuple[str, dict[str, str], str]] = {
     "swap pair": ("swap", {"answer": "ends", "work": "pair"}, "published_to_this"),
     "pair + quad": ("swap", {"answer": "ends", "work": "pair + quad"}, "published_to_this"),
     "relevancy": ("relevancy", {}, "published_to_this"),
+    "given answers": ("known_answers", {"measured": "given"}, "alone_to_this"),
     "GB, bfloat16": ("fits", {"weights": "bfloat16"}, "peak_gb"),
     "GB, 4 bits": ("fits", {"weights": "4 bits"}, "peak_gb"),
 }

@@ -43,6 +43,7 @@ from vlmdiag.runs.experiment import Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
     from vlmdiag.pictures.samples import Sample
+    from vlmdiag.types import VLM
 
 
 # flags that may differ when a run goes on
@@ -81,6 +82,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=None,
         help=(
             "preds.json-like list: measure these captions by teacher forcing instead of generating"
+        ),
+    )
+    parser.add_argument(
+        "--drafts",
+        default=None,
+        help=(
+            "preds.json-like list of answers that are likely, such as those of another"
+            " --vision_scale or snapshot: the same answers in fewer passes"
         ),
     )
     parser.add_argument(
@@ -146,30 +155,47 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--overwrite with --shard would remove what other shards wrote: start again with"
             " --overwrite --max_images 1 first"
         )
+    if args.drafts and (args.answers or args.do_sample or args.pos_only):
+        parser.error(
+            "--drafts are of greedy answers: leave --answers, --do_sample and --pos_only out"
+        )
     if args.pos_only and args.no_rope:
         parser.error("--pos_only and --no_rope leave nothing to measure")
     return args
 
 
-def read_answers(path: str, samples: Sequence[Sample]) -> dict[str, str | list[int]]:
-    """{sample id: text or ids} from a list of {image_id, caption or generated_ids}."""
+def read_answers(
+    vlm: VLM, flag: str, path: str, samples: Sequence[Sample]
+) -> dict[str, str | list[int]]:
+    """{sample id: text or ids} from a list of {image_id, caption, generated_ids}, of which one may
+    be left out, for --answers or --drafts. Ids count where this model's tokenizer reads the caption
+    in them: a file may be of a model with another."""
     try:
         entries: Any = read_json(path)
-        given = {
-            str(entry["image_id"]): entry.get("generated_ids") or entry["caption"]
-            for entry in entries
-        }
+        given = {str(entry["image_id"]): _text_or_ids(vlm, entry) for entry in entries}
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"--answers {path}: a JSON list of objects with image_id and caption was wanted"
-            f" ({error})"
+            f"{flag} {path}: a JSON list of objects with image_id and caption was wanted ({error})"
         ) from error
     missing = [sample.id for sample in samples if str(sample.extra["image_id"]) not in given]
     if missing:
         raise UsageError(
-            f"--answers {path} has no caption for {len(missing)} images, such as {missing[0]}"
+            f"{flag} {path} has no caption for {len(missing)} images, such as {missing[0]}"
         )
     return {sample.id: given[str(sample.extra["image_id"])] for sample in samples}
+
+
+def _text_or_ids(vlm: VLM, entry: dict[str, Any]) -> str | list[int]:
+    ids = [int(id) for id in entry.get("generated_ids") or ()]
+    caption = entry.get("caption") if ids else entry["caption"]
+    if not isinstance(caption, str | None) or not (ids or caption):
+        raise TypeError("a caption that is no text")
+    known = ids and max(ids) < vlm.model.get_input_embeddings().num_embeddings and min(ids) >= 0
+    if known and caption in (None, vlm.text(ids)):
+        return ids
+    if caption is None:
+        raise TypeError(f"ids that {vlm.path} does not have")
+    return caption
 
 
 def make_worker(args: argparse.Namespace) -> Worker:
@@ -201,12 +227,14 @@ def make_worker(args: argparse.Namespace) -> Worker:
     names_of_lists = () if of_chats else ("image_dir", "ann_file")
     settings |= {name: Path(getattr(args, name)).name for name in names_of_lists} | of_chats
     settings["image_aspect"] = args.image_aspect
-    if args.answers:
-        settings["answers"] = Path(args.answers).name
+    for flag in ("answers", "drafts"):
+        if getattr(args, flag):
+            settings[flag] = Path(getattr(args, flag)).name
     if args.no_rope:
         settings["no_rope"] = True
-    answers = read_answers(args.answers, samples) if args.answers else None
-    process = make_process(vlm, measures, strip, answers, where / "per_image")
+    answers = read_answers(vlm, "--answers", args.answers, samples) if args.answers else None
+    drafts = read_answers(vlm, "--drafts", args.drafts, samples) if args.drafts else None
+    process = make_process(vlm, measures, strip, answers, where / "per_image", drafts)
     free = {name: getattr(args, name) for name in FREE}
     return worker_for(
         args,

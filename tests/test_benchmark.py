@@ -74,6 +74,7 @@ def quick(on_gpu, warm_python, tmp_path):
 SCRIPTS = (
     "diagnostics",
     "interventions",
+    "known_answers",
     "volcano",
     "swap",
     "relevancy",
@@ -84,7 +85,7 @@ SCRIPTS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["interventions", "volcano"])
+@pytest.mark.parametrize("name", ["interventions", "known_answers", "volcano"])
 def test_a_quick_benchmark_gives_a_table_and_a_report(quick, name):
     report, printed = quick(name)
     assert report["size"] == "quick"
@@ -553,7 +554,7 @@ def test_the_script_for_a_gpu_ends_with_a_row(on_gpu):
 def test_the_parts_for_a_gpu_fit_into_five_minutes():
     script = (ROOT / "benchmarks" / "gpu.sh").read_text()
     parts = re.findall(r"^part (\d+) (\w+)", script, re.M)
-    assert len(parts) == 6
+    assert len(parts) == 7
     assert sum(int(limit) for limit, _ in parts) < 300
     for _, name in parts:
         assert (ROOT / "benchmarks" / f"bench_{name}.py").is_file()

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from tests.conftest import in_process
+from tests.conftest import command_module, in_process
+from vlmdiag.cli import UsageError
 from vlmdiag.model import prompts
 from vlmdiag.pictures.samples import Sample, load_image
+from vlmdiag.runs import rundirs
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = ROOT / "diagnostic_tools" / "run_coco_diagnostics.py"
@@ -379,6 +381,88 @@ def test_given_answers_are_measured_as_generated_ones_are(run, coco, folders, tm
         ),
         "no caption for 3 images",
     )
+
+
+@pytest.fixture
+def given_to(coco, folders, tmp_path, command):
+    """given_to(name, entries, flags) -> the folder of a run with these entries as FLAG's file."""
+
+    def run(name, entries, flag, *more):
+        given = tmp_path / f"{name}.json"
+        given.write_text(json.dumps(entries))
+        more = ["--run_name", name, flag, given, "--batch_size", 2, *more]
+        done = command(*arguments(coco, folders["llava"], tmp_path, *more))
+        return done, tmp_path / f"llava__{name}__sp-0"
+
+    return run
+
+
+def test_drafts_change_no_number_and_are_counted(run, folders, coco, given_to, command, tmp_path):
+    """Right answers, those of another scale, of another model, and ids that are none of it."""
+    plain = [json.loads(path.read_text()) for path in sorted((run / "per_image").glob("*.json"))]
+    entries = [{key: p[key] for key in ("image_id", "caption", "generated_ids")} for p in plain]
+    done, drafted = given_to("own", entries, "--drafts", "--save_hidden_grid")
+    assert done.returncode == 0, done.stderr
+    counters = rundirs.read_run(drafted, rundirs.COCO).counters()
+    assert counters["draft_agreed"] >= 4 * 3 and counters["draft_passes"] == 2
+    texts = [{"image_id": p["image_id"], "caption": "a red circle"} for p in plain]
+    _, wrong = given_to("wrong", texts, "--drafts", "--save_hidden_grid")
+    foreign = [entry | {"generated_ids": [10**6, 3]} for entry in entries]
+    _, foreign = given_to("foreign", foreign, "--drafts", "--save_hidden_grid")
+    for other in (drafted, wrong, foreign):
+        for path in sorted((run / "per_image").glob("*.npz")):
+            a, b = np.load(path), np.load(other / "per_image" / path.name)
+            for key in a.files:
+                assert np.allclose(a[key], b[key], atol=1e-5, equal_nan=True), key
+            record = json.loads((other / "per_image" / path.with_suffix(".json").name).read_text())
+            expected = json.loads(path.with_suffix(".json").read_text())
+            assert record["generated_ids"] == expected["generated_ids"]
+    meta = json.loads((drafted / "meta.json").read_text())
+    assert meta["settings"]["drafts"] == "own.json"
+
+    more = ["--vision_scale", 0.3]
+    scaled = command(*arguments(coco, folders["llava"], tmp_path, *more, "--run_name", "scaled"))
+    assert scaled.returncode == 0, scaled.stderr
+    _, both = given_to("both", entries, "--drafts", *more)
+    for path in sorted((both / "per_image").glob("*.json")):
+        expected = tmp_path / "llava__scaled__sp-0" / "per_image" / path.name
+        a, b = json.loads(path.read_text()), json.loads(expected.read_text())
+        assert a["generated_ids"] == b["generated_ids"]
+        assert np.allclose(a["shares"]["vision"], b["shares"]["vision"], atol=1e-5)
+
+
+def test_ids_of_another_tokenizer_are_not_taken_for_a_caption(load, tmp_path):
+    """--answers and --drafts take the caption where this model reads something else in the ids."""
+    vlm = load("llava")
+    driver = command_module(DRIVER).read_answers
+    sample = Sample("1", Path("x.png"), "", extra={"image_id": 1})
+
+    def read(entry):
+        path = tmp_path / "given.json"
+        path.write_text(json.dumps([{"image_id": 1} | entry]))
+        return driver(vlm, "--answers", str(path), [sample])["1"]
+
+    ids = vlm.tokenizer("a red circle", add_special_tokens=False)["input_ids"]
+    text = vlm.text(ids)
+    assert read({"generated_ids": ids}) == ids
+    assert read({"generated_ids": ids, "caption": text}) == ids
+    assert read({"generated_ids": [*ids, vlm.end_id], "caption": text}) == [*ids, vlm.end_id]
+    for other in ([ids[0]], [10**7], [-1]):
+        assert read({"generated_ids": other, "caption": text}) == text
+    assert read({"caption": text, "generated_ids": []}) == text
+    for entry in ({"generated_ids": [10**7]}, {"caption": None}, {"caption": 3}, {}):
+        with pytest.raises(UsageError, match="image_id and caption"):
+            read(entry)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--answers", "x.json"), ("--do_sample",), ("--pos_only",)],
+    ids=lambda flags: flags[0],
+)
+def test_drafts_are_of_greedy_answers(coco, folders, tmp_path, command, flags):
+    more = arguments(coco, folders["llava"], tmp_path, "--drafts", "y.json", *flags)
+    one_line(command(*more), "--drafts are of greedy answers")
 
 
 def test_paper_compat_and_scaling_change_what_they_say(run, coco, folders, tmp_path, command):

@@ -126,6 +126,29 @@ def test_a_prompt_without_its_bos_is_found(load, monkeypatch):
         check(load("llava"))
 
 
+def test_tokens_that_see_those_behind_them_in_a_pass_are_found(load, monkeypatch):
+    """As where a model's mask is causal in the prompt alone: token by token nothing shows."""
+    vlm = load("llava")
+
+    def see_all(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and kwargs["past_key_values"].get_seq_length() and mask.shape[2] > 1:
+            kwargs["attention_mask"] = mask[:, :, -1:].expand_as(mask)
+        return args, kwargs
+
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(see_all, with_kwargs=True)
+        for layer in vlm.parts.layers
+    ]
+    try:
+        with pytest.raises(UsageError, match="read in one pass behind a cache"):
+            check(vlm)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert check(vlm) is None
+
+
 def test_penalties_of_a_checkpoint_are_no_fault(load, monkeypatch):
     """They are left out of what is measured, so of what it is compared with too."""
     vlm = load("llava")

@@ -2,6 +2,7 @@
 scripted answers, and its own command line."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from data import make_shapes
 from tests.conftest import ROOT, embeddings, in_process
 from vlmdiag.groups import GROUPS
+from vlmdiag.model import drafts
 from vlmdiag.model.attention import capture
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.prefix import SharedPicture, after_picture, first_positions
@@ -20,7 +22,7 @@ from vlmdiag.pictures.samples import Sample
 from vlmdiag.pictures.spread import normalized_entropy
 from vlmdiag.runs import rundirs
 from vlmdiag.volcano import maps
-from vlmdiag.volcano.conversation import converse
+from vlmdiag.volcano.conversation import Asker, converse
 from vlmdiag.volcano.protocol import decision_published, judged, order_of
 
 SCRIPT = ROOT / "visualize" / "run_volcano_with_image_attention.py"
@@ -238,8 +240,9 @@ def scripted(answers):
     """An asker that takes the next answer of each instance from a list: {row: {tag: text}}."""
     asked = []
 
-    def ask(rows, texts, tag, measure=False, given=None):
+    def ask(rows, texts, tag, measure=False, given=None, drafts=None):
         asked.append((tag, tuple(rows), texts))
+        expected.append((tag, drafts and ["".join(map(chr, ids)) for ids in drafts]))
         out = []
         for k, row in enumerate(rows):
             if given:
@@ -248,9 +251,10 @@ def scripted(answers):
                 text = answers[row]["decide"].pop(0)
             else:
                 text = answers[row][tag]
-            out.append(SimpleNamespace(text=text))
+            out.append(SimpleNamespace(text=text, ids=list(map(ord, text))))
         return out
 
+    expected = ask.expected = []
     return ask, asked
 
 
@@ -271,6 +275,63 @@ def loop(answers, samples=None, given=None, **options):
     ask, asked = scripted(answers)
     samples = samples or [Sample(str(i), None, f"question {i}?") for i in range(len(answers))]
     return converse(args, ask, samples, given), asked
+
+
+def test_a_revision_is_expected_to_be_what_it_revises_and_a_critique_the_last_one():
+    ask, _ = scripted([says(["B", "A"]), says(["B", "?", "B"])])
+    args = SimpleNamespace(
+        engineered_prompt=False,
+        max_iterations=3,
+        order="fixed",
+        seed=0,
+        paper_compat=False,
+        sample=True,
+    )
+    converse(args, ask, [Sample(str(i), None, "q?") for i in range(2)], None)
+    expected = dict(ask.expected)
+    assert expected["initial"] is None and expected["decide"] is None
+    assert expected["feedback-1"] == ["", ""] and expected["revision-1"] == ["first", "first"]
+    assert expected["feedback-2"] == ["feedback 1"] * 2
+    assert expected["revision-2"] == ["revision 1"] * 2
+    assert expected["feedback-3"] == ["feedback 1"]  # the second revision was not accepted
+    assert expected["revision-3"] == ["revision 1"]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-gqa"])
+def test_the_loop_measures_with_drafts_what_it_measures_without(load, pictures, monkeypatch, name):
+    """The same answers and attention, some of it from passes over several tokens."""
+    args = SimpleNamespace(
+        sample=False,
+        temperature=1.0,
+        seed=0,
+        engineered_prompt=False,
+        max_iterations=2,
+        order="random",
+        max_new_tokens=12,
+        hidden_top_k=2,
+        full_tensors=True,
+        paper_compat=False,
+    )
+    vlm = load(name)
+    samples = [Sample(str(i), Path("x.png"), f"Is it {i}?") for i in range(3)]
+
+    def talks():
+        asker = Asker(args, vlm, samples, pictures)
+        return converse(args, asker, samples, None)
+
+    drafts.counted()
+    found = talks()
+    assert drafts.counted()["draft_agreed"] > 0
+    monkeypatch.setattr(drafts, "can_verify", lambda vlm, cache: False)
+    for one, other in zip(found, talks(), strict=True):
+        for answer, plain in (
+            (one.initial, other.initial),
+            (one.feedback, other.feedback),
+            (one.revision, other.revision),
+        ):
+            assert answer.ids == plain.ids and len(answer.attention["mean"]) == len(plain.ids)
+            for key, values in plain.attention.items():
+                assert np.allclose(answer.attention[key], values, atol=1e-5), key
 
 
 def says(decide, **more):

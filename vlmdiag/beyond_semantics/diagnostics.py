@@ -101,25 +101,33 @@ def make_process(
     strip_system: bool = False,
     answers: Mapping[str, str | list[int]] | None = None,
     artifacts: Path | None = None,
+    drafts: Mapping[str, str | list[int]] | None = None,
 ) -> Callable[[Sequence[tuple[Sample, Pictures]]], list[tuple[Record, Arrays]]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...]: one transfer from the device
     per batch.
 
     strip_system: leave the system prompt out. answers {sample id: text or ids}: measured by teacher
     forcing in place of generated ones. artifacts: folder of --save_hidden_plots, a run's per_image.
+    drafts {sample id: text or ids}: answers that are likely, see generate().
     """
+
+    def of_samples(
+        batch: Batch, given: Mapping[str, str | list[int]] | None
+    ) -> list[list[int]] | None:
+        if given is None:
+            return None
+        return [
+            answer_ids(vlm, prompt, given[sample.id])
+            for prompt, sample in zip(batch.prompts, batch.samples, strict=True)
+        ]
 
     @torch.inference_mode()
     def process(loaded: Sequence[tuple[Sample, Pictures]]) -> list[tuple[Record, Arrays]]:
         samples, images = zip(*loaded, strict=True)
         batch = vlm.encode(samples, images, strip_system=strip_system)
-        forced = None
-        if answers is not None:
-            forced = [
-                answer_ids(vlm, prompt, answers[sample.id])
-                for prompt, sample in zip(batch.prompts, samples, strict=True)
-            ]
-        generation, on_device, shares, norms = _measure(vlm, batch, measures, forced)
+        generation, on_device, shares, norms = _measure(
+            vlm, batch, measures, of_samples(batch, answers), of_samples(batch, drafts)
+        )
         grid = None
         if norms is not None and (measures.save_hidden_grid or measures.save_hidden_plots):
             grid = norms.norms.cpu().numpy()  # (B, L + 1, T)
@@ -142,7 +150,11 @@ def make_process(
 
 
 def _measure(
-    vlm: VLM, batch: Batch, measures: Measures, forced: list[list[int]] | None
+    vlm: VLM,
+    batch: Batch,
+    measures: Measures,
+    forced: list[list[int]] | None,
+    drafts: list[list[int]] | None,
 ) -> tuple[Generation, dict[str, Tensor], dict[str, list[list[float]]], HiddenNorms | None]:
     """Generation, {array: (B, ...)} on the device, {share: [[one per step], ...]} and the norms."""
     features = vlm.vision(batch)
@@ -180,6 +192,7 @@ def _measure(
             seed=measures.seed,
             answers=forced,
             features=features,
+            drafts=drafts,
         )
     if measures.paper_compat and rope is not None:
         longer = extended(batch, [vlm.end_id])

@@ -73,6 +73,7 @@ class Ask(Protocol):
         tag: str,
         measure: bool = False,
         given: Sequence[str] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[Answer]: ...
 
 
@@ -97,9 +98,11 @@ class Asker:
         tag: str,
         measure: bool = False,
         given: Sequence[str] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[Answer]:
         """Answers of some instances (rows) to a prompt each, with the attention of their steps
-        where `measure` is set. given: texts that are read as answers by teacher forcing."""
+        where `measure` is set. given: texts that are read as answers by teacher forcing; drafts:
+        ids of answers that are likely, see generate()."""
         args = self.args
         vlm = self.vlm
         samples = [
@@ -128,6 +131,7 @@ class Asker:
                 args.temperature,
                 seed=args.seed,
                 answers=forced,
+                drafts=drafts,
                 **inputs,
             )
         if is_first:
@@ -181,6 +185,11 @@ class Talk:
     accepted: list[int] = field(default_factory=list)  # iterations
     stop_iter: int = 0
 
+    @property
+    def current_ids(self) -> list[int]:
+        """Ids of the current answer."""
+        return self.revision.ids if self.accepted and self.revision else self.initial.ids
+
     def take(self, iteration: int, critique: Answer, revision: Answer, decided: Fields) -> None:
         """Write down one iteration and what was decided in it."""
         self.feedbacks.append(critique.text)
@@ -215,12 +224,16 @@ def converse(
             critique_prompt(questions[row], talks[row].current, args.engineered_prompt)
             for row in rows
         ]
-        critiques = ask(rows, texts, f"feedback-{iteration}", True)
+        # a critique is likely to be the last one again, a revision what it revises
+        last = [talks[row].feedback for row in rows]
+        drafts = [[] if critique is None else critique.ids for critique in last]
+        critiques = ask(rows, texts, f"feedback-{iteration}", True, drafts=drafts)
         texts = [
             revise_prompt(questions[row], talks[row].current, critique.text, args.engineered_prompt)
             for row, critique in zip(rows, critiques, strict=True)
         ]
-        revisions = ask(rows, texts, f"revision-{iteration}", True)
+        drafts = [talks[row].current_ids for row in rows]
+        revisions = ask(rows, texts, f"revision-{iteration}", True, drafts=drafts)
         orders = [
             order_of(args.seed, samples[row].id, iteration, args.order == "random") for row in rows
         ]
