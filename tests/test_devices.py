@@ -210,7 +210,7 @@ MANY = sorted({*FIRST, *FURTHER})
 
 
 @pytest.mark.parametrize(
-    ("how", "names"), [("one", MANY), ("tower", MANY), ("offload", ["llava", "qwen2_vl"])]
+    ("how", "names"), [("one", MANY), ("tower", MANY), ("offload", ["llava", "molmo-d", "qwen2_vl"])]
 )
 def test_families_run_on_one_device_on_two_and_partly_offloaded(how, names, library):
     wrong = json.loads(python("tests.test_devices", library, how, *names).split("\n")[-2])

@@ -100,8 +100,10 @@ class Molmo(Assembled):
         """
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         patches = torch.cat([states[layer][:, 1:] for layer in self.config.vit_layers], -1)
-        placeholder = self.get_input_embeddings().weight[self.config.image_token_id]
-        features = self.connector(patches, image_masks) + placeholder
+        features = self.connector(patches, image_masks)
+        image_id = torch.tensor([self.config.image_token_id], device=features.device)
+        # by the module, whose weights may lie elsewhere
+        features = features + self.get_input_embeddings()(image_id).to(features.device)
         of_pictures = []
         start = 0
         for rows, columns in tile_grids.tolist():

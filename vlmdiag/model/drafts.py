@@ -16,8 +16,10 @@ Speculative decoding (arXiv 2211.17192) with a fixed text as the draft; to go on
 answer repeats of it is known as prompt lookup decoding. An answer that is given (teacher forcing)
 is a draft that is never wrong. Under a capture all rows of a batch go on by the same number of
 tokens, and nothing that was wrong stays in the cache, so that probes hear of each step what they
-would hear of a pass over its token. Shapes: B rows of a batch, R rows that go
-on, n tokens of a pass, V vocabulary, K positions in the cache.
+would hear of a pass over its token.
+
+Shapes: B rows of a batch, R rows that go on, n tokens of a pass, V vocabulary, K positions in the
+cache.
 """
 
 from __future__ import annotations
@@ -258,11 +260,14 @@ def read_given(
         with together() as steps:
             logits = _read(vlm, batch, output.past_key_values, mask, read, batch.next_position + at)
         steps.tell(size, size)
-        logprobs.append(_of_chosen(logits, ids[:, at + 1 : at + 1 + size]))
+        chosen = ids[:, at + 1 : at + 1 + size]
+        # row by row, for in float32 a row is as long as n vocabularies
+        of_rows = [_of_chosen(*row) for row in zip(logits, chosen, strict=True)]
+        logprobs.append(torch.stack(of_rows))
     return torch.cat(logprobs, 1)
 
 
-def _of_chosen(logits: Float[Tensor, "R n V"], ids: Int[Tensor, "R n"]) -> Float[Tensor, "R n"]:
+def _of_chosen(logits: Float[Tensor, "... V"], ids: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Log-probabilities of ids, where they are."""
     of_all = logits.float().log_softmax(-1)
     return of_all.gather(-1, ids[..., None].to(logits.device))[..., 0].to(ids.device)
