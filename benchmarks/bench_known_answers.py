@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -51,14 +52,14 @@ def works_of(
     from vlmdiag.beyond_semantics.diagnostics import Measures, make_process
     from vlmdiag.model import decoding
 
-    def run(token_by_token: bool, scale: float, **options: Any) -> Results:
+    def run(loaded: Loaded, scale: float, token_by_token: bool, as_drafts: bool = False) -> Results:
         measures = Measures(
             max_new_tokens=new_tokens,
             restrict_to_past=True,
             probe_hidden_norms=True,
             vision_scale=scale,
         )
-        process = make_process(vlm, measures, **options)
+        process = make_process(vlm, measures, as_drafts=as_drafts)
         several = decoding.known.can_verify
         if token_by_token:
             decoding.known.can_verify = lambda vlm, cache: False
@@ -67,20 +68,20 @@ def works_of(
         finally:
             decoding.known.can_verify = several
 
-    answers = {
-        sample.id: record["generated_ids"]
-        for (sample, _), (record, _) in zip(loaded, run(True, 1.0), strict=True)
-    }
+    given = [
+        (replace(sample, given=tuple(record["generated_ids"])), pictures)
+        for (sample, pictures), (record, _) in zip(loaded, run(loaded, 1.0, True), strict=True)
+    ]
     works = {
         "answers that are given": {
-            ALONE: partial(run, True, 1.0, answers=answers),
-            TOGETHER: partial(run, False, 1.0, answers=answers),
+            ALONE: partial(run, given, 1.0, True),
+            TOGETHER: partial(run, given, 1.0, False),
         }
     }
     for scale in scales:
         works[f"vision scale {scale:g}"] = {
-            ALONE: partial(run, True, scale),
-            TOGETHER: partial(run, False, scale, drafts=answers),
+            ALONE: partial(run, loaded, scale, True),
+            TOGETHER: partial(run, given, scale, False, as_drafts=True),
         }
     return works
 

@@ -164,12 +164,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_answers(
-    vlm: VLM, flag: str, path: str, samples: Sequence[Sample]
-) -> dict[str, str | list[int]]:
-    """{sample id: text or ids} from a list of {image_id, caption, generated_ids}, of which one may
-    be left out, for --answers or --drafts. Ids count where this model's tokenizer reads the caption
-    in them: a file may be of a model with another."""
+def with_answers(vlm: VLM, flag: str, path: str, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with what is given to them by a list of {image_id, caption, generated_ids}, for
+    --answers or --drafts; either caption or ids may be left out. Ids count where this model's
+    tokenizer reads the caption in them: a file may be of a model with another."""
     try:
         entries: Any = read_json(path)
         given = {str(entry["image_id"]): _text_or_ids(vlm, entry) for entry in entries}
@@ -182,11 +180,14 @@ def read_answers(
         raise UsageError(
             f"{flag} {path} has no caption for {len(missing)} images, such as {missing[0]}"
         )
-    return {sample.id: given[str(sample.extra["image_id"])] for sample in samples}
+    return [
+        dataclasses.replace(sample, given=given[str(sample.extra["image_id"])])
+        for sample in samples
+    ]
 
 
-def _text_or_ids(vlm: VLM, entry: dict[str, Any]) -> str | list[int]:
-    ids = [int(id) for id in entry.get("generated_ids") or ()]
+def _text_or_ids(vlm: VLM, entry: dict[str, Any]) -> str | tuple[int, ...]:
+    ids = tuple(int(id) for id in entry.get("generated_ids") or ())
     caption = entry.get("caption") if ids else entry["caption"]
     if not isinstance(caption, str | None) or not (ids or caption):
         raise TypeError("a caption that is no text")
@@ -227,14 +228,14 @@ def make_worker(args: argparse.Namespace) -> Worker:
     names_of_lists = () if of_chats else ("image_dir", "ann_file")
     settings |= {name: Path(getattr(args, name)).name for name in names_of_lists} | of_chats
     settings["image_aspect"] = args.image_aspect
-    for flag in ("answers", "drafts"):
-        if getattr(args, flag):
-            settings[flag] = Path(getattr(args, flag)).name
+    for name in ("answers", "drafts"):
+        path_of_list = getattr(args, name)
+        if path_of_list:
+            samples = with_answers(vlm, f"--{name}", path_of_list, samples)
+            settings[name] = Path(path_of_list).name
     if args.no_rope:
         settings["no_rope"] = True
-    answers = read_answers(vlm, "--answers", args.answers, samples) if args.answers else None
-    drafts = read_answers(vlm, "--drafts", args.drafts, samples) if args.drafts else None
-    process = make_process(vlm, measures, strip, answers, where / "per_image", drafts)
+    process = make_process(vlm, measures, strip, where / "per_image", bool(args.drafts))
     free = {name: getattr(args, name) for name in FREE}
     return worker_for(
         args,

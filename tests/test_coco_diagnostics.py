@@ -434,19 +434,19 @@ def test_drafts_change_no_number_and_are_counted(run, folders, coco, given_to, c
 def test_ids_of_another_tokenizer_are_not_taken_for_a_caption(load, tmp_path):
     """--answers and --drafts take the caption where this model reads something else in the ids."""
     vlm = load("llava")
-    driver = command_module(DRIVER).read_answers
+    with_answers = command_module(DRIVER).with_answers
     sample = Sample("1", Path("x.png"), "", extra={"image_id": 1})
 
     def read(entry):
         path = tmp_path / "given.json"
         path.write_text(json.dumps([{"image_id": 1} | entry]))
-        return driver(vlm, "--answers", str(path), [sample])["1"]
+        return with_answers(vlm, "--answers", str(path), [sample])[0].given
 
     ids = vlm.tokenizer("a red circle", add_special_tokens=False)["input_ids"]
     text = vlm.text(ids)
-    assert read({"generated_ids": ids}) == ids
-    assert read({"generated_ids": ids, "caption": text}) == ids
-    assert read({"generated_ids": [*ids, vlm.end_id], "caption": text}) == [*ids, vlm.end_id]
+    assert read({"generated_ids": ids}) == tuple(ids)
+    assert read({"generated_ids": ids, "caption": text}) == tuple(ids)
+    assert read({"generated_ids": [*ids, vlm.end_id], "caption": text}) == (*ids, vlm.end_id)
     for other in ([ids[0]], [10**7], [-1]):
         assert read({"generated_ids": other, "caption": text}) == text
     assert read({"caption": text, "generated_ids": []}) == text

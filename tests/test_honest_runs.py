@@ -5,6 +5,7 @@ line."""
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import torch
 from tests.conftest import ROOT, in_process
 from tests.kills import KINDS
 from vlmdiag.cli import UsageError
+from vlmdiag.pictures import chats
+from vlmdiag.pictures.chats import read_messages
 from vlmdiag.pictures.samples import Sample, list_pictures, load_image
+from vlmdiag.pictures.video import Frame
 from vlmdiag.runs import disk, engine, rundirs
 from vlmdiag.runs.inputs import digest_of
 from vlmdiag.runs.rundirs import open_run
@@ -65,6 +69,75 @@ def test_a_picture_at_another_place_is_the_same(folder):
     here, there = (Sample("a", place / "a.jpg", "A?") for place in (folder, moved))
     assert digest_of(here) == digest_of(there)
     assert digest_of(here) != digest_of(Sample("a", folder / "b.jpg", "A?"))
+
+
+def chat_of(folder, entry):
+    """The sample of one entry of a list of messages; a video has its frames by its name."""
+    path = folder / "list.json"
+    path.write_text(json.dumps([entry]))
+    return read_messages(path, frames=2)[0]
+
+
+@pytest.mark.fast
+def test_chats_differ_by_every_turn_picture_and_system_message(folder, monkeypatch):
+    monkeypatch.setattr(
+        chats, "frames_of", lambda video, count: [Frame(video, 2 * n) for n in range(count)]
+    )
+    words = ["Be brief.", "What is it?", "A cat.", "Where?"]
+
+    def entry(words=words, pictures=("a.jpg", "b.jpg"), video=None):
+        system, first, answer, last = words
+        more = [{"type": "video", "path": video}] if video else []
+        messages = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": [*more, {"type": "text", "text": first}]},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": last},
+        ]
+        return {"id": "x", "messages": messages} | ({} if video else {"images": list(pictures)})
+
+    others = [entry([*words[:n], "Other.", *words[n + 1 :]]) for n in range(4)]
+    others += [entry(pictures=pair) for pair in (("b.jpg", "a.jpg"), ("a.jpg", "c.jpg"))]
+    others += [entry(pictures=("a.jpg",)), entry(video="a.jpg"), entry(video="b.jpg")]
+    digests = [digest_of(chat_of(folder, each)) for each in (entry(), *others)]
+    assert len(set(digests)) == len(digests)
+    moved = shutil.copytree(folder, folder / "moved")
+    assert digest_of(chat_of(moved, entry())) == digests[0]
+    (folder / "b.jpg").write_bytes(b"another")
+    assert digest_of(chat_of(folder, entry())) != digests[0]
+
+
+@pytest.mark.fast
+def test_given_answers_are_part_of_what_an_item_is_made_of(folder):
+    plain = Sample("a", folder / "a.jpg", "A?")
+    given = [replace(plain, given=what) for what in (None, "red", "blue", (5, 6), (5, 7))]
+    digests = [digest_of(sample) for sample in given]
+    assert digests[0] == digest_of(plain) and len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize("flag", ["--answers", "--drafts"])
+def test_another_list_of_answers_under_the_same_name_is_refused(flag, tmp_path):
+    """Not one that has more pictures."""
+    shapes = ROOT / "data" / "shapes"
+    given = tmp_path / "given.json"
+
+    def measured(*captions, images):
+        entries = [{"image_id": n + 1, "caption": text} for n, text in enumerate(captions)]
+        given.write_text(json.dumps(entries))
+        return COCO(
+            "--model_path", ROOT / "checkpoints" / "tiny-llava", "--image_dir", shapes / "val2017",
+            "--ann_file", shapes / "annotations" / "captions_val2017.json", "--out_root", tmp_path,
+            "--max_images", images, "--max_new_tokens", 4, "--no_rope", flag, given,
+        )  # fmt: skip
+
+    assert measured("A red circle.", "A cross.", images=2).returncode == 0
+    more = measured("A red circle.", "A cross.", "A square.", images=3)
+    assert more.returncode == 0 and "2 done before" in more.stdout
+    other = measured("A red circle.", "A blue cross.", "A square.", images=3)
+    assert other.returncode == 2
+    assert "1 of its finished items were made of other questions, answers or pictures" in (
+        other.stderr
+    )
 
 
 @pytest.mark.fast

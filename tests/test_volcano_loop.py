@@ -2,6 +2,7 @@
 scripted answers, and its own command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,7 +275,9 @@ def loop(answers, samples=None, given=None, **options):
     )
     ask, asked = scripted(answers)
     samples = samples or [Sample(str(i), None, f"question {i}?") for i in range(len(answers))]
-    return converse(args, ask, samples, given), asked
+    if given:
+        samples = [replace(sample, given=given[sample.id]) for sample in samples]
+    return converse(args, ask, samples), asked
 
 
 def test_a_revision_is_expected_to_be_what_it_revises_and_a_critique_the_last_one():
@@ -287,7 +290,7 @@ def test_a_revision_is_expected_to_be_what_it_revises_and_a_critique_the_last_on
         paper_compat=False,
         sample=True,
     )
-    converse(args, ask, [Sample(str(i), None, "q?") for i in range(2)], None)
+    converse(args, ask, [Sample(str(i), None, "q?") for i in range(2)])
     expected = dict(ask.expected)
     assert expected["initial"] is None and expected["decide"] is None
     assert expected["feedback-1"] == ["", ""] and expected["revision-1"] == ["first", "first"]
@@ -317,7 +320,7 @@ def test_the_loop_measures_with_drafts_what_it_measures_without(load, pictures, 
 
     def talks():
         asker = Asker(args, vlm, samples, pictures)
-        return converse(args, asker, samples, None)
+        return converse(args, asker, samples)
 
     drafts.counted()
     found = talks()

@@ -222,8 +222,8 @@ def is_made_with(path: Path, args: argparse.Namespace) -> bool:
     return all(settings.get(flag) == getattr(args, flag) for flag in OWN_RUN)
 
 
-def read_given(path: str, instances: Sequence[Sample]) -> dict[str, str]:
-    """{sample id: initial answer} of --answers."""
+def with_answers(path: str, instances: Sequence[Sample]) -> list[Sample]:
+    """The instances with the initial answers that --answers gives them."""
     try:
         entries: Any = read_json(path)
         answers = {str(entry["image_id"]): str(entry["answer"]) for entry in entries}
@@ -238,13 +238,14 @@ def read_given(path: str, instances: Sequence[Sample]) -> dict[str, str]:
         raise UsageError(
             f"--answers {path} has no answer for {len(missing)} instances, such as {missing[0]}"
         )
-    return given
+    return [replace(sample, given=given[sample.id]) for sample in instances]
 
 
 def make_worker(args: argparse.Namespace) -> Worker:
     """The conversations about all instances."""
     instances = read_instances(args)
-    given = read_given(args.answers, instances) if args.answers else None
+    if args.answers:
+        instances = with_answers(args.answers, instances)
     from vlmdiag.volcano import records
     from vlmdiag.volcano.downloads import picture_of
 
@@ -274,7 +275,7 @@ def make_worker(args: argparse.Namespace) -> Worker:
         EXPERIMENT,
         instances,
         load,
-        records.make_process(args, vlm, given),
+        records.make_process(args, vlm),
         settings,
         {"input_file": args.input, "batch_size": args.batch_size},
         path=run_of(args),

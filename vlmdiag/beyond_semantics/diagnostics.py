@@ -6,7 +6,7 @@ Beyond Semantics (arXiv 2503.17349); formulas: docs/studies/beyond_semantics.md,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,35 +99,32 @@ def make_process(
     vlm: VLM,
     measures: Measures,
     strip_system: bool = False,
-    answers: Mapping[str, str | list[int]] | None = None,
     artifacts: Path | None = None,
-    drafts: Mapping[str, str | list[int]] | None = None,
+    as_drafts: bool = False,
 ) -> Callable[[Sequence[tuple[Sample, Pictures]]], list[tuple[Record, Arrays]]]:
     """process([(sample, picture), ...]) -> [(record, arrays), ...]: one transfer from the device
     per batch.
 
-    strip_system: leave the system prompt out. answers {sample id: text or ids}: measured by teacher
-    forcing in place of generated ones. artifacts: folder of --save_hidden_plots, a run's per_image.
-    drafts {sample id: text or ids}: answers that are likely, see generate().
+    strip_system: leave the system prompt out. artifacts: folder of --save_hidden_plots, a run's
+    per_image. Where all samples have a given answer it is measured by teacher forcing in place of a
+    generated one; as_drafts: it is likely, see generate().
     """
 
-    def of_samples(
-        batch: Batch, given: Mapping[str, str | list[int]] | None
-    ) -> list[list[int]] | None:
-        if given is None:
-            return None
-        return [
-            answer_ids(vlm, prompt, given[sample.id])
+    def given_to(batch: Batch) -> list[list[int]] | None:
+        given = [
+            answer_ids(vlm, prompt, sample.given)
             for prompt, sample in zip(batch.prompts, batch.samples, strict=True)
+            if sample.given is not None
         ]
+        return given if len(given) == len(batch.samples) else None
 
     @torch.inference_mode()
     def process(loaded: Sequence[tuple[Sample, Pictures]]) -> list[tuple[Record, Arrays]]:
         samples, images = zip(*loaded, strict=True)
         batch = vlm.encode(samples, images, strip_system=strip_system)
-        generation, on_device, shares, norms = _measure(
-            vlm, batch, measures, of_samples(batch, answers), of_samples(batch, drafts)
-        )
+        given = given_to(batch)
+        forced, drafts = (None, given) if as_drafts else (given, None)
+        generation, on_device, shares, norms = _measure(vlm, batch, measures, forced, drafts)
         grid = None
         if norms is not None and (measures.save_hidden_grid or measures.save_hidden_plots):
             grid = norms.norms.cpu().numpy()  # (B, L + 1, T)

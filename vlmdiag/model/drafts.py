@@ -267,7 +267,7 @@ def read_given(
     return torch.cat(logprobs, 1)
 
 
-def _of_chosen(logits: Float[Tensor, "... V"], ids: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+def _of_chosen(logits: Float[Tensor, "... V"], ids: Int[Tensor, ...]) -> Float[Tensor, ...]:
     """Log-probabilities of ids, where they are."""
     of_all = logits.float().log_softmax(-1)
     return of_all.gather(-1, ids[..., None].to(logits.device))[..., 0].to(ids.device)

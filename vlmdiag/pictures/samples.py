@@ -102,7 +102,8 @@ class Chat:
 class Sample:
     """One image and one prompt. id: text, unique within a list, names the item's files; extra: what
     else the list says, 'image_id' as it stands there. chat: the whole prompt where it has several
-    pictures or turns, of which image is the first picture and question the last turn's words."""
+    pictures or turns, of which image is the first picture and question the last turn's words.
+    given: what another file says as the model's answer, text or ids, see --answers and --drafts."""
 
     id: str
     image: Path
@@ -110,11 +111,13 @@ class Sample:
     answer: str | None = None
     extra: Record = field(default_factory=dict, hash=False)
     chat: Chat | None = None
+    given: str | tuple[int, ...] | None = None
 
     @property
     def inputs(self) -> list[object]:
         """What its numbers are made of."""
-        return [self.question, self.answer, self.image]
+        more = [part for part in (self.chat, self.given) if part is not None]
+        return [self.question, self.answer, self.image, *more]
 
 
 class HasImage(Protocol):

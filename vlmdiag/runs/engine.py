@@ -111,7 +111,7 @@ def print_counts(counts: Mapping[str, int], progress: str, count: int, seconds: 
 
 def done_before(run: Run, items: Sequence[Item]) -> set[str]:
     """The ids of the items that are finished and can be read; damaged ones are computed again.
-    UsageError where one was made of another question or picture than it has now."""
+    UsageError where one was made of another question, answer or picture than it has now."""
     of_id = {item.id: item for item in items}
     done = run.finished(of_id)
     with known_files(run.known):
@@ -121,9 +121,9 @@ def done_before(run: Run, items: Sequence[Item]) -> set[str]:
     run.known.save()
     if changed:
         raise UsageError(
-            f"{run.path}: {len(changed)} of its finished items were made of other questions or"
-            f" pictures than they have now, such as {changed[0]}; use --overwrite to start again or"
-            " another --run_name"
+            f"{run.path}: {len(changed)} of its finished items were made of other questions,"
+            f" answers or pictures than they have now, such as {changed[0]}; use --overwrite to"
+            " start again or another --run_name"
         )
     return set(done)
 

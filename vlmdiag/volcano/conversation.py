@@ -7,7 +7,7 @@ means is in protocol.py, the prompts are in vlmdiag/scenes/questions.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -72,7 +72,7 @@ class Ask(Protocol):
         texts: Sequence[str],
         tag: str,
         measure: bool = False,
-        given: Sequence[str] | None = None,
+        given: Sequence[str | Sequence[int]] | None = None,
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[Answer]: ...
 
@@ -97,12 +97,12 @@ class Asker:
         texts: Sequence[str],
         tag: str,
         measure: bool = False,
-        given: Sequence[str] | None = None,
+        given: Sequence[str | Sequence[int]] | None = None,
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[Answer]:
         """Answers of some instances (rows) to a prompt each, with the attention of their steps
-        where `measure` is set. given: texts that are read as answers by teacher forcing; drafts:
-        ids of answers that are likely, see generate()."""
+        where `measure` is set. given: what is read as answers by teacher forcing; drafts: ids of
+        answers that are likely, see generate()."""
         args = self.args
         vlm = self.vlm
         samples = [
@@ -206,16 +206,15 @@ class Talk:
             self.accepted.append(iteration)
 
 
-def converse(
-    args: Settings, ask: Ask, samples: Sequence[Sample], given: Mapping[str, str] | None
-) -> list[Talk]:
-    """The loop for all instances of a batch at once. given {sample id: initial answer}."""
+def converse(args: Settings, ask: Ask, samples: Sequence[Sample]) -> list[Talk]:
+    """The loop for all instances of a batch at once, from the initial answer that all of them are
+    given or none."""
     rows = list(range(len(samples)))
     questions = [sample.question for sample in samples]
-    initial = None if given is None else [given[sample.id] for sample in samples]
+    given = [sample.given for sample in samples if sample.given is not None]
     talks = [
         Talk(answer, answer.text, [answer.text])
-        for answer in ask(rows, questions, "initial", True, initial)
+        for answer in ask(rows, questions, "initial", True, given or None)
     ]
     # an unparsed decision is asked for again where the next iteration can differ from this one
     ask_again = args.sample or args.order == "random"

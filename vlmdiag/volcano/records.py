@@ -41,18 +41,18 @@ Arrays = dict[str, "np.ndarray"]
 
 
 def make_process(
-    args: RecordSettings, vlm: VLM, given: Mapping[str, str] | None
+    args: RecordSettings, vlm: VLM
 ) -> Callable[[Sequence[tuple[Sample, Image]]], list[tuple[Record, Arrays]]]:
-    """process([(sample, picture), ...]) -> [(record, arrays), ...]. given {sample id: initial
-    answer}: measured by teacher forcing in place of generated ones."""
+    """process([(sample, picture), ...]) -> [(record, arrays), ...]. Initial answers that samples
+    are given are measured by teacher forcing in place of generated ones."""
 
     @torch.inference_mode()
     def process(loaded: Sequence[tuple[Sample, Image]]) -> list[tuple[Record, Arrays]]:
         samples, images = zip(*loaded, strict=True)
         ask = Asker(args, vlm, samples, images)
-        talks = converse(args, ask, samples, given)
+        talks = converse(args, ask, samples)
         return [
-            (_record(vlm, sample, talk, grid, given is not None), _arrays(args, talk, grid))
+            (_record(vlm, sample, talk, grid), _arrays(args, talk, grid))
             for sample, talk, grid in zip(samples, talks, ask.grids, strict=True)
         ]
 
@@ -64,7 +64,7 @@ def _answers(talk: Talk) -> dict[str, Answer | None]:
     return {"initial": talk.initial, "feedback": talk.feedback, "revision": talk.revision}
 
 
-def _record(vlm: VLM, sample: Sample, talk: Talk, grid: PatchGrid | None, is_given: bool) -> Record:
+def _record(vlm: VLM, sample: Sample, talk: Talk, grid: PatchGrid | None) -> Record:
     """What the JSON of an instance says."""
     texts = {"initial": talk.outputs[0], "revision": talk.revisions[0], "final": talk.current}
     return {
@@ -82,7 +82,7 @@ def _record(vlm: VLM, sample: Sample, talk: Talk, grid: PatchGrid | None, is_giv
         "decisions": talk.decisions,
         "accepted": talk.accepted,
         "enhanced": bool(talk.accepted),
-        "given": is_given,
+        "given": sample.given is not None,
         "correct": {name: judged(text, sample.answer, is_right) for name, text in texts.items()},
         "grid": grid and {"shape": grid.shape, "size": grid.size},
         "stages": {name: answer and _stage(vlm, answer) for name, answer in _answers(talk).items()},
