@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,12 @@ from vlmdiag import cli
 from vlmdiag.cli import UsageError
 from vlmdiag.pictures import chats
 from vlmdiag.pictures.coco import read_coco
-from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.given import with_answers
 from vlmdiag.pictures.samples import with_pictures
 from vlmdiag.runs import rundirs
 from vlmdiag.runs.experiment import Worker, run_worker, worker_for
 
 if TYPE_CHECKING:
-    from vlmdiag.pictures.samples import Sample
     from vlmdiag.types import VLM
 
 
@@ -155,7 +155,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--overwrite with --shard would remove what other shards wrote: start again with"
             " --overwrite --max_images 1 first"
         )
-    if args.drafts and (args.answers or args.do_sample or args.pos_only):
+    if args.drafts is not None and (args.answers is not None or args.do_sample or args.pos_only):
         parser.error(
             "--drafts are of greedy answers: leave --answers, --do_sample and --pos_only out"
         )
@@ -164,39 +164,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def with_answers(vlm: VLM, flag: str, path: str, samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with what is given to them by a list of {image_id, caption, generated_ids}, for
-    --answers or --drafts; either caption or ids may be left out. Ids count where this model's
-    tokenizer reads the caption in them: a file may be of a model with another."""
-    try:
-        entries: Any = read_json(path)
-        given = {str(entry["image_id"]): _text_or_ids(vlm, entry) for entry in entries}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{flag} {path}: a JSON list of objects with image_id and caption was wanted ({error})"
-        ) from error
-    missing = [sample.id for sample in samples if str(sample.extra["image_id"]) not in given]
-    if missing:
-        raise UsageError(
-            f"{flag} {path} has no caption for {len(missing)} images, such as {missing[0]}"
-        )
-    return [
-        dataclasses.replace(sample, given=given[str(sample.extra["image_id"])])
-        for sample in samples
-    ]
-
-
-def _text_or_ids(vlm: VLM, entry: dict[str, Any]) -> str | tuple[int, ...]:
-    ids = tuple(int(id) for id in entry.get("generated_ids") or ())
-    caption = entry.get("caption") if ids else entry["caption"]
-    if not isinstance(caption, str | None) or not (ids or caption):
-        raise TypeError("a caption that is no text")
-    known = ids and max(ids) < vlm.model.get_input_embeddings().num_embeddings and min(ids) >= 0
-    if known and caption in (None, vlm.text(ids)):
-        return ids
-    if caption is None:
-        raise TypeError(f"ids that {vlm.path} does not have")
-    return caption
+def text_of_ids(vlm: VLM, ids: tuple[int, ...]) -> str | None:
+    """The text of an answer's ids, None where the model has one of them not."""
+    head = vlm.parts.lm_head
+    count = getattr(head, "out_features", len(head.weight))
+    if max(ids) >= count or None in vlm.tokenizer.convert_ids_to_tokens(ids):
+        return None
+    return vlm.text(ids)
 
 
 def make_worker(args: argparse.Namespace) -> Worker:
@@ -230,12 +204,13 @@ def make_worker(args: argparse.Namespace) -> Worker:
     settings["image_aspect"] = args.image_aspect
     for name in ("answers", "drafts"):
         path_of_list = getattr(args, name)
-        if path_of_list:
-            samples = with_answers(vlm, f"--{name}", path_of_list, samples)
+        if path_of_list is not None:
+            text_of = partial(text_of_ids, vlm)
+            samples = with_answers(samples, f"--{name}", path_of_list, "caption", text_of, True)
             settings[name] = Path(path_of_list).name
     if args.no_rope:
         settings["no_rope"] = True
-    process = make_process(vlm, measures, strip, where / "per_image", bool(args.drafts))
+    process = make_process(vlm, measures, strip, where / "per_image", args.drafts is not None)
     free = {name: getattr(args, name) for name in FREE}
     return worker_for(
         args,

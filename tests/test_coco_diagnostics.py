@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from tests.conftest import command_module, in_process
-from vlmdiag.cli import UsageError
+from tests.conftest import in_process
 from vlmdiag.model import prompts
 from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.runs import rundirs
@@ -429,30 +428,6 @@ def test_drafts_change_no_number_and_are_counted(run, folders, coco, given_to, c
         a, b = json.loads(path.read_text()), json.loads(expected.read_text())
         assert a["generated_ids"] == b["generated_ids"]
         assert np.allclose(a["shares"]["vision"], b["shares"]["vision"], atol=1e-5)
-
-
-def test_ids_of_another_tokenizer_are_not_taken_for_a_caption(load, tmp_path):
-    """--answers and --drafts take the caption where this model reads something else in the ids."""
-    vlm = load("llava")
-    with_answers = command_module(DRIVER).with_answers
-    sample = Sample("1", Path("x.png"), "", extra={"image_id": 1})
-
-    def read(entry):
-        path = tmp_path / "given.json"
-        path.write_text(json.dumps([{"image_id": 1} | entry]))
-        return with_answers(vlm, "--answers", str(path), [sample])[0].given
-
-    ids = vlm.tokenizer("a red circle", add_special_tokens=False)["input_ids"]
-    text = vlm.text(ids)
-    assert read({"generated_ids": ids}) == tuple(ids)
-    assert read({"generated_ids": ids, "caption": text}) == tuple(ids)
-    assert read({"generated_ids": [*ids, vlm.end_id], "caption": text}) == (*ids, vlm.end_id)
-    for other in ([ids[0]], [10**7], [-1]):
-        assert read({"generated_ids": other, "caption": text}) == text
-    assert read({"caption": text, "generated_ids": []}) == text
-    for entry in ({"generated_ids": [10**7]}, {"caption": None}, {"caption": 3}, {}):
-        with pytest.raises(UsageError, match="image_id and caption"):
-            read(entry)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,14 @@ def test_an_answer_that_leaves_its_draft_goes_on_in_it(vlm, batch_of):
         assert drafts.counted()["draft_passes"] <= LIMIT // 2
 
 
+def test_a_draft_ends_where_it_has_an_id_that_is_no_word(vlm, batch):
+    plain = generate(vlm, batch, LIMIT)
+    drafts.counted()
+    given = [[*ids[:5], *more] for ids, more in zip(plain.ids, [[10**6], [-1]] * 4, strict=True)]
+    assert same(generate(vlm, batch, LIMIT, drafts=given), plain)
+    assert drafts.counted()["draft_agreed"] >= 4 * len(ROWS)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_no_more_tokens_than_were_asked_for(vlm, batch, limit):
     plain = generate(vlm, batch, limit)

@@ -5,7 +5,7 @@ line."""
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from vlmdiag.pictures.chats import read_messages
 from vlmdiag.pictures.samples import Sample, list_pictures, load_image
 from vlmdiag.pictures.video import Frame
 from vlmdiag.runs import disk, engine, rundirs
-from vlmdiag.runs.inputs import digest_of
+from vlmdiag.runs.inputs import digest_of, file_digest
 from vlmdiag.runs.rundirs import open_run
 from vlmdiag.swap.states import open_states
 
@@ -113,6 +113,26 @@ def test_given_answers_are_part_of_what_an_item_is_made_of(folder):
     given = [replace(plain, given=what) for what in (None, "red", "blue", (5, 6), (5, 7))]
     digests = [digest_of(sample) for sample in given]
     assert digests[0] == digest_of(plain) and len(set(digests)) == len(digests)
+
+
+@dataclass
+class Asked:
+    """An item about a sample, as those of ablations and knockouts."""
+
+    id: str
+    sample: Sample
+    tokens: list[int]
+
+
+@pytest.mark.fast
+def test_items_about_a_sample_are_those_of_a_version_without_given_answers(folder):
+    """Written out as it was then."""
+    sample = Sample("a", folder / "a.jpg", "A?")
+    image = file_digest(folder / "a.jpg")
+    then = {"image": image, "question": "A?", "answer": None, "chat": None}
+    assert digest_of(Asked("x", sample, [1])) == digest_of({"sample": then, "tokens": [1]})
+    other = Asked("x", replace(sample, given="red"), [1])
+    assert digest_of(other) != digest_of(Asked("x", sample, [1]))
 
 
 @pytest.mark.parametrize("flag", ["--answers", "--drafts"])

@@ -25,12 +25,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common import add_model_arguments, load_from_args
 from vlmdiag import cli
 from vlmdiag.cli import UsageError
-from vlmdiag.pictures.entries import read_json
+from vlmdiag.pictures.given import with_answers
 from vlmdiag.pictures.questions import read_mmhal
 from vlmdiag.pictures.samples import Sample, load_image
 from vlmdiag.runs import rundirs
@@ -222,30 +222,11 @@ def is_made_with(path: Path, args: argparse.Namespace) -> bool:
     return all(settings.get(flag) == getattr(args, flag) for flag in OWN_RUN)
 
 
-def with_answers(path: str, instances: Sequence[Sample]) -> list[Sample]:
-    """The instances with the initial answers that --answers gives them."""
-    try:
-        entries: Any = read_json(path)
-        answers = {str(entry["image_id"]): str(entry["answer"]) for entry in entries}
-    except (KeyError, TypeError) as error:
-        raise UsageError(
-            f"--answers {path}: a JSON list of objects with image_id and answer was wanted"
-            f" ({error})"
-        ) from error
-    given = {sample.id: answers.get(str(sample.extra["image_id"]), "") for sample in instances}
-    missing = [sample_id for sample_id, answer in given.items() if not answer.strip()]
-    if missing:
-        raise UsageError(
-            f"--answers {path} has no answer for {len(missing)} instances, such as {missing[0]}"
-        )
-    return [replace(sample, given=given[sample.id]) for sample in instances]
-
-
 def make_worker(args: argparse.Namespace) -> Worker:
     """The conversations about all instances."""
     instances = read_instances(args)
-    if args.answers:
-        instances = with_answers(args.answers, instances)
+    if args.answers is not None:
+        instances = with_answers(instances, "--answers", args.answers, "answer")
     from vlmdiag.volcano import records
     from vlmdiag.volcano.downloads import picture_of
 
@@ -267,7 +248,9 @@ def make_worker(args: argparse.Namespace) -> Worker:
         )
         return replace(sample, image=path), load_image(path)
 
-    settings = {"input": Path(args.input).name, "answers": args.answers and Path(args.answers).name}
+    settings = {"input": Path(args.input).name, "answers": None}
+    if args.answers is not None:
+        settings["answers"] = Path(args.answers).name
     settings |= {name: getattr(args, name) for name in SETTINGS}
     return worker_for(
         args,

@@ -288,9 +288,11 @@ def decode(
     """
     ends = vlm.eos_ids
     rows = []
+    words = output.logits.shape[-1]
     for index, draft in enumerate(drafts):
-        end = next((place for place, id in enumerate(draft) if id in ends), len(draft))
-        rows.append(_Row(index, list(draft[:end])))
+        # up to what ends an answer, or is no word of the model's
+        is_over = [id in ends or not 0 <= id < words for id in draft]
+        rows.append(_Row(index, list(draft[: [*is_over, True].index(True)])))
     state = _Cache(vlm, batch, output.past_key_values, batch.attention_mask, rows, is_capturing())
     guesses: list[list[int]] = [[] for _ in rows]
     logits = output.logits[:, -1:]

@@ -20,6 +20,7 @@ _known: ContextVar[Checked | None] = ContextVar("known", default=None)
 ENCODER = json.JSONEncoder(sort_keys=True, default=repr)
 EDGE = 2**16  # bytes at both ends of a larger file that tell it from others, with its size
 IDENTITY = ("id", "extra")  # what names an item, or what else a list says of it
+NEWER = ("given",)  # fields that were added since: none is the same as before
 
 
 def digest_of(item: object) -> str:
@@ -72,7 +73,10 @@ def _plain(value: object) -> object:
     if isinstance(value, Path):
         return file_digest(value) or value.name
     if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _names(value.__class__)}
+        fields = {name: _plain(getattr(value, name)) for name in _names(value.__class__)}
+        return {
+            name: part for name, part in fields.items() if part is not None or name not in NEWER
+        }
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,0 +1,79 @@
+"""Answers that a file has for samples, for --answers and --drafts: a list of {"image_id",
+"caption"}, such as a run's preds.json, with the ids of an answer's tokens where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vlmdiag.cli import UsageError
+from vlmdiag.pictures.entries import Entry, checked_id, entries_of, image_key, read_list
+from vlmdiag.pictures.samples import Sample
+
+IDS = "generated_ids"
+Given = str | tuple[int, ...]
+# the text that a model reads in ids, None where it does not have one of them
+TextOf = Callable[[tuple[int, ...]], str | None]
+
+
+def with_answers(
+    samples: Sequence[Sample],
+    flag: str,
+    path: str | Path,
+    field: str,
+    text_of: TextOf | None = None,
+    may_be_empty: bool = False,
+) -> list[Sample]:
+    """The samples with the answers that a list gives to their images, as Sample.given.
+
+    field: the answer's text in an entry. text_of: entries may have ids of its tokens, with the text
+    or without; they count where the model reads the text in them, for the list may be of a model
+    with another tokenizer. UsageError names the entry that is none, or an image without an answer.
+    """
+    where = f"{flag} {path}"
+    given: dict[str, Given] = {}
+    for n, entry in enumerate(entries_of(where, read_list(path), ["image_id"])):
+        id = checked_id(where, f"the image_id of entry {n},", entry["image_id"])
+        try:
+            answer = _answer(entry, field, text_of, may_be_empty)
+        except ValueError as error:
+            raise UsageError(f"{where}: entry {n} (image {id}) {error}") from error
+        if given.setdefault(image_key(id), answer) != answer:
+            raise UsageError(f"{where}: entry {n} has another {field} for image {id}")
+    missing = [sample.id for sample in samples if image_key(sample.extra["image_id"]) not in given]
+    if missing:
+        raise UsageError(
+            f"{where} has no {field} for {len(missing)} images, such as that of {missing[0]}"
+        )
+    return [replace(sample, given=given[image_key(sample.extra["image_id"])]) for sample in samples]
+
+
+def _answer(entry: Entry, field: str, text_of: TextOf | None, may_be_empty: bool) -> Given:
+    """Text or ids of an entry. ValueError says what it has instead."""
+    text = entry.get(field)
+    ids = entry.get(IDS) if text_of is not None else None
+    if text is not None and not _is_text(text):
+        raise ValueError(f"has a {field} that is no text: {text!r:.60}")
+    if ids is not None and not (isinstance(ids, list) and all(map(_is_id, ids))):
+        raise ValueError(f"has {IDS} that are no list of token ids: {ids!r:.60}")
+    if ids and text_of is not None:
+        read = text_of(tuple(ids))
+        if read is not None and text in (None, read):
+            return tuple(ids)
+        if text is None:
+            raise ValueError(f"has {IDS} that the model does not have: {ids!r:.60}")
+    if text is None:
+        raise ValueError(f"has no {field}")
+    if not (text.strip() or may_be_empty):
+        raise ValueError(f"has an empty {field}")
+    return text
+
+
+def _is_text(text: object) -> bool:
+    """Whether it is a text that a tokenizer takes, without half a surrogate pair."""
+    return isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _is_id(id: object) -> bool:
+    return isinstance(id, int) and not isinstance(id, bool) and id >= 0
