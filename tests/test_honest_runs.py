@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import ROOT, in_process
 from tests.kills import KINDS
@@ -138,16 +139,20 @@ def test_items_about_a_sample_are_those_of_a_version_without_given_answers(folde
 @pytest.mark.parametrize("flag", ["--answers", "--drafts"])
 def test_another_list_of_answers_under_the_same_name_is_refused(flag, tmp_path):
     """Not one that has more pictures."""
-    shapes = ROOT / "data" / "shapes"
+    images = [{"id": n, "file_name": f"{n}.png"} for n in (1, 2, 3)]
+    for image in images:
+        Image.new("RGB", (40, 30), (60 * image["id"], 0, 0)).save(tmp_path / image["file_name"])
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"images": images, "annotations": []}))
     given = tmp_path / "given.json"
 
-    def measured(*captions, images):
-        entries = [{"image_id": n + 1, "caption": text} for n, text in enumerate(captions)]
+    def measured(*texts, images):
+        entries = [{"image_id": n + 1, "caption": text} for n, text in enumerate(texts)]
         given.write_text(json.dumps(entries))
         return COCO(
-            "--model_path", ROOT / "checkpoints" / "tiny-llava", "--image_dir", shapes / "val2017",
-            "--ann_file", shapes / "annotations" / "captions_val2017.json", "--out_root", tmp_path,
-            "--max_images", images, "--max_new_tokens", 4, "--no_rope", flag, given,
+            "--model_path", ROOT / "checkpoints" / "tiny-llava", "--image_dir", tmp_path,
+            "--ann_file", captions, "--out_root", tmp_path, "--max_images", images,
+            "--max_new_tokens", 4, "--no_rope", flag, given,
         )  # fmt: skip
 
     assert measured("A red circle.", "A cross.", images=2).returncode == 0

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """What a capture calls; a probe overrides what it needs. step counts forward passes: 0 is the
-    prefill. wants_hidden: whether hidden() is called; "index": also where the layers carry more
-    than one residual stream."""
+    """What a capture calls; a probe overrides what it needs. step counts forward passes, of which
+    0 is the prefill; one over several of an answer's tokens is told as one for each. wants_hidden:
+    whether hidden() is called; "index": also where the layers carry more than one residual stream,
+    and then of passes as they are made."""
 
     wants_hidden: bool | str = False
     step = -1
