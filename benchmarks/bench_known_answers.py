@@ -1,4 +1,4 @@
-"""What does it save a measured answer that it is known, or about known, beforehand?
+"""What is saved where a measured answer is known beforehand, or nearly so?
 
     # the random model of the other benchmarks: answers that are given
     python benchmarks/bench_known_answers.py --threads 1

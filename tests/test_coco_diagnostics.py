@@ -378,7 +378,7 @@ def test_given_answers_are_measured_as_generated_ones_are(run, coco, folders, tm
         command(
             *arguments(coco, folders["llava"], tmp_path, "--answers", given, "--run_name", "other")
         ),
-        "no caption for 3 images",
+        "no caption for 3 of 4 images",
     )
 
 

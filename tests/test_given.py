@@ -77,8 +77,11 @@ def test_image_ids_are_read_however_they_are_written(read, written):
         (entry(generated_ids={"a": 1}), "no list of token ids"),
         ('[{"image_id": 1, "generated_ids": [NaN]}]', "no list of token ids"),
         ('[{"image_id": 1, "generated_ids": [1e400]}]', "no list of token ids"),
-        (entry(caption="a") + entry(caption="b"), "entry 1 has another caption for image 1"),
-        ([{"image_id": 2, "caption": "a"}], "no caption for 1 images, such as that of 1"),
+        (entry(caption="a") + entry(caption="b"), "entry 1 has a second caption for image 1"),
+        (
+            [{"image_id": 2, "caption": "a"}],
+            "no caption for 1 of 1 images that are measured",
+        ),
         ([{"image_id": True, "caption": "a"}], "an id was wanted"),
         ([{"image_id": [1], "caption": "a"}], "an id was wanted"),
         ([{"caption": "a"}], "entry 0 has no image_id"),
@@ -91,7 +94,8 @@ def test_image_ids_are_read_however_they_are_written(read, written):
 def test_what_is_no_answer_is_said_in_one_line(read, entries, words):
     with pytest.raises(UsageError) as error:
         read(entries, text_of=of_ids)
-    assert words in str(error.value)
+    assert words in str(error.value) and str(error.value).startswith("--answers: ")
+    assert "that are measured" in words or "image_id and caption" in str(error.value)
 
 
 def test_the_same_answer_twice_and_an_empty_caption_are_none_of_these(read):

@@ -31,22 +31,37 @@ def with_answers(
     or without; they count where the model reads the text in them, for the list may be of a model
     with another tokenizer. UsageError names the entry that is none, or an image without an answer.
     """
-    where = f"{flag} {path}"
+    try:
+        given = _read(path, field, text_of, may_be_empty)
+    except UsageError as error:
+        raise UsageError(
+            f"{flag}: {error}; wanted is a JSON list of objects with image_id and {field}"
+        ) from error
+    image_ids = [sample.extra["image_id"] for sample in samples]
+    missing = [id for id in image_ids if image_key(id) not in given]
+    if missing:
+        raise UsageError(
+            f"{flag}: {path} has no {field} for {len(missing)} of {len(samples)} images that are"
+            f" measured, such as {missing[0]}"
+        )
+    answers = [given[image_key(id)] for id in image_ids]
+    return [replace(sample, given=one) for sample, one in zip(samples, answers, strict=True)]
+
+
+def _read(
+    path: str | Path, field: str, text_of: TextOf | None, may_be_empty: bool
+) -> dict[str, Given]:
+    """{image_key: answer} of a list."""
     given: dict[str, Given] = {}
-    for n, entry in enumerate(entries_of(where, read_list(path), ["image_id"])):
-        id = checked_id(where, f"the image_id of entry {n},", entry["image_id"])
+    for n, entry in enumerate(entries_of(path, read_list(path), ["image_id"])):
+        id = checked_id(path, f"the image_id of entry {n},", entry["image_id"])
         try:
             answer = _answer(entry, field, text_of, may_be_empty)
         except ValueError as error:
-            raise UsageError(f"{where}: entry {n} (image {id}) {error}") from error
+            raise UsageError(f"{path}: entry {n} (image {id}) {error}") from error
         if given.setdefault(image_key(id), answer) != answer:
-            raise UsageError(f"{where}: entry {n} has another {field} for image {id}")
-    missing = [sample.id for sample in samples if image_key(sample.extra["image_id"]) not in given]
-    if missing:
-        raise UsageError(
-            f"{where} has no {field} for {len(missing)} images, such as that of {missing[0]}"
-        )
-    return [replace(sample, given=given[image_key(sample.extra["image_id"])]) for sample in samples]
+            raise UsageError(f"{path}: entry {n} has a second {field} for image {id}")
+    return given
 
 
 def _answer(entry: Entry, field: str, text_of: TextOf | None, may_be_empty: bool) -> Given:
