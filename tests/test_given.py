@@ -78,10 +78,7 @@ def test_image_ids_are_read_however_they_are_written(read, written):
         ('[{"image_id": 1, "generated_ids": [NaN]}]', "no list of token ids"),
         ('[{"image_id": 1, "generated_ids": [1e400]}]', "no list of token ids"),
         (entry(caption="a") + entry(caption="b"), "entry 1 has a second caption for image 1"),
-        (
-            [{"image_id": 2, "caption": "a"}],
-            "no caption for 1 of 1 images that are measured",
-        ),
+        ([{"image_id": 2, "caption": "a"}], "no caption for 1 of 1 images that are measured"),
         ([{"image_id": True, "caption": "a"}], "an id was wanted"),
         ([{"image_id": [1], "caption": "a"}], "an id was wanted"),
         ([{"caption": "a"}], "entry 0 has no image_id"),
