@@ -15,6 +15,7 @@ from PIL import Image
 from tests.conftest import ROOT, in_process
 from tests.kills import KINDS
 from vlmdiag.cli import UsageError
+from vlmdiag.interp.interventions import replacement_of
 from vlmdiag.pictures import chats
 from vlmdiag.pictures.chats import read_messages
 from vlmdiag.pictures.samples import Sample, list_pictures, load_image
@@ -113,7 +114,9 @@ def test_given_answers_are_part_of_what_an_item_is_made_of(folder):
     plain = Sample("a", folder / "a.jpg", "A?")
     given = [replace(plain, given=what) for what in (None, "red", "blue", (5, 6), (5, 7))]
     digests = [digest_of(sample) for sample in given]
-    assert digests[0] == digest_of(plain) and len(set(digests)) == len(digests)
+    # a plain one as before there were given answers, written out
+    assert digests[0] == digest_of(["A?", None, file_digest(folder / "a.jpg")])
+    assert len(set(digests)) == len(digests)
 
 
 @dataclass
@@ -326,6 +329,21 @@ def test_a_mean_vector_that_is_not_the_one_it_was_written_as_is_refused(tmp_path
 
 @pytest.mark.fast
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("beside", [None, {}, {"count": 3}, ["?"]])
+def test_another_mean_vector_of_the_same_name_has_another_provenance(load, beside, tmp_path):
+    """Also one that no file, or an old one, says anything of."""
+    vlm = load("llava")
+    path = tmp_path / "mean.pt"
+    if beside is not None:
+        path.with_suffix(".json").write_text(json.dumps(beside))
+    found = []
+    for value in (1.0, 2.0, 1.0):
+        torch.save(torch.full((vlm.model.get_input_embeddings().weight.shape[1],), value), path)
+        found.append(replacement_of(vlm, "mean", str(path)).provenance)
+    assert found[0] == found[2] != found[1]
+    assert found[0]["written"] == (beside or "unknown")
+
+
 def test_a_pipe_among_pictures_is_none_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").symlink_to(tmp_path / "nowhere.jpg")

@@ -103,7 +103,11 @@ def replacement_of(vlm: VLM, kind: str, mean_tensor: str | None) -> Replacement:
     mean, provenance = load_mean(mean_tensor, width)
     if provenance is None:
         print(f"{mean_tensor}: provenance unknown (no .json beside it)")
-    return Replacement(kind, mean, provenance or "unknown")
+    if not isinstance(provenance, dict) or not provenance.get("sha256"):
+        # a run that goes on has to tell this vector from another one of the same name
+        digest = sha256(Path(mean_tensor).read_bytes()).hexdigest()
+        provenance = {"written": provenance or "unknown", "sha256": digest}
+    return Replacement(kind, mean, provenance)
 
 
 def _as_wide_as(vision: Tensor, values: Float[Tensor, "P d"]) -> Float[Tensor, "P d_in"]:
