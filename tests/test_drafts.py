@@ -50,6 +50,13 @@ def nothing_counted():
     drafts.counted()
 
 
+@pytest.fixture(params=[False, True], ids=["behind", "with_prompt"])
+def is_ahead(request, monkeypatch):
+    """Whether the drafts of a test are short enough to be read with the prompts."""
+    monkeypatch.setattr(drafts, "SHORT", 200 if request.param else 0)
+    return request.param
+
+
 def gaps(vlm, batch, row, ids):
     """(best, distance to the second) of the logits at each step of an answer (N,), by one pass over
     prompt and answer."""
@@ -72,7 +79,7 @@ def same(found, plain):
         and torch.equal(found.steps, plain.steps)
         and found.logprobs.shape == plain.logprobs.shape
         and torch.allclose(found.logprobs, plain.logprobs, atol=1e-5, rtol=0, equal_nan=True)
-        and torch.equal(found.first, plain.first)
+        and torch.allclose(found.first, plain.first, atol=1e-5, rtol=0)
     )
 
 
@@ -90,22 +97,23 @@ def spoilt(answers):
     ]
 
 
-def test_rows_that_agree_with_their_drafts_for_different_lengths(vlm, batch):
+def test_rows_that_agree_with_their_drafts_for_different_lengths(vlm, batch, is_ahead):
     plain = generate(vlm, batch, LIMIT)
     assert min(gaps(vlm, batch, row, ids)[1].min() for row, ids in enumerate(plain.ids)) > 1e-4
     assert len({tuple(ids) for ids in plain.ids}) > 2 and len(set(plain.ids[0])) > 4
     assert same(generate(vlm, batch, LIMIT, drafts=spoilt(plain.ids)), plain)
     counts = drafts.counted()
-    assert counts["draft_tokens"] == len(ROWS) * (LIMIT - 1)
+    assert counts["draft_tokens"] == len(ROWS) * (LIMIT - (not is_ahead))
     assert counts["draft_agreed"] > counts["draft_tokens"] / 2
     assert counts["draft_near_ties"] == 0
     assert same(generate(vlm, batch, LIMIT, drafts=plain.ids), plain)
-    assert drafts.counted()["draft_passes"] == 1
+    # a token that is special in prompts, as random models say some, is not read with them
+    assert drafts.counted()["draft_passes"] <= 1
     assert same(generate(vlm, batch, LIMIT, drafts=[[]] * len(ROWS)), plain)
     assert drafts.counted()["draft_agreed"] == 0
 
 
-def test_an_answer_that_leaves_its_draft_goes_on_in_it(vlm, batch_of):
+def test_an_answer_that_leaves_its_draft_goes_on_in_it(vlm, batch_of, is_ahead):
     """One row: a token that the draft lacks, one that it has too many, one in another's place."""
     batch = batch_of(vlm, (1,))
     plain = generate(vlm, batch, LIMIT)
@@ -115,7 +123,7 @@ def test_an_answer_that_leaves_its_draft_goes_on_in_it(vlm, batch_of):
         assert drafts.counted()["draft_passes"] <= LIMIT // 2
 
 
-def test_a_draft_ends_where_it_has_an_id_that_is_no_word(vlm, batch):
+def test_a_draft_ends_where_it_has_an_id_that_is_no_word(vlm, batch, is_ahead):
     plain = generate(vlm, batch, LIMIT)
     drafts.counted()
     given = [[*ids[:5], *more] for ids, more in zip(plain.ids, [[10**6], [-1]] * 4, strict=True)]
@@ -124,7 +132,7 @@ def test_a_draft_ends_where_it_has_an_id_that_is_no_word(vlm, batch):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_no_more_tokens_than_were_asked_for(vlm, batch, limit):
+def test_no_more_tokens_than_were_asked_for(vlm, batch, limit, is_ahead):
     plain = generate(vlm, batch, limit)
     longer = generate(vlm, batch, LIMIT).ids
     assert same(generate(vlm, batch, limit, drafts=longer), plain)
@@ -139,7 +147,9 @@ def test_no_more_positions_than_the_model_reads(vlm, batch, monkeypatch):
     assert same(found, generate(vlm, batch, LIMIT)) and int(found.steps.max()) == 7
 
 
-def test_a_row_ends_at_its_eos_whatever_its_draft_and_the_others_say(vlm, batch, monkeypatch):
+def test_a_row_ends_at_its_eos_whatever_its_draft_and_the_others_say(
+    vlm, batch, monkeypatch, is_ahead
+):
     whole = generate(vlm, batch, LIMIT).ids
     ends = {whole[1][6], whole[2][11], whole[0][0]}
     monkeypatch.setattr(type(vlm), "eos_ids", property(lambda vlm: ends))
@@ -149,7 +159,7 @@ def test_a_row_ends_at_its_eos_whatever_its_draft_and_the_others_say(vlm, batch,
         assert same(generate(vlm, batch, LIMIT, drafts=given), plain)
 
 
-def test_stop_ends_a_row_as_in_steps_of_one_token(vlm, batch):
+def test_stop_ends_a_row_as_in_steps_of_one_token(vlm, batch, is_ahead):
     whole = generate(vlm, batch, LIMIT).ids
     ends = [9, 1, 4, LIMIT + 1, 2, 30, 14, 6]
 
@@ -163,7 +173,7 @@ def test_stop_ends_a_row_as_in_steps_of_one_token(vlm, batch):
         assert same(generate(vlm, batch, LIMIT, stop=stop, drafts=given), plain)
 
 
-def test_ablated_answers_and_what_goes_on_from_their_cache(vlm, batch_of):
+def test_ablated_answers_and_what_goes_on_from_their_cache(vlm, batch_of, is_ahead):
     """The second prompt goes on from the first one's cache, whose rows ended at different
     passes."""
     prompts = []
@@ -212,6 +222,41 @@ def test_the_answer_of_a_prepared_prompt_is_that_of_the_whole_prompt(vlm, batch_
     plain = generate(vlm, batch, 6)
     assert found.ids == plain.ids
     assert torch.allclose(found.logprobs, plain.logprobs, atol=1e-5)
+
+
+@pytest.fixture
+def sizes(vlm):
+    """How many positions each pass of the decoder reads."""
+    read = []
+    hook = vlm.parts.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    yield read
+    hook.remove()
+
+
+def test_a_short_draft_is_read_with_the_prompt(vlm, batch_of, monkeypatch, sizes):
+    """Up to what may stand for a picture in a prompt; a longer one is read behind it."""
+    monkeypatch.setattr(drafts, "SHORT", 6)
+    batch = batch_of(vlm, (0, 1))
+    prompt = batch.input_ids.shape[1]
+    picture = int(batch.input_ids[batch.groups == VISION][0])
+    plain = generate(vlm, batch, 10)
+    one, other = (ids[:4] for ids in plain.ids)
+    assert not {*one, *other} & {picture, *vlm.tokenizer.all_special_ids}
+    for given, first in (
+        ([one, other], prompt + 4),
+        ([[*one[:2], 9, 9, 9, 9], []], prompt + 6),
+        ([[9], [other[0], picture, *other]], prompt + 1),
+        ([[picture, *one], [picture]], prompt),
+        ([one, plain.ids[1][:7]], prompt),
+    ):
+        sizes.clear()
+        assert same(generate(vlm, batch, 10, drafts=given), plain)
+        assert sizes[0] == first
+    sizes.clear()
+    assert same(generate(vlm, batch, 4, drafts=plain.ids), generate(vlm, batch, 4))
+    assert sizes[0] == prompt + 3 and len(sizes) == 1 + 4
 
 
 # --- measured: several steps in a pass ------------------------------------------------------------
@@ -424,7 +469,7 @@ def test_a_family_that_is_not_causal_is_not_drafted(vlm, batch, monkeypatch):
 # --- rounding -------------------------------------------------------------------------------------
 
 
-def test_in_bfloat16_a_draft_changes_only_what_rounding_decides(vlm, batch):
+def test_in_bfloat16_a_draft_changes_only_what_rounding_decides(vlm, batch, is_ahead):
     """The first token that differs is one of two whose logits are within two steps of bfloat16."""
     own = dataclasses.replace(vlm, model=copy.deepcopy(vlm.model).to(torch.bfloat16))
     plain = generate(own, batch, LIMIT)
@@ -482,7 +527,7 @@ def mutants():
 
 
 @pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.__name__)
-def test_a_wrong_pass_is_told_from_a_right_one(vlm, batch, monkeypatch, mutant):
+def test_a_wrong_pass_is_told_from_a_right_one(vlm, batch, monkeypatch, mutant, is_ahead):
     whole = generate(vlm, batch, LIMIT).ids
     ends = {whole[1][6]}
     monkeypatch.setattr(type(vlm), "eos_ids", property(lambda vlm: ends))
@@ -504,5 +549,6 @@ def test_a_run_counts_its_drafts_and_near_ties(load, batch_of, tmp_path):
         cost.note(run, 3, 1.0)
     cost.note(run, 3, 1.0)
     counters = run.counters()
-    assert counters["draft_tokens"] == 2 * 15 and counters["draft_agreed"] == 2 * 12
-    assert counters["draft_passes"] == 2
+    # read with the prompts: six tokens of three rows, of which the last is behind the draft's
+    assert counters["draft_tokens"] == 2 * 18 and counters["draft_agreed"] == 2 * 15
+    assert "draft_passes" not in counters

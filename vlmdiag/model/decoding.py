@@ -24,6 +24,7 @@ from vlmdiag.model.vision import prefill
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from transformers import Cache
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from vlmdiag.batch import Batch
     from vlmdiag.types import VLM, ImageFeatures
@@ -138,10 +139,16 @@ def generate(
     elif do_sample:
         choose = _Sampled([sample.id for sample in batch.samples], temperature, top_p, seed)
 
-    output = prefill(vlm, batch, features, cache, embeds)
+    greedy = answers is None and not do_sample
+    guesses = None if drafts is None or not greedy else known.ahead(vlm, batch, drafts, limit)
+    output = _read_prompts(vlm, batch, features, cache, embeds, guesses)
     with_room(output.past_key_values)
-    first = output.logits[:, -1].float().log_softmax(-1)
     several = known.can_verify(vlm, output.past_key_values)  # tokens in a pass
+    if guesses is not None and not several:  # a cache of the model's own kind
+        guesses = None
+        output = _read_prompts(vlm, batch, features, cache, embeds)
+    last_of_prompt = -1 if guesses is None else -1 - max(map(len, guesses))
+    first = output.logits[:, last_of_prompt].float().log_softmax(-1)
     if answers is not None and lengths is not None and several:
         of_given = known.read_given(vlm, batch, output, answers)
         column = torch.arange(limit, device=device)
@@ -152,9 +159,8 @@ def generate(
             first=first,
             cache=output.past_key_values,
         )
-    greedy = answers is None and not do_sample
     if drafts is not None and greedy and several:
-        ids, of_rows = known.decode(vlm, batch, output, drafts, limit, stop)
+        ids, of_rows = known.decode(vlm, batch, output, drafts, limit, stop, guesses)
         return Generation(
             ids=ids,
             steps=torch.tensor([len(row) for row in ids], device=device),
@@ -201,6 +207,23 @@ def generate(
     )
 
 
+def _read_prompts(
+    vlm: VLM,
+    batch: Batch,
+    features: ImageFeatures | None,
+    cache: Cache | None,
+    embeds: Float[Tensor, "B T d"] | None,
+    guesses: Sequence[Sequence[int]] | None = None,
+) -> CausalLMOutputWithPast:
+    """The pass over the prompts and, behind them, guesses of known.ahead()."""
+    if guesses is None:
+        return prefill(vlm, batch, features, cache, embeds)
+    ids = known.as_tensor(guesses, vlm.device)
+    if embeds is not None:
+        embeds = torch.cat([embeds, known.embedded(vlm, ids).to(embeds)], 1)
+    return prefill(vlm, extended(batch, ids), features, cache, embeds, ids.shape[1] + 1)
+
+
 def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
     """Ids of a given answer after a prompt, with EOS. answer: text, or ids as they were
     generated."""
@@ -219,14 +242,16 @@ def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
     return ids if ids[-1:] == [vlm.end_id] else [*ids, vlm.end_id]
 
 
-def extended(batch: Batch, ids: Sequence[int], group: str = "generated") -> Batch:
-    """The batch with the same ids after each prompt, as tokens of a group: an EOS token as the
-    published RoPE probe's query row, an answer's beginning."""
+def extended(
+    batch: Batch, ids: Sequence[int] | Int[Tensor, "B n"], group: str = "generated"
+) -> Batch:
+    """The batch with ids after each prompt, the same after all or (B, n), as tokens of a group: an
+    EOS token as the published RoPE probe's query row, an answer's beginning."""
     size = len(batch.samples)
-    count = len(ids)
+    new_ids = torch.as_tensor(ids).to(batch.input_ids).expand(size, -1)
+    count = new_ids.shape[1]
     steps = torch.arange(count, device=batch.next_position.device)
     positions = batch.text_positions(batch.next_position[:, None] + steps)
-    new_ids = batch.input_ids.new_tensor(ids).expand(size, -1)
     new_groups = batch.groups.new_full((size, count), GROUPS.index(group))
     new_mask = batch.attention_mask.new_ones(size, count)
     longer = replace(

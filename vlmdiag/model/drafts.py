@@ -12,11 +12,13 @@ the answer's own, and what was read behind it is masked:
     pass 3       here                          nor is "runs here"; it says "."
     pass 4       . It is old                   "here ." is, so what follows it is tried
 
+A short draft, such as "yes", is read behind the prompt in the same pass.
+
 Speculative decoding (arXiv 2211.17192) with a fixed text as the draft; to go on behind what the
 answer repeats of it is known as prompt lookup decoding. An answer that is given (teacher forcing)
-is a draft that is never wrong. Under a capture all rows of a batch go on by the same number of
-tokens, and nothing that was wrong stays in the cache, so that probes hear of each step what they
-would hear of a pass over its token.
+is a draft that is never wrong. Under a capture the prompt is read alone, all rows of a batch go on
+by the same number of tokens, and nothing that was wrong stays in the cache, so that probes hear of
+each step what they would hear of a pass over its token.
 
 Shapes: B rows of a batch, R rows that go on, n tokens of a pass, V vocabulary, K positions in the
 cache.
@@ -35,6 +37,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from vlmdiag.groups import VISION
 from vlmdiag.model.attention import Together, is_capturing, reads_passes, together
 from vlmdiag.model.cache import RoomyLayer
 from vlmdiag.model.prefix import first_positions
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from vlmdiag.types import VLM
 
 WIDTH = 64  # most tokens of a draft in a pass
+SHORT = 16  # most tokens of a draft that are read with the prompt
 REPEAT = 2  # last tokens of an answer that the draft has to have, to go on behind them
 # what a pass costs, in tokens of a long pass, as measured on a CPU: for itself, and for each row
 PASS_COST = 16
@@ -71,18 +75,55 @@ def counted() -> Counter[str]:
 def can_verify(vlm: VLM, cache: Cache | None) -> bool:
     """Whether a pass may read several tokens of which some are dropped: every position sees all
     before it and nothing else, by position ids, and no capture is about passes themselves."""
+    return (
+        _sees_all_before(vlm)
+        and not reads_passes()
+        and isinstance(cache, DynamicCache)
+        and _has_plain_layers(cache)
+    )
+
+
+def _sees_all_before(vlm: VLM) -> bool:
+    """Whether every position sees all before it and nothing else, by position ids."""
     config = vlm.parts.decoder.config
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
-    if "causal" not in vlm.family.has or reads_passes():
+    if "causal" not in vlm.family.has:
         return False
     if "dynamic" in kinds or "longrope" in kinds:  # angles depend on the longest position
         return False
-    if not isinstance(cache, DynamicCache):
-        return False
-    # the second has the layers that the config asks for, also where the first was made without it
-    layers = [*cache.layers, *DynamicCache(config=config).layers]
-    return all(type(layer) in (DynamicLayer, RoomyLayer) for layer in layers)
+    # the layers that the config asks for, also where the model's cache is made without it
+    return _has_plain_layers(DynamicCache(config=config))
+
+
+def _has_plain_layers(cache: DynamicCache) -> bool:
+    return all(type(layer) in (DynamicLayer, RoomyLayer) for layer in cache.layers)
+
+
+def ahead(
+    vlm: VLM, batch: Batch, drafts: Sequence[Sequence[int]], limit: int
+) -> list[list[int]] | None:
+    """The drafts of all rows, where they are so short that the pass over the prompts reads them
+    too; None where it does not, also where a capture is to see the prompts alone."""
+    if is_capturing() or not _sees_all_before(vlm):
+        return None
+    # in a prompt they may stand for a picture, in an answer they are tokens as all others
+    special = {*vlm.tokenizer.all_special_ids, *vlm.tokenizer.get_added_vocab().values()}
+    special |= {*vlm.eos_ids, *batch.input_ids[batch.groups == VISION].tolist()}
+    words = len(vlm.model.get_input_embeddings().weight)
+
+    def is_word(id: int) -> bool:
+        return 0 <= id < words and id not in special
+
+    guesses = [list(itertools.takewhile(is_word, draft[: limit - 1])) for draft in drafts]
+    return guesses if 0 < max(map(len, guesses)) <= SHORT else None
+
+
+def as_tensor(guesses: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "B n"]:
+    """Guesses of all rows; what is behind those of a shorter row is any word."""
+    size = max(map(len, guesses))
+    (word, *_) = itertools.chain(*guesses)
+    return torch.tensor([[*ids, *[word] * (size - len(ids))] for ids in guesses], device=device)
 
 
 @dataclass
@@ -215,6 +256,13 @@ class _Cache:
         self.mask, self.cache = mask, left
 
 
+def embedded(vlm: VLM, ids: Int[Tensor, "R n"]) -> Float[Tensor, "R n d"]:
+    """What the decoder gets for tokens of answers."""
+    # one by one, for a family may give tokens of a prompt other embeddings than generated ones
+    embeds: Tensor = vlm.model.get_input_embeddings()(ids.reshape(-1, 1))
+    return embeds.view(*ids.shape, -1)
+
+
 def _read(
     vlm: VLM,
     batch: Batch,
@@ -225,11 +273,9 @@ def _read(
 ) -> Float[Tensor, "R n V"]:
     """Logits after each of some tokens of answers. mask: with these tokens; start: the position of
     each row's first one."""
-    # one by one, for a family may give tokens of a prompt other embeddings than generated ones
-    embeds = vlm.model.get_input_embeddings()(ids.reshape(-1, 1))
     column = torch.arange(ids.shape[1], device=ids.device)
     output = vlm.model(
-        inputs_embeds=embeds.view(*ids.shape, -1),
+        inputs_embeds=embedded(vlm, ids),
         attention_mask=mask,
         position_ids=batch.text_positions(start[:, None] + column),
         past_key_values=cache,
@@ -280,11 +326,13 @@ def decode(
     drafts: Sequence[Sequence[int]],
     limit: int,
     stop: Callable[[list[list[int]]], Sequence[bool]] | None = None,
+    guesses: list[list[int]] | None = None,
 ) -> tuple[list[list[int]], list[Float[Tensor, " n"]]]:
     """(ids, their log-probabilities) of each row, as decoding token by token gives them.
 
     output: of prefill(), for whose cache can_verify() holds; it is kept up to the first row that
     ends. drafts: ids for each row, of any length, [] for none. limit, stop: as in generate().
+    guesses: those of ahead(), where that pass read as_tensor() of them behind the prompts.
     """
     ends = vlm.eos_ids
     rows = []
@@ -293,9 +341,11 @@ def decode(
         # up to what ends an answer, or is no word of the model's
         is_over = [id in ends or not 0 <= id < words for id in draft]
         rows.append(_Row(index, list(draft[: [*is_over, True].index(True)])))
-    state = _Cache(vlm, batch, output.past_key_values, batch.attention_mask, rows, is_capturing())
-    guesses: list[list[int]] = [[] for _ in rows]
-    logits = output.logits[:, -1:]
+    guesses = guesses or [[] for _ in rows]
+    size = max(map(len, guesses))
+    mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(len(rows), size)], 1)
+    state = _Cache(vlm, batch, output.past_key_values, mask, rows, is_capturing(), size)
+    logits = output.logits[:, -1 - size :]
     ties = torch.zeros((), dtype=torch.long, device=vlm.device)
     while state.rows:
         before = [len(row.ids) for row in rows]
@@ -309,7 +359,7 @@ def decode(
             row.logprobs.append(_of_chosen(values, values.argmax(-1)).to(vlm.device))
             ties += _near_ties(values.float(), of_row.dtype).to(vlm.device)
             row.is_done |= len(row.ids) >= limit
-            if any(before):
+            if state.size:
                 _counts["draft_tokens"] += count
                 _counts["draft_agreed"] += count - 1
         if stop is not None:
@@ -317,6 +367,8 @@ def decode(
         if any(before):
             _counts["draft_passes"] += 1
             state.take(counts)
+        elif size:  # of the prompts' pass, whose cache holds no token of an answer but the guesses
+            state.take([count - 1 for count in counts])
         state.go_on()
         if state.rows:
             guesses = state.guesses(limit)

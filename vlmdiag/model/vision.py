@@ -232,12 +232,14 @@ def prefill(
     features: ImageFeatures | None = None,
     cache: Cache | None = None,
     embeds: Float[Tensor, "B T d"] | None = None,
+    last: int = 1,
 ) -> CausalLMOutputWithPast:
     """One pass over the prompt. Returns the model's output with a cache.
 
     features: vlm.vision(batch) if it was computed before. embeds: inputs in place of the batch's
     own, see entering(). cache: keys and values of the first positions, which are not computed
-    again (see prefix.first_positions()); the others are.
+    again (see prefix.first_positions()); the others are. last: of how many positions the logits
+    are wanted at least.
     """
     start = 0 if cache is None or embeds is None else cache.get_seq_length()
     options: Record = {
@@ -249,7 +251,7 @@ def prefill(
         **more_inputs(vlm, batch, start),
     }
     if _takes(vlm.model, "logits_to_keep"):
-        options["logits_to_keep"] = last_logits(vlm, 1)
+        options["logits_to_keep"] = last_logits(vlm, last)
     if embeds is not None:
         return vlm.model(inputs_embeds=embeds[:, start:], **options)
     if features is None:
