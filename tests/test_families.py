@@ -318,6 +318,7 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows, in_st
         generation = generate(vlm, batch, STEPS, answers=ids)
     maps, logits = eager(vlm, batch, ids)
     total = batch.groups.shape[1]
+    has_sinks = any(name.endswith("sinks") for name, _ in vlm.parts.decoder.named_parameters())
     sharp = []
     for step in range(STEPS):
         for layer, row in enumerate(probe.rows[step]):
@@ -326,7 +327,10 @@ def test_captured_attention_is_that_of_the_eager_pass(vlm, batch_of, rows, in_st
             # rounding: 1.6e-5 in Gemma 4's sharpest rows on a CPU with AMX
             allowed = 3e-5 if vlm.family.name == "gemma4" else 1e-5
             assert torch.allclose(row, oracle, atol=allowed), (step, layer)
-            assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
+            if has_sinks:
+                assert row.sum(-1).min() < 0.95, "sinks take a share that shows"
+            else:
+                assert torch.allclose(row.sum(-1), torch.ones(()), atol=1e-5)
             mass = masses.mass[step][vlm.parts.attending[layer], :, :, VISION]
             to_vision = (oracle[..., :total] * (batch.groups == VISION)[:, None]).sum(-1)
             assert torch.allclose(mass, to_vision, atol=1e-5)

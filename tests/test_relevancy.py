@@ -131,10 +131,13 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("softcap, has_bias", [(None, False), (2.0, False), (None, True)])
+@pytest.mark.parametrize(
+    "softcap, has_bias, has_sinks",
+    [(None, False, False), (2.0, False, False), (None, True, False), (None, False, True)],
+)
 @pytest.mark.parametrize("rows_at_once, heads_at_once", [(7, 1), (7, 3), (N, 4), (128, 2)])
 def test_an_attention_call_is_differentiated_as_by_autograd(
-    mask, softcap, has_bias, rows_at_once, heads_at_once, monkeypatch
+    mask, softcap, has_bias, has_sinks, rows_at_once, heads_at_once, monkeypatch
 ):
     """Grouped queries, blocks of queries and of heads that do and do not divide their number, for 3
     gradients together."""
@@ -160,9 +163,12 @@ def test_an_attention_call_is_differentiated_as_by_autograd(
         products = products.masked_fill(~seen, float("-inf"))
     elif seen is not None:
         products = products + seen
-    A = products.softmax(-1)  # (1, H, N, K)
+    sinks = normal(4) if has_sinks else None
+    if sinks is not None:  # a key of no value
+        products = torch.cat([products, sinks[None, :, None, None].expand(1, 4, N, 1)], -1)
+    A = products.softmax(-1)[..., :N]  # (1, H, N, K)
     output = (A @ v.repeat_interleave(2, 1)).transpose(1, 2)  # (1, N, H, D)
-    call = attention_gradient.AttentionCall(q, k, v, output, seen, 0.3, softcap, bias)
+    call = attention_gradient.AttentionCall(q, k, v, output, seen, 0.3, softcap, bias, sinks)
     found = call.backward(d_output, rows)
     for i in range(3):
         dA, *wanted = torch.autograd.grad(

@@ -1,7 +1,9 @@
-"""Random InternVLs on Qwen2 and on Llama: tiles of 6 x 6 patches, 3 x 3 tokens each."""
+"""Random InternVLs on Qwen2, Llama and GPT-OSS (attention sinks, windows, experts): tiles of 6 x 6
+patches, 3 x 3 tokens each."""
 
 import json
 
+import torch
 from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, set_seed
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -58,7 +60,7 @@ def clear(model, patches, connector, by=8):
     return model
 
 
-def build(folder, text):
+def build(folder, text, **more):
     named = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -67,7 +69,7 @@ def build(folder, text):
     }
     tokenizer = make_tokenizer(folder, ["<|im_start|>"], "<|im_end|>", text == "llama", **named)
     config = InternVLConfig(
-        text_config=text_config(tokenizer, text),
+        text_config=text_config(tokenizer, text, **more),
         vision_config={
             "hidden_size": 48,
             "intermediate_size": 64,
@@ -87,7 +89,11 @@ def build(folder, text):
         "model.vision_tower.embeddings.patch_embeddings",
         ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"],
     )
-    sharpen(model, model.model.language_model.layers).save_pretrained(folder)
+    sharpen(model, model.model.language_model.layers)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # which take a share of the attention
+            parameter.data = 4 + torch.randn(parameter.shape)
+    model.save_pretrained(folder)
     images = GotOcr2ImageProcessorPil(
         size={"height": 84, "width": 84}, max_patches=6, crop_to_patches=True
     )
@@ -103,7 +109,15 @@ def build(folder, text):
     return folder
 
 
+GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 MODELS = {
     "internvl-qwen2": lambda folder: build(folder, "qwen2"),
     "internvl-llama": lambda folder: build(folder, "llama"),
+    "internvl-gpt-oss": lambda folder: build(folder, "gpt_oss", **GPT_OSS),
 }

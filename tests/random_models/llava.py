@@ -1,8 +1,9 @@
-"""Random LLaVA: with as many key as query heads, with grouped queries, on Phi-3, Qwen2 and Mistral;
-ViP-LLaVA."""
+"""Random LLaVA: with as many key as query heads, with grouped queries, on Phi-3, Qwen2, Mistral and
+Gemma 2 (softcapped scores, windows shorter than a prompt's padding); ViP-LLaVA."""
 
 import torch
 from transformers import (
+    Gemma2Config,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
@@ -16,7 +17,13 @@ from tests.building import build_llava, sharpen
 from tests.random_models.llava_next import local
 from vlmdiag.scenes import tiny_llava as tiny
 
-TEXTS = {"phi3": Phi3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
+WINDOWS = {"sliding_window": 24, "head_dim": 16, "attn_logit_softcapping": 10.0}
+TEXTS = {
+    "phi3": (Phi3Config, {}),
+    "qwen2": (Qwen2Config, {}),
+    "mistral": (MistralConfig, {}),
+    "gemma2": (Gemma2Config, WINDOWS),
+}
 
 
 def on(folder, text):
@@ -24,21 +31,22 @@ def on(folder, text):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny.make_tokenizer(folder)
     known = tiny.make_config(tokenizer)
-    kind = TEXTS[text](
+    kind, more = TEXTS[text]
+    text_config = kind(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=None,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **({"sliding_window": None} | more),
     )
     config = LlavaConfig(
         vision_config=known.vision_config,
-        text_config=kind,
+        text_config=text_config,
         image_token_index=known.image_token_index,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

@@ -65,6 +65,29 @@ def scores(
     return products + mask.to(products.dtype)
 
 
+def sinks_of(options: Fields) -> Tensor | None:
+    """What each head's softmax has beside the scores (H,), where a model has attention sinks
+    (GPT-OSS). UsageError for sinks of another kind."""
+    if options.get("sinks") is not None:
+        raise UsageError("attention sinks that depend on the query are not known here")
+    sinks: Tensor | None = options.get("s_aux")
+    return sinks
+
+
+def softmax(scores: Float[Tensor, "... K"], sinks: Tensor | None) -> Float[Tensor, "... K"]:
+    """Attention of a row of scores. A sink s takes its part of it, which no key has:
+
+        exp(z_k) / (exp(s) + sum_j exp(z_j)) = softmax(z)_k sigmoid(log sum_j exp(z_j) - s)
+
+    sinks: of the shape of the scores without K, or one that spreads to it.
+    """
+    weights = scores.softmax(-1)
+    if sinks is None:
+        return weights
+    kept = (scores.logsumexp(-1) - sinks.to(scores)).sigmoid()
+    return weights * kept[..., None]
+
+
 def full_mask(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: Fields
 ) -> Tensor:
@@ -112,6 +135,7 @@ class Row:
         self.mask = None if mask is None else mask[:, :, index]
         bias = options.get("position_bias")
         self.bias: Tensor | None = None if bias is None else bias[:, :, index]
+        self.sinks = sinks_of(options)
         self._weights: Tensor | None = None
 
     def dot(self, query: Float[Tensor, "B H D"]) -> Float[Tensor, "B H K"]:
@@ -129,10 +153,14 @@ class Row:
 
     @property
     def weights(self) -> Float[Tensor, "B H K"]:
-        """Attention of this row, float32; sums to 1 over K."""
+        """Attention of this row, float32; sums to 1 over K, with attention sinks to less."""
         if self._weights is None:
-            self._weights = self.scores.softmax(-1)
+            self._weights = self.softmax(self.scores)
         return self._weights
+
+    def softmax(self, scores: Float[Tensor, "B H K"]) -> Float[Tensor, "B H K"]:
+        """What this row's attention makes of scores, its own or others."""
+        return softmax(scores, self.sinks)
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -146,13 +174,14 @@ def kernel(
     mask: Tensor | None,
     **options: Any,
 ) -> Float[Tensor, "B Q H D"]:
-    """The output of attention: SDPA, written out where scores are softcapped."""
-    if options.get("softcap") is not None:
-        return _softcapped(module, query, key, value, mask, options)
-    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    """The output of attention: SDPA, written out where it has no place for what a model does to its
+    scores, a softcap or attention sinks."""
+    if options.get("softcap") is None and sinks_of(options) is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    return _written_out(module, query, key, value, mask, options)
 
 
-def _softcapped(
+def _written_out(
     module: nn.Module,
     query: Float[Tensor, "B H Q D"],
     key: Float[Tensor, "B H_kv K D"],
@@ -160,14 +189,18 @@ def _softcapped(
     mask: Tensor | None,
     options: Fields,
 ) -> Float[Tensor, "B Q H D"]:
+    """A row that sees no key, such as padding in a window, gets 0, as SDPA gives it."""
     shared_by = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(shared_by, 1)
     value = value.repeat_interleave(shared_by, 1)
     if mask is None and query.shape[2] > 1:
-        mask = full_mask(module, query, key, None, {"is_causal": True})
-    products = query @ key.transpose(-1, -2) * scaling_of(query, options)
-    capped = scores(products, mask, options["softcap"])
-    weights = capped.softmax(-1, dtype=torch.float32).to(query.dtype)
+        mask = full_mask(module, query, key, None, options)
+    products = (query @ key.transpose(-1, -2)).float() * scaling_of(query, options)
+    rows = scores(products, mask, options.get("softcap"), options.get("position_bias"))
+    sinks = sinks_of(options)
+    unseeing = rows.isneginf().all(-1, keepdim=True)
+    weights = softmax(rows.masked_fill(unseeing, 0), None if sinks is None else sinks[:, None])
+    weights = weights.masked_fill(unseeing, 0).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous()
 
 

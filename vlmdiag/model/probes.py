@@ -86,8 +86,8 @@ def group_columns(groups: Int[Tensor, "B T"], length: int) -> Float[Tensor, "B l
 class GroupMass(Probe):
     """Attention mass of each token group in the last row of every pass.
 
-    mass: a list over steps of (L, B, H, G) float32 that sums to 1 over G; NaN in layers that do not
-    attend.
+    mass: a list over steps of (L, B, H, G) float32 that sums to 1 over G, with attention sinks to
+    less; NaN in layers that do not attend.
     """
 
     def __init__(self, batch: Batch, max_new_tokens: int = 0) -> None:
@@ -256,7 +256,7 @@ class RopeShift(Probe):
         if self.restrict_to_past:
             z = z.clone()
             z[..., -1] = float("-inf")
-        alpha = z.softmax(-1)
+        alpha = row.softmax(z)
         vision = self.vision[:, None].to(alpha.device)
         alpha_v = (alpha * vision).sum(-1)  # (B, H)
         within = alpha * vision / alpha_v[..., None]  # alpha_v / alphaV of each vision token
@@ -269,7 +269,7 @@ class RopeShift(Probe):
             change = row.dot(rotary.turn(row.query, -delta)) - products  # z' - z
             no_shift = torch.zeros_like(alpha_v)
             delta_gv.append(mean_over_vision(change) / delta if delta else no_shift)
-            shifted = (z + change * vision).softmax(-1)
+            shifted = row.softmax(z + change * vision)
             delta_alpha.append((shifted * vision).sum(-1) - alpha_v)
         rate = mean_over_vision(-row.dot(rotary.rate(row.query)))
         measured = {

@@ -3,6 +3,7 @@ each check fails in one clear line."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -87,8 +88,10 @@ def _fail(vlm: VLM, what: str) -> NoReturn:
 
 
 def _relative(difference: Tensor, reference: Tensor) -> float:
-    """Largest difference as a share of the reference's largest value."""
-    return float(difference.abs().max() / reference.abs().max().clamp_min(1e-6))
+    """Largest difference as a share of the reference's largest value; infinite where one is not a
+    number."""
+    share = float(difference.abs().max() / reference.abs().max().clamp_min(1e-6))
+    return float("inf") if math.isnan(share) else share
 
 
 @torch.inference_mode()
@@ -355,7 +358,7 @@ def _check_several_tokens(vlm: VLM, batch: Batch, generation: Generation, tolera
     output = CausalLMOutputWithPast(logits=generation.first[:, None], past_key_values=of_prompt)
     logprobs = drafts.read_given(vlm, batch, output, [ANSWER, ANSWER])
     difference = _relative(logprobs - generation.logprobs, generation.logprobs)
-    if not difference <= tolerance:
+    if difference > tolerance:
         _fail(
             vlm,
             "tokens read in one pass behind a cache differ from each read alone by"

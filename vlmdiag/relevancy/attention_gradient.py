@@ -1,7 +1,8 @@
 """One attention call, cut out of autograd's graph and differentiated by hand.
 
-With A = softmax(S), S = Q K^T / sqrt(D) (softcapped, with the position bias, masked) and O = A V,
-the gradients dO of the output give, head by head,
+With A = softmax(S), S = Q K^T / sqrt(D) (softcapped, with the position bias, masked; beside the
+keys an attention sink, whose part of A is in no product) and O = A V, the gradients dO of the
+output give, head by head,
 
     dA = dO V^T          dS = A (dA - sum_k dA A)
     dQ = dS K / sqrt(D)  dK = dS^T Q / sqrt(D)     dV = A^T dO
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from vlmdiag.model.attention import full_mask, kernel, scaling_of, scores
+from vlmdiag.model.attention import full_mask, kernel, scaling_of, scores, sinks_of, softmax
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     bias: Tensor | None
+    sinks: Float[Tensor, " H"] | None
 
     def weights(
         self, heads: Heads, rows: Rows = slice(None), keys: slice = slice(None)
@@ -81,7 +83,8 @@ class AttentionCall:
             slope = 1 - torch.tanh(products / self.softcap) ** 2
         bias = None if self.bias is None else self._of(self.bias, heads)[:, rows, keys]
         mask = None if self.mask is None else self._of(self.mask, heads)[:, rows, keys]
-        return scores(products, mask, self.softcap, bias).softmax(-1), slope
+        sinks = None if self.sinks is None else self.sinks.detach()[heads][:, None]  # (h, 1)
+        return softmax(scores(products, mask, self.softcap, bias), sinks), slope
 
     def shared(self, heads: Heads) -> list[int]:
         """The key-value head that each of some heads reads."""
@@ -194,6 +197,7 @@ def _attention(
             scaling=scaling_of(query, options),
             softcap=options.get("softcap"),
             bias=options.get("position_bias"),
+            sinks=sinks_of(options),
         )
     )
     return leaf, None
