@@ -29,6 +29,7 @@ from vlmdiag.swap.metrics import pairwise_cosine, vd_entanglement
 SIZES = (5, 10, 30, 200)
 DIRECTIONS = 32  # dimensions of the vectors whose pairs' cosines are averaged
 LEANS = {0.0: "truth 0", 2.0: "truth 0.11", 5.0: "truth 0.44"}
+SENSITIVITIES = {"": (0.9, 0.7, 0.3), ": nearly all right": (0.95, 0.99, 0.99)}
 AXES = 8  # dimensions of the vectors whose cosines are averaged
 MARK = "<!-- coverage: written by benchmarks/coverage.py -->"
 Draw = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
@@ -124,15 +125,16 @@ def coverage_of_coherence(lean: float, n: int, samples: int, seed: int) -> float
     return held / samples
 
 
-def coverage_of_psi(n: int, samples: int, seed: int) -> float:
-    """The same of the sensitivity to order, 0.267: 0.9 right in order; of these 0.7 when shuffled,
-    of the others 0.3, each the mean of two shuffles."""
+def coverage_of_psi(of_right: Sequence[float], n: int, samples: int, seed: int) -> float:
+    """The same of the sensitivity to order. of_right: the share of answers that are right in order,
+    and when shuffled of these and of the others, each the mean of two shuffles."""
     rng = np.random.default_rng([seed, n])
-    truth = 1 - (0.9 * 0.7 + 0.1 * 0.3) / 0.9
+    right, still, then = of_right
+    truth = 1 - (right * still + (1 - right) * then) / right
     held = 0
     for index in range(samples):
-        original = (rng.random(n) < 0.9) * 1.0
-        chance = np.where(original > 0, 0.7, 0.3)
+        original = (rng.random(n) < right) * 1.0
+        chance = np.where(original > 0, still, then)
         permuted = (rng.random((n, 2)) < chance[:, None]).mean(1)
         found = psi_interval(original, permuted, seed=index // 10)
         held += bool(found.low <= truth <= found.high)
@@ -205,8 +207,9 @@ def table(samples: int, seed: int) -> str:
     for lean, name in LEANS.items():
         shares = (coverage_of_coherence(lean, n, samples // 4, seed) for n in SIZES)
         rows.append([f"mean cosine of pairs: {name}", *(f"{share:.3f}" for share in shares)])
-    shares = (coverage_of_psi(n, samples, seed) for n in SIZES)
-    rows.append(["sensitivity to order (PSI)", *(f"{share:.3f}" for share in shares)])
+    for name, of_right in SENSITIVITIES.items():
+        shares = (coverage_of_psi(of_right, n, samples, seed) for n in SIZES)
+        rows.append([f"sensitivity to order (PSI){name}", *(f"{share:.3f}" for share in shares)])
     shares = (coverage_of_auroc(n, samples, seed) for n in SIZES)
     rows.append(["AUROC", *(f"{share:.3f}" for share in shares)])
     for form, name in (("eq3_raw", "equation 3"), ("group_cosine_raw", "cosine of groups")):

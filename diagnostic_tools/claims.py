@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in broken:
         print(f"left out: {line}")
     subjects = catalog.subjects(runs, args.results_dir, args.models)
+    for subject in subjects:
+        for run in subject.runs.values():
+            if "__" in run.path.name.removesuffix("__sp-0").removesuffix("__sp-1"):
+                print(f"{subject.name}: {run.path}, the only run of its experiment")
     found = claims.findings(subjects, dict(args.normalised or ()), args.independent or ())
     for number, claim in claims.CLAIMS.items():
         of_claim = [finding for finding in found if finding.part.claim == number]

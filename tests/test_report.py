@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from tests.conftest import ROOT, in_process
 from vlmdiag.figures import stats
 from vlmdiag.report import catalog, claims, compare, page, quantities
-from vlmdiag.runs import rundirs
+from vlmdiag.runs import cost, rundirs
 
 report, claims_command = (
     in_process(ROOT / "diagnostic_tools" / f"{name}.py") for name in ("report", "claims")
@@ -29,15 +29,13 @@ def open_run(root, name, experiment, model=None, settings=None):
     return rundirs.open_run(folder, experiment, settings or {}, free)
 
 
-def plant_coco(root, model, ratio, change, n=12, first=0, spread=0.02):
+def plant_coco(
+    root, model, ratio, change, n=12, first=0, spread=0.02, run_name=None, settings=None
+):
     """Vision tokens enter `ratio` times as long as text; logits change by `change`."""
-    run = open_run(
-        root,
-        f"{model}__sp-0",
-        rundirs.COCO,
-        model,
-        {"delta_steps": [1.0], "hidden_norm_kind": "l2"},
-    )
+    name = f"{model}__{run_name}" if run_name else model
+    measured = {"delta_steps": [1.0], "hidden_norm_kind": "l2"}
+    run = open_run(root, f"{name}__sp-0", rundirs.COCO, model, measured | (settings or {}))
     rng = np.random.default_rng(len(model))
     for number in range(first, first + n):
         about_1 = 1 + spread * rng.standard_normal()
@@ -175,6 +173,37 @@ def test_what_no_run_speaks_of_is_not_testable_and_says_which_command_makes_it(r
     for claim, command in {4: "lens_accuracy.py", 5: "attention_experiment_curate.py"}.items():
         assert command in reasons[claim]
     assert "swap_analysis.py" in reasons[6] and "volcano" in reasons[7]
+
+
+def test_the_only_run_of_an_experiment_is_the_models_whatever_its_name(tmp_path):
+    """Not one with vision tokens of another length, nor one of several with names."""
+    plant_coco(tmp_path, BASE, 43.0, 0.01, run_name="mine")
+    (finding,) = [f for f in found_of(tmp_path) if f.interval is not None]
+    assert finding.verdict == claims.HOLDS
+    done = claims_command("--runs_dir", tmp_path)
+    assert f"{BASE}__mine__sp-0, the only run of its experiment" in done.stdout
+    plant_coco(tmp_path, BASE, 4.3, 0.01, run_name="short", settings={"vision_scale": 0.1})
+    assert [f.interval for f in found_of(tmp_path) if f.interval] == [finding.interval]
+    plant_coco(tmp_path, BASE, 3.0, 0.01, run_name="yours")
+    found = found_of(tmp_path)
+    assert not [f for f in found if f.interval is not None]
+    assert {f.why for f in found if f.part.claim == 1} == {
+        "several runs of diagnostic_tools/run_coco_diagnostics.py and none without --run_name:"
+        f" {BASE}__mine__sp-0, {BASE}__yours__sp-0"
+    }
+    plant_coco(tmp_path, BASE, 3.0, 0.01)
+    (finding,) = [f for f in found_of(tmp_path) if f.interval is not None]
+    assert finding.verdict == claims.FAILS
+
+
+def test_the_table_of_time_has_the_numbers_that_calls_counted(tmp_path):
+    run = plant_psi(tmp_path / "runs", BASE, 1)
+    cost.note(run, 40, 30.0)
+    done = report("--runs_dir", tmp_path / "runs", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "index.html").read_text()
+    cells = re.findall(rf"psi: {BASE}</th>(.*?)</tr>", text)[0]
+    assert re.findall(r">([^<]+)</td>", cells)[:2] == ["40", "0.75"]
 
 
 def test_a_variant_is_known_by_its_name_or_named(tmp_path):

@@ -63,7 +63,8 @@ def psi_interval(
 
     1 - stats.ratio_interval(), whole images drawn; where all images lost the same share, or so few
     lost any that resamples give no end, what their difference allows for others
-    (stats.paired_difference()). Within what accuracies allow.
+    (stats.paired_difference()); where all had the same accuracy, such as all right, what both
+    accuracies allow. Within what accuracies allow.
     """
     original = np.asarray(original, float)
     permuted = np.asarray(permuted, float)
@@ -82,7 +83,15 @@ def psi_interval(
     low = of_lost[0] if is_same or np.isinf(low) else low
     # on the logarithm's scale the end that is missing is a ratio of 0
     high = of_lost[1] if is_same or np.isinf(high) or kept.low == 0 else high
-    least = 1 - 1 / float(original.mean())
+    before, shuffled = (
+        stats.mean_interval(values, level, num_resamples, seed, stats.SHARES, discrete=True)
+        for values in (original, permuted)
+    )
+    if np.ptp(original) == 0 and before.low > 0:  # no resample knows an image that was another
+        low = min(low, float(1 - shuffled.high / before.low))
+        high = max(high, float(1 - shuffled.low / before.high))
+    # shuffled answers that are all right, beside as few that were right before as there may be
+    least = float(1 - 1 / before.low) if before.low > 0 else -np.inf
     return stats.interval_of(value, min(value, max(low, least)), max(value, min(high, 1.0)), images)
 
 

@@ -249,8 +249,8 @@ def parts(model: PreTrainedModel, instruction: str | None = None) -> Parts:
 
 def patches(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """The ViT's patches without CLS, over the whole picture."""
-    rows, columns = generic.patch_sides(inputs, vlm.model.config.vision_config.patch_size)
-    return PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
+    patch = vlm.model.config.vision_config.patch_size
+    return generic.patch_grid(inputs, patch, region(vlm.processor.image_processor, size), size)
 
 
 def prompt(vlm: VLM, question: str, system: str | None) -> str:

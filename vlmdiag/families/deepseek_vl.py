@@ -61,8 +61,8 @@ def region(image_processor: BaseImageProcessor, size: Size) -> Region:
 
 def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per patch of the padded square."""
-    rows, columns = generic.patch_sides(inputs, vlm.model.config.vision_config.patch_size)
-    return PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
+    patch = vlm.model.config.vision_config.patch_size
+    return generic.patch_grid(inputs, patch, region(vlm.processor.image_processor, size), size)
 
 
 FAMILY = Family(

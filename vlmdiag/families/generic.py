@@ -441,6 +441,20 @@ def patch_sides(inputs: Inputs, patch: int) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+def patch_grid(
+    inputs: Inputs, patch: int, region: Region, size: Size, grouped: int = 1
+) -> PatchGrid:
+    """The grid of a preprocessed picture that shows a region of the original: a cell per patch, or
+    per `grouped` patches in a row. No patch sees what is left behind the last whole one, such as 6
+    of 384 pixels behind 27 patches of 14."""
+    height, width = inputs["pixel_values"].shape[-2:]
+    rows, columns = patch_sides(inputs, patch)
+    x0, y0, x1, y1 = region
+    end_x = x0 + (x1 - x0) * columns * patch / width
+    end_y = y0 + (y1 - y0) * rows * patch / height
+    return PatchGrid.regular(rows, columns // grouped, (x0, y0, end_x, end_y), size)
+
+
 def regions(rows: int, columns: int, size: Size) -> list[Region]:
     """Where rows x columns equal tiles lie in a picture of `size`, row by row."""
     boxes = cells(rows, columns, (0, 0, *size)).reshape(-1, 4)

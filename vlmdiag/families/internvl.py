@@ -13,7 +13,8 @@ So a thumbnail's box lies over many of the tiles'.
 Videos are not read (their processor needs torchvision). Checkpoints of the type `internvl_chat`,
 which bring their own code, are another layout. Tested on small random models with processors made
 in the tests: tiles by their pixels, logits and greedy answers against transformers' own class. Not
-tested: we had no published weights or tokenizers; text models other than Qwen2 and Llama.
+tested: we had no published weights or tokenizers; text models other than Qwen2, Llama
+and GPT-OSS.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ tower's post layer norm before the layers are concatenated. Checkpoints in their
 are in `llava_original.py`.
 
 Tested on small random models, and on the trained tiny models of this repository, all measures on
-these; text models Llama, Phi-3, Qwen2 and Mistral; on all published files of llava-1.5-7b-hf but
+these; text models Llama, Phi-3, Qwen2, Mistral and Gemma 2; towers CLIP, SigLIP and DINOv2 with
+registers, where relevancy stops at the vision tokens; on all published files of llava-1.5-7b-hf but
 the weights. Not tested: we had no published weights; several GPUs.
 """
 
@@ -130,9 +131,8 @@ def load(path: str, config: PreTrainedConfig, **options: Unpack[LoadOptions]) ->
     return model, processor
 
 
-def has_cls(config: PreTrainedConfig) -> bool:
-    """Whether the tower puts a CLS before its patches."""
-    return config.vision_config.model_type == "clip_vision_model"
+# how many tokens of their own towers put before their patches, whatever a processor says
+BEFORE_PATCHES = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def complete(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
@@ -142,13 +142,15 @@ def complete(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     # ViP-LLaVA drops the CLS and has no such setting
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     processor.vision_feature_select_strategy = strategy
-    processor.num_additional_image_tokens = int(has_cls(config))
+    own = processor.num_additional_image_tokens
+    tower = config.vision_config.model_type
+    processor.num_additional_image_tokens = BEFORE_PATCHES.get(tower, own)
 
 
 def parts(model: PreTrainedModel) -> Parts:
     """The modules under their names in transformers' class."""
     base = model.model
-    blocks = getattr(base.vision_tower, "encoder", base.vision_tower).layers
+    blocks = getattr(getattr(base.vision_tower, "encoder", base.vision_tower), "layers", ())
     return generic.decoder_parts(
         base.language_model,
         model.lm_head,
@@ -307,14 +309,16 @@ def get_resize_output_image_size(shape: tuple[int, int], edge: int) -> tuple[int
 
 
 def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
-    """One cell per patch of the preprocessed square. The CLS is dropped, or has no box."""
-    rows, columns = generic.patch_sides(inputs, vlm.processor.patch_size)
-    patches = PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
-    extra = getattr(vlm.processor, "num_additional_image_tokens", 0)
-    if not extra or vlm.processor.vision_feature_select_strategy == "default":
+    """One cell per patch of the preprocessed square. What the tower has before them, a CLS or
+    registers, has no box; strategy "default" drops the first of all, whatever it is."""
+    shown = region(vlm.processor.image_processor, size)
+    patches = generic.patch_grid(inputs, vlm.processor.patch_size, shown, size)
+    before = getattr(vlm.processor, "num_additional_image_tokens", 0)
+    first = int(vlm.processor.vision_feature_select_strategy == "default")
+    if before == first:
         return patches
-    boxes = np.concatenate([np.full((1, 4), np.nan), patches.boxes])
-    return PatchGrid(boxes, None, size)
+    boxes = np.concatenate([np.full((before, 4), np.nan), patches.boxes])
+    return PatchGrid(boxes[first:], None, size)
 
 
 FAMILY = Family(

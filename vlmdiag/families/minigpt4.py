@@ -374,9 +374,9 @@ def parts(model: PreTrainedModel) -> Parts:
 
 def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per row of four patches, over the whole picture."""
-    rows, columns = generic.patch_sides(inputs, vlm.model.config.vision_config.patch_size)
+    patch = vlm.model.config.vision_config.patch_size
     shown = region(vlm.processor.image_processor, size)
-    return PatchGrid.regular(rows, columns // GROUPED, shown, size)
+    return generic.patch_grid(inputs, patch, shown, size, GROUPED)
 
 
 def sources(vlm: VLM, size: Size, inputs: Inputs) -> Int[np.ndarray, "P k"]:

@@ -263,12 +263,11 @@ def parts(model: PreTrainedModel) -> Parts:
 
 def patches(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """The ViT's patches without CLS, over the picture as its preprocessed square shows it."""
-    rows, columns = generic.patch_sides(inputs, vlm.model.config.vision_config.patch_size)
     width, height = size
     side = max(size)
     x0, y0, x1, y1 = region(vlm.processor.image_processor, (side, side))
     shown = (x0 * width / side, y0 * height / side, x1 * width / side, y1 * height / side)
-    return PatchGrid.regular(rows, columns, shown, size)
+    return generic.patch_grid(inputs, vlm.model.config.vision_config.patch_size, shown, size)
 
 
 def prompt(vlm: VLM, question: str, system: str | None) -> str:

@@ -98,8 +98,8 @@ def parts(model: PreTrainedModel) -> Parts:
 
 def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid:
     """One cell per patch of the squeezed picture."""
-    rows, columns = generic.patch_sides(inputs, vlm.model.config.vision_config.patch_size)
-    return PatchGrid.regular(rows, columns, region(vlm.processor.image_processor, size), size)
+    patch = vlm.model.config.vision_config.patch_size
+    return generic.patch_grid(inputs, patch, region(vlm.processor.image_processor, size), size)
 
 
 def prompt(vlm: VLM, question: str, system: str | None) -> str:

@@ -37,7 +37,9 @@ def grid(vlm: VLM, size: Size, inputs: Inputs) -> PatchGrid | None:
     crops = getattr(images, "do_center_crop", False)
     shown = llava.region(images, size) if crops else (0, 0, *size)
     patch = getattr(vlm.processor, "patch_size", None)
-    side = generic.patch_sides(inputs, patch)[0] if patch else math.isqrt(tokens_of(vlm))
+    if patch:
+        return generic.patch_grid(inputs, patch, shown, size)
+    side = math.isqrt(tokens_of(vlm))
     return PatchGrid.regular(side, side, shown, size)
 
 

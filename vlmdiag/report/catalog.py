@@ -24,6 +24,8 @@ class Subject:
 
     name: str
     runs: dict[str, Run] = field(default_factory=dict)  # by experiment
+    # by experiment: the names of several runs of which none is the model's more than the others
+    unclear: dict[str, list[str]] = field(default_factory=dict)
     results: tuple[Path, str] | None = None  # folder and scale of swap_analysis.py
 
 
@@ -65,22 +67,33 @@ def subjects(
     runs: Sequence[Run], results_dir: str | Path | None = None, names: Sequence[str] | None = None
 ) -> list[Subject]:
     """The models of the runs, in the order of `names` or of the alphabet. Of several runs of one
-    experiment a model's is the one without --run_name and with its system prompt; UsageError for a
-    name that no run has."""
+    experiment a model's is the one without --run_name and with its system prompt, else the only one
+    that measured the model as it is; UsageError for a name that no run has."""
     found: dict[str, Subject] = {}
+    named: dict[str, dict[str, list[Run]]] = {}  # by model and experiment
     for run in sorted(runs, key=_preference):
-        name = model_of(run)
+        name, experiment = model_of(run), experiment_of(run)
         subject = found.setdefault(name, Subject(name))
         is_plain = run.path.name in [f"{name}{ending}" for ending in SP]
-        if is_plain or experiment_of(run) == SWAP:
-            subject.runs.setdefault(experiment_of(run), run)
-    for subject in found.values():
+        if is_plain or experiment == SWAP:
+            subject.runs.setdefault(experiment, run)
+        elif run.meta["settings"].get("vision_scale", 1) == 1:
+            named.setdefault(name, {}).setdefault(experiment, []).append(run)
+    for name, subject in found.items():
+        for experiment, others in named.get(name, {}).items():
+            if experiment in subject.runs:
+                continue
+            if len(others) == 1:
+                subject.runs[experiment] = others[0]
+            else:
+                subject.unclear[experiment] = [run.path.name for run in others]
         if results_dir is not None and SWAP in subject.runs:
             subject.results = _results_of(subject.runs[SWAP], Path(results_dir))
     unknown = sorted(set(names or ()) - set(found))
     if unknown:
         raise UsageError(f"no run is of {', '.join(unknown)}; there are {', '.join(sorted(found))}")
-    return [found[name] for name in names or sorted(found) if found[name].runs]
+    chosen = (found[name] for name in names or sorted(found))
+    return [subject for subject in chosen if subject.runs or subject.unclear]
 
 
 def _preference(run: Run) -> tuple[bool, bool, str]:

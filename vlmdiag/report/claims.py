@@ -135,8 +135,11 @@ HOLDS, FAILS, OPEN, UNTESTABLE = "holds", "does not hold", "not decided", "not t
 
 def _run(subject: Subject, experiment: str) -> Run:
     run = subject.runs.get(experiment)
+    command = rundirs.COMMANDS.get(experiment, experiment)
+    if experiment in subject.unclear:
+        several = ", ".join(subject.unclear[experiment])
+        raise NotTestable(f"several runs of {command} and none without --run_name: {several}")
     if run is None or not run.ids():
-        command = rundirs.COMMANDS.get(experiment, experiment)
         raise NotTestable(f"no run of {command}")
     return run
 

@@ -230,7 +230,7 @@ def cost_of(run: Run) -> Record | None:
         memory.append(f"{counted['peak_gpu_mib'] / 1024:.1f} GiB of the GPU")
     return {
         "run": f"{experiment_of(run)}: {run.label}",
-        "items": items,
+        "count": items,
         "seconds": f"{milliseconds / 1000 / items:.2f}",
         "memory": ", ".join(memory),
     }
