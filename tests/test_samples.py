@@ -497,3 +497,36 @@ def test_a_picture_of_any_format_is_upright_and_its_header_says_so(tmp_path, for
         for other in (stored, upright.transpose(samples.TURN[turn])):
             wrong = other.size != found.size
             assert wrong or np.abs(np.asarray(found, int) - np.asarray(other, int)).mean() > 10
+
+
+@pytest.mark.parametrize(
+    ("mode", "largest"), [("I", 1), ("I", 255), ("I", 10**6), ("F", 1), ("F", 255), ("F", 65535)]
+)
+def test_a_picture_of_32_bits_is_refused_where_its_white_is_unknown(tmp_path, mode, largest):
+    levels = np.linspace(0, largest, 64).reshape(8, 8)
+    numbers = levels.astype(np.int32 if mode == "I" else np.float32)
+    Image.fromarray(numbers).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="32-bit picture"):
+        load_image(tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize("ending", ["pgm", "png", "tif"])
+def test_16_bits_are_read_alike_from_every_format(tmp_path, ending):
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    path = tmp_path / f"deep.{ending}"
+    if ending == "pgm":
+        path.write_bytes(b"P5 8 8 65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(levels).save(path)
+    expected = ((levels.astype(int) + 128) // 257).astype(np.uint8)
+    assert np.array_equal(np.asarray(load_image(path))[..., 0], expected)
+
+
+def test_no_picture_runs_a_program(tmp_path, monkeypatch):
+    """PostScript under the name of a photograph."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: pytest.fail("it ran"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.eps")
+    (tmp_path / "photo.eps").rename(tmp_path / "photo.jpg")
+    for read in (load_image, picture_header):
+        with pytest.raises(ValueError, match="PostScript is a program"):
+            read(tmp_path / "photo.jpg")

@@ -662,6 +662,12 @@ def test_what_another_sentence_denies_changes_nothing(before, text):
         ("**B**", "right"),
         ("A red circle is left", "left"),
         ("Option B is to the left", "left"),
+        ("A. is wrong, B is right.", "right"),
+        ("A: no. The answer is B", "right"),
+        ("A. B is wrong", "left"),
+        ("A. Because B is not it.", "left"),
+        ("A. is wrong.", None),
+        ("A, B", None),
     ],
 )
 def test_options_of_a_swap_question_are_read_alike(text, said):

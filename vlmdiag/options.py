@@ -127,7 +127,24 @@ _THAN = re.compile(rf"\bthan\s+{_ANY}(\w)", re.IGNORECASE)
 def chosen(text: str, letters: str = "AB") -> str | None:
     """The letter of the option that an answer chooses, None where it chooses none, or several.
     letters: of all options, such as 'AB'."""
+    votes, against = _statements(_with_mentions(text, letters))
+    for kind in (ANSWER, BETTER, RIGHT):
+        if votes[kind]:
+            only = votes[kind] if kind == ANSWER else votes[kind] - against
+            return only.pop() if len(only) == len(votes[kind]) == 1 else None
+    return None
+
+
+def only_named(text: str, letters: str = "AB") -> str | None:
+    """The letter of the only option that an answer names, where it says nothing against it."""
     marked = _with_mentions(text, letters)
+    named = set(re.findall(rf"{_ANY}(\w)", marked))
+    is_one = len(named) == 1 and _TIE not in marked and not named & _statements(marked)[1]
+    return named.pop() if is_one else None
+
+
+def _statements(marked: str) -> tuple[dict[int, set[str]], set[str]]:
+    """(options by the kind of what is said for them, those that something is said against)."""
     votes: dict[int, set[str]] = defaultdict(set)
     against: set[str] = set()
     for sentence in _SENTENCE.findall(marked):
@@ -135,11 +152,7 @@ def chosen(text: str, letters: str = "AB") -> str | None:
             continue
         for clause in _CLAUSE.split(sentence.rstrip(".!;\n")):
             _count(clause, votes, against)
-    for kind in (ANSWER, BETTER, RIGHT):
-        if votes[kind]:
-            only = votes[kind] if kind == ANSWER else votes[kind] - against
-            return only.pop() if len(only) == len(votes[kind]) == 1 else None
-    return None
+    return votes, against
 
 
 # --- mentions -------------------------------------------------------------------------------------

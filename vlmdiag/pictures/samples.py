@@ -335,6 +335,8 @@ def _opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
         if isinstance(path, (str, Path)) and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("no file")  # opening a pipe would wait for ever
         with Image.open(path) as file:
+            if file.format == "EPS":  # whatever its name says
+                raise ValueError("PostScript is a program, which Pillow would have Ghostscript run")
             shorter, longer = sorted(file.size)
             if shorter * longer > PIXEL_LIMIT:
                 raise ValueError(
@@ -383,11 +385,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
     """The levels of a 16-bit picture as 8 bits, row by row to save memory. ValueError for levels of
     another range."""
+    # of 16 bits, also where Pillow gives them as 32; a file of 32 bits may hold 8
+    is_known = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    if image.mode == "I" and not is_known:
+        is_known = max(np.abs(image.getextrema())) > 255
     levels = np.empty((image.height, image.width), np.uint8)
     rows = max(1, 2**22 // image.width)
     for top in range(0, image.height, rows):
         strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
-        if image.mode == "F" or strip.min() < 0 or strip.max() > 65535:
+        if not is_known or strip.min() < 0 or strip.max() > 65535:
             raise ValueError(
                 "a float or 32-bit picture, whose range of values is unknown; convert it to 8 or 16"
                 " bits"

@@ -16,7 +16,7 @@ from typing import TypedDict
 
 from vlmdiag.answers import said
 from vlmdiag.cli import UsageError
-from vlmdiag.options import chosen
+from vlmdiag.options import chosen, only_named
 from vlmdiag.pictures.entries import read_json
 from vlmdiag.pictures.samples import annotated_as
 from vlmdiag.pictures.table import (
@@ -505,12 +505,14 @@ def read_answer(
     answer that only denies one says the other. letters {"A": category, "B": category}: an answer
     that begins with one of them, or chooses one (options.chosen), says what it stands for.
     """
-    letter = LETTER.match(text) if letters else None
-    if letters and letter:
-        return letters[(letter[1] or letter[2]).upper()], "letter"
-    option = chosen(text, "".join(letters)) if letters else None
-    if letters and option:
-        return letters[option], "letter named"
+    if letters:
+        first = LETTER.match(text)
+        option = chosen(text, "".join(letters))
+        if option is None and first:
+            option = only_named(text, "".join(letters))
+        if option is not None:
+            is_first = first and (first[1] or first[2]).upper() == option
+            return letters[option], "letter" if is_first else "letter named"
     category_by_word = {
         word: name for name in (category, OPPOSITE[category]) for word in WORDS[name]
     }
