@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 from vlmdiag import CHECKOUT, cli
 from vlmdiag.cli import UsageError
-from vlmdiag.runs import rundirs
+from vlmdiag.pictures.samples import PICTURES
+from vlmdiag.runs import disk, rundirs
 
 TINY = "checkpoints/tiny-llava"
 EMBEDDED = [TINY, f"{TINY}-normWmean", f"{TINY}-multilayerNorm", f"{TINY}-independent"]
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BEAT = 60.0  # seconds between lines of a log that is no terminal
 # pictures or items of each experiment
 SIZES = {
@@ -131,9 +131,16 @@ def data_of(args: argparse.Namespace) -> Data:
         )
     names = sorted(path.name for path in root.iterdir() if path.suffix.lower() in PICTURES)
     if not names:
-        raise UsageError(f"--images {args.images}: no pictures ({', '.join(PICTURES)}) in it")
+        raise UsageError(
+            f"--images {args.images}: no pictures ({', '.join(sorted(PICTURES))}) in it"
+        )
     listed = Path(args.out) / "pictures.json"
-    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    # a folder may grow: pictures that were there before keep their ids
+    known = disk.read_json(listed)["images"] if listed.is_file() else []
+    ids = {image["file_name"]: image["id"] for image in known}
+    for name in names:
+        ids.setdefault(name, 1 + max(ids.values(), default=-1))
+    images = [{"id": id, "file_name": name} for name, id in ids.items() if name in names]
     rundirs.write_json(listed, {"images": images, "annotations": []})
     return Data(
         root,

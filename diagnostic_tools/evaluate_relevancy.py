@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,10 +192,11 @@ def make_worker(args: argparse.Namespace) -> Worker:
 def finish(args: argparse.Namespace, outcome: Outcome) -> None:
     """Say what makes the tables."""
     where = outcome.run.path
-    print(
-        f"{where}: tables and figures by python diagnostic_tools/relevancy_evaluation_plot.py"
-        f" --run_dir {where}"
-    )
+    if outcome.run.ids():
+        print(
+            f"{where}: tables and figures by python diagnostic_tools/relevancy_evaluation_plot.py"
+            f" --run_dir {shlex.quote(str(where))}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ the warm patches of a colour or shape word lie on its object.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,9 +135,9 @@ def make_worker(args: argparse.Namespace) -> Worker:
 
 def finish(args: argparse.Namespace, outcome: Outcome) -> None:
     """Say what draws the maps."""
-    where = outcome.run.path
-    folder = f" --image_dir {args.image_dir}" if args.image_dir else ""
-    print(f"{where}: figures by python diagnostic_tools/viz_relevancy.py --run_dir {where}{folder}")
+    command = ["python", "diagnostic_tools/viz_relevancy.py", "--run_dir", str(outcome.run.path)]
+    command += ["--image_dir", args.image_dir] if args.image_dir else []
+    print(f"{outcome.run.path}: figures by {shlex.join(command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -159,6 +159,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--drafts are of greedy answers: leave --answers, --do_sample and --pos_only out"
         )
+    if args.answers is not None and args.do_sample:
+        parser.error("--answers are measured as they are: leave --do_sample out")
+    if args.delta_steps[0] == 0 and not args.no_rope:
+        parser.error("--delta_steps: the first, which figures show, is a move by no position")
     if args.pos_only and args.no_rope:
         parser.error("--pos_only and --no_rope leave nothing to measure")
     return args

@@ -161,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--recommend_frac",
         type=cli.number(0, 0.999),
         default=0.07,
-        help="share of the last layers that is never recommended",
+        help="layers behind round(number of layers x (1 - this)) are never recommended",
     )
     parser.add_argument("--max_samples_per_category", type=cli.count, default=200, help="0: all")
     parser.add_argument(

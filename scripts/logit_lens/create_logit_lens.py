@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,7 +191,8 @@ def finish(args: argparse.Namespace, outcome: Outcome) -> None:
     )
     print(
         f"{folder}: {written} pages written; all of them together: python"
-        f" scripts/logit_lens/generate_overview.py {folder} {folder}"
+        f" scripts/logit_lens/generate_overview.py {shlex.quote(str(folder))}"
+        f" {shlex.quote(str(folder))}"
     )
 
 

@@ -148,7 +148,8 @@ def curves_figure(
 def head_map_figure(matrix: Float[np.ndarray, "L H"], title: str) -> Figure:
     """A share of each layer and head, from 0 to 1."""
     figure, axis = plt.subplots(figsize=(6, 5))
-    plots.heatmap(axis, matrix, title, 0, 1)
+    image = plots.heatmap(axis, matrix, title, 0, 1)
+    figure.colorbar(image, label="share of attention")
     return figure
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vlmdiag.runs.rundirs import Run
 
 Summaries = dict[str, Record]  # {'all' or kind of question: summarise() of its records}
+NOTED = 0.05  # share of answers that could not be read, from which on the table says so
 MEASURES = ("accuracy", "accuracy_permuted", "psi")
 
 
@@ -78,13 +79,19 @@ def compare(runs: Sequence[Run]) -> None:
 def table_of(label: str, summaries: Summaries) -> str:
     """The summaries as lines of text."""
     lines = [
-        f"{label}: mean [95 % interval over images]",
+        f"{label}: each image counting once, mean [95 % interval over images]",
         f"{'kind':14s}{'questions':>10s}{'images':>8s}  {'accuracy':20s}{'shuffled':20s}PSI",
     ]
     for kind, summary in summaries.items():
         cells = "".join(f"{_shown(summary[name]):20s}" for name in MEASURES)
         counts = f"{summary['questions']:10d}{summary['images']:8d}"
         lines.append(f"{kind:14s}{counts}  {cells}".rstrip())
+    unread = summaries["all"]["share_without_a_known_answer"]["original"]
+    if unread > NOTED:
+        lines.append(
+            f"{unread:.0%} of the answers were read as no answer that the question may have: see"
+            " 'text' and 'read_as' in per_image/"
+        )
     return "\n".join(lines)
 
 

@@ -243,10 +243,10 @@ def draw_knockout(
         ticks = names
         if has_room:
             ends = [windows[label][window] for window in names]
-            ticks = [
-                f"{window.replace('_', '-')}\n{first}-{last}"
-                for window, (first, last) in zip(names, ends)
-            ]
+            spans = [f"{first}-{last}" for first, last in ends]
+            called = [window.replace("_", "-") for window in names]
+            # a window of its own has its ends as its name
+            ticks = [f"{a}\n{b}" if a != b else a for a, b in zip(called, spans, strict=True)]
         seaborn.heatmap(
             matrix,
             vmin=0,
@@ -267,6 +267,6 @@ def draw_knockout(
         axis.set(
             title=f"Accuracy under attention knockout: {n}{what}",
             xlabel="layers in which attention is cut, from 0",
-            ylabel="hidden keys \u2192 rows that do not see them",
+            ylabel="hidden keys \u2192\nrows that do not see them",
         )
     return figure

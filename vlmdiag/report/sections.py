@@ -117,13 +117,42 @@ def experiment(run: Run) -> Experiment:
 
 
 def figures_of(runs: Runs) -> Iterator[Drawn | str]:
-    """The figures of all runs of one experiment; a line for what cannot be drawn."""
-    drawers = DRAWERS.get(experiment_of(runs[0]), ())
-    for draw in drawers:
+    """The figures of all runs of one experiment; a line for what cannot be drawn. A run that lacks
+    what a figure needs is left out of it."""
+    for draw in DRAWERS.get(experiment_of(runs[0]), ()):
         try:
-            yield from draw(runs)
+            yield from list(draw(runs))
         except UsageError as error:
-            yield str(error)
+            reasons = [_refused(draw, run) for run in runs]
+            able = [run for run, reason in zip(runs, reasons, strict=True) if reason is None]
+            if len(able) in (0, len(runs)):  # each for itself, or only together
+                yield str(error)
+                continue
+            yield from filter(None, reasons)
+            yield from _of_able(draw, able)
+
+
+def _of_able(draw: Callable[[Runs], Iterator[Drawn]], runs: Runs) -> Iterator[Drawn | str]:
+    """The figures of runs of which each can be drawn alone."""
+    try:
+        yield from list(draw(runs))
+    except UsageError as error:
+        yield str(error)
+
+
+def _refused(draw: Callable[[Runs], Iterator[Drawn]], run: Run) -> str | None:
+    """Why a figure of a run alone cannot be drawn."""
+    from matplotlib import pyplot as plt
+
+    before = set(plt.get_fignums())
+    try:
+        list(draw([run]))
+    except UsageError as error:
+        return str(error)
+    finally:
+        for number in set(plt.get_fignums()) - before:
+            plt.close(number)
+    return None
 
 
 def _labels(runs: Runs) -> dict[str, Run]:

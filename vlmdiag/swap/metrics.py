@@ -684,7 +684,7 @@ def recommend_layer(
     }
     ranked = sorted(candidates, key=lambda layer: (score[layer], layer), reverse=True)[:k]
     warnings = [
-        f"{group}: coherence is nowhere above 0, not used"
+        f"{group}: {'coherence is nowhere above 0' if curves[group] else 'no pairs'}, not used"
         for group in curves
         if group not in usable
     ]
