@@ -210,7 +210,15 @@ def make_worker(args: argparse.Namespace) -> Worker:
         path_of_list = getattr(args, name)
         if path_of_list is not None:
             text_of = partial(text_of_ids, vlm)
-            samples = with_answers(samples, f"--{name}", path_of_list, "caption", text_of, True)
+            samples = with_answers(
+                samples,
+                f"--{name}",
+                path_of_list,
+                "caption",
+                text_of,
+                may_be_empty=True,
+                may_lack=name == "drafts",
+            )
             settings[name] = Path(path_of_list).name
     if args.no_rope:
         settings["no_rope"] = True

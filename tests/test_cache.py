@@ -29,6 +29,19 @@ def test_what_is_held_is_what_a_plain_layer_holds(counts):
     assert torch.equal(plain.keys[:, :, :7], beginning)
 
 
+def test_what_was_made_in_inference_mode_goes_on_outside_of_it():
+    plain, roomy = DynamicLayer(), RoomyLayer(*states(0, 5))
+    plain.update(*states(0, 5))
+    with torch.inference_mode():
+        roomy.update(*states(1, 2))
+    plain.update(*states(1, 2))
+    for seed in (2, 3):
+        wanted = plain.update(*states(seed, 1))
+        with torch.no_grad():
+            found = roomy.update(*states(seed, 1))
+        assert all(map(torch.equal, found, wanted))
+
+
 def test_rows_that_share_a_beginning_do_not_write_into_it_nor_into_each_other():
     keys, values = states(0, 6, batch=1)
     before = keys.clone()

@@ -57,6 +57,17 @@ def is_ahead(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def sizes(vlm):
+    """How many positions each pass of the decoder reads."""
+    read = []
+    hook = vlm.parts.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    yield read
+    hook.remove()
+
+
 def gaps(vlm, batch, row, ids):
     """(best, distance to the second) of the logits at each step of an answer (N,), by one pass over
     prompt and answer."""
@@ -129,6 +140,24 @@ def test_a_draft_ends_where_it_has_an_id_that_is_no_word(vlm, batch, is_ahead):
     given = [[*ids[:5], *more] for ids, more in zip(plain.ids, [[10**6], [-1]] * 4, strict=True)]
     assert same(generate(vlm, batch, LIMIT, drafts=given), plain)
     assert drafts.counted()["draft_agreed"] >= 4 * len(ROWS)
+
+
+def test_drafts_and_answers_may_be_tensors(vlm, batch, monkeypatch):
+    whole = generate(vlm, batch, LIMIT).ids
+    monkeypatch.setattr(type(vlm), "eos_ids", property(lambda vlm: {whole[1][6]}))
+    plain = generate(vlm, batch, LIMIT)
+    given = [torch.tensor([*ids, 5, 6]) for ids in plain.ids]
+    assert same(generate(vlm, batch, LIMIT, drafts=given), plain)
+    forced = generate(vlm, batch, LIMIT, answers=[torch.tensor(ids) for ids in plain.ids])
+    assert forced.ids == plain.ids
+
+
+def test_an_answer_with_what_stands_for_a_picture_is_read_token_by_token(vlm, batch, sizes):
+    """Some models (Kimi K2.5) read it otherwise among other tokens."""
+    answers = [[20, vlm.image_token_id, 21, 22]] * len(ROWS)
+    sizes.clear()
+    generate(vlm, batch, 1, answers=answers)
+    assert sizes[1:] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
@@ -222,17 +251,6 @@ def test_the_answer_of_a_prepared_prompt_is_that_of_the_whole_prompt(vlm, batch_
     plain = generate(vlm, batch, 6)
     assert found.ids == plain.ids
     assert torch.allclose(found.logprobs, plain.logprobs, atol=1e-5)
-
-
-@pytest.fixture
-def sizes(vlm):
-    """How many positions each pass of the decoder reads."""
-    read = []
-    hook = vlm.parts.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    yield read
-    hook.remove()
 
 
 def test_a_short_draft_is_read_with_the_prompt(vlm, batch_of, monkeypatch, sizes):

@@ -9,6 +9,8 @@ import pytest
 
 from diagnostic_tools.run_coco_diagnostics import text_of_ids
 from vlmdiag.cli import UsageError
+from vlmdiag.model.decoding import answer_ids, generate
+from vlmdiag.model.limits import context_of
 from vlmdiag.pictures.given import with_answers
 from vlmdiag.pictures.samples import Sample
 
@@ -110,3 +112,48 @@ def test_a_model_reads_only_ids_that_it_can_say(load, name):
     assert text_of((*ids, head)) is None and text_of((10**9,)) is None
     unknown = [id for id in range(head) if vlm.tokenizer.convert_ids_to_tokens(id) is None]
     assert all(text_of((id,)) is None for id in unknown)
+
+
+def test_an_id_as_it_is_written_comes_first(read):
+    entries = [{"image_id": "1", "caption": "a"}, {"image_id": "01", "caption": "b"}]
+    assert read(entries, ("01", "1")) == ["b", "a"]
+    with pytest.raises(UsageError, match="no caption for 1 of 2 images"):
+        read(entries, ("1", "001"))
+
+
+def test_drafts_may_lack_images_but_not_all(read, capsys):
+    entries = [{"image_id": 2, "caption": "a"}]
+    assert read(entries, (1, 2), may_lack=True) == ["", "a"]
+    assert "no caption for 1 of 2 images" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no caption for 2 of 2"):
+        read(entries, (1, 3), may_lack=True)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_special_strings_in_an_answer_are_text(load, pictures, name):
+    """But for the one that ends an answer, at its end; an empty answer is that alone."""
+    vlm = load(name)
+    prompt = vlm.encode([Sample("0", None, "What is it?")], pictures[:1]).prompts[0]
+    tokenizer = vlm.tokenizer
+    end, of_picture = (
+        tokenizer.convert_ids_to_tokens(id) for id in (vlm.end_id, vlm.image_token_id)
+    )
+    special = {vlm.end_id, vlm.image_token_id, *tokenizer.all_special_ids}
+    plain = answer_ids(vlm, prompt, "a red circle")
+    assert plain[-1] == vlm.end_id and not special & {*plain[:-1]}
+    assert answer_ids(vlm, prompt, f"a red circle{end}") == plain
+    for typed in (f"a {end} b", f"a {of_picture} b", f"{of_picture}", f"a {end}{of_picture}{end}"):
+        ids = answer_ids(vlm, prompt, typed)
+        assert ids[-1] == vlm.end_id and not special & {*ids[:-1]}
+        words = typed.removesuffix(end) if typed.count(end) > 1 else typed
+        assert vlm.text(ids).replace(" ", "") == words.replace(" ", "")
+    assert answer_ids(vlm, prompt, "") == answer_ids(vlm, prompt, "  ") == [vlm.end_id]
+
+
+def test_an_answer_that_the_context_has_no_room_for_fails(load, pictures):
+    vlm = load("llava")
+    batch = vlm.encode([Sample("0", None, "What is it?")], pictures[:1])
+    room = context_of(vlm.model.config) - batch.lengths[0]
+    assert int(generate(vlm, batch, 1, answers=[[20] * room]).steps[0]) == room
+    with pytest.raises(ValueError, match=f"has {room + 1} tokens behind a prompt"):
+        generate(vlm, batch, 1, answers=[[20] * (room + 1)])

@@ -11,7 +11,7 @@ from transformers.masking_utils import sdpa_mask
 from tests.conftest import embeddings
 from vlmdiag.cli import UsageError
 from vlmdiag.families import generic
-from vlmdiag.groups import GROUPS
+from vlmdiag.groups import GROUPS, VISION
 from vlmdiag.interp import interventions, knockout, knockout_pairs
 from vlmdiag.interp.conditions import condition_sets
 from vlmdiag.interp.interventions import (
@@ -260,6 +260,40 @@ def test_no_edit_is_the_unedited_run_bit_for_bit(vlm, batch_of):
         and torch.equal(plain.first, edited.first)
         and torch.equal(plain.logprobs, edited.logprobs)
     )
+
+
+def test_an_edit_behind_a_cache_is_of_the_prompts_positions_or_refused(vlm, batch_of):
+    """The same as in a pass over the whole prompt; what the cache has does not run again."""
+    batch = batch_of(vlm, (0,))
+    with torch.no_grad():
+        shared = SharedPicture(vlm, batch)
+        shared.keep(generate(vlm, batch, 1).cache)
+        behind, inputs = shared.ask(batch, [0])
+    assert inputs["cache"] is not None
+    start, total = inputs["cache"].get_seq_length(), behind.groups.shape[1]
+    values = torch.randn(2, inputs["embeds"].shape[-1], generator=torch.Generator().manual_seed(0))
+    question = torch.tensor([total - 4, total - 2])
+    plain = generate(vlm, batch, 3)
+    rows = torch.zeros(1, total, dtype=torch.bool)
+    rows[0, -3:] = True
+    for change in (
+        {"embeddings": [(0, question, values)]},
+        {"blocks": [Block(rows, behind.groups == VISION)]},
+    ):
+        with edit(vlm, **change):
+            whole = generate(vlm, behind, 3)
+            found = generate(vlm, behind, 3, **shared.ask(batch, [0])[1])
+        assert (whole.first - plain.first).abs().max() > 1e-3
+        assert found.ids == whole.ids
+        assert torch.allclose(found.first, whole.first, atol=1e-4)
+    early = torch.zeros(1, total, dtype=torch.bool)
+    early[0, start - 1] = True
+    for change in (
+        {"embeddings": [(0, torch.tensor([start - 1, total - 1]), values)]},
+        {"blocks": [Block(early, early)]},
+    ):
+        with edit(vlm, **change), pytest.raises(UsageError, match=f"positions before {start}"):
+            generate(vlm, behind, 1, **shared.ask(batch, [0])[1])
 
 
 def test_shared_prefixes_and_batched_conditions_change_nothing(vlm, prompt, batch_of):

@@ -154,7 +154,8 @@ def test_psi_of_planted_accuracies():
     same = psi_interval([1, 0, 1], [1, 0, 1])
     assert same.mean == 0 and -1 < same.low < 0 < same.high < 1  # three images prove little
     lost = psi_interval([1, 1, 1], [0, 0, 0])
-    assert lost.mean == lost.high == 1 and 0 <= lost.low < 0.5
+    # a sign test of three images does not exclude that as many would be gained (p = 0.25)
+    assert lost.mean == lost.high == 1 and -0.01 < lost.low < 0.5
     assert np.isnan(psi_interval([0, 0], [0, 0])[:3]).all()
     one = psi_interval([1.0], [0.5])
     assert one.mean == 0.5 and np.isnan(one.low) and one.n == 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -360,6 +360,7 @@ class _Active:
     blocks: list[Block]
     inspect: Inspect | None
     mask_of: MaskOf | None
+    changed: list[Tensor] = field(default_factory=list)  # positions of an edit's embeddings
     total: int = 0  # positions seen by the pass that runs, those in the cache included
     together: Together | None = None  # of the pass that runs
 
@@ -379,6 +380,19 @@ def reads_passes() -> bool:
         return False
     own = _active.inspect is not None or _active.mask_of is not None
     return own or any(probe.wants_hidden == "index" for probe in _active.probes)
+
+
+def check_edit(start: int) -> None:
+    """UsageError where the edit in progress is of positions before `start`, which a cache has."""
+    if _active is None:
+        return
+    rows = [block.queries[:, :start].any() for block in _active.blocks]
+    rows += [(positions < start).any() for positions in _active.changed]
+    if any(map(bool, rows)):
+        raise UsageError(
+            f"an edit is of positions before {start}, which a cache has and which do not run again:"
+            " read the whole prompt"
+        )
 
 
 class Together:
@@ -473,26 +487,34 @@ def edit(
             answer = generate(vlm, batch, 1)
 
     embeddings: (row, positions, values) to put in place of the decoder's inputs in the prefill;
-    blocks: see Block. Vision tokens as a whole are changed in features.pooler_output, which
+    blocks: see Block. UsageError where the prefill goes on from a cache that has positions which
+    are to be changed. Vision tokens as a whole are changed in features.pooler_output, which
     generate() takes. Query rows that no block names stay bit-identical.
     """
 
     def replace(
         module: nn.Module, args: tuple[object, ...], kwargs: Record
     ) -> tuple[tuple[object, ...], Record]:
-        states = kwargs["inputs_embeds"]
-        if states.shape[1] > 1 and (_active is None or _active.together is None):
-            states = states.clone()
-            for row, positions, values in embeddings:
-                states[row, positions] = values.to(states)
-            kwargs["inputs_embeds"] = states
+        states, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        start = 0 if cache is None else cache.get_seq_length()
+        if states is None or start > last:
+            return args, kwargs  # a later step
+        states = states.clone()
+        for row, positions, values in embeddings:
+            states[row, positions - start] = values.to(states)
+        kwargs["inputs_embeds"] = states
         return args, kwargs
 
     hook = None
+    last = max(
+        (int(positions.max()) for _, positions, _ in embeddings if len(positions)), default=-1
+    )
     if embeddings:
         hook = vlm.parts.decoder.register_forward_pre_hook(replace, with_kwargs=True)
     try:
         with capture(vlm, probes, blocks):
+            assert _active is not None
+            _active.changed = [positions for _, positions, _ in embeddings]
             yield
     finally:
         if hook is not None:

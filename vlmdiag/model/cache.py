@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -45,6 +46,8 @@ class RoomyLayer(DynamicLayer):
         before = held.shape[2]
         total = before + new.shape[2]
         buffer, view = self._filled.get(name, (None, None))
+        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
+            buffer = None  # made in inference mode, it cannot be written to outside of it
         if buffer is None or view is not held or buffer.shape[2] < total:
             batch, heads, _, width = held.shape
             buffer = new.new_empty(batch, heads, total + ROOM, width)

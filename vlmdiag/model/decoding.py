@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from vlmdiag.groups import GROUPS
 from vlmdiag.model import drafts as known
 from vlmdiag.model.cache import with_room
-from vlmdiag.model.limits import steps_that_fit
+from vlmdiag.model.encoding import ids_of_words
+from vlmdiag.model.limits import check_answers, steps_that_fit
 from vlmdiag.model.vision import prefill
 
 if TYPE_CHECKING:
@@ -118,11 +119,11 @@ def generate(
     ends at its EOS.
 
     max_new_tokens: at most, and no more than the model's context has room for. answers: ids to be
-    produced instead, one list per sample (teacher forcing); ValueError if one is
-    empty. features, cache, embeds: see prefill(). stop: asked after every step whether answers are
-    complete without EOS; once true it holds, and a row ends there whatever the others do. drafts:
-    ids that each row's greedy answer is likely to have, so that it takes fewer passes; the answer
-    is the same (see vlmdiag.model.drafts).
+    produced instead, one list per sample (teacher forcing); ValueError for an empty one and for one
+    that the context has no room for. features, cache, embeds: see prefill(). stop: asked after
+    every step whether answers are complete without EOS; once true it holds, and a row ends there
+    whatever the others do. drafts: ids that each row's greedy answer is likely to have, so that it
+    takes fewer passes; the answer is the same (see vlmdiag.model.drafts).
     """
     device = vlm.device
     size = len(batch.samples)
@@ -130,10 +131,13 @@ def generate(
     choose: Choose = _greedy
     limit = steps_that_fit(vlm, batch, max_new_tokens)
     lengths = None
+    answers = None if answers is None else [list(map(int, ids)) for ids in answers]
+    drafts = None if drafts is None else [list(map(int, ids)) for ids in drafts]
     if answers is not None:
         lengths = torch.tensor([len(ids) for ids in answers], device=device)
         if int(lengths.min()) < 1:
             raise ValueError("an answer to be measured is empty")
+        check_answers(vlm, batch, answers)
         limit = int(lengths.max())
         choose = _Forced(answers)
     elif do_sample:
@@ -149,7 +153,9 @@ def generate(
         output = _read_prompts(vlm, batch, features, cache, embeds)
     last_of_prompt = -1 if guesses is None else -1 - max(map(len, guesses))
     first = output.logits[:, last_of_prompt].float().log_softmax(-1)
-    if answers is not None and lengths is not None and several:
+    # some models read what stands for a picture otherwise among other tokens
+    is_text = answers is None or not any(vlm.image_token_id in ids for ids in answers)
+    if answers is not None and lengths is not None and several and is_text:
         of_given = known.read_given(vlm, batch, output, answers)
         column = torch.arange(limit, device=device)
         return Generation(
@@ -225,20 +231,22 @@ def _read_prompts(
 
 
 def answer_ids(vlm: VLM, prompt: str, answer: str | Sequence[int]) -> list[int]:
-    """Ids of a given answer after a prompt, with EOS. answer: text, or ids as they were
-    generated."""
+    """Ids of a given answer after a prompt, with EOS. answer: ids as they were generated, or text,
+    in which special strings are text but for the one that ends an answer, at its end."""
     if not isinstance(answer, str):
         return [int(id) for id in answer]
+    answer = answer.removesuffix(vlm.tokenizer.convert_ids_to_tokens(vlm.end_id)).lstrip(" ")
+    if not answer:
+        return [vlm.end_id]
     # Tokenizers that mark a leading space need what stands before the answer.
     last = prompt[-1]
-    answer = answer.lstrip(" ")
     lead = vlm.tokenizer(last, add_special_tokens=False)["input_ids"]
     space = "" if last.isspace() else " "
-    ids = vlm.tokenizer(last + space + answer, add_special_tokens=False)["input_ids"]
+    ids = ids_of_words(vlm, last + space, answer, prompt)
     if ids[: len(lead)] == lead:
         ids = ids[len(lead) :]
     else:
-        ids = vlm.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = ids_of_words(vlm, "", answer, prompt)
     return ids if ids[-1:] == [vlm.end_id] else [*ids, vlm.end_id]
 
 

@@ -338,8 +338,8 @@ def decode(
     rows = []
     words = output.logits.shape[-1]
     for index, draft in enumerate(drafts):
-        # up to what ends an answer, or is no word of the model's
-        is_over = [id in ends or not 0 <= id < words for id in draft]
+        # up to what ends an answer, stands for a picture, or is no word of the model's
+        is_over = [id in ends or id == vlm.image_token_id or not 0 <= id < words for id in draft]
         rows.append(_Row(index, list(draft[: [*is_over, True].index(True)])))
     guesses = guesses or [[] for _ in rows]
     size = max(map(len, guesses))

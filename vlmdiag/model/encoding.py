@@ -123,6 +123,22 @@ def _hide_typed_specials(
     )
 
 
+def ids_of_words(vlm: VLM, lead: str, words: str, around: str) -> list[int]:
+    """Ids of words behind a few characters, without what a tokenizer adds; special strings that
+    stand in the words stay text. around: a prompt that has the marks of the model's prompts."""
+    stand_in = next(chr(code) for code in range(0xE020, 0xF8FF) if chr(code) not in lead + words)
+    shown, typed = _hidden(words, _specials(vlm, around), stand_in)
+    if not typed:
+        return list(vlm.tokenizer(lead + words, add_special_tokens=False)["input_ids"])
+    text = lead + shown
+    read = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = _Tokens(read["input_ids"], read["offset_mapping"], {}, {})
+    places = [place for place, letter in enumerate(text) if letter == stand_in]
+    of_answer = [(special, "generated") for special in typed]
+    groups = [GROUPS.index("generated")] * len(tokens.ids)
+    return _put_back(vlm.tokenizer, tokens, groups, places, of_answer)[0]
+
+
 def _hidden(words: str, specials: Sequence[str], stand_in: str) -> tuple[str, list[str]]:
     """(words with one character for each special string, these strings)."""
     shown = ""

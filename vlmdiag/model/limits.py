@@ -49,6 +49,17 @@ def steps_that_fit(vlm: VLM, batch: Batch, wanted: int) -> int:
     return min(wanted, ANSWER_LIMIT if context is None else context - max(batch.lengths))
 
 
+def check_answers(vlm: VLM, batch: Batch, answers: Sequence[Sequence[int]]) -> None:
+    """ValueError where a given answer is longer than what the model reads behind its prompt."""
+    context = context_of(vlm.model.config)
+    for length, ids in zip(batch.lengths, answers, strict=True):
+        if context is not None and length + len(ids) > context:
+            raise ValueError(
+                f"the given answer has {len(ids)} tokens behind a prompt of {length}, the model"
+                f" reads {context}"
+            )
+
+
 def check_scaled(vlm: VLM, size: tuple[int, int]) -> None:
     """ValueError for a strip that the processor would make huge, because it brings the shorter side
     to a length of its own. size: (width, height)."""

@@ -20,6 +20,7 @@ from vlmdiag.batch import joined
 from vlmdiag.cli import UsageError
 from vlmdiag.families.generic import seeing
 from vlmdiag.groups import VISION
+from vlmdiag.model.attention import check_edit
 from vlmdiag.types import Record
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ def prefill(
     are wanted at least.
     """
     start = 0 if cache is None or embeds is None else cache.get_seq_length()
+    check_edit(start)
     options: Record = {
         "attention_mask": batch.attention_mask,
         # contiguous, because some models take a view of them

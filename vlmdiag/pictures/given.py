@@ -24,12 +24,14 @@ def with_answers(
     field: str,
     text_of: TextOf | None = None,
     may_be_empty: bool = False,
+    may_lack: bool = False,
 ) -> list[Sample]:
     """The samples with the answers that a list gives to their images, as Sample.given.
 
     field: the answer's text in an entry. text_of: entries may have ids of its tokens, with the text
     or without; they count where the model reads the text in them, for the list may be of a model
-    with another tokenizer. UsageError names the entry that is none, or an image without an answer.
+    with another tokenizer. may_lack: images without an answer have an empty one, where others have
+    one. UsageError names the entry that is none, or an image without an answer.
     """
     try:
         given = _read(path, field, text_of, may_be_empty)
@@ -38,20 +40,39 @@ def with_answers(
             f"{flag}: {error}; wanted is a JSON list of objects with image_id and {field}"
         ) from error
     image_ids = [sample.extra["image_id"] for sample in samples]
-    missing = [id for id in image_ids if image_key(id) not in given]
+    answers = _of_images(given, image_ids)
+    missing = [id for id, answer in zip(image_ids, answers, strict=True) if answer is None]
     if missing:
-        raise UsageError(
+        lacking = (
             f"{flag}: {path} has no {field} for {len(missing)} of {len(samples)} images that are"
             f" measured, such as {missing[0]}"
         )
-    answers = [given[image_key(id)] for id in image_ids]
-    return [replace(sample, given=one) for sample, one in zip(samples, answers, strict=True)]
+        if not may_lack or len(missing) == len(samples):
+            raise UsageError(lacking)
+        print(f"{lacking}; these are answered without one")
+    return [replace(sample, given=one or "") for sample, one in zip(samples, answers, strict=True)]
+
+
+def _of_images(given: dict[str, Given], image_ids: Sequence[object]) -> list[Given | None]:
+    """The answer to each image, None where there is none: the one under the id as it is written,
+    else the only one under this id in another writing (42, "42", "000000000042")."""
+    alike: dict[str, set[Given]] = {}
+    for name, answer in given.items():
+        alike.setdefault(image_key(name), set()).add(answer)
+
+    def answer_to(id: object) -> Given | None:
+        if str(id) in given:
+            return given[str(id)]
+        answers = [*alike.get(image_key(id), ())]
+        return answers[0] if len(answers) == 1 else None
+
+    return [answer_to(id) for id in image_ids]
 
 
 def _read(
     path: str | Path, field: str, text_of: TextOf | None, may_be_empty: bool
 ) -> dict[str, Given]:
-    """{image_key: answer} of a list."""
+    """{id: answer} of a list."""
     given: dict[str, Given] = {}
     for n, entry in enumerate(entries_of(path, read_list(path), ["image_id"])):
         id = checked_id(path, f"the image_id of entry {n},", entry["image_id"])
@@ -59,7 +80,7 @@ def _read(
             answer = _answer(entry, field, text_of, may_be_empty)
         except ValueError as error:
             raise UsageError(f"{path}: entry {n} (image {id}) {error}") from error
-        if given.setdefault(image_key(id), answer) != answer:
+        if given.setdefault(str(id), answer) != answer:
             raise UsageError(f"{path}: entry {n} has a second {field} for image {id}")
     return given
 
