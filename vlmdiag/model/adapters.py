@@ -209,7 +209,12 @@ def merge(model: PreTrainedModel, adapter: Path, layouts: Sequence[Rename]) -> P
     belongs to no module of the model, or the adapter has no weights to merge."""
     # which peft imports, and which says what it cannot do on a CPU
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft import (
+        PeftConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     config = PeftConfig.from_pretrained(str(adapter))
@@ -235,8 +240,11 @@ def merge(model: PreTrainedModel, adapter: Path, layouts: Sequence[Rename]) -> P
         warnings.simplefilter("ignore")  # of rounding where 4-bit weights are merged into
         adapted = get_peft_model(model, config)
         result = set_peft_model_state_dict(adapted, state)
-        empty = [key for key in result.missing_keys if ".default" in key]
         _refuse_strangers(adapter, result.unexpected_keys)
+        # of all that peft saves, which leaves out what is tied or counted again
+        empty = sorted(
+            set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - {*state}
+        )
         if empty:
             raise UsageError(
                 f"{adapter}: {len(empty)} parameters of the adapter are in no file, such as"
@@ -280,6 +288,9 @@ def _placed(
     targets: set[str] = set()
     strangers = []
     for key, tensor in stored.items():
+        if key.startswith("base_model.") and not key.startswith("base_model.model."):
+            state[key] = tensor  # of the adapter as a whole: VeRA's projections
+            continue
         name = base_name(key)
         # of X.lora_A.weight it is X.weight that the model knows
         part = re.search(rf"\.({prefix}|token_adapter\b)", name)
