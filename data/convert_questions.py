@@ -1,4 +1,4 @@
-"""Make a question list, which every experiment reads, of a list in another form.
+r"""Make a question list, which every experiment reads, of a list in another form.
 
     python data/convert_questions.py v2_OpenEnded_mscoco_val2014_questions.json \
         --annotations v2_mscoco_val2014_annotations.json --out data/vqa/questions.json

@@ -159,6 +159,9 @@ def load(args: argparse.Namespace) -> VLM:
 
 def fit(args: argparse.Namespace) -> int:
     """Calibrate; returns the exit code."""
+    from vlmdiag.stethoscope.calibration import logistic_regression
+
+    logistic_regression()  # it is needed when all is measured
     return run_worker(args, make_worker, finish_fit)
 
 
@@ -217,11 +220,14 @@ def score(args: argparse.Namespace) -> int:
     if fitted is None:
         print(f"not calibrated: run hallucination_warning.py fit for {args.model_path}")
         return 0
-    for word in warnings_for(vlm, batch, ids, fitted["names"], fitted):
+    words = warnings_for(vlm, batch, ids, fitted["names"], fitted)
+    if not words:
+        print("it names no object that the calibration knows, so there is nothing to score")
+    for word in words:
         risk = "not calibrated for descriptions"
         if word["probability"] is not None:
             risk = f"P(hallucinated) = {word['probability']:.2f}"
-        signals = "  ".join(f"{name} {value:.2f}" for name, value in word["signals"].items())
+        signals = "  ".join(f"{name} {value:.3g}" for name, value in word["signals"].items())
         print(f"{word['word']}: {risk}  {signals}")
     return 0
 

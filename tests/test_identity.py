@@ -57,6 +57,7 @@ def merged(folder):
         edited("processor_config.json", patch_size=15),
         edited("preprocessor_config.json", do_resize=False),
         edited("tokenizer_config.json", add_bos_token=False),
+        written("vision_tower/config.json", "{}"),
         edited("tokenizer.json", truncation={"max_length": 5}),
         edited("generation_config.json", eos_token_id=0),
         edited("config.json", vision_feature_layer=-1),
@@ -83,6 +84,8 @@ def test_what_can_change_a_number_changes_the_fingerprint(model, change):
         written("rng_state_0.pth", "4"),
         written("README.md", "# Model"),
         written("checkpoint-500/config.json", "{}"),
+        written("eval/meta.json", "{}"),
+        written("outputs/attention_tiny-llava.json", "{}"),
         written(".gitattributes", "*"),
     ],
 )

@@ -530,3 +530,10 @@ def test_no_picture_runs_a_program(tmp_path, monkeypatch):
     for read in (load_image, picture_header):
         with pytest.raises(ValueError, match="PostScript is a program"):
             read(tmp_path / "photo.jpg")
+
+
+def test_pictures_whose_names_differ_in_their_endings_have_ids_of_their_own(tmp_path):
+    for name in ("a.jpg", "a.png", "a.jpg.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = [sample.id for sample in samples.samples_of(tmp_path, "?")]
+    assert len(set(found)) == 4 and "b" in found

@@ -371,7 +371,10 @@ def test_unnamed_objects_stay_only_when_asked_for_and_occurrence_tells_equal_nam
 def test_tables_that_are_none_are_refused(tmp_path):
     for content, why in (
         ("", "is empty"),
-        ("a\tb\n1\t2\n", "its first line is 'a, b'"),
+        (
+            "a\tb\n1\t2\n",
+            "its first line is 'a, b' and lacks a picture's column, category, original_answer",
+        ),
         ("a\tb\n1\n", "1 cells where the header has 2"),
         ("\t".join(COLUMNS) + "\n", "no swap pair"),
     ):
@@ -445,3 +448,38 @@ def test_states_of_another_shape_are_refused(tmp_path):
     open_states(tmp_path / "s.npy", (3, 2, 1, 4), "float16")
     with pytest.raises(ValueError, match="wanted"):
         open_states(tmp_path / "s.npy", (4, 2, 1, 4), "float16")
+
+
+def ready(path, *changes):
+    """A ready table without a group, of a row for each change."""
+    row = {
+        "original_question": "Is the cup left of the pan?",
+        "swapped_question": "Is the pan left of the cup?",
+        "original_answer": "left",
+        "swapped_answer": "right",
+        "category": "left",
+        "image": picture(),
+    }
+    rows = [row | {"question_id": f"q{n}"} | change for n, change in enumerate(changes)]
+    return written(path, (*row, "question_id"), rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"swapped_question": ""}, "an empty question"),
+        ({"original_question": "NaN"}, "an empty question"),
+        ({"swapped_question": "Is it?", "original_question": " Is it? "}, "the original one"),
+    ],
+)
+def test_a_row_without_two_questions_is_left_out(tmp_path, change, why):
+    found, left_out = pairs.read_pairs(ready(tmp_path / "t.tsv", change, {}))
+    assert [pair["question_id"] for pair in found] == ["q1"]
+    (reason,) = left_out
+    assert why in reason
+
+
+def test_a_ready_table_needs_no_group_and_answers_may_end_with_a_stop(tmp_path):
+    answers = {"original_answer": "Left.", "swapped_answer": "right."}
+    (pair,), left_out = pairs.read_pairs(ready(tmp_path / "t.tsv", answers))
+    assert pair["group"] == "horizontal" and not left_out

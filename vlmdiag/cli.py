@@ -230,7 +230,7 @@ def add_engine_arguments(
     parser.add_argument(
         "--shard",
         type=shard,
-        default=(0, 1),
+        default="0/1",
         help=f"i/n: only every n-th {part}, from the i-th; auto: as SLURM or torchrun say{then}",
     )
     parser.add_argument(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -78,14 +79,15 @@ def compare(runs: Sequence[Run]) -> None:
 
 def table_of(label: str, summaries: Summaries) -> str:
     """The summaries as lines of text."""
+    width = max(14, 2 + max(map(len, summaries)))
     lines = [
         f"{label}: each image counting once, mean [95 % interval over images]",
-        f"{'kind':14s}{'questions':>10s}{'images':>8s}  {'accuracy':20s}{'shuffled':20s}PSI",
+        f"{'kind':{width}s}{'questions':>10s}{'images':>8s}  {'accuracy':20s}{'shuffled':20s}PSI",
     ]
     for kind, summary in summaries.items():
         cells = "".join(f"{_shown(summary[name]):20s}" for name in MEASURES)
         counts = f"{summary['questions']:10d}{summary['images']:8d}"
-        lines.append(f"{kind:14s}{counts}  {cells}".rstrip())
+        lines.append(f"{kind:{width}s}{counts}  {cells}".rstrip())
     unread = summaries["all"]["share_without_a_known_answer"]["original"]
     if unread > NOTED:
         lines.append(
@@ -196,7 +198,8 @@ def _psi_axis(axis: Axes) -> None:
 def _kind_label(kind: str, summary: Fields) -> str:
     questions = _counted(summary["questions"], "question")
     images = _counted(summary["images"], "image")
-    return f"{kind.replace('_', ' ')}\n{questions}, {images}"
+    name = textwrap.fill(kind.replace("_", " "), 26)
+    return f"{name}\n{questions}, {images}"
 
 
 def _counted(number: int, thing: str) -> str:

@@ -30,6 +30,8 @@ NOT_READ = re.compile(
     r"(trainer_state|(all|train|eval)_results)\.json"
     r"|(training_args|optimizer|scheduler|scaler|rng_state|random_states)[\w.-]*\.(bin|pt|pth|pkl)"
 )
+# of which one makes a folder below a model a part of it, whose JSON files count
+PART = re.compile(r"(|.*_)config\.json|tokenizer.*\.json|.*\.(safetensors|bin|pt|pth)")
 OTHER_FOLDERS = ("checkpoint-", "global_step", "runs", ".")
 
 BLOCKS = 8  # of a tensor that are sampled
@@ -77,9 +79,12 @@ def file_digests(path: str | Path) -> dict[str, str]:
 def _files_of(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(OTHER_FOLDERS)]
+        # results that somebody keeps below a model are no part of it
+        is_part = Path(folder) == root or any(map(PART.fullmatch, names))
         for name in names:
             file = Path(folder, name)
             is_read = file.suffix in SETTINGS + WEIGHTS or name in WORDS
+            is_read &= is_part or file.suffix != ".json"
             if is_read and not NOT_READ.fullmatch(name) and file.is_file():
                 yield file
 

@@ -28,7 +28,14 @@ def given_samples(args: Namespace, folder: str | Path | None = None) -> list[Sam
         return [about([Path(path) for path in args.images], args.prompt_text)]
     if args.video:
         return [about(frames_of(args.video, args.frames), args.prompt_text)]
-    return read_messages(args.messages, folder, args.frames) if args.messages else []
+    samples = read_messages(args.messages, folder, args.frames) if args.messages else []
+    answered = sum(sample.answer is not None for sample in samples)
+    if answered and not hasattr(args, "use_answers"):
+        print(
+            f"{args.messages}: last messages of the assistant, {answered} in all, are left out: the"
+            " model answers itself"
+        )
+    return samples
 
 
 def settings_of(args: Namespace) -> Record:

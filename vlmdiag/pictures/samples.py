@@ -169,6 +169,8 @@ def samples_of(folder: str | Path, question: str, max_images: int | None = None)
     files = list_pictures(folder)
     stems = Counter(file.stem for file in files)
     names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    taken = Counter(names)  # a.jpg.png beside a.jpg and a.png
+    names = [file.name if taken[name] > 1 else name for name, file in zip(names, files)]
     return [
         Sample(id_of(name), file, question, extra={"image_id": id_of(name)})
         for name, file in zip(names[:max_images], files)

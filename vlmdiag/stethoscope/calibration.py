@@ -48,7 +48,7 @@ def fit(signals: ArrayLike, labels: ArrayLike, penalty: float = 1.0) -> Model:
     mean = rows.mean(0)
     std = rows.std(0)
     std = np.where(std > 0, std, 1.0)
-    regression = _logistic_regression()(
+    regression = logistic_regression()(
         C=1 / penalty, solver="newton-cholesky", tol=1e-12, max_iter=1000
     )
     regression.fit((rows - mean) / std, truth)
@@ -60,7 +60,8 @@ def fit(signals: ArrayLike, labels: ArrayLike, penalty: float = 1.0) -> Model:
     }
 
 
-def _logistic_regression() -> type[LogisticRegression]:
+def logistic_regression() -> type[LogisticRegression]:
+    """scikit-learn's class; UsageError where it is not installed."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:

@@ -40,14 +40,7 @@ from vlmdiag.swap.relations import (
 )
 from vlmdiag.types import Fields
 
-READY = {
-    "original_question",
-    "swapped_question",
-    "original_answer",
-    "swapped_answer",
-    "group",
-    "category",
-}
+READY = {"original_question", "swapped_question", "original_answer", "swapped_answer", "category"}
 EMBSPATIAL = {"category", "question", "answer", "A", "B", "C", "D"}
 # option texts that name no object
 INVALID = {"", "unknown", "n/a", "none", "nan", "null"}
@@ -208,10 +201,13 @@ def _pairs(
             is_ready = set(row) >= READY
             has_pictures = not set(row).isdisjoint(PICTURE_COLUMNS)
             if not has_pictures or (not is_ready and not set(row) >= EMBSPATIAL):
+                lacking = min((form - set(row) for form in (READY, EMBSPATIAL)), key=len)
+                lacking |= set() if has_pictures else {"a picture's column"}
                 raise UsageError(
                     f"{path}: a table of ready swap pairs or of EmbSpatial-Bench was wanted"
-                    f" (docs/data.md), its first line is {', '.join(row)[:100]!r}; pairs of"
-                    " generated scenes: python data/make_shapes.py"
+                    f" (docs/data.md); its first line is {', '.join(row)[:100]!r} and lacks"
+                    f" {', '.join(sorted(lacking))}; pairs of generated scenes: python"
+                    " data/make_shapes.py"
                 )
         pair_id = f"{number:06d}"
         try:
@@ -252,6 +248,11 @@ def _ready(row: Row, common: Pair) -> Pair | str:
             f"answers {row['original_answer']!r}, {row['swapped_answer']!r} of category"
             f" {row['category']!r}"
         )
+    questions = [row["original_question"].strip(), row["swapped_question"].strip()]
+    if any(question.lower() in ("", "nan", "none", "null") for question in questions):
+        return "an empty question"
+    if questions[0] == questions[1]:
+        return "the swapped question is the original one"
     match = READY_OBJECTS.match(row["original_question"])
     objects = None
     if match:

@@ -41,7 +41,7 @@ WORDS = {
 
 def category_of(text: str) -> str | None:
     """One of CATEGORIES; below and beneath are under. None for anything else."""
-    name = text.strip().lower()
+    name = text.strip().rstrip(".").lower()
     if name in ("below", "beneath", "underneath"):
         return "under"
     return name if name in CATEGORIES else None

@@ -97,7 +97,9 @@ def draw_average(
         ),
     )
     fig.suptitle(
-        f"{label}: {count} instances in which the model preferred its revision", fontsize=10
+        f"{label}: {count} {'instance' if count == 1 else 'instances'} in which the model preferred"
+        " its revision",
+        fontsize=10,
     )
     return fig
 
