@@ -234,6 +234,10 @@ def token_types(vlm: VLM) -> dict[str, bool]:
 def _tokenize_with_pictures(
     vlm: VLM, images: Image | Sequence[Image], text: str, **options: bool
 ) -> _Tokens:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(
+            "the prompt has half of a surrogate pair, which no tokenizer takes as text"
+        )
     bos = vlm.tokenizer.bos_token
     inputs = once(vlm.processor)(
         images=images,
