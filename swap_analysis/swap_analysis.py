@@ -556,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return recommend(args)
     scales = scales_of(args)
     if {"pairs", "states"} & {*args.stage} and not Path(args.data_path).is_file():
-        raise UsageError(f"--data_path {args.data_path}: there is no such file")
+        raise UsageError(f"--data_path {args.data_path} cannot be read (no such file)")
     worst = 0
     for scale, path in scales.items():
         try:

@@ -8,18 +8,19 @@ import pytest
 import torch
 
 import common
-from tests.random_models import paligemma
+from tests.random_models import internvl, llava, paligemma
 from vlmdiag.cli import UsageError
 from vlmdiag.families import Rotary
 from vlmdiag.families import generic as generic_family
 from vlmdiag.groups import GROUPS
-from vlmdiag.model import decoding, encoding, rotary, selfcheck, vision
-from vlmdiag.model.attention import Block, Row, capture, edit
+from vlmdiag.model import attention, decoding, encoding, rotary, selfcheck, vision
+from vlmdiag.model.attention import Block, Row, capture, edit, scores
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass
-from vlmdiag.model.selfcheck import check
+from vlmdiag.model.selfcheck import check, noise_picture
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.grid import PatchGrid
+from vlmdiag.pictures.samples import AT_HAND, Sample
 
 NAMES = ["llava", "llava-gqa", "qwen"]
 
@@ -222,6 +223,30 @@ def test_a_wrong_weight_is_found_by_attention_times_v(load, monkeypatch):
 
 
 DOT = Row.dot
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("build", "name", "mutant"),
+    [
+        (internvl.MODELS["internvl-gpt-oss"], "sinks_of", lambda options: None),
+        (
+            llava.MODELS["llava-gemma2"],
+            "scores",
+            lambda products, mask, *more: scores(products, mask),
+        ),
+    ],
+    ids=["sinks", "softcap"],
+)
+def test_an_option_of_attention_that_is_passed_over_is_found_in_every_dtype(
+    tmp_path, monkeypatch, build, name, mutant, dtype
+):
+    vlm = common.load_model(build(tmp_path / "model"), dtype=dtype, self_check=False)
+    sample, picture = Sample("0", AT_HAND, "What is it?"), noise_picture()
+    selfcheck._check_kernel(vlm, sample, picture)
+    monkeypatch.setattr(attention, name, mutant)
+    with pytest.raises(UsageError, match="differs from what the model's own function makes"):
+        selfcheck._check_kernel(vlm, sample, picture)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,22 +4,24 @@ each check fails in one clear line."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmdiag.cli import UsageError
 from vlmdiag.groups import VISION
 from vlmdiag.model import drafts
-from vlmdiag.model.attention import Row, capture
+from vlmdiag.model.attention import Row, capture, full_mask, kernel, scaling_of
 from vlmdiag.model.decoding import Generation, generate
 from vlmdiag.model.encoding import token_types
 from vlmdiag.model.prefix import first_positions
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
 SIZE = (168, 126)
 QUESTIONS = ("Is there a red circle in the image?", "Describe the image.")
 ANSWER = [20, 21, 22]  # ids of a made-up answer
+ROWS = 64  # queries of a prompt's end of which attention is compared
+CHECKED = "vlm_checked"
+
+
+AttentionMaskInterface.register(CHECKED, sdpa_mask)
 
 
 def noise_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
@@ -107,6 +114,7 @@ def check(vlm: VLM) -> str | None:
     batch = vlm.encode(samples, pictures)
     decoder_only = "decoder-only" in vlm.family.has
     if decoder_only:
+        _check_kernel(vlm, samples[0], picture)
         generation = _check_capture(vlm, batch, tolerance)
         _check_several_tokens(vlm, batch, generation, tolerance * 10)
     else:
@@ -347,6 +355,53 @@ def _check_capture(vlm: VLM, batch: Batch, tolerance: float) -> Generation:
                 f" {worst[step]:.1e} (relative; allowed {tolerance:.0e})",
             )
     return generation
+
+
+def _check_kernel(vlm: VLM, sample: Sample, picture: Image.Image) -> None:
+    """Of the same queries, keys and values our attention makes what the model's own eager function
+    makes, in float32 and so to 1e-4 whatever the model's dtype: an option that ours does not know,
+    such as attention sinks, would pass a comparison of whole passes in 16 bits."""
+    layer_of = {module: i for i, layer in enumerate(vlm.parts.layers) for module in layer.modules()}
+    worst: dict[int, float] = {}
+
+    def both(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **more: Any,
+    ) -> tuple[Tensor, None]:
+        layer = layer_of.get(module)
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if layer is not None and own is not None:
+            seen = full_mask(module, query, key, mask, more)[:, :, -ROWS:]
+            q, k, v = query[:, :, -ROWS:].float(), key.float(), value.float()
+            added = seen
+            if seen.dtype == torch.bool:
+                added = torch.zeros(seen.shape, device=seen.device)
+                added = added.masked_fill(~seen, torch.finfo(torch.float32).min)
+            options = {"scaling": scaling_of(query, more)} | more
+            theirs = own(module, q, k, v, added, **options)[0].float()
+            apart = _relative(kernel(module, q, k, v, seen, **more).float() - theirs, theirs)
+            worst[layer] = max(worst.get(layer, 0.0), apart)
+        return kernel(module, query, key, value, mask, **more), None
+
+    AttentionInterface.register(CHECKED, both)
+    decoder = vlm.parts.decoder
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation(CHECKED)
+    try:
+        prefill(vlm, vlm.encode([sample], [picture]))
+    finally:
+        decoder.set_attn_implementation(before)
+    for layer, apart in worst.items():
+        if apart > 1e-4:
+            _fail(
+                vlm,
+                f"attention of layer {layer} differs from what the model's own function makes of"
+                f" the same queries and keys by {apart:.1e} (relative)",
+            )
 
 
 def _check_several_tokens(vlm: VLM, batch: Batch, generation: Generation, tolerance: float) -> None:
