@@ -81,7 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--answers",
         default=None,
         help=(
-            "preds.json-like list: measure these captions by teacher forcing instead of generating"
+            "preds.json-like list: measure these captions, and that they end there, by teacher"
+            " forcing instead of generating"
         ),
     )
     parser.add_argument(
