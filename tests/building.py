@@ -4,6 +4,7 @@ uniform and hides errors, so q and k are scaled up."""
 import json
 import re
 import string
+from types import SimpleNamespace
 
 import tokenizers
 import torch
@@ -39,6 +40,16 @@ QWEN_TEMPLATE = (
     " %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor"
     " %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def clip_processor(images, patch):
+    """What a grid asks of the processor of a LLaVA whose tower is CLIP's."""
+    return SimpleNamespace(
+        image_processor=images,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
 def sharpen(model, layers):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from tests.building import clip_processor
 from vlmdiag.families import llava
 from vlmdiag.pictures.grid import PatchGrid
 
@@ -195,9 +196,7 @@ def preprocess(name, picture):
     )
     inputs = processor(images=picture, return_tensors="pt")
     grid = llava.grid(
-        SimpleNamespace(processor=SimpleNamespace(patch_size=PATCH, image_processor=processor)),
-        picture.size,
-        inputs,
+        SimpleNamespace(processor=clip_processor(processor, PATCH)), picture.size, inputs
     )
     cells = (
         inputs["pixel_values"][0]

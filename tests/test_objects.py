@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tests.building import clip_processor
 from vlmdiag.cli import UsageError
 from vlmdiag.families import llava, qwen_vl
 from vlmdiag.interp import objects
@@ -284,11 +285,7 @@ def grid_of(name, size):
         crop_size={"height": SIDE, "width": SIDE}, **PROCESSORS[name]
     )
     inputs = processor(images=picture, return_tensors="pt")
-    return llava.grid(
-        SimpleNamespace(processor=SimpleNamespace(patch_size=PATCH, image_processor=processor)),
-        size,
-        inputs,
-    )
+    return llava.grid(SimpleNamespace(processor=clip_processor(processor, PATCH)), size, inputs)
 
 
 def shares(grid, mask):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,11 +192,17 @@ def test_words_that_begin_alike_are_refused(load):
     class Bare:
         """A tokenizer that begins every word with the same token."""
 
+        all_special_tokens, added_tokens_decoder = (), {}
+
+        def convert_ids_to_tokens(self, id):
+            return "</s>"
+
         def __call__(self, text, **options):
             return {"input_ids": [1] * (len(text) + 1)}
 
     class Model:
         path, tokenizer, end_id = "bare", Bare(), 2
+        family, processor = SimpleNamespace(markup=()), None
 
     with pytest.raises(UsageError, match="Yes and No begin with the same token"):
         tunnel_scores.yes_no_ids(Model(), "ASSISTANT:")
