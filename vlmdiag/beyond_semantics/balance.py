@@ -75,7 +75,7 @@ def head_vision_share(
 def mean_mass(
     mass: Float[Tensor, "N L B H G"], counted: Bool[Tensor, "N B"]
 ) -> Float[Tensor, "L B H G"]:
-    """Mean over steps of every group's mass, sums to 1 over G."""
+    """Mean over steps of every group's mass; sums to 1 over G, with attention sinks to less."""
     return step_mean(mass, counted)
 
 
