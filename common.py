@@ -129,6 +129,14 @@ class VLM:
         return self.model.get_input_embeddings().weight.dtype
 
     @property
+    def vocabulary(self) -> int:
+        """How many ids the model can read: rows of its input embeddings."""
+        embeddings = self.model.get_input_embeddings()
+        # peft's wrappers have no such number
+        count: int = getattr(embeddings, "num_embeddings", None) or len(embeddings.weight)
+        return count
+
+    @property
     def image_token_id(self) -> int:
         """Id that stands for a vision token in a prompt; UsageError where none does."""
         id = getattr(self.model.config, "image_token_id", None)
@@ -160,7 +168,7 @@ class VLM:
         of_config = self.model.generation_config.eos_token_id
         for id in [of_config] if isinstance(of_config, int) else of_config or ():
             ends.setdefault(id, []).append("the generation config")
-        rows = self.model.get_input_embeddings().num_embeddings
+        rows = self.vocabulary
         return {id: sources for id, sources in ends.items() if 0 <= id < rows}
 
     @property

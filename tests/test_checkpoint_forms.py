@@ -17,6 +17,7 @@ from tests.test_llava_original import make_source, to_original, write_tower
 from vlmdiag.cli import UsageError
 from vlmdiag.families import folders, llava_original
 from vlmdiag.model import adapters, errors, identity, loading
+from vlmdiag.model.decoding import generate
 from vlmdiag.model.prompts import prompt_for
 from vlmdiag.model.vision import prefill
 from vlmdiag.pictures.samples import AT_HAND, Sample
@@ -223,6 +224,41 @@ def test_what_peft_saves_is_what_peft_computes(tmp_path, base, picture, kind):
     merged = common.load_model(tmp_path / "lora", base_model=TINY, self_check=False)
     assert torch.allclose(logits(merged, picture), expected, atol=1e-4)
     assert not torch.allclose(logits(base, picture), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", ["modules_to_save", "embeddings"])
+def test_an_adapter_that_was_trained_with_more_words(tmp_path, picture, way):
+    """Its tokenizer lies beside it; the base's embeddings get as many rows."""
+    peft = pytest.importorskip("peft")
+    vlm = common.load_model(TINY, self_check=False)
+    tokenizer = vlm.processor.tokenizer
+    assert tokenizer.add_tokens(["<here>", "<there>"]) == 2
+    rows = len(tokenizer) + 3
+    vlm.model.resize_token_embeddings(rows, mean_resizing=False)
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"]} if way == "modules_to_save" else {}
+    config = peft.LoraConfig(r=3, target_modules=TEXT, init_lora_weights=False, **whole)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(vlm.model, config)
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=not whole)
+    vlm.processor.save_pretrained(tmp_path / "lora")
+    own = adapted.merge_and_unload()
+    merged = common.load_model(tmp_path / "lora", base_model=TINY)
+    assert merged.vocabulary == rows
+    vlm.model = own
+    sample = Sample("0", None, "Is it <here> or <there>?")
+    batch = merged.encode([sample], [picture])
+    assert tokenizer.convert_tokens_to_ids("<there>") in batch.input_ids[0].tolist()
+    with torch.inference_mode():
+        mine, theirs = (generate(one, batch, 1).first for one in (merged, vlm))
+    assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_a_prompt_with_words_that_the_model_lacks_is_said(tmp_path, picture):
+    vlm = common.load_model(TINY, self_check=False)
+    vlm.processor.tokenizer.add_tokens([f"<word{n}>" for n in range(99)])
+    vlm.encode([Sample("0", None, "Is it red?")], [picture])
+    with pytest.raises(ValueError, match="'<word98>', id .* rows: were they resized"):
+        vlm.encode([Sample("0", None, "Is it <word98>?")], [picture])
 
 
 @pytest.mark.parametrize("kind", ["words", "VeRA", "AdaLoRA"])

@@ -57,6 +57,10 @@ class VLM(Protocol):
         """Type of the input embeddings."""
 
     @property
+    def vocabulary(self) -> int:
+        """How many ids the model can read."""
+
+    @property
     def image_token_id(self) -> int:
         """Id that stands for a vision token in a prompt."""
 

@@ -114,7 +114,7 @@ def id_norms(vlm: VLM) -> Float[np.ndarray, " vocabulary"]:
     """The norm of what the embedding gives for each id, float64. Some embeddings scale their rows
     (Gemma 3), and some are not here as a whole (accelerate's offloading)."""
     embedding = vlm.model.get_input_embeddings()
-    ids = torch.arange(embedding.num_embeddings, device=vlm.device)
+    ids = torch.arange(vlm.vocabulary, device=vlm.device)
     norms = [
         torch.linalg.vector_norm(embedding(some), dim=-1, dtype=torch.float32).cpu()
         for some in ids.split(IDS)

@@ -426,6 +426,16 @@ def paired_difference(
     )
 
 
+def difference_of(one: Interval, other: Interval) -> Interval:
+    """one - other of two measures of the same images, from the interval of each, as if they were
+    independent: Zou and Donner 2008 (Statistics in Medicine 27, 1693), MOVER. Measures that go
+    together, as those of the same images mostly do, make it wider than it need be."""
+    value = one.mean - other.mean
+    below = np.hypot(one.mean - one.low, other.high - other.mean)
+    above = np.hypot(one.high - one.mean, other.mean - other.low)
+    return Interval(value, value - below, value + above, np.minimum(one.n, other.n))
+
+
 def _paired_proportions(
     first: Float[np.ndarray, "n ..."],
     second: Float[np.ndarray, "n ..."],

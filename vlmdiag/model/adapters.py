@@ -227,6 +227,7 @@ def merge(model: PreTrainedModel, adapter: Path, layouts: Sequence[Rename]) -> P
     name_of = names_in(model, layouts)
     kept = getattr(model.config, "layers_kept", None)
     stored = read_adapter(adapter)
+    _resize(model, stored, name_of)
     whole = _whole(config, stored, name_of)
     model.load_state_dict(renamed(stored, whole.get), strict=False)
     of_adapter = {key: tensor for key, tensor in stored.items() if key not in whole}
@@ -262,6 +263,20 @@ def read_adapter(folder: Path) -> State:
     if broken is not None:
         raise UsageError(f"{folder}: {broken}")
     return load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
+
+
+def _resize(model: PreTrainedModel, stored: State, name_of: Rename) -> None:
+    """Give a model the vocabulary of an adapter that was trained with more words, or fewer, and has
+    their embeddings or LM head whole."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    for key, tensor in stored.items():
+        name = name_of(re.sub(r"\.(base_layer|modules_to_save)\.", ".", base_name(key)))
+        if name is None or not name.endswith(".weight"):
+            continue
+        module = model.get_submodule(name.removesuffix(".weight"))
+        if any(module is table for table in tables) and len(tensor) != len(module.weight):
+            model.resize_token_embeddings(len(tensor), mean_resizing=False)
+            return
 
 
 def _whole(config: PeftConfig, stored: State, name_of: Rename) -> dict[str, str]:

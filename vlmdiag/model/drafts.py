@@ -110,10 +110,9 @@ def ahead(
     # in a prompt they may stand for a picture, in an answer they are tokens as all others
     special = {*vlm.tokenizer.all_special_ids, *vlm.tokenizer.get_added_vocab().values()}
     special |= {*vlm.eos_ids, *batch.input_ids[batch.groups == VISION].tolist()}
-    words = len(vlm.model.get_input_embeddings().weight)
 
     def is_word(id: int) -> bool:
-        return 0 <= id < words and id not in special
+        return 0 <= id < vlm.vocabulary and id not in special
 
     guesses = [list(itertools.takewhile(is_word, draft[: limit - 1])) for draft in drafts]
     return guesses if 0 < max(map(len, guesses)) <= SHORT else None

@@ -578,8 +578,14 @@ def encode(
     check_lengths(vlm, lengths)
     longest = max(lengths)
     pad = vlm.tokenizer.pad_token_id
-    rows = vlm.model.get_input_embeddings().num_embeddings
-    if pad is None or pad >= rows:  # it is masked, but has to have a row
+    largest = max(max(sample.ids) for sample in encoded)
+    if largest >= vlm.vocabulary:
+        raise ValueError(
+            f"the prompt has {vlm.tokenizer.convert_ids_to_tokens(largest)!r}, id {largest}, where"
+            f" the model's embeddings have {vlm.vocabulary} rows: were they resized with the"
+            " tokenizer?"
+        )
+    if pad is None or pad >= vlm.vocabulary:  # it is masked, but has to have a row
         pad = 0
     input_ids = torch.full((len(encoded), longest), pad)
     mask = torch.zeros(len(encoded), longest, dtype=torch.long)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
+from vlmdiag.beyond_semantics.position_sensitivity import psi_interval
 from vlmdiag.cli import UsageError
 from vlmdiag.figures import stats
 from vlmdiag.figures.stats import Interval
@@ -178,19 +179,11 @@ def _position_index(sample: Sample, level: Level) -> Interval:
     shared = sorted(set(found[0]) & set(found[1]))
     if not shared:
         raise NotTestable(f"no picture was asked about in {_base(sample).name} too")
-    values = np.array([[of_image[image] for image in shared] for of_image in found])  # (2, n, 2)
-
-    def difference(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
-        """1 - shuffled / in order of both, of the pictures as often as they are drawn."""
-        sums = np.einsum("bn,mnk->bmk", weights, values)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            index = 1 - sums[..., 1] / sums[..., 0]
-        return index[:, 0] - index[:, 1]
-
-    n = len(shared)
-    (value,) = difference(np.ones((1, n)))
-    low, high = stats.bootstrap(difference, n, level, RESAMPLES)
-    return stats.interval_of(float(value), float(low), float(high), n)
+    indices = []
+    for of_image in found:
+        original, permuted = np.array([of_image[image] for image in shared]).T
+        indices.append(psi_interval(original, permuted, level, RESAMPLES))
+    return stats.difference_of(*indices)
 
 
 def _rope_ratio(sample: Sample, level: Level) -> Interval:
