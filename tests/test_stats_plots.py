@@ -474,3 +474,28 @@ def test_a_share_that_is_0_in_all_images_is_no_proportion_of_right_answers():
     assert (found.low, found.high) == (0.0, 0.0)
     right = stats.paired_difference(zeros, zeros, bounds=stats.DIFFERENCES, discrete=True)
     assert right.low < -0.05 and right.high > 0.05  # others may differ
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.05, 0.02), (0.3, 0.3), (0.98, 0.3)])
+def test_a_difference_of_shares_holds_the_truth_where_few_images_differ(p, q):
+    """Of an answer that is right or wrong and the mean of three, by ten images."""
+    rng = np.random.default_rng(0)
+    one = (rng.random((10, 300)) < p) * 1.0
+    other = rng.binomial(3, q, (10, 300)) / 3
+    found = stats.paired_difference(
+        one, other, num_resamples=300, bounds=stats.DIFFERENCES, discrete=True
+    )
+    assert np.mean((found.low <= p - q) & (p - q <= found.high)) > 0.94
+    assert (found.low <= found.mean).all() and (found.mean <= found.high).all()
+    again = stats.paired_difference(
+        other, one, num_resamples=300, bounds=stats.DIFFERENCES, discrete=True
+    )
+    assert np.allclose(again.low, -found.high) and np.allclose(again.high, -found.low)
+
+
+def test_a_difference_of_two_intervals_is_as_wide_as_both_allow():
+    one, other = stats.interval_of(0.5, 0.2, 0.9, 20), stats.interval_of(0.1, 0.1, 0.4, 12)
+    found = stats.difference_of(one, other)
+    assert found.mean == pytest.approx(0.4) and found.n == 12
+    assert found.low == pytest.approx(0.4 - np.hypot(0.3, 0.3))
+    assert found.high == pytest.approx(0.4 + np.hypot(0.4, 0.0))

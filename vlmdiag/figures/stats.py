@@ -409,14 +409,23 @@ def paired_difference(
 ) -> Interval:
     """Mean over images of a - b with its interval, a and b (n, ...) measured on the same images in
     the same order. An image that lacks either is left out. bounds: of a difference, such as -1 and
-    1 of shares. discrete: of few possible values; answers that are right or wrong, 0 or 1, have
-    the limits of a difference of proportions."""
+    1 of shares. discrete: of few possible values; shares have the limits of their difference, and
+    answers that are right or wrong, 0 or 1, those of a difference of proportions."""
     first = np.asarray(a, dtype=np.float64)
     second = np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired values need equal shapes, got {first.shape} and {second.shape}")
     found = mean_interval(first - second, level, num_resamples, seed, bounds, discrete)
     known = ~np.isnan(first - second)
+    if discrete and bounds == DIFFERENCES:
+        both = np.stack([first, second])
+        are_shares = (((both >= 0) & (both <= 1)) | ~known).all((0, 1)) & (found.n > 1)
+        ends = _paired_shares(np.where(known, both, np.nan), level, num_resamples, seed)
+        low, high = (
+            np.where(are_shares, end, other)[()]
+            for end, other in zip(ends, (found.low, found.high), strict=True)
+        )
+        found = found._replace(low=low, high=high)
     are_proportions = (((first * (first - 1) == 0) & (second * (second - 1) == 0)) | ~known).all(0)
     are_proportions &= (found.n > 1) & discrete
     low, high = _paired_proportions(first, second, known, level)
@@ -434,6 +443,27 @@ def difference_of(one: Interval, other: Interval) -> Interval:
     below = np.hypot(one.mean - one.low, other.high - other.mean)
     above = np.hypot(one.high - one.mean, other.mean - other.low)
     return Interval(value, value - below, value + above, np.minimum(one.n, other.n))
+
+
+def _paired_shares(
+    both: Float[np.ndarray, "2 n ..."], level: float, num_resamples: int, seed: int
+) -> tuple[Array, Array]:
+    """Limits of a mean difference of shares, such as means of a few draws, of the same images: as
+    difference_of(), with the correlation of the two (Zou and Donner 2008)."""
+    one, other = (
+        mean_interval(values, level, num_resamples, seed, SHARES, discrete=True) for values in both
+    )
+    apart = np.nan_to_num(both - np.stack([one.mean, other.mean])[:, None])
+    product = (apart[0] * apart[1]).sum(0)
+    size = np.sqrt((apart[0] ** 2).sum(0) * (apart[1] ** 2).sum(0))
+    correlation = np.where(size > 0, product / np.where(size > 0, size, 1), 0)
+
+    def reach(mine: Array, theirs: Array) -> Array:
+        return np.sqrt(np.maximum(mine**2 - 2 * correlation * mine * theirs + theirs**2, 0))
+
+    value = one.mean - other.mean
+    low = value - reach(one.mean - one.low, other.high - other.mean)
+    return low, value + reach(one.high - one.mean, other.mean - other.low)
 
 
 def _paired_proportions(
