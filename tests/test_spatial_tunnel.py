@@ -403,7 +403,8 @@ def test_planted_records_give_the_planted_summary():
     assert [
         summary[name]["n"] for name in ("v", "v_consistent", "v_counter", "v_ambiguous", "gap")
     ] == [512, 232, 232, 48, [232, 232]]
-    assert [summary["gap"][end] for end in ("low", "high")] == pytest.approx([0.7, 0.7])
+    # 232 pictures that are all alike are no proof that others are
+    assert 0.67 < summary["gap"]["low"] < 0.7 < summary["gap"]["high"] < 0.72
     cells = np.array(summary["cells"]["mean"])
     assert (cells[tunnel.split_grid() == "counter"] == pytest.approx(0.2)) and summary["cells"][
         "n"

@@ -11,7 +11,6 @@ swap_analysis/spatial_tunnel.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,23 +203,16 @@ def as_json(interval: stats.Interval) -> Record:
     return {name: np.asarray(value).tolist() for name, value in interval._asdict().items()}
 
 
-def gap_of(
-    high: Float[np.ndarray, " n"],
-    low: Float[np.ndarray, " m"],
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Record:
-    """Difference of the means of two groups of pictures and its bootstrap interval, each group
-    resampled by itself. n: of both."""
-    high = high[~np.isnan(high)]
-    low = low[~np.isnan(low)]
-    mean = stats.measured_mean(high) - stats.measured_mean(low)
-    lower = upper = math.nan
-    if min(len(high), len(low)) > 1:
-        of_high = stats.draws(len(high), num_resamples, seed) @ high / len(high)
-        of_low = stats.draws(len(low), num_resamples, seed + 1) @ low / len(low)
-        lower, upper = (float(end) for end in stats.limits(of_high - of_low))
-    return {"mean": float(mean), "low": lower, "high": upper, "n": [len(high), len(low)]}
+def share_interval(values: Float[np.ndarray, "n ..."]) -> stats.Interval:
+    """Mean of shares, of which many may be all right or nearly so, with its interval."""
+    return stats.mean_interval(values, bounds=stats.SHARES, discrete=True)
+
+
+def gap_of(high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]) -> Record:
+    """Difference of the mean shares of two groups of pictures and its interval. n: of both."""
+    of_groups = [share_interval(group) for group in (high, low)]
+    gap = as_json(stats.difference_of(*of_groups))
+    return gap | {"n": [int(interval.n) for interval in of_groups]}
 
 
 def grid_of(
@@ -261,21 +253,21 @@ def summarize(records: Sequence[Record]) -> Record:
 
     summary: Record = {}
     for name, values in of_pictures.items():
-        summary[name] = as_json(stats.mean_interval(values))
+        summary[name] = as_json(share_interval(values))
         for kind in SPLITS:
             mine: Bool[np.ndarray, " n"] = split == kind
-            summary[f"{name}_{kind}"] = as_json(stats.mean_interval(values[mine]))
+            summary[f"{name}_{kind}"] = as_json(share_interval(values[mine]))
     v = of_pictures["v"]
     summary["gap"] = gap_of(v[split == "consistent"], v[split == "counter"])
     summary["questions"] = {
-        name: {"wording": list(WORDINGS)} | as_json(stats.mean_interval(values))
+        name: {"wording": list(WORDINGS)} | as_json(share_interval(values))
         for name, values in of_questions.items()
     }
-    summary["cells"] = as_json(stats.mean_interval(grid_of(grid, v)))
+    summary["cells"] = as_json(share_interval(grid_of(grid, v)))
     by_size = _by_size(sweep)
     summary["sizes"] = {
         "s1": [s1 for s1, _ in SIZES],
-        "v": as_json(stats.mean_interval(stats.measured_mean(by_size, 1))),
-        "v_by_s1": as_json(stats.mean_interval(by_size)),
+        "v": as_json(share_interval(stats.measured_mean(by_size, 1))),
+        "v_by_s1": as_json(share_interval(by_size)),
     }
     return summary
