@@ -25,6 +25,7 @@ from vlmdiag.volcano.stage_statistics import (
     ratio,
     statistics_over_images,
     subsample_weights,
+    toss_p,
     weights,
 )
 
@@ -596,3 +597,37 @@ def test_a_pool_that_was_not_kept_is_named(run, analyze):
     edit(run, "3_0003", lambda record, arrays: arrays.pop("feedback_max"))
     done = analyze(run, "--pool_method", "max")
     assert done.returncode == 2 and "3_0003 has no feedback_max" in done.stderr
+
+
+def alike_text(rng, tokens, level, effect=0.0):
+    """A text whose neighbouring tokens are alike, with a level of its own."""
+    steps = np.empty(tokens)
+    steps[0] = rng.normal()
+    for t in range(1, tokens):
+        steps[t] = 0.6 * steps[t - 1] + 0.8 * rng.normal()
+    of_token = np.exp(level + effect + 0.3 * steps + 0.15 * rng.normal())
+    return of_token[:, None] * rng.dirichlet(np.full(6, 2.0), tokens)
+
+
+@pytest.mark.parametrize(("effect", "least", "most"), [(0.0, 0.0, 0.12), (0.5, 0.9, 1.0)])
+def test_p_is_of_images_and_not_of_tokens_that_are_alike(effect, least, most):
+    """Ten images, texts of 8 and 16 tokens: how often p is below 0.05."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(60):
+        observed, null = [], []
+        for _ in range(10):
+            level = 0.3 * rng.normal()
+            one, other = alike_text(rng, 8, level), alike_text(rng, 16, level, effect)
+            each, its_null = compare(one, other, one.sum(1), other.sum(1), 60, rng)
+            observed.append(each)
+            null.append(its_null)
+        of_all = statistics_over_images(np.array(observed), np.array(null), list(range(10)))
+        found.append([of_all[name]["p"] <= 0.05 for name in STATISTICS])
+    shares = np.mean(found, 0)
+    assert (least <= shares).all() and (shares <= most).all(), shares
+
+
+def test_the_least_p_of_few_images_is_that_of_their_signs():
+    tosses = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)] * 100)
+    assert toss_p(np.array([1.0, 2.0, 3.0]), tosses) == pytest.approx(201 / 801)
+    assert toss_p(np.zeros(3), tosses) == 1
