@@ -34,6 +34,7 @@ FAR = 1e30  # stands for a ratio without an end; one that has an end is below it
 # of a sample's error: a resample's that is smaller is of nearly equal images and counts as none
 # (six values such as 0 0 0 0.0001 1 11 would have a limit of 300,000)
 ALIKE = 1e-2
+WIDEST = 3  # times Student's half width that a limit may lie from the mean
 FEW = 5  # images; below, resamples are too much alike, and Student's t stands in
 WHOLE = 2**25  # numbers of a weight matrix that is kept as it is: 256 MB
 WEIGHTS = 2_000_000  # numbers of a weight matrix at once: 16 MB
@@ -329,6 +330,10 @@ def _mean_limits(
     if len(many):
         ends = _studentized(apart[:, many], counts[:, many], level, num_resamples, seed)
         below, above = (mean[many] - end * error[many] for end in ends[::-1])
+        # values in two clumps have resamples of one clump, whose error says nothing
+        widest = WIDEST * half[many]
+        below = np.where(np.isfinite(below), np.maximum(below, mean[many] - widest), below)
+        above = np.where(np.isfinite(above), np.minimum(above, mean[many] + widest), above)
         # a limit without an end, from resamples of equal values
         last = (low[many], high[many])
         if bounds is not None:

@@ -2,9 +2,10 @@
 
 destroyed = share of the initially correct answers that an intervention makes wrong; relative
 accuracy = share of them that stay right. Each picture counts once: questions and random draws of a
-picture are averaged first. Intervals are 95 %: Wilson's with n pictures, and bootstrap over
-pictures for paired differences and changes of log-probability. The published summary divides by all
-pictures, those wrong before too, and subtracts probabilities of different tokens.
+picture are averaged first. Intervals are 95 %: exact ones (Clopper and Pearson) with n pictures for
+shares, for paired differences and changes of log-probability those of vlmdiag/figures/stats.py. The
+published summary divides by all pictures, those wrong before too, and subtracts probabilities of
+different tokens.
 
 arXiv 2410.07149, tables 1 and 2; docs/studies/llava_interp.md, sections 1.9 and 5. Kept free of
 torch.
@@ -123,8 +124,8 @@ def destroyed(
 
 
 def share(of_pictures: Float[np.ndarray, " n"]) -> Interval:
-    """Mean of per-picture shares with Wilson's interval for as many pictures; draws averaged within
-    a picture make it wider than it need be, never narrower."""
+    """Mean of per-picture shares with the exact interval for as many pictures; draws averaged
+    within a picture make it wider than it need be, never narrower."""
     known = of_pictures[~np.isnan(of_pictures)]
     return stats.proportion_interval(known.sum(), len(known))
 

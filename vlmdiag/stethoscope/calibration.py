@@ -100,7 +100,16 @@ def auroc_difference(
     scores: ArrayLike, others: ArrayLike, labels: ArrayLike, images: ArrayLike
 ) -> Score:
     """AUROC of scores minus that of others on the same words, with its interval over images, and p,
-    by Student's t."""
+    by Student's t. Where one of the two is 0 or 1, its error is unknown: what both intervals allow,
+    and no p."""
+    if {_auroc_parts(one, labels, images)[0] for one in (scores, others)} & {0.0, 1.0}:
+        of_both = [auroc_interval(one, labels, images) for one in (scores, others)]
+        count = len(np.unique(np.asarray(images, str)))
+        found = stats.difference_of(
+            *(stats.interval_of(one["value"], one["low"], one["high"], count) for one in of_both)
+        )
+        limits = {"low": float(found.low), "high": float(found.high)}
+        return {"value": float(found.mean), **limits, "p": np.nan}
     first, parts, count = _auroc_parts(scores, labels, images)
     second, other_parts, _ = _auroc_parts(others, labels, images)
     value, error = first - second, _error(parts - other_parts, count)

@@ -105,8 +105,12 @@ def read_accuracy(folder: str | Path, scales: Sequence[str]) -> dict[str, Accura
         n = over_scales(f"{group}_n")
         of_group = {"n": np.nan_to_num(n).astype(int)}
         for order in ("orig", "swap", "both"):
-            for end in ("", "_low", "_high"):
-                values = over_scales(f"{group}_acc_{order}{end}")
+            of_group[order] = np.where(n == 0, np.nan, over_scales(f"{group}_acc_{order}"))
+            for end in ("_low", "_high"):
+                over_questions = over_scales(f"{group}_acc_{order}{end}")
+                over_images = over_scales(f"{group}_acc_{order}_image{end}")
+                # of one image there is no interval over images
+                values = np.where(np.isnan(over_images), over_questions, over_images)
                 of_group[f"{order}{end}"] = np.where(n == 0, np.nan, values)
         accuracy[group] = of_group
     return accuracy
