@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import stdtrit
 
 from vlmdiag.cli import UsageError
 from vlmdiag.swap import metrics, results
@@ -94,7 +95,7 @@ def entanglement_of_similarity(cosines):
 )  # fewer and more dimensions than deltas of a category, more than a block of rows
 def test_within_category_consistency_is_that_of_the_whole_cosine_matrix(d):
     deltas, categories = noise(120, d=d)
-    found = within_category_consistency(deltas, categories, **FEW)
+    found = within_category_consistency(deltas, categories)
     for category, layer in itertools.product(CATEGORIES, range(2)):
         expected = slow_pairs(deltas[categories == category, layer])
         assert (found[category]["mean"][layer], found[category]["std"][layer]) == pytest.approx(
@@ -105,7 +106,7 @@ def test_within_category_consistency_is_that_of_the_whole_cosine_matrix(d):
 
 def test_axis_coherence_flips_right_under_and_close():
     deltas, categories = noise(90)
-    found = axis_coherence(deltas, categories, **FEW)
+    found = axis_coherence(deltas, categories)
     for group, (first, second) in GROUPS.items():
         for layer in range(2):
             rows = np.concatenate(
@@ -123,8 +124,8 @@ def test_half_precision_memory_maps_give_what_their_values_give(tmp_path):
     )
     stored[:] = deltas
     a, b = (
-        axis_coherence(stored, categories, **FEW),
-        axis_coherence(np.asarray(stored, np.float64), categories, **FEW),
+        axis_coherence(stored, categories),
+        axis_coherence(np.asarray(stored, np.float64), categories),
     )
     for group, field in itertools.product(GROUPS, ("mean", "std", "low", "null_std")):
         assert np.array_equal(a[group][field], b[group][field])
@@ -134,9 +135,9 @@ def test_sums_are_held_in_double_precision():
     """Huge equal vectors in single precision: the mean cosine is 1 and the std 0 to double
     precision's digits, no matter the scale."""
     row = np.random.default_rng(0).standard_normal(50).astype(np.float32)
-    found = within_category_consistency(
-        np.tile(row * 1e15, (400, 1, 1)), np.array(["far"] * 400), **FEW
-    )["far"]
+    found = within_category_consistency(np.tile(row * 1e15, (400, 1, 1)), np.array(["far"] * 400))[
+        "far"
+    ]
     assert found["mean"][0] == pytest.approx(1, abs=1e-12) and found["std"][0] < 1e-6
 
 
@@ -145,7 +146,7 @@ def test_planted_noise_gives_the_coherence_it_must(spread):
     """Two unit axes with isotropic noise of squared norm spread^2: cos of two such deltas is 1 / (1
     + spread^2) on average."""
     deltas, categories, images = planted(200, spread=spread, d=400)
-    found = axis_coherence(deltas, categories, images, **FEW)
+    found = axis_coherence(deltas, categories, images)
     for group in GROUPS:
         assert found[group]["mean"][0] == pytest.approx(1 / (1 + spread**2), abs=0.02)
 
@@ -156,8 +157,8 @@ def test_zero_and_overflowed_deltas_are_left_out_and_counted():
     far = np.flatnonzero(categories == "far")
     deltas[far[0]], deltas[far[1], 1, 3], deltas[far[2], 1] = 0, np.inf, np.nan
     found, group = (
-        within_category_consistency(deltas, categories, **FEW)["far"],
-        axis_coherence(deltas, categories, **FEW)["distance"],
+        within_category_consistency(deltas, categories)["far"],
+        axis_coherence(deltas, categories)["distance"],
     )
     assert (
         found["zeros"].tolist() == [1, 1]
@@ -219,66 +220,58 @@ def test_shuffled_label_moments_are_those_of_all_shuffles(n, d, seed, positive):
 
 def test_a_planted_axis_lies_far_outside_the_shuffled_labels_and_noise_inside():
     deltas, categories, images = planted(60, spread=2.0)
-    for group, row in axis_coherence(deltas, categories, images, **FEW).items():
+    for group, row in axis_coherence(deltas, categories, images).items():
         assert row["mean"][0] > row["null_mean"][0] + 10 * row["null_std"][0], group
     deltas = np.random.default_rng(1).standard_normal(deltas.shape)
-    for group, row in axis_coherence(deltas, categories, images, **FEW).items():
+    for group, row in axis_coherence(deltas, categories, images).items():
         assert abs(row["mean"][0] - row["null_mean"][0]) < 4 * row["null_std"][0], group
 
 
 # --- draws of images ------------------------------------------------------------------------------
 
 
-def slow_resample(units, codes, drawn):
-    """Mean cosine over pairs of rows, each image drawn[k] times: rows of two different images w_k
-    w_l times, of one image w_k times, a row with itself never."""
-    top = bottom = 0.0
-    for i, j in itertools.permutations(range(len(units)), 2):
-        weight = drawn[codes[i]] * drawn[codes[j]] if codes[i] != codes[j] else drawn[codes[i]]
-        top, bottom = top + weight * (units[i] @ units[j]), bottom + weight
-    return top / bottom
-
-
 @pytest.mark.parametrize("d", [3, 40])
-def test_bootstrap_of_coherence_is_the_slow_one(d):
+def test_the_interval_of_coherence_is_the_slow_jackknifes(d):
     rng = np.random.default_rng(3)
     units = rng.standard_normal((18, d)) + 0.5
     units /= np.linalg.norm(units, axis=1, keepdims=True)
     codes = np.repeat(np.arange(7), [1, 2, 3, 4, 5, 2, 1])
-    found = pairwise_cosine(units, codes, num_resamples=30, seed=5)
 
-    def error(drawn):
-        """Infinitesimal jackknife: what a little more weight of an image does to the mean."""
-        step = 1e-5
-        slopes = []
-        for image in range(7):
-            more, less = np.array(drawn, float), np.array(drawn, float)
-            more[image] += step
-            less[image] -= step
-            ends = (slow_resample(units, codes, weights) for weights in (more, less))
-            slopes.append((next(ends) - next(ends)) / (2 * step))
-        return np.sqrt((np.array(drawn) * np.square(slopes)).sum() * 7 / 6)
+    def mean_of(rows):
+        return np.mean([a @ b for a, b in itertools.permutations(rows, 2)])
 
-    mean, of_mean = found["mean"], error(np.ones(7))
-    resamples = draws(7, 30, seed=5)
-    ratios = [(slow_resample(units, codes, w) - mean) / error(w) for w in resamples]
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    wanted = max(mean - high * of_mean, -1), min(mean - low * of_mean, 1)
-    assert (found["low"], found["high"]) == pytest.approx(wanted, abs=1e-6)
-    assert not np.allclose([found["low"], found["high"]], [mean + low * of_mean, mean], atol=1e-3)
-    assert found["n_images"] == 7
+    without = np.arctanh([mean_of(units[codes != image]) for image in range(7)])
+    error = np.sqrt(6 / 7 * np.square(without - without.mean()).sum())
+    half = stdtrit(6, 0.975) * error
+    found, middle = pairwise_cosine(units, codes), np.arctanh(mean_of(units))
+    assert found["mean"] == pytest.approx(mean_of(units)) and found["n_images"] == 7
+    wanted = np.tanh(middle - half), np.tanh(middle + half)
+    assert (found["low"], found["high"]) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_pairs_that_agree_and_one_that_does_not_leave_an_interval_of_use():
+    rng = np.random.default_rng(0)
+    units = rng.normal(size=(32, 32)) + 12 * np.eye(32)[0]
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    few = pairwise_cosine(units[:5])
+    assert few["low"] > 0.6 and few["high"] < 0.95
+    units[0] *= -1
+    found = pairwise_cosine(units)
+    assert 0.2 < found["low"] < found["mean"] < found["high"] < 0.95
+    same = pairwise_cosine(np.repeat(units[:1], 9, 0))
+    assert (same["mean"], same["low"], same["high"]) == pytest.approx((1, 1, 1))
 
 
 def test_intervals_cover_the_planted_coherence_and_widen_when_rows_share_images():
     covered, truth = 0, 1 / (1 + 1.5**2)
     for seed in range(40):
         deltas, categories, images = planted(25, spread=1.5, d=300, seed=seed, paired=False)
-        row = axis_coherence(deltas, categories, images, num_resamples=200)["vertical"]
+        row = axis_coherence(deltas, categories, images)["vertical"]
         covered += row["low"][0] <= truth <= row["high"][0]
     assert covered >= 33
     deltas, categories, _ = planted(40, spread=0.2, scene=1.5)
     alone, together = (
-        axis_coherence(deltas, categories, images, num_resamples=400)["vertical"]
+        axis_coherence(deltas, categories, images)["vertical"]
         for images in (None, np.arange(240) // 24)
     )
     assert together["high"][0] - together["low"][0] > 1.3 * (alone["high"][0] - alone["low"][0])
@@ -650,9 +643,8 @@ def test_a_gap_has_limits_that_allow_for_images_that_were_not_asked():
 def test_two_images_have_no_interval_of_their_pairs():
     units = np.random.default_rng(0).normal(size=(4, 8))
     units /= np.linalg.norm(units, axis=1, keepdims=True)
-    for seed in range(6):
-        few = metrics.pairwise_cosine(units, np.array([0, 0, 1, 1]), 200, seed)
-        assert np.isfinite(few["mean"]) and math.isnan(few["low"]) and math.isnan(few["high"])
+    few = metrics.pairwise_cosine(units, np.array([0, 0, 1, 1]))
+    assert np.isfinite(few["mean"]) and math.isnan(few["low"]) and math.isnan(few["high"])
 
 
 def test_a_few_planted_dimensions_are_found_and_carry_the_coherence():

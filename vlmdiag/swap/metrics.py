@@ -26,8 +26,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
-from vlmdiag.figures import stats
 from vlmdiag.figures.stats import DIFFERENCES, FEW, permutation_p
 from vlmdiag.swap.relations import CATEGORIES, GROUPS, SIGNS
 from vlmdiag.swap.resampling import (
@@ -112,18 +112,19 @@ def _over_layers(per_layer: Sequence[Numbers]) -> Numbers:
     return {field: np.array([layer[field] for layer in per_layer]) for field in per_layer[0]}
 
 
+ALMOST = 1 - 1e-9  # a cosine that Fisher's scale has room for
+
+
 # --- consistency and coherence --------------------------------------------------------------------
 
 
-def pairwise_cosine(
-    units: Rows, codes: Codes | None = None, num_resamples: int = RESAMPLES, seed: int = 0
-) -> Numbers:
-    """Mean and population std of the cosines of all pairs of unit vectors, and the mean's
-    bootstrap-t interval over images, NaN with fewer than FEW of them: resamples that share an image
-    say nothing.
+def pairwise_cosine(units: Rows, codes: Codes | None = None) -> Numbers:
+    """Mean and population std of the cosines of all pairs of unit vectors, and the mean's interval
+    over images, NaN with fewer than FEW of them.
 
     mean = (|sum u|^2 - n) / (n (n-1)); second moment = (|U^T U|_F^2 - n) / (n (n-1)):
-    docs/studies/swap_analysis.md, section 2.
+    docs/studies/swap_analysis.md, section 2. Interval: Student's t on Fisher's scale, with the
+    jackknife's error (Efron 1982) over means that leave out one image each.
     """
     n = len(units)
     codes = np.arange(n) if codes is None else codes
@@ -140,52 +141,24 @@ def pairwise_cosine(
     if n < 2:
         return numbers
     total = sums.sum(0)
-    pairs = n * (n - 1)
-    mean = (total @ total - n) / pairs
-    variance = (energy(units) - n) / pairs - mean**2
-    numbers["mean"] = float(mean)
+    mean = float(_mean_of_pairs(total @ total, n))
+    variance = (energy(units) - n) / (n * (n - 1)) - mean**2
+    numbers["mean"] = mean
     numbers["std"] = math.sqrt(max(variance, 0.0))
-    if len(images) >= FEW and num_resamples:
-        once = np.ones((1, len(images)))
-        ((mean_again,), (error,)) = _mean_of_pairs(sums, counts, once)
-        weights = draws(len(images), num_resamples, seed)
-        means, errors = _mean_of_pairs(sums, counts, weights)
-        low, high = stats.studentized_limits(mean_again, error, means, errors)
-        numbers["low"] = min(max(low, -1.0), float(mean))
-        numbers["high"] = max(min(high, 1.0), float(mean))
+    if len(images) >= FEW:
+        squares = total @ total - 2 * sums @ total + np.square(sums).sum(1)
+        without = np.arctanh(_mean_of_pairs(squares, n - counts).clip(-ALMOST, ALMOST))
+        error = math.sqrt((len(images) - 1) * float(without.var()))
+        half = float(stdtrit(len(images) - 1, 0.975)) * error
+        middle = np.arctanh(np.clip(mean, -ALMOST, ALMOST))
+        low, high = np.tanh(middle - half), np.tanh(middle + half)
+        numbers["low"], numbers["high"] = min(float(low), mean), max(float(high), mean)
     return numbers
 
 
-def _mean_of_pairs(
-    sums: Float[np.ndarray, "K d"],
-    counts: Float[np.ndarray, " K"],
-    weights: Float[np.ndarray, "B K"],
-) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
-    """(mean cosine of the pairs of rows, its error) in resamples; sums, counts: of each image's
-    unit vectors. Pairs of different images k, l count w_k w_l times, pairs of one image w_k times.
-
-    The error's square is the infinitesimal jackknife's (Efron 1982, 6.1): K / (K - 1) sum_k w_k (dm
-    / dw_k)^2.
-    """
-    images = len(sums)
-    of_image = np.square(sums).sum(1) - counts  # over the pairs of one image
-    number_of_image = counts**2 - counts
-    # sum over l of w_l S_l . S_k, and the same of other images only
-    if images < sums.shape[1]:
-        others = weights @ (sums @ sums.T)
-    else:
-        blocks = (weights[start : start + ROWS] @ sums for start in range(0, len(weights), ROWS))
-        others = np.concatenate([block @ sums.T for block in blocks])
-    others -= weights * (of_image + counts)
-    number_of_others = (weights @ counts)[:, None] * counts - weights * counts**2
-    total = (weights * (others + of_image)).sum(1)
-    number = (weights * (number_of_others + number_of_image)).sum(1)
-    undefined = np.full(len(weights), np.nan)
-    mean = np.divide(total, number, out=undefined, where=number > 0.5)
-    slopes = 2 * others + of_image - mean[:, None] * (2 * number_of_others + number_of_image)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        squares = (weights * slopes**2).sum(1) * images / (images - 1)
-        return mean, np.sqrt(squares) / number
+def _mean_of_pairs(square: Array | float, n: Array | int) -> Array:
+    """Mean cosine of the pairs of n unit vectors, of the square of their sum's length."""
+    return np.asarray((square - n) / (n * (n - 1)))
 
 
 def shuffled_label_moments(units: Rows, signs: Float[np.ndarray, " n"]) -> tuple[float, float]:
@@ -219,8 +192,6 @@ def _consistency(
     images: Labels | None,
     members: Mapping[str, Sequence[str]],
     correct_signs: bool,
-    num_resamples: int,
-    seed: int,
 ) -> dict[str, Numbers]:
     """Pairwise cosines within each set of categories, {name of the set: {field: (L,)}}."""
     categories, codes = checked(deltas, categories, images)
@@ -237,7 +208,7 @@ def _consistency(
                 null_mean, null_std = shuffled_label_moments(units, signs)
                 null = {"null_mean": null_mean, "null_std": null_std}
                 units = units * signs[:, None]
-            numbers = pairwise_cosine(units, codes[used], num_resamples, seed)
+            numbers = pairwise_cosine(units, codes[used])
             left_out = {
                 "zeros": int((mine & (norms == 0)).sum()),
                 "not_finite": int((mine & ~finite).sum()),
@@ -247,30 +218,22 @@ def _consistency(
 
 
 def within_category_consistency(
-    deltas: Float[np.ndarray, "n L d"],
-    categories: Labels,
-    images: Labels | None = None,
-    num_resamples: int = RESAMPLES,
-    seed: int = 0,
+    deltas: Float[np.ndarray, "n L d"], categories: Labels, images: Labels | None = None
 ) -> dict[str, Numbers]:
     """{category: {mean, std, n, n_images, low, high, too_few, zeros, not_finite: (L,)}} of the
     cosines within each category."""
     members = {category: (category,) for category in CATEGORIES}
-    return _consistency(deltas, categories, images, members, False, num_resamples, seed)
+    return _consistency(deltas, categories, images, members, False)
 
 
 def axis_coherence(
-    deltas: Float[np.ndarray, "n L d"],
-    categories: Labels,
-    images: Labels | None = None,
-    num_resamples: int = RESAMPLES,
-    seed: int = 0,
+    deltas: Float[np.ndarray, "n L d"], categories: Labels, images: Labels | None = None
 ) -> dict[str, Numbers]:
     """{group: {mean, std, n, n_images, low, high, null_mean, null_std, too_few, zeros, not_finite:
     (L,)}}: right, under and close flipped, then the cosines within horizontal, vertical, distance;
     null: the same after labels were shuffled in the group. Why Far Looks Up, equations 1 and 2.
     """
-    return _consistency(deltas, categories, images, GROUPS, True, num_resamples, seed)
+    return _consistency(deltas, categories, images, GROUPS, True)
 
 
 def delta_similarity(deltas: Float[np.ndarray, "n L d"], categories: Labels) -> Numbers:

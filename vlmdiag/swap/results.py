@@ -222,13 +222,13 @@ def _write_deltas(
 
         def of_categories(used: Flags, deltas: Deltas = deltas) -> dict[str, Numbers]:
             measured = metrics.within_category_consistency(
-                deltas[used], facts.categories[used], facts.images[used], **bootstrap
+                deltas[used], facts.categories[used], facts.images[used]
             )
             return {category: _only_layer(numbers) for category, numbers in measured.items()}
 
         def of_groups(used: Flags, deltas: Deltas = deltas) -> dict[str, Numbers]:
             measured = metrics.axis_coherence(
-                deltas[used], facts.categories[used], facts.images[used], **bootstrap
+                deltas[used], facts.categories[used], facts.images[used]
             )
             return {group: _only_layer(numbers) for group, numbers in measured.items()}
 
