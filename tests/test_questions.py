@@ -450,3 +450,16 @@ def test_ids_that_end_like_a_second_question_stay_apart(tmp_path):
         found = read(put(tmp_path / "q.json", entries))
         assert len({sample.id for sample in found}) == len(ids)
     assert [sample.id for sample in read_mmhal(tmp_path / "q.json")][:3] == ["a", "a-1", "a-1-1"]
+
+
+def test_pictures_of_one_name_in_several_folders_are_several(tmp_path):
+    """Without an image_id, or with an empty one; pictures of names of their own keep these."""
+    names = ["a/frame_1.jpg", "b/frame_1.jpg", "a/frame_1.jpg", "b/frame_2.jpg", "frame_3.png"]
+    entries = [
+        {"image": name, "question": f"{n}?", "answer": "yes", **({"image_id": ""} if n else {})}
+        for n, name in enumerate(names)
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(entries))
+    found = [sample.extra["image_id"] for sample in read_questions(tmp_path / "q.json")]
+    assert found[0] == found[2] and len(set(found)) == 4
+    assert found[3:] == ["frame_2", "frame_3"]

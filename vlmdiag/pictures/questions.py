@@ -70,11 +70,17 @@ def read_questions(path: str | Path, image_dir: str | Path | None = None) -> lis
     folder = Path(image_dir) if image_dir is not None else Path(path).parent
     samples: list[Sample] = []
     count = _Counter()
-    for n, entry in enumerate(_asked(path)):
-        name = _picture_name(path, n, entry)
+    asked = list(_asked(path))
+    names = [_picture_name(path, n, entry) for n, entry in enumerate(asked)]
+    # pictures of several folders may have one name
+    of_stem: dict[str, set[str]] = {}
+    for named in filter(None, names):
+        of_stem.setdefault(Path(named).stem, set()).add(named)
+    for n, (entry, name) in enumerate(zip(asked, names, strict=True)):
         image_id = entry.get("image_id")
-        if image_id is None:
-            image_id = id_of(Path(name or "").stem)
+        if image_id in (None, ""):
+            stem = Path(name or "").stem
+            image_id = id_of(stem if len(of_stem.get(stem, ())) < 2 else str(name))
         image_id = checked_id(path, f"the image_id of entry {n},", image_id)
         id = text_id(image_id)
         extra: Record = {"image_id": image_id}
