@@ -463,3 +463,29 @@ def test_pictures_of_one_name_in_several_folders_are_several(tmp_path):
     found = [sample.extra["image_id"] for sample in read_questions(tmp_path / "q.json")]
     assert found[0] == found[2] and len(set(found)) == 4
     assert found[3:] == ["frame_2", "frame_3"]
+
+
+def chat_of(tmp_path, images, *contents):
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps([{"messages": messages, "images": list(images)}]))
+    return read_messages(path)[0].chat
+
+
+def test_marks_in_the_texts_of_a_training_file_are_the_places_of_its_pictures(tmp_path):
+    chat = chat_of(tmp_path, "ab", "<image>\nWhat?", "A.", "And in\n<image>\nthis one?")
+    assert [turn.parts for turn in chat.turns] == [
+        (None, "What?"),
+        ("A.",),
+        ("And in", None, "this one?"),
+    ]
+    assert [path.name for path in chat.images] == ["a", "b"]
+    two = chat_of(tmp_path, "ab", "<image><image>Which is red?")
+    assert two.turns[0].parts == (None, None, "Which is red?")
+    with pytest.raises(UsageError, match="lists 2 images, and its texts have <image> 3 times"):
+        chat_of(tmp_path, "ab", "<image><image>\nWhat?", "A.", "<image>?")
+    # without a mark in front of all, and what the assistant wrote is text
+    plain = chat_of(tmp_path, "ab", "What?", "An <image>.", "Why?")
+    assert plain.turns[0].parts == (None, None, "What?")
+    assert plain.turns[1].parts == ("An <image>.",)

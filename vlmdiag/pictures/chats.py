@@ -18,6 +18,7 @@ Source = Path | Frame
 # of an entry's fields, those that make the prompt
 _OF_PROMPT = ("id", "image_id", "images", "messages", "answer")
 # in a part of a message: where its picture or video is
+MARK = "<image>"
 _PLACES = ("path", "url", "image", "image_url", "video")
 
 
@@ -65,7 +66,8 @@ def read_messages(
     messages: transformers' chat messages, {"role": user, assistant or system, "content": a text or
     a list of {"type": "text", "text"}, {"type": "image", "path"} and {"type": "video", "path"}, of
     which `frames` frames count}. Pictures without a path are those of "images" in order; where no
-    message has one, they stand in front of the first user's words. A last message of the assistant
+    message has one, they stand where the user's texts have MARK, else in front of the first user's
+    words. A last message of the assistant
     is the sample's answer. id: "id" or "image_id", else '<first picture>-<n of the entry>'. extra:
     image_id and every other field. UsageError names the entry that has another form.
     """
@@ -100,8 +102,7 @@ def _chat_of(entry: Entry, root: Path, frames: int) -> tuple[Chat, str | None]:
     system = None
     if not isinstance(entry["messages"], list):
         raise TypeError("its messages are no list")
-    for message in entry["messages"]:
-        role, parts = _parts_of(message)
+    for role, parts in _placed(list(map(_parts_of, entry["messages"])), len(listed)):
         if role == "system":
             if turns or system is not None or any(part["type"] != "text" for part in parts):
                 raise ValueError("a system message of text comes first, and once")
@@ -132,6 +133,30 @@ def _chat_of(entry: Entry, root: Path, frames: int) -> tuple[Chat, str | None]:
     if "answer" in entry:
         answer = as_text(entry["answer"])
     return Chat(tuple(images), tuple(turns), system), answer
+
+
+def _placed(
+    messages: list[tuple[str, list[Record]]], listed: int
+) -> list[tuple[str, list[Record]]]:
+    """Messages in whose texts MARK stands for the listed pictures, as files for training have it,
+    with parts in its places; others as they are. ValueError for another number of marks."""
+    of_user = [part for role, parts in messages if role == "user" for part in parts]
+    if not listed or any(part["type"] != "text" for part in of_user):
+        return messages
+    marks = sum(str(part.get("text")).count(MARK) for part in of_user)
+    if not marks:
+        return messages
+    if marks != listed:
+        raise ValueError(f"it lists {listed} images, and its texts have {MARK} {marks} times")
+    placed: list[tuple[str, list[Record]]] = []
+    for role, parts in messages:
+        split: list[Record] = []
+        for part in parts if role == "user" else ():
+            for n, text in enumerate(_text(part.get("text"), "a text").split(MARK)):
+                split += [{"type": "image"}] * (n > 0)
+                split += [{"type": "text", "text": text.strip("\n")}] * bool(text.strip())
+        placed.append((role, split if role == "user" else parts))
+    return placed
 
 
 def _parts_of(message: object) -> tuple[str, list[Record]]:
