@@ -165,8 +165,21 @@ def fit(args: argparse.Namespace) -> int:
     return run_worker(args, make_worker, finish_fit)
 
 
+def is_shard(args: argparse.Namespace) -> bool:
+    """Whether the call is one shard of several; says what comes after them."""
+    if args.shard == (0, 1):
+        return False
+    print(
+        f"shard {args.shard[0]} of {args.shard[1]} is done; after the last one: the same command"
+        " without --shard"
+    )
+    return True
+
+
 def finish_fit(args: argparse.Namespace, outcome: Outcome) -> None:
-    """Calibrate on what was measured."""
+    """Calibrate on what was measured, unless it is a shard."""
+    if is_shard(args):
+        return
     from vlmdiag.stethoscope.hallucination import calibrate, lines_of_fit
 
     fitted = calibrate(outcome.run)
@@ -197,7 +210,9 @@ def calibration(args: argparse.Namespace) -> Record:
 
 
 def finish_test(args: argparse.Namespace, outcome: Outcome) -> None:
-    """Compare what was measured with the calibration."""
+    """Compare what was measured with the calibration, unless it is a shard."""
+    if is_shard(args):
+        return
     from vlmdiag.stethoscope.hallucination import lines_of_report, report
 
     reports = report(outcome.run, calibration(args))

@@ -120,8 +120,14 @@ def make_worker(args: argparse.Namespace) -> Worker:
 
 
 def finish(args: argparse.Namespace, outcome: Outcome) -> None:
-    """Analyse the run."""
-    analyse(outcome.run, args.seed)
+    """Analyse the run, unless it is a shard."""
+    if args.shard == (0, 1):
+        analyse(outcome.run, args.seed)
+    else:
+        print(
+            f"shard {args.shard[0]} of {args.shard[1]} is done; after the last one: the same"
+            " command with --analyze_only in place of --shard"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -440,21 +440,11 @@ def paired_difference(
     )
 
 
-def difference_of(one: Interval, other: Interval) -> Interval:
-    """one - other of two measures of the same images, from the interval of each, as if they were
-    independent: Zou and Donner 2008 (Statistics in Medicine 27, 1693), MOVER. Measures that go
-    together, as those of the same images mostly do, make it wider than it need be."""
-    value = one.mean - other.mean
-    below = np.hypot(one.mean - one.low, other.high - other.mean)
-    above = np.hypot(one.high - one.mean, other.mean - other.low)
-    return Interval(value, value - below, value + above, np.minimum(one.n, other.n))
-
-
 def _paired_shares(
     both: Float[np.ndarray, "2 n ..."], level: float, num_resamples: int, seed: int
 ) -> tuple[Array, Array]:
     """Limits of a mean difference of shares, such as means of a few draws, of the same images: as
-    difference_of(), with the correlation of the two (Zou and Donner 2008)."""
+    difference_limits(), with the correlation of the two (Zou and Donner 2008)."""
     one, other = (
         mean_interval(values, level, num_resamples, seed, SHARES, discrete=True) for values in both
     )
@@ -559,3 +549,12 @@ def difference_limits(
     below = np.hypot(first - low, other_high - second)
     above = np.hypot(high - first, second - other_low)
     return float(difference - below), float(difference + above)
+
+
+def difference_of(one: Interval, other: Interval) -> Interval:
+    """one - other, two numbers each with its interval, by difference_limits(). Measures of the same
+    images mostly go together, which makes it wider than it need be."""
+    means = float(one.mean), float(other.mean)
+    ends = (float(one.low), float(one.high)), (float(other.low), float(other.high))
+    fewest = int(min(one.n, other.n))
+    return interval_of(means[0] - means[1], *difference_limits(means, ends), fewest)

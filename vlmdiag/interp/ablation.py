@@ -255,7 +255,7 @@ def curated_prompt(
     text = question.prompts[0]
     beginning = answer_ids(vlm, text, START)[:-1]
     batch = extended(question, beginning, "template")
-    text = f"{text} {START}"
+    text = f"{text}{START}" if text[-1].isspace() else f"{text} {START}"
     name = answer_ids(vlm, text, item.answer)[:-1]
     tokens = tokens_of(vlm, batch, mask, threshold)
     prompt = prepare(vlm, batch, vlm.vision(batch))
