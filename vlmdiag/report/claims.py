@@ -303,9 +303,11 @@ def _entangled(sample: Sample, level: Level) -> Interval:
     folder, scale, pictures = _swap_results(sample)
     layer = (saved.read_json(folder, f"recommended_layer_{scale}") or {}).get("recommended")
     cells = saved.read_json(folder, f"vd_ei_{scale}") or {}
-    cell = cells.get(f"L{layer}", {}).get("eq3_raw")
+    of_layer = cells.get(f"L{layer}", {})
+    cell = of_layer.get("eq3_raw")
     if not cell or cell.get("too_few") or cell.get("low") is None:
         raise NotTestable("too few pairs for VD-EI at the recommended layer")
+    pictures = int(of_layer.get("n_images") or pictures)  # with a pair of the two axes
     return _at_level(level, cell["value"], cell["low"], cell["high"], pictures)
 
 
@@ -317,7 +319,8 @@ def _gap(sample: Sample, level: Level) -> Interval:
     gap = (saved.read_json(folder, f"pred_stats_{scale}") or {}).get("gap_both")
     if not gap or gap.get("too_few") or gap.get("low") is None:
         raise NotTestable("too few pairs in which the farther object is lower in the picture")
-    return _at_level(level, gap["value"], gap["low"], gap["high"], pictures)
+    fewest = min([pictures, *gap.get("n", ())])
+    return _at_level(level, gap["value"], gap["low"], gap["high"], fewest)
 
 
 def _feedback(sample: Sample, level: Level) -> Interval:
