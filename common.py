@@ -408,7 +408,7 @@ def load_model(
             )
         loading.prepare(vlm)
     with errors.as_usage_error(path, "the checks after loading failed"):
-        notes = [loading.check_prompt(vlm)]
+        notes = [loading.check_prompt(vlm), loading.left_out_of_decoding(vlm)]
         if self_check and decoder_layers is None:
             notes.append(check(vlm))
     for note in filter(None, notes):

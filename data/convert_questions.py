@@ -8,10 +8,11 @@ r"""Make a question list, which every experiment reads, of a list in another for
 
 The forms are told apart by what the file holds: VQA's questions (answers are in --annotations),
 LLaVA's conversations (one question for each turn about a picture), GQA's questions by their id, and
-a table with pictures in it as VLMEvalKit and EmbSpatial-Bench write it, TSV or JSON; its pictures
-are written beside the list. Other pictures are named, relative to the list's folder or
---image_folder of the script that reads it, and nothing is downloaded. Entries without a picture are
-left out and counted. The list: docs/data.md.
+a table with pictures in it as VLMEvalKit and EmbSpatial-Bench write it, TSV or JSON (a hint stands
+in front of its question); its pictures are written beside the list. Other pictures are named,
+relative to the list's folder or --image_folder of the script that reads it, and nothing is
+downloaded. Entries without a picture, or about several, are left out and counted. The list:
+docs/data.md.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def of_vqa(args: argparse.Namespace, content: Fields) -> Iterator[Record | str]:
         image_id = entry["image_id"]
         converted = {"image_id": image_id, "question": entry["question"]}
         if part:
-            converted["image"] = f"COCO_{part}_{image_id:012d}.jpg"
+            converted["image"] = f"COCO_{part}_{str(image_id).zfill(12)}.jpg"
         annotation = answered.get(entry["question_id"])
         if annotation is not None:
             converted["answers"] = [vote["answer"] for vote in annotation["answers"]]
@@ -78,12 +79,18 @@ def of_llava(content: Sequence[Fields]) -> Iterator[Record | str]:
         if not entry.get("image"):
             yield "a conversation without a picture"
             continue
+        if isinstance(entry["image"], list) and len(entry["image"]) > 1:
+            yield "a conversation about several pictures (--messages)"
+            continue
         turns = entry["conversations"]
         for question, answer in zip(turns[::2], turns[1::2]):
             if (question["from"], answer["from"]) != ("human", "gpt"):
                 yield "a turn that is no question with its answer"
                 continue
             text = question["value"].replace("<image>", "").strip()
+            if not text:
+                yield "a turn that is a picture alone"
+                continue
             yield {"image": entry["image"], "question": text, "answer": answer["value"]}
 
 
@@ -107,7 +114,13 @@ def of_table(args: argparse.Namespace) -> Iterator[Record | str]:
             entries.append(str(error))
             continue
         options = {letter: row[letter] for letter in OPTIONS if row.get(letter)}
-        lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
+        hint = row.get("hint", "").strip()
+        hints = [hint] if hint.lower() not in ("", "nan", "none") else []
+        lines = [
+            *hints,
+            row["question"],
+            *(f"{letter}. {text}" for letter, text in options.items()),
+        ]
         answer = row.get("answer", "").strip()
         letter = table.letter_of(answer, options) if options and answer else ""
         answer = letter if letter in options else answer or None

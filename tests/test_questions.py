@@ -489,3 +489,43 @@ def test_marks_in_the_texts_of_a_training_file_are_the_places_of_its_pictures(tm
     plain = chat_of(tmp_path, "ab", "What?", "An <image>.", "Why?")
     assert plain.turns[0].parts == (None, None, "What?")
     assert plain.turns[1].parts == ("An <image>.",)
+
+
+def made_of(tmp_path, content, name="list.json"):
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    out = tmp_path / "out" / "questions.json"
+    assert convert_questions.main([str(tmp_path / name), "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_an_options_text_comes_before_its_index_and_a_hint_before_its_question(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    rows = [
+        ("How many?", "1", "2", "3", "4", "2", "Count."),
+        ("Many?", "1", "2", "3", "4", "4", ""),
+    ]
+    header = "index\tquestion\tA\tB\tC\tD\tanswer\thint\timage"
+    lines = [f"{n}\t" + "\t".join(row) + f"\t{picture}" for n, row in enumerate(rows)]
+    found = made_of(tmp_path, "\n".join([header, *lines]) + "\n", "t.tsv")
+    assert [entry["answer"] for entry in found] == ["B", "D"]
+    assert found[0]["question"].startswith("Count.\nHow many?\nA. 1")
+    assert found[1]["question"].startswith("Many?\nA. 1")
+
+
+def test_what_no_reader_takes_is_left_out_and_counted(tmp_path, capsys):
+    def entry(image, *texts):
+        said = zip(["human", "gpt"] * len(texts), texts, strict=False)
+        return {"image": image, "conversations": [{"from": who, "value": t} for who, t in said]}
+
+    content = [
+        entry("a.jpg", "<image>\nWhat?", "A cat.", "<image>", "?"),
+        entry(["a.jpg", "b.jpg"], "<image><image>Which?", "A."),
+    ]
+    assert [one["question"] for one in made_of(tmp_path, content)] == ["What?"]
+    said = capsys.readouterr().out
+    assert "picture alone" in said and "several pictures" in said
+    votes = {"questions": [{"image_id": "7", "question": "What?", "question_id": 1}]}
+    (found,) = made_of(tmp_path, votes | {"data_subtype": "val2014"})
+    assert found["image"] == "COCO_val2014_000000000007.jpg"

@@ -13,7 +13,7 @@ from vlmdiag.cli import UsageError
 from vlmdiag.families import Rotary
 from vlmdiag.families import generic as generic_family
 from vlmdiag.groups import GROUPS
-from vlmdiag.model import attention, decoding, encoding, rotary, selfcheck, vision
+from vlmdiag.model import attention, decoding, encoding, loading, rotary, selfcheck, vision
 from vlmdiag.model.attention import Block, Row, capture, edit, scores
 from vlmdiag.model.decoding import generate
 from vlmdiag.model.probes import GroupMass
@@ -158,6 +158,15 @@ def test_penalties_of_a_checkpoint_are_no_fault(load, monkeypatch):
         monkeypatch.setattr(vlm.model.generation_config, name, value)
     assert check(vlm) is None
     assert vlm.model.generation_config.num_beams == 3
+
+
+def test_settings_of_decoding_that_are_left_out_are_named(load, monkeypatch):
+    vlm = load("llava")
+    assert loading.left_out_of_decoding(vlm) is None
+    config = vlm.model.generation_config
+    for name, value in (("repetition_penalty", 1.05), ("bad_words_ids", [[3]]), ("min_length", 0)):
+        monkeypatch.setattr(config, name, value)
+    assert "sets repetition_penalty, bad_words_ids, which" in loading.left_out_of_decoding(vlm)
 
 
 def test_another_greedy_answer_than_transformers_is_found(load, monkeypatch):

@@ -127,6 +127,35 @@ def in_memory(
 PROMPT_SECONDS = 20  # a template takes milliseconds
 
 
+# what transformers' generate() does to logits besides, by what does nothing
+PENALTIES = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+}
+
+
+def left_out_of_decoding(vlm: VLM) -> str | None:
+    """A line about settings of the checkpoint's generation config under which generate() would not
+    be plain greedy decoding, which is what is measured; None without such."""
+    config = vlm.model.generation_config
+    set_ones = [
+        name
+        for name, nothing in PENALTIES.items()
+        if getattr(config, name, nothing) not in (nothing, None, [], 0)
+    ]
+    if not set_ones:
+        return None
+    return (
+        f"its generation config sets {', '.join(set_ones)}, which answers here are without: they"
+        " are plain greedy decoding"
+    )
+
+
 def check_prompt(vlm: VLM) -> str | None:
     """A line about a prompt that is a guess, see guessed_prompt(). UsageError where the model's
     template does not come to an end: it is a program of the checkpoint's, and its loops are bounded

@@ -157,9 +157,12 @@ class Pictures:
 
 
 def letter_of(answer: str, options: Mapping[str, str]) -> str:
-    """The letter of an answer that is a letter, (A) or A. too, an index from 0 as EmbSpatial-Bench
-    has it, or the text of an option; in capitals what is none of them. UsageError for an index past
-    the options. options {letter: text}, also of those that are not there."""
+    """The letter of an answer that is a letter, (A) or A. too, the text of an option, or an index
+    from 0 as EmbSpatial-Bench has it; in capitals what is none of them. UsageError for an index
+    past the options. options {letter: text}, also of those that are not there."""
+    named = [letter for letter, text in options.items() if text.lower() == answer.lower()]
+    if len(named) == 1:
+        return named[0]
     index = re.fullmatch(r"(\d+)(?:\.0+)?", answer)
     if index:
         if int(index[1]) >= len(options):
@@ -168,8 +171,7 @@ def letter_of(answer: str, options: Mapping[str, str]) -> str:
                 f" {len(options) - 1} of the options are wanted"
             )
         return list(options)[int(index[1])]
-    named = [letter for letter, text in options.items() if text.lower() == answer.lower()]
-    return named[0] if len(named) == 1 else answer.strip(" ().:").upper()
+    return answer.strip(" ().:").upper()
 
 
 def picture_at(path: str | Path, offset: int) -> Image:
