@@ -14,13 +14,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests import stand_in
 from tests.conftest import ROOT, in_process
 from tests.kills import KINDS, MODEL, digests
-from vlmdiag.runs import attempts, ray_actor, rundirs
+from vlmdiag.cli import UsageError
+from vlmdiag.runs import attempts, ray_actor, ray_engine, rundirs
 
 ray = pytest.importorskip("ray", reason="pip install 'vlm-diagnostics[ray]'")
 pytestmark = pytest.mark.ray
@@ -415,3 +417,23 @@ def test_a_node_that_is_killed_costs_what_was_on_it(cluster, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert lost and lost[0] < 40 and digests(tmp_path / "ray") == wanted
     assert_clean(tmp_path / "ray")
+
+
+def test_a_call_whose_nodes_are_all_lost_ends(monkeypatch):
+    """No actor would ever come. Looked for now and then, and only while nothing comes."""
+    monkeypatch.setattr(ray_engine.time, "monotonic", lambda: clock[0])
+    clock, asked = [100.0], []
+    driver = object.__new__(ray_engine._Driver)
+    driver.looked = 0.0
+
+    def nodes():
+        asked.append(clock[0])
+        return [{"Alive": False}, {"Alive": clock[0] < 115}]
+
+    driver.ray = SimpleNamespace(nodes=nodes)
+    for clock[0] in (100.0, 105.0, 111.0):
+        driver._look_for_nodes()
+    assert asked == [100.0, 111.0]
+    clock[0] = 130.0
+    with pytest.raises(UsageError, match="no node of the Ray cluster lives"):
+        driver._look_for_nodes()

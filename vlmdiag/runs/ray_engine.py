@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 MOST = 3  # times that an item is tried which ends its process
 # actors in a row, and as many more as there are at a time, that may end before anything is done
+LOOK = 10.0  # seconds between looks whether a node lives, while nothing comes
 IN_A_ROW = 8
 CORES = 2  # of an actor
 # what of this process's environment the numbers, or what is found, may depend on
@@ -164,6 +165,7 @@ class _Driver:
         import ray
 
         self.ray: Any = ray
+        self.looked = 0.0  # when it was seen that a node lives
         self.args = args
         script = Path(make_worker.__code__.co_filename).resolve()
         if script.is_relative_to(CHECKOUT):
@@ -272,7 +274,20 @@ class _Driver:
         ready, _ = self.ray.wait([*waited_for], num_returns=1, timeout=1.0)
         for future in ready:
             self._take(waited_for[future])
+        if not ready:
+            self._look_for_nodes()
         self._look_at_the_clock()
+
+    def _look_for_nodes(self) -> None:
+        """UsageError where nothing came for a while because no node lives: no actor would ever."""
+        if time.monotonic() - self.looked < LOOK:
+            return
+        self.looked = time.monotonic()
+        if not any(node["Alive"] for node in self.ray.nodes()):
+            raise UsageError(
+                "no node of the Ray cluster lives; nothing already computed is lost, the same"
+                " command goes on from there"
+            )
 
     def _hire(self) -> None:
         """Keep as many actors as there are to be, and not more than there is work."""
